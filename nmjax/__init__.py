@@ -1,0 +1,1 @@
+"""nmjax: N:M structured sparsity from scratch in JAX."""
