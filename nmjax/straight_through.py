@@ -29,7 +29,7 @@ def prune_ste(w: jax.Array, mask: jax.Array) -> jax.Array:
       TypeError: `mask` is not boolean.
 
     Source: the straight-through estimator of Zhou et al., "Learning N:M Fine-grained Structured
-    Sparse Neural Networks From Scratch", ICLR 2021, section 3.
+    Sparse Neural Networks From Scratch", ICLR 2021.
 
     >>> w, mask = jnp.array([3.0, -1.0]), jnp.array([True, False])
     >>> jax.grad(lambda w: prune_ste(w, mask).sum())(w).tolist()
@@ -62,7 +62,8 @@ def prune_sr_ste(w: jax.Array, mask: jax.Array, lambda_w: ArrayLike) -> jax.Arra
       ValueError: `mask` has another shape, or `lambda_w` is not a scalar.
       TypeError: `mask` is not boolean.
 
-    Source: SR-STE, Zhou et al., ICLR 2021, equation 9.
+    Source: SR-STE, Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From
+    Scratch", ICLR 2021.
 
     >>> w, mask = jnp.array([3.0, -1.0]), jnp.array([True, False])
     >>> jax.grad(lambda w: prune_sr_ste(w, mask, 0.5).sum())(w).tolist()

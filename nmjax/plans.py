@@ -1,0 +1,328 @@
+"""Which leaf of a parameter tree takes which pattern along which axes, and why others stay dense.
+
+A plan is made once, from names and shapes alone, and is then static data: every mask, gradient
+term, measure and file of one model reads it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from nmjax.layouts import Axes, Shape, filter_axes, layout, reduction_size
+from nmjax.patterns import Pattern, parse_pattern
+from nmjax.scores import Score, magnitude
+from nmjax.tables import Row, html_table, text_table
+from nmjax.trees import named_leaves
+
+PathRules = str | Sequence[str]
+ReductionAxes = int | tuple[int, ...]
+
+_HEADER = ("leaf", "shape", "pattern", "axes", "weights", "kept", "why dense")
+_NUMBERS = (4, 5)
+
+
+@dataclass(frozen=True)
+class LeafPlan:
+    """How one weight is made sparse.
+
+    Attributes:
+      pattern: the structure it is held to.
+      reduction_axes: negative axes that its matmul sums over; groups run along them, flattened
+        together in this order.
+      output_axes: negative axes that its matmul keeps.
+      shape: shape of the weight. A leaf may have more axes in front of these.
+    """
+
+    pattern: Pattern
+    reduction_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+    shape: Shape = ()
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def kept(self) -> int:
+        """Number of weights that stay."""
+        return self.weights * self.pattern.n // self.pattern.m
+
+
+@dataclass(frozen=True)
+class DenseLeaf:
+    """A leaf that stays dense: its shape, and why."""
+
+    shape: Shape
+    reason: str
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Plan(Mapping[str, LeafPlan]):
+    """A mapping from leaf name to `LeafPlan`, over the planned leaves only.
+
+    Static and hashable: close over it, or pass it to a jitted function like any other argument.
+    `print(plan)` shows a table of all leaves, and a notebook shows it as HTML.
+
+    Attributes:
+      leaves: every leaf of the tree in tree order, as pairs of name and plan.
+      score: what ranks the weights of a group.
+    """
+
+    leaves: tuple[tuple[str, LeafPlan | DenseLeaf], ...]
+    score: Score = magnitude
+
+    @cached_property
+    def _sparse(self) -> dict[str, LeafPlan]:
+        return {name: leaf for name, leaf in self.leaves if isinstance(leaf, LeafPlan)}
+
+    @property
+    def dense(self) -> dict[str, str]:
+        """Why each leaf that is not planned stays dense, by name."""
+        return {name: leaf.reason for name, leaf in self.leaves if isinstance(leaf, DenseLeaf)}
+
+    def __getitem__(self, name: str) -> LeafPlan:
+        return self._sparse[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sparse)
+
+    def __len__(self) -> int:
+        return len(self._sparse)
+
+    def __str__(self) -> str:
+        return f"{text_table(_HEADER, self._rows(), right=_NUMBERS)}\n\n{self._summary()}"
+
+    def _repr_html_(self) -> str:
+        return f"{html_table(_HEADER, self._rows(), right=_NUMBERS)}<p>{self._summary()}</p>"
+
+    def _rows(self) -> list[Row]:
+        return [_row(name, leaf) for name, leaf in self.leaves]
+
+    def _summary(self) -> str:
+        total = sum(math.prod(leaf.shape) for _, leaf in self.leaves)
+        planned = sum(leaf.weights for leaf in self.values())
+        kept = total - planned + sum(leaf.kept for leaf in self.values())
+        return (
+            f"{len(self)} of {len(self.leaves)} leaves are sparse; they hold {planned:,} of "
+            f"{total:,} parameters. {kept:,} parameters stay ({kept / max(total, 1):.1%})."
+        )
+
+
+def make_plan(
+    params: Any,
+    pattern: str | Pattern,
+    *,
+    exclude: PathRules = (),
+    include: PathRules | None = None,
+    rules: Mapping[str, str | Pattern | None] | None = None,
+    axes: Mapping[str, ReductionAxes] | None = None,
+    on_indivisible: Literal["error", "dense"] = "error",
+    score: Score = magnitude,
+) -> Plan:
+    """Decides which leaves of `params` become sparse, how, and along which axes.
+
+    Path rules are regular expressions, searched for anywhere in a leaf's name (`"a/b/kernel"`).
+    Biases, normalizations, embeddings and depthwise convolutions stay dense by themselves.
+
+    Args:
+      params: parameters, or anything with the same tree, shapes and dtypes (`jax.eval_shape`):
+        dicts, FrozenDicts, dataclasses, boxed Flax leaves, NNX states, Equinox modules.
+      pattern: what a leaf takes unless `rules` says otherwise, such as `"2:4"` or `NM(2, 4)`.
+      exclude: leaves to leave dense.
+      include: where given, only these leaves can become sparse.
+      rules: path rule -> the pattern of those leaves, or None to leave them dense. The first
+        rule that matches counts.
+      axes: path rule -> the reduction axes of those leaves, for layouts that names and shapes do
+        not tell; whatever such a rule matches counts as a weight.
+      on_indivisible: what happens to a leaf whose reduction size m does not divide: `"error"`,
+        or `"dense"` to leave it dense with that reason.
+      score: importance of each weight, a function of the weight array. Pass a named function,
+        not a lambda made anew each time: the plan's equality, and so the jit cache, goes by it.
+
+    Raises:
+      TypeError: a leaf to be made sparse is not of a floating dtype; a pattern of the wrong type.
+      ValueError: a pattern does not parse; a path rule matches nothing or changes nothing; m does
+        not divide the reduction size (all such leaves are named); no leaf becomes sparse.
+
+    >>> params = {"Dense_0": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}}
+    >>> plan = make_plan(params, "2:4")
+    >>> plan["Dense_0/kernel"].reduction_axes
+    (-2,)
+    >>> plan.dense
+    {'Dense_0/bias': 'bias'}
+    """
+    if on_indivisible not in ("error", "dense"):
+        raise ValueError(f'on_indivisible must be "error" or "dense", got {on_indivisible!r}')
+    leaves = named_leaves(params)
+    choice = _Selection(
+        pattern=parse_pattern(pattern),
+        exclude=_as_rules(exclude),
+        include=None if include is None else _as_rules(include),
+        rules={rule: p if p is None else parse_pattern(p) for rule, p in (rules or {}).items()},
+        axes={rule: (a,) if isinstance(a, int) else tuple(a) for rule, a in (axes or {}).items()},
+    )
+    choice.check_rules_match(leaves)
+    shapes = {name: tuple(getattr(leaf, "shape", ())) for name, leaf in leaves.items()}
+    planned = {name: choice.plan_leaf(name, leaf, shapes) for name, leaf in leaves.items()}
+    choice.check_rules_apply(planned)
+    planned = _settle_indivisible(planned, on_indivisible)
+    _check_floating(planned, leaves)
+    if not any(isinstance(leaf, LeafPlan) for leaf in planned.values()):
+        raise ValueError(
+            "no leaf becomes sparse:\n"
+            + "\n".join(
+                f"  {name} {leaf.shape}: {leaf.reason}"
+                for name, leaf in planned.items()
+                if isinstance(leaf, DenseLeaf)
+            )
+        )
+    return Plan(tuple(planned.items()), score)
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """What the user asked for, parsed."""
+
+    pattern: Pattern
+    exclude: tuple[str, ...]
+    include: tuple[str, ...] | None
+    rules: dict[str, Pattern | None]
+    axes: dict[str, tuple[int, ...]]
+
+    def plan_leaf(self, name: str, leaf: Any, shapes: Mapping[str, Shape]) -> LeafPlan | DenseLeaf:
+        shape = shapes[name]
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            return DenseLeaf(shape, "not an array")
+        axes = self._axes(name, shapes)
+        if isinstance(axes, str):
+            return DenseLeaf(shape, axes)
+        excluded = _first_match(self.exclude, name)
+        if excluded is not None:
+            return DenseLeaf(shape, f"excluded by {excluded!r}")
+        if self.include is not None and _first_match(self.include, name) is None:
+            return DenseLeaf(shape, "not included")
+        rule = _first_match(self.rules, name)
+        pattern = self.pattern if rule is None else self.rules[rule]
+        if pattern is None:
+            return DenseLeaf(shape, f"left dense by the rule {rule!r}")
+        if pattern.flatten == "kernel":
+            filters = filter_axes(axes, shape)
+            if filters is None:
+                raise ValueError(
+                    f"{name} of shape {shape} cannot take {pattern}: a filter is flattened for "
+                    "2-D convolutions (4 axes) and plain matrices only; exclude the leaf, or give "
+                    f'it a pattern without "/kernel" in rules='
+                )
+            axes = filters
+        return LeafPlan(pattern, axes.reduction, axes.output, shape)
+
+    def _axes(self, name: str, shapes: Mapping[str, Shape]) -> Axes | str:
+        rule = _first_match(self.axes, name)
+        if rule is None:
+            return layout(name, shapes)
+        ndim = len(shapes[name])
+        given = self.axes[rule]
+        if not all(-ndim <= axis < ndim for axis in given):
+            raise ValueError(
+                f"axes={{{rule!r}: {given}}} does not fit {name} of shape {shapes[name]}, which "
+                f"has {ndim} axes"
+            )
+        reduction = tuple(axis - ndim if axis >= 0 else axis for axis in given)
+        if len(set(reduction)) != len(reduction):
+            raise ValueError(f"axes={{{rule!r}: {given}}} names an axis of {name} twice")
+        return Axes(reduction, tuple(a for a in range(-ndim, 0) if a not in reduction))
+
+    def check_rules_match(self, names: Mapping[str, Any]) -> None:
+        """Raises ValueError if a rule matches no leaf: it would be a rule that nobody heeds."""
+        every = (*self.exclude, *(self.include or ()), *self.rules, *self.axes)
+        idle = [rule for rule in every if not any(re.search(rule, name) for name in names)]
+        if idle:
+            raise ValueError(
+                f"these path rules match no leaf: {', '.join(map(repr, idle))}. The leaves are:\n"
+                + "\n".join(f"  {name}" for name in names)
+            )
+
+    def check_rules_apply(self, planned: Mapping[str, LeafPlan | DenseLeaf]) -> None:
+        """Raises ValueError if a rule gives a pattern to leaves that all stay dense."""
+        sparse = {
+            _first_match(self.rules, n) for n, p in planned.items() if isinstance(p, LeafPlan)
+        }
+        for rule, pattern in self.rules.items():
+            if pattern is None or rule in sparse:
+                continue
+            raise ValueError(
+                f"the rule {rule!r}: {pattern} makes no leaf sparse. It matches:\n"
+                + "\n".join(
+                    f"  {name} {leaf.shape}: "
+                    + (leaf.reason if isinstance(leaf, DenseLeaf) else "taken by an earlier rule")
+                    for name, leaf in planned.items()
+                    if re.search(rule, name)
+                )
+            )
+
+
+def _settle_indivisible(
+    planned: Mapping[str, LeafPlan | DenseLeaf], on_indivisible: str
+) -> dict[str, LeafPlan | DenseLeaf]:
+    """Leaves dense, or refuses all at once, the leaves whose groups would straddle."""
+    complaints = {
+        name: f"{size} inputs are not a multiple of {leaf.pattern.m}"
+        for name, leaf in planned.items()
+        if isinstance(leaf, LeafPlan)
+        and (size := reduction_size(leaf.shape, leaf.reduction_axes)) % leaf.pattern.m
+    }
+    if complaints and on_indivisible == "error":
+        raise ValueError(
+            "groups may not straddle rows, and m does not divide the reduction size of:\n"
+            + "\n".join(
+                f"  {name} {planned[name].shape}: {complaint} along axes "
+                f"{planned[name].reduction_axes}"  # type: ignore[union-attr]
+                for name, complaint in complaints.items()
+            )
+            + '\nName them in exclude=, or pass on_indivisible="dense" to leave them dense.'
+        )
+    return {
+        name: DenseLeaf(leaf.shape, complaints[name]) if name in complaints else leaf
+        for name, leaf in planned.items()
+    }
+
+
+def _check_floating(planned: Mapping[str, LeafPlan | DenseLeaf], leaves: Mapping[str, Any]) -> None:
+    wrong = {
+        name: leaves[name].dtype
+        for name, leaf in planned.items()
+        if isinstance(leaf, LeafPlan) and not jnp.issubdtype(leaves[name].dtype, jnp.floating)
+    }
+    if wrong:
+        raise TypeError(
+            "only weights of a floating dtype can be made sparse, but\n"
+            + "\n".join(f"  {name} has dtype {dtype}" for name, dtype in wrong.items())
+            + "\nName them in exclude=, or convert them."
+        )
+
+
+def _as_rules(rules: PathRules) -> tuple[str, ...]:
+    return (rules,) if isinstance(rules, str) else tuple(rules)
+
+
+def _first_match(rules: Sequence[str] | Mapping[str, Any], name: str) -> str | None:
+    return next((rule for rule in rules if re.search(rule, name)), None)
+
+
+def _row(name: str, leaf: LeafPlan | DenseLeaf) -> Row:
+    shape = "x".join(map(str, leaf.shape)) or "scalar"
+    weights = math.prod(leaf.shape)
+    if isinstance(leaf, DenseLeaf):
+        return (name, shape, "dense", "", f"{weights:,}", f"{weights:,}", leaf.reason)
+    axes = ", ".join(map(str, leaf.reduction_axes))
+    return (name, shape, str(leaf.pattern), axes, f"{weights:,}", f"{leaf.kept:,}", "")
