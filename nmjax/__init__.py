@@ -1,6 +1,13 @@
 """nmjax: N:M structured sparsity from scratch in JAX."""
 
+from nmjax.cost import Cost as Cost
+from nmjax.cost import cost as cost
 from nmjax.masks import nm_mask as nm_mask
+from nmjax.metrics import density as density
+from nmjax.metrics import flip_rate as flip_rate
+from nmjax.metrics import sad as sad
+from nmjax.metrics import total_density as total_density
+from nmjax.metrics import total_sad as total_sad
 from nmjax.patterns import NM as NM
 from nmjax.patterns import parse_pattern as parse_pattern
 from nmjax.plans import LeafPlan as LeafPlan

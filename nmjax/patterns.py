@@ -115,4 +115,4 @@ def parse_pattern(text: str | Pattern) -> Pattern:
             'as "2:4" or "1:16", or "N:M/kernel" to group over a whole convolution filter'
         )
     n, m, flatten = match.groups()
-    return NM(int(n), int(m), flatten=flatten or "channel")
+    return NM(int(n), int(m), flatten="kernel" if flatten == "kernel" else "channel")

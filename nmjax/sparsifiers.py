@@ -50,11 +50,7 @@ class OneShotState(NamedTuple):
 
 def dense() -> Sparsifier:
     """Leaves the parameters as they are: the baseline, in the same training loop."""
-    return Sparsifier(
-        init=lambda params, key: (),
-        refresh=lambda state, params, step: state,
-        apply=lambda params, state: params,
-    )
+    return _stateless(lambda params: params)
 
 
 def straight_through(plan: Plan, *, lambda_w: ArrayLike | None = None) -> Sparsifier:
@@ -67,11 +63,7 @@ def straight_through(plan: Plan, *, lambda_w: ArrayLike | None = None) -> Sparsi
 
     Source: STE and SR-STE, Zhou et al., ICLR 2021.
     """
-    return Sparsifier(
-        init=lambda params, key: (),
-        refresh=lambda state, params, step: state,
-        apply=lambda params, state: sparsify(params, plan, lambda_w=lambda_w),
-    )
+    return _stateless(lambda params: sparsify(params, plan, lambda_w=lambda_w))
 
 
 def one_shot(plan: Plan, *, at_step: int = 0, masks: Masks | None = None) -> Sparsifier:
@@ -122,3 +114,12 @@ def one_shot(plan: Plan, *, at_step: int = 0, masks: Masks | None = None) -> Spa
         return prune(params, plan, state.masks)
 
     return Sparsifier(init, refresh, apply)
+
+
+def _stateless(apply: Callable[[Params], Params]) -> Sparsifier:
+    """A sparsifier that remembers nothing."""
+    return Sparsifier(
+        init=lambda params, key: (),
+        refresh=lambda state, params, step: state,
+        apply=lambda params, state: apply(params),
+    )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from nmjax.plans import Plan, make_plan
+from nmjax.plans import Plan
 from nmjax.sparsify import Masks, check_masks, leaf_mask, planned_leaves
 from nmjax.straight_through import sparse_refined_term
 from nmjax.trees import map_named
@@ -28,7 +28,7 @@ class AddSparseRefinedState(NamedTuple):
       count: int32 scalar, number of updates so far.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
 
 
 def add_sparse_refined(
@@ -52,8 +52,9 @@ def add_sparse_refined(
     pull is then a step of the learning rate's size whatever `lambda_w` is, and small weights
     change sign:
 
+    >>> import nmjax
     >>> params = {"kernel": jnp.array([[1.0], [0.9], [0.1], [0.001]])}
-    >>> plan = make_plan(params, "2:4")
+    >>> plan = nmjax.make_plan(params, "2:4")
     >>> pull, adam, rate = add_sparse_refined(plan, 2e-4), optax.scale_by_adam(), optax.scale(-0.01)
     >>> for name, tx in {"before": (pull, adam, rate), "after": (adam, pull, rate)}.items():
     ...     update, _ = optax.chain(*tx).update(
