@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments.tasks.task import Batch, Recipe, Sums, Task, Variables
+
+Array: TypeAlias = jax.Array | np.ndarray
 
 # Below this many classes the top five are too easy to say anything.
 _FEWEST_CLASSES_FOR_TOP5 = 20
@@ -67,7 +70,7 @@ def classification_task(
         return cross_entropy(logits, batch["label"]).mean(), {**collections, **updated}
 
     def evaluate(params: Any, collections: Variables, batch: Batch) -> Sums:
-        logits = model.apply({"params": params, **collections}, batch["image"], train=False)
+        logits: Any = model.apply({"params": params, **collections}, batch["image"], train=False)
         return classification_sums(logits, batch["label"], batch["valid"])
 
     return Task(
@@ -83,7 +86,7 @@ def classification_task(
     )
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(logits: Array, labels: Array) -> jax.Array:
     """Returns -log softmax(logits)[label] of each example, in float32.
 
     Args:
@@ -93,7 +96,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
 
 
-def classification_sums(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> Sums:
+def classification_sums(logits: Array, labels: Array, valid: Array) -> Sums:
     """Sums loss and correct answers over the examples of a batch that are not padding.
 
     An example is correct if fewer than one (for "top5": five) other classes score *more* than
@@ -111,7 +114,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, valid: jax.Array) 
     keep = valid != 0
     ahead = _classes_ahead(logits.astype(jnp.float32), labels)
     sums = {
-        "count": keep.astype(jnp.float32),
+        "count": jnp.where(keep, 1.0, 0.0),
         # `where`, not a product: padding may hold anything, and 0 * inf is NaN.
         "loss": jnp.where(keep, cross_entropy(logits, labels), 0.0),
         "accuracy": jnp.where(keep & (ahead < 1), 1.0, 0.0),
@@ -121,7 +124,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, valid: jax.Array) 
     return {name: values.sum() for name, values in sums.items()}
 
 
-def _classes_ahead(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _classes_ahead(logits: Array, labels: Array) -> jax.Array:
     """How many classes an arg-max would pick before the label, (batch,)."""
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     lower_index = jnp.arange(logits.shape[-1]) < labels[:, None]

@@ -1,0 +1,218 @@
+"""Residual networks for ImageNet and for small images.
+
+The layout is that of torchvision, in which the papers' tables count: a bottleneck block strides
+in its 3x3 convolution ("version 1.5"), convolutions pad symmetrically, projections appear only
+where the shape changes. Parameters are 11,689,512 for ResNet-18, 21,797,672 for ResNet-34 and
+25,557,032 for ResNet-50 at 1000 classes; the tests count them.
+
+Path rules can address every layer: "stem", "stage2_block1/conv1", "stage2_block1/shortcut",
+"head".
+
+Source: He et al., "Deep residual learning for image recognition", CVPR 2016, Table 1.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Stem = Literal["imagenet", "cifar"]
+
+# normal(0, sqrt(2 / (k * k * C_out))), not truncated.
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# uniform(-1/sqrt(C_in), 1/sqrt(C_in)): the variance of that is 1 / (3 C_in).
+_head_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+def _conv(features: int, size: int, stride: int, *, dtype: Any, name: str) -> nn.Conv:
+    # "SAME" would pad a strided convolution on one side only, unlike the original.
+    return nn.Conv(
+        features,
+        (size, size),
+        (stride, stride),
+        padding=size // 2,
+        use_bias=False,
+        kernel_init=_conv_init,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def _norm(train: bool, *, dtype: Any, name: str, zero: bool = False) -> nn.BatchNorm:
+    init = nn.initializers.zeros if zero else nn.initializers.ones
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        scale_init=init,
+        dtype=dtype,
+        name=name,
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut.
+
+    Attributes:
+      features: output channels.
+      stride: of the first convolution.
+      zero_init_last: start the last normalisation's scale at 0, so that the block starts as the
+        identity.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    stride: int = 1
+    zero_init_last: bool = False
+    dtype: Any = jnp.float32
+    expansion = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps (batch, height, width, in) to (batch, height/stride, width/stride, features)."""
+        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, train, dtype=self.dtype)
+        y = conv(self.features, 3, self.stride, name="conv1")(x)
+        y = nn.relu(norm(name="norm1")(y))
+        y = conv(self.features, 3, 1, name="conv2")(y)
+        y = norm(name="norm2", zero=self.zero_init_last)(y)
+        if x.shape != y.shape:
+            x = conv(y.shape[-1], 1, self.stride, name="shortcut")(x)
+            x = norm(name="shortcut_norm")(x)
+        return nn.relu(x + y)
+
+
+class BottleneckBlock(nn.Module):
+    """1x1 down, 3x3, 1x1 up to four times the features, and a shortcut.
+
+    Attributes:
+      features: channels of the 3x3 convolution; the block returns four times as many.
+      stride: of the 3x3 convolution.
+      zero_init_last: start the last normalisation's scale at 0, so that the block starts as the
+        identity.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    stride: int = 1
+    zero_init_last: bool = False
+    dtype: Any = jnp.float32
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps (batch, height, width, in) to (batch, height/stride, width/stride, 4 features)."""
+        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, train, dtype=self.dtype)
+        y = conv(self.features, 1, 1, name="conv1")(x)
+        y = nn.relu(norm(name="norm1")(y))
+        y = conv(self.features, 3, self.stride, name="conv2")(y)
+        y = nn.relu(norm(name="norm2")(y))
+        y = conv(self.features * self.expansion, 1, 1, name="conv3")(y)
+        y = norm(name="norm3", zero=self.zero_init_last)(y)
+        if x.shape != y.shape:
+            x = conv(y.shape[-1], 1, self.stride, name="shortcut")(x)
+            x = norm(name="shortcut_norm")(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """A residual network that returns logits.
+
+    Attributes:
+      stage_sizes: blocks in each stage; features double and the image halves from one stage to
+        the next.
+      block: `BasicBlock` or `BottleneckBlock`.
+      num_classes: logits.
+      width: features of the first stage.
+      stem: "imagenet", a 7x7 convolution with stride 2 and a max-pool, or "cifar", a 3x3
+        convolution, for small images.
+      zero_init_last: see the blocks. Off in the recipe of the N:M papers.
+      dtype: of the computation; parameters, running statistics and logits are float32.
+    """
+
+    stage_sizes: tuple[int, ...]
+    block: type[BasicBlock] | type[BottleneckBlock]
+    num_classes: int
+    width: int = 64
+    stem: Stem = "imagenet"
+    zero_init_last: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
+        x = self._apply_stem(x.astype(self.dtype), train)
+        for stage, blocks in enumerate(self.stage_sizes):
+            for index in range(blocks):
+                x = self.block(
+                    self.width * 2**stage,
+                    stride=2 if stage > 0 and index == 0 else 1,
+                    zero_init_last=self.zero_init_last,
+                    dtype=self.dtype,
+                    name=f"stage{stage + 1}_block{index + 1}",
+                )(x, train)
+        x = x.mean(axis=(1, 2), dtype=jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=_head_init, name="head")(x)
+
+    def _apply_stem(self, x: jax.Array, train: bool) -> jax.Array:
+        if self.stem not in ("imagenet", "cifar"):
+            raise ValueError(f"stem must be 'imagenet' or 'cifar', got {self.stem!r}")
+        size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
+        x = _conv(self.width, size, stride, dtype=self.dtype, name="stem")(x)
+        x = nn.relu(_norm(train, dtype=self.dtype, name="stem_norm")(x))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return x
+
+
+# name -> (stage_sizes, block, width). The first four are for ImageNet, the last two are the
+# 6n + 2 layers family for small images; any of them takes either stem.
+_ARCHITECTURES: dict[str, tuple[tuple[int, ...], type[BasicBlock] | type[BottleneckBlock], int]] = {
+    "resnet18": ((2, 2, 2, 2), BasicBlock, 64),
+    "resnet34": ((3, 4, 6, 3), BasicBlock, 64),
+    "resnet50": ((3, 4, 6, 3), BottleneckBlock, 64),
+    "resnet101": ((3, 4, 23, 3), BottleneckBlock, 64),
+    "resnet8": ((1, 1, 1), BasicBlock, 16),
+    "resnet20": ((3, 3, 3), BasicBlock, 16),
+}
+RESNETS: tuple[str, ...] = tuple(_ARCHITECTURES)
+
+
+def make_resnet(
+    name: str,
+    num_classes: int,
+    *,
+    stem: Stem = "imagenet",
+    zero_init_last: bool = False,
+    dtype: Any = jnp.float32,
+) -> ResNet:
+    """Makes a residual network by name.
+
+    Args:
+      name: one of `RESNETS`.
+      num_classes: logits.
+      stem: "imagenet" or "cifar".
+      zero_init_last: start each block's last normalisation scale at 0.
+      dtype: of the computation, such as `jnp.bfloat16`.
+
+    Raises:
+      ValueError: if there is no such network.
+
+    >>> make_resnet("resnet50", num_classes=1000).stage_sizes
+    (3, 4, 6, 3)
+    """
+    if name not in _ARCHITECTURES:
+        raise ValueError(f"no model named {name!r}; there are {', '.join(RESNETS)}")
+    stage_sizes, block, width = _ARCHITECTURES[name]
+    return ResNet(
+        stage_sizes=stage_sizes,
+        block=block,
+        num_classes=num_classes,
+        width=width,
+        stem=stem,
+        zero_init_last=zero_init_last,
+        dtype=dtype,
+    )
