@@ -1,0 +1,121 @@
+"""What sparse training costs a step: STE and SR-STE against the dense step, in one run.
+
+    python -m experiments.benchmarks.train_step
+
+Each step computes loss and gradient, adds the optimizer's update (SGD with momentum) and writes the
+parameters in place, as a real loop does with donated buffers. The masks are recomputed at every
+step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import nmjax
+from experiments.benchmarks.timing import interleaved_medians, print_table, write_results
+
+Step = Callable[[Any, Any], tuple[Any, Any]]
+METHODS = ("dense", "ste", "sr_ste")
+
+
+class MLP(nn.Module):
+    """Three Dense layers of equal width."""
+
+    width: int = 1024
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(2):
+            x = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(self.width)(x)
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm encoder block: attention, then a feed-forward layer four times as wide."""
+
+    heads: int = 8
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
+        hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
+        return x + nn.Dense(width)(hidden)
+
+
+CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "MLP 3x1024, batch 128": (MLP(), (128, 1024)),
+    "MLP 3x1024, batch 2048": (MLP(), (2048, 1024)),
+    "Transformer block 512, 16x128 tokens": (TransformerBlock(), (16, 128, 512)),
+}
+
+
+def make_step(module: nn.Module, x: jax.Array, pattern: str, method: str) -> tuple[Step, Any]:
+    """A jitted training step `(params, opt_state) -> (params, opt_state)`, and its first state."""
+    params = module.init(jax.random.key(0), x)["params"]
+    plan = nmjax.make_plan(params, pattern)
+    refine = nmjax.add_sparse_refined(plan, 2e-4) if method == "sr_ste" else optax.identity()
+    tx = optax.chain(refine, optax.sgd(1e-3, momentum=0.9))
+
+    def loss(params: Any) -> jax.Array:
+        if method != "dense":
+            params = nmjax.sparsify(params, plan)
+        return jnp.mean(jnp.square(module.apply({"params": params}, x) - 1))
+
+    def step(params: Any, opt_state: Any) -> tuple[Any, Any]:
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return jax.jit(step, donate_argnums=(0, 1)), (params, tx.init(params))
+
+
+def make_call(module: nn.Module, x: jax.Array, pattern: str, method: str) -> Callable[[], Any]:
+    """A function that takes one step further each time it is called."""
+    step, state = make_step(module, x, pattern, method)
+
+    def call() -> Any:
+        nonlocal state
+        state = step(*state)
+        return state
+
+    return call
+
+
+def measure(patterns: tuple[str, ...], rounds: int) -> Iterator[dict[str, Any]]:
+    """One row of the table for each case, pattern and sparse method."""
+    for case, (module, shape) in CASES.items():
+        x = jax.random.normal(jax.random.key(1), shape)
+        for pattern in patterns:
+            calls = {method: make_call(module, x, pattern, method) for method in METHODS}
+            seconds = interleaved_medians(calls, rounds=rounds)
+            for method in METHODS[1:]:
+                yield {
+                    "case": case,
+                    "pattern": pattern,
+                    "method": method,
+                    "seconds": seconds[method],
+                    "dense_seconds": seconds["dense"],
+                    "ratio": seconds[method] / seconds["dense"],
+                }
+
+
+def main() -> None:
+    """Prints the table and writes it to results/."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "1:16"])
+    parser.add_argument("--rounds", type=int, default=30, help="timed steps of each method")
+    flags = parser.parse_args()
+    rows = list(measure(tuple(flags.patterns), flags.rounds))
+    print_table("Training step against the dense step", rows)
+    write_results("train_step-cpu", rows)
+
+
+if __name__ == "__main__":
+    main()
