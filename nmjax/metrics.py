@@ -5,7 +5,7 @@ Everything here that is an array may be computed inside `jax.jit`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,8 @@ def sad(masks_a: Masks, masks_b: Masks) -> dict[str, jax.Array]:
     >>> sad(a, b)["kernel"].item()
     2
     """
-    check_masks(masks_b, dict(masks_a))
+    check_masks(masks_a, masks_b)
+    check_masks(masks_b, masks_a)
     return {name: jnp.sum(mask != masks_b[name], dtype=jnp.int32) for name, mask in masks_a.items()}
 
 
@@ -52,7 +53,7 @@ def flip_rate(masks_a: Masks, masks_b: Masks) -> jax.Array:
     Source: Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", ICML 2024.
     Arguments and errors as `sad`.
     """
-    return total_sad(masks_a, masks_b) / _entries(masks_a)
+    return _share(sad(masks_a, masks_b), masks_a)
 
 
 def density(masks: Masks) -> dict[str, jax.Array]:
@@ -62,9 +63,10 @@ def density(masks: Masks) -> dict[str, jax.Array]:
 
 def total_density(masks: Masks) -> jax.Array:
     """Fraction of all planned weights that is kept, a float32 scalar."""
-    kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in masks.values())
-    return jnp.asarray(kept, jnp.float32) / _entries(masks)
+    return _share({name: jnp.sum(mask, dtype=jnp.int32) for name, mask in masks.items()}, masks)
 
 
-def _entries(masks: Masks) -> Any:
-    return sum(mask.size for mask in masks.values())
+def _share(counts: Mapping[str, jax.Array], masks: Masks) -> jax.Array:
+    """The counts' sum as a fraction of all entries, summed in float32: int32 ends at 2**31."""
+    entries = sum(mask.size for mask in masks.values())
+    return jnp.sum(jnp.stack(list(counts.values())), dtype=jnp.float32) / float(entries)
