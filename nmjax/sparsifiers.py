@@ -93,17 +93,19 @@ def one_shot(plan: Plan, *, at_step: int = 0, masks: Masks | None = None) -> Spa
     def init(params: Params, key: jax.Array) -> OneShotState:
         del key
         leaves = planned_leaves(params, plan)
+        everything = {name: jnp.ones_like(leaf, dtype=bool) for name, leaf in leaves.items()}
         if masks is not None:
             check_masks(masks, leaves)
-            return OneShotState(
-                {name: jnp.asarray(masks[name]) for name in leaves}, jnp.array(True)
-            )
+            # `&` places the caller's masks, which may come from a file, where the weights are.
+            given = {name: everything[name] & masks[name] for name in leaves}
+            return OneShotState(given, jnp.array(True))
         if at_step == 0:
             return OneShotState(compute_masks(params, plan), jnp.array(True))
-        everything = {name: jnp.ones(leaf.shape, bool) for name, leaf in leaves.items()}
         return OneShotState(everything, jnp.array(False))
 
     def refresh(state: OneShotState, params: Params, step: ArrayLike) -> OneShotState:
+        if at_step == 0:
+            return state
         return jax.lax.cond(
             ~state.taken & (jnp.asarray(step) >= at_step),
             lambda: OneShotState(compute_masks(params, plan), jnp.array(True)),
