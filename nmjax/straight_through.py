@@ -70,8 +70,7 @@ def prune_sr_ste(w: jax.Array, mask: jax.Array, lambda_w: ArrayLike) -> jax.Arra
     [1.0, 0.5]
     """
     check_mask(w, mask)
-    if np.ndim(lambda_w) != 0:
-        raise ValueError(f"lambda_w must be a scalar, got an array of shape {np.shape(lambda_w)}")
+    check_lambda(lambda_w)
     return _prune_sr_ste(w, mask, jnp.asarray(lambda_w, dtype=jnp.result_type(w)))
 
 
@@ -97,6 +96,12 @@ def check_mask(w: jax.Array, mask: jax.Array, name: str = "the weight") -> None:
             f"the mask of {name} has dtype {jnp.result_type(mask)}; masks are boolean with "
             "True = kept (use mask.astype(bool), or mask != 0)"
         )
+
+
+def check_lambda(lambda_w: ArrayLike) -> None:
+    """Raises ValueError unless `lambda_w` is a scalar; an array would broadcast over weights."""
+    if np.ndim(lambda_w) != 0:
+        raise ValueError(f"lambda_w must be a scalar, got an array of shape {np.shape(lambda_w)}")
 
 
 @jax.custom_vjp

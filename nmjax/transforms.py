@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from nmjax.plans import Plan
 from nmjax.sparsify import Masks, check_masks, leaf_mask, planned_leaves
-from nmjax.straight_through import sparse_refined_term
+from nmjax.straight_through import check_lambda, sparse_refined_term
 from nmjax.trees import map_named
 
 _NO_PARAMS = (
@@ -78,8 +78,9 @@ def add_sparse_refined(
       a schedule.
 
     Raises:
-      ValueError: from `update`, without `params`, or with parameters or masks that do not fit the
-        plan. Leaves hidden by `optax.masked` or `optax.partition` are left alone.
+      ValueError: from `update`, without `params`, with parameters or masks that do not fit the
+        plan, or with a `lambda_w` that is not a scalar. Leaves hidden by `optax.masked` or
+        `optax.partition` are left alone.
       TypeError: from `update`, a mask that is not boolean.
 
     Source: Zhou et al., ICLR 2021; modelled on `optax.add_decayed_weights`.
@@ -90,7 +91,7 @@ def add_sparse_refined(
         return (
             AddSparseRefinedState(jnp.zeros([], jnp.int32))
             if callable(lambda_w)
-            else (optax.EmptyState())
+            else optax.EmptyState()
         )
 
     def update(
@@ -105,6 +106,7 @@ def add_sparse_refined(
         if params is None:
             raise ValueError(_NO_PARAMS)
         strength = lambda_w(state.count) if callable(lambda_w) else lambda_w
+        check_lambda(strength)
         planned = planned_leaves(params, plan, is_hidden=_is_masked_node)
 
         def add(name: str, g: Any, w: Any) -> Any:
@@ -114,7 +116,8 @@ def add_sparse_refined(
             return g + sparse_refined_term(w, mask, strength)
 
         if masks is not None:
-            check_masks({name: masks[name] for name in masks if name in planned}, planned)
+            hidden = plan.keys() - planned.keys()
+            check_masks({name: masks[name] for name in masks if name not in hidden}, planned)
         updates = map_named(add, updates, params, is_leaf=lambda leaf: leaf is None)
         if callable(lambda_w):
             state = AddSparseRefinedState(optax.safe_increment(state.count))
