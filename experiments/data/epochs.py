@@ -1,0 +1,148 @@
+"""The order in which examples are seen, and the batches they come in.
+
+What an epoch holds depends on (records, transform, batch size, seed, epoch) and on nothing
+else: not on the number of threads or worker processes, nor on the step one starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import grain
+import numpy as np
+from absl import flags
+
+from experiments.tasks.task import Batch
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Indexed(Protocol[T_co]):
+    """Examples that can be asked for by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> T_co: ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How many hands read and transform, which changes nothing but the speed.
+
+    Attributes:
+      workers: processes; 0 reads in this one. Each takes seconds to start, every epoch.
+      threads: in each process; each works on a batch of its own. 0 reads in the main thread.
+    """
+
+    workers: int = 0
+    threads: int = 4
+
+
+def train_epoch(
+    records: Indexed[T],
+    transform: Callable[[T, np.random.Generator], Batch],
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    reading: Reading = Reading(),
+) -> Iterator[Batch]:
+    """Yields the batches of one epoch, in an order and with augmentations of its own.
+
+    Every example is seen at most once; the last `len(records) % batch_size` of the order are
+    left out, other ones in each epoch.
+
+    Args:
+      records: the examples, by index.
+      transform: `(example, generator) -> arrays of one example`; can be pickled, if there are
+        worker processes. The generator's state depends on seed, epoch and place in the order.
+      batch_size: examples a batch.
+      seed: of the run, not negative.
+      epoch: which epoch of the run, from 0.
+      first_step: batches to leave out at the start, without reading them.
+      reading: threads and processes.
+    """
+    both = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    batches = (
+        grain.MapDataset.source(records)
+        .seed(both)
+        .shuffle()
+        .random_map(transform)
+        .batch(batch_size, drop_remainder=True)
+    )
+    return _read(batches[first_step:], reading)
+
+
+def eval_epoch(
+    records: Indexed[T],
+    transform: Callable[[T], Batch],
+    *,
+    batch_size: int,
+    reading: Reading = Reading(),
+) -> Iterator[Batch]:
+    """Yields every example once, in the order of the records, in batches of one shape.
+
+    Each batch has a "valid" array (batch_size,): 1, or 0 where the last batch is padded with
+    zeros.
+
+    Args:
+      records: the examples, by index.
+      transform: `example -> arrays of one example`.
+      batch_size: examples a batch.
+      reading: threads and processes.
+    """
+    batches = grain.MapDataset.source(records).map(transform).batch(batch_size)
+    for batch in _read(batches, reading):
+        yield pad_batch(batch, batch_size)
+
+
+def steps_per_epoch(records: Indexed[T], batch_size: int) -> int:
+    """Returns how many full batches the examples make.
+
+    Raises:
+      ValueError: if they do not make one.
+    """
+    if not 1 <= batch_size <= len(records):
+        raise ValueError(f"batch_size must be from 1 to {len(records)} examples, got {batch_size}")
+    return len(records) // batch_size
+
+
+def pad_batch(batch: Batch, batch_size: int) -> Batch:
+    """Fills a batch up with zeros and adds "valid", 1 for examples and 0 for padding."""
+    count = len(next(iter(batch.values())))
+    missing = batch_size - count
+    padded = {
+        name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)) if missing else values
+        for name, values in batch.items()
+    }
+    return {**padded, "valid": (np.arange(batch_size) < count).astype(np.int32)}
+
+
+def _read(batches: Any, reading: Reading) -> Iterator[Batch]:
+    # The buffer counts batches, and a batch of ImageNet takes 150 MB.
+    options = grain.ReadOptions(
+        num_threads=reading.threads, prefetch_buffer_size=max(2, reading.threads)
+    )
+    dataset = batches.to_iter_dataset(options)
+    if reading.workers:
+        # grain's worker processes ask for absl's flags, which only an absl program parses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=2)
+        )
+    iterator = iter(dataset)
+    try:
+        for batch in iterator:
+            # A copy where the array lies in memory shared with a worker, which frees it.
+            yield {name: _own(values) for name, values in batch.items()}
+    finally:
+        iterator.close()
+
+
+def _own(values: Any) -> np.ndarray:
+    return values if type(values) is np.ndarray else np.array(values)
