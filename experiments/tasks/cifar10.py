@@ -30,6 +30,7 @@ from experiments.tasks.task import Batch, Recipe, Task
 _MEAN = (0.4914, 0.4822, 0.4465)
 _STD = (0.2470, 0.2435, 0.2616)
 
+_READING = Reading()
 RECIPE = Recipe(epochs=200, batch_size=128, learning_rate=0.1, warmup_epochs=5, weight_decay=5e-4)
 
 
@@ -40,7 +41,7 @@ def make_task(
     data_dir: str | Path | None = None,
     dtype: Any = jnp.float32,
     keep_dense: tuple[str, ...] = ("^stem/", "^head/"),
-    reading: Reading = Reading(),
+    reading: Reading = _READING,
 ) -> Task:
     """Makes the CIFAR-10 task.
 

@@ -54,6 +54,7 @@ _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 _SIZE = 224
 
+_READING = Reading(threads=8)
 RECIPE = Recipe(
     epochs=120,
     batch_size=256,
@@ -72,7 +73,7 @@ def make_task(
     data_dir: str | Path | None = None,
     dtype: Any = jnp.float32,
     keep_dense: tuple[str, ...] = ("^stem/", "^head/"),
-    reading: Reading = Reading(threads=8),
+    reading: Reading = _READING,
 ) -> Task:
     """Makes the ImageNet task.
 
