@@ -75,8 +75,14 @@ def prune_sr_ste(w: jax.Array, mask: jax.Array, lambda_w: ArrayLike) -> jax.Arra
 
 
 def sparse_refined_term(w: jax.Array, mask: jax.Array, lambda_w: ArrayLike) -> jax.Array:
-    """The term that SR-STE adds to the gradient, `lambda_w * ~mask * w`, in `w`'s dtype."""
-    return jnp.where(mask, jnp.zeros_like(w), jnp.asarray(lambda_w, w.dtype) * w)
+    """The term that SR-STE adds to the gradient, `lambda_w * ~mask * w`, in `w`'s dtype.
+
+    A kept weight is told by its sparse value, not by its mask: the forward pass has stored the
+    sparse weights already, whereas XLA would work out the mask again in every fusion that reads
+    it. (A kept zero reads as pruned, and its pull is zero either way.)
+    """
+    kept = apply_mask(w, mask) != 0
+    return jnp.where(kept, jnp.zeros_like(w), jnp.asarray(lambda_w, w.dtype) * w)
 
 
 def apply_mask(w: jax.Array, mask: jax.Array) -> jax.Array:
