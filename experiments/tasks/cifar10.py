@@ -34,7 +34,7 @@ _READING = Reading()
 RECIPE = Recipe(epochs=200, batch_size=128, learning_rate=0.1, warmup_epochs=5, weight_decay=5e-4)
 
 
-def make_task(
+def cifar10_task(
     model: str = "resnet18",
     *,
     recipe: Recipe = RECIPE,

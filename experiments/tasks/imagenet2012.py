@@ -66,7 +66,7 @@ RECIPE = Recipe(
 )
 
 
-def make_task(
+def imagenet2012_task(
     model: str = "resnet50",
     *,
     recipe: Recipe = RECIPE,

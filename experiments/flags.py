@@ -1,0 +1,183 @@
+"""The flags of `python -m experiments.train`, and the job they describe."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from experiments.methods import find_row
+from experiments.step import Job, plan_of
+from experiments.tasks.task import Recipe, Task
+
+DEFAULT_MODELS = {"digits": "small_resnet", "cifar10": "resnet18", "imagenet2012": "resnet50"}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Trains a network on a task, dense or N:M sparse from scratch, and keeps the run on disk.
+
+    Writes runs/NAME/metrics.jsonl (one line an epoch), settings.json, plan.txt and checkpoints/.
+    Ctrl-C leaves every finished epoch readable; --resume goes on from the last one.
+
+    Attributes:
+      task: what to train on. The digits ship with scikit-learn; the others are read from
+        tensorflow-datasets in array_record format.
+      model: None for the task's: small_resnet for digits, resnet18 for cifar10, resnet50 for
+        imagenet2012. Also resnet8, resnet20, resnet34, resnet101.
+      pattern: weights kept of each group, N:M. Dense training watches the topology that this
+        pattern would have.
+      method: dense, one_shot, ste, sr_ste or sr_ste_negative.
+      keep_dense: regular expressions of layers that stay dense. None for the task's, which are
+        the first and the last layer.
+      epochs: passes over the training data. None for the recipe's: digits 60, cifar10 200,
+        imagenet2012 120.
+      batch_size: examples a step, over all devices. None for the recipe's: digits 25, cifar10
+        128, imagenet2012 256.
+      learning_rate: peak, after linear warm-up and before cosine decay. None for the recipe's,
+        0.1 in every task.
+      warmup_epochs: of the learning rate. None for the recipe's: digits epochs / 24, cifar10 and
+        imagenet2012 5.
+      momentum: of SGD, without Nesterov. None for the recipe's, 0.9 in every task.
+      weight_decay: coupled, on every parameter. None for the recipe's: digits and imagenet2012
+        5e-5, cifar10 5e-4.
+      lambda_w: strength of the sparse-refined term, for the methods that have one. None for the
+        recipe's: 2e-4; in digits, whatever makes the total pull that of 120 epochs of ImageNet.
+      seeds: of the initial weights and the order of the data. Several train together.
+      dtype: the network computes in; parameters are float32. digits: float32 only.
+      devices: share each batch. None for all accelerators, or one CPU.
+      data_dir: folder of prepared data sets. None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      workers: processes that read images; 0 reads in this one.
+      threads: that read images, in each process.
+      runs_dir: folder of all runs.
+      name: of this run's folder. None for TASK-MODEL-METHOD-PATTERN.
+      resume: go on from the newest checkpoint of this name, if there is one. The result is that
+        of a run never interrupted.
+      checkpoint_every: epochs between two checkpoints. The last epoch always has one.
+      keep_checkpoints: how many of the newest to keep.
+      evaluate_every: epochs between two evaluations. The last epoch is always evaluated.
+      log_every: steps between two lines of progress within an epoch; 0 for none.
+    """
+
+    task: Literal["digits", "cifar10", "imagenet2012"] = "digits"
+    model: str | None = None
+    pattern: str = "2:4"
+    method: str = "sr_ste"
+    keep_dense: tuple[str, ...] | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    warmup_epochs: float | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    lambda_w: float | None = None
+    seeds: tuple[int, ...] = (0,)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    devices: int | None = None
+    data_dir: Path | None = None
+    workers: int = 0
+    threads: int = 8
+    runs_dir: Path = Path("runs")
+    name: str | None = None
+    resume: bool = False
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 2
+    evaluate_every: int = 1
+    log_every: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that mean nothing."""
+        at_least = dict.fromkeys(("checkpoint_every", "keep_checkpoints", "evaluate_every"), 1)
+        at_least |= dict.fromkeys(("workers", "threads", "log_every"), 0)
+        if self.epochs is not None:
+            at_least["epochs"] = 1
+        for name, low in at_least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must be different numbers from 0, got {self.seeds}")
+
+    @property
+    def model_name(self) -> str:
+        """The model, the task's where none is given."""
+        return self.model or DEFAULT_MODELS[self.task]
+
+    @property
+    def folder(self) -> Path:
+        """Where this run is kept."""
+        pattern = self.pattern.replace(":", "_")
+        name = self.name or f"{self.task}-{self.model_name}-{self.method}-{pattern}"
+        return self.runs_dir / name
+
+
+def make_job(flags: Flags) -> Job:
+    """Makes task, plan and method.
+
+    Raises:
+      MissingDatasetError: if the data set has not been prepared.
+      ValueError: if a flag asks for what there is not; the message says which.
+    """
+    row = find_row(flags.method)
+    if flags.lambda_w is not None and row.lambda_fraction == 0:
+        raise ValueError(f"method {flags.method!r} has no sparse-refined term: drop --lambda-w")
+    task = make_task(flags)
+    if flags.keep_dense is not None:
+        task = dataclasses.replace(task, keep_dense=flags.keep_dense)
+    plan = plan_of(task, flags.pattern)
+    return Job(task, plan, row.build(plan, task.recipe, task.steps_per_epoch))
+
+
+def strength(flags: Flags, recipe: Recipe) -> float:
+    """The `lambda_w` that the method trains with."""
+    return recipe.lambda_w * find_row(flags.method).lambda_fraction
+
+
+def make_task(flags: Flags) -> Task:
+    """Makes the task, with the recipe changed where a flag says so."""
+    # Imported here: tensorflow-datasets and scikit-learn take seconds, and no run needs both.
+    if flags.task == "digits":
+        return _digits(flags)
+    from experiments.data.epochs import Reading
+
+    if flags.task == "cifar10":
+        from experiments.tasks.cifar10 import RECIPE as CIFAR10_RECIPE
+        from experiments.tasks.cifar10 import cifar10_task as make_image_task
+
+        recipe = CIFAR10_RECIPE
+    else:
+        from experiments.tasks.imagenet2012 import RECIPE as IMAGENET_RECIPE
+        from experiments.tasks.imagenet2012 import imagenet2012_task as make_image_task
+
+        recipe = IMAGENET_RECIPE
+    return make_image_task(
+        flags.model_name,
+        recipe=_changed(recipe, flags),
+        data_dir=flags.data_dir,
+        dtype=jnp.dtype(flags.dtype),
+        reading=Reading(workers=flags.workers, threads=flags.threads),
+    )
+
+
+def _digits(flags: Flags) -> Task:
+    from experiments.tasks.digits import digits_task
+
+    if flags.model_name != DEFAULT_MODELS["digits"] or flags.dtype != "float32":
+        raise ValueError(
+            "digits is trained with the model small_resnet in float32 only, got "
+            f"{flags.model_name} in {flags.dtype}"
+        )
+    # These two decide the rest of its recipe.
+    given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
+    task = digits_task(**{name: value for name, value in given.items() if value is not None})
+    return dataclasses.replace(task, recipe=_changed(task.recipe, flags))
+
+
+def _changed(recipe: Recipe, flags: Flags) -> Recipe:
+    """The recipe with the flags of the same names in place of its numbers."""
+    given = {entry.name: getattr(flags, entry.name) for entry in dataclasses.fields(recipe)}
+    return dataclasses.replace(
+        recipe, **{name: value for name, value in given.items() if value is not None}
+    )

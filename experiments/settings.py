@@ -1,0 +1,91 @@
+"""The settings of a run in its folder, so that it can be repeated, and only resumed as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import optax
+
+from experiments.flags import Flags
+from experiments.step import Job
+
+# Flags that change how fast a run goes and what it leaves behind, but, rounding aside, not what
+# comes out.
+_FREE_FLAGS = frozenset(
+    [
+        "devices",
+        "data_dir",
+        "workers",
+        "threads",
+        "runs_dir",
+        "name",
+        "resume",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "evaluate_every",
+        "log_every",
+    ]
+)
+
+
+def claim_folder(flags: Flags, job: Job) -> None:
+    """Makes the run's folder, with settings and plan, or finds it as an earlier run left it.
+
+    Raises:
+      ValueError: if another run is there; with `resume`, if that differs in what decides the
+        result.
+    """
+    path = flags.folder / "settings.json"
+    settings = {
+        "flags": {**dataclasses.asdict(flags), "model": flags.model_name},
+        "recipe": dataclasses.asdict(job.task.recipe),
+        "keep_dense": job.task.keep_dense,
+        "machine": _machine(),
+    }
+    # Through JSON, so that tuples and paths compare as what is read back.
+    settings = json.loads(json.dumps(settings, default=str))
+    if path.exists():
+        if not flags.resume:
+            raise ValueError(
+                f"{flags.folder} holds a run already: give --resume to go on, or another --name"
+            )
+        _check_same(json.loads(path.read_text()), settings, flags.folder)
+    flags.folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+    (flags.folder / "plan.txt").write_text(f"{job.plan}\n")
+
+
+def _check_same(stored: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    def deciding(of: dict[str, Any]) -> dict[str, Any]:
+        fixed = {name: value for name, value in of["flags"].items() if name not in _FREE_FLAGS}
+        # What the recipe says holds; whether a flag or the task said it does not matter.
+        return {**fixed, **of["recipe"], "keep_dense": of["keep_dense"]}
+
+    before, now = deciding(stored), deciding(settings)
+    changed = [
+        f"{name} was {before.get(name)}, now {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"the run in {folder} cannot be resumed with other settings: {'; '.join(changed)}"
+        )
+
+
+def _machine() -> dict[str, Any]:
+    versions = {module.__name__: module.__version__ for module in (jax, flax, optax, np)}
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
+        **versions,
+    }
