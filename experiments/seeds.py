@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from typing import Any
 
 import jax
@@ -18,7 +19,12 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     On a CPU this is faster: the arrays of one small network fit its caches, and batched matrix
     products of small matrices are slow there.
     """
-    return lambda *args: jax.lax.map(lambda seed_args: function(*seed_args), args)
+
+    @wraps(function)
+    def mapped(*args: Any) -> Any:
+        return jax.lax.map(lambda seed_args: function(*seed_args), args)
+
+    return mapped
 
 
 def across_cores(seeds: int) -> OverSeeds:
@@ -31,11 +37,15 @@ def across_cores(seeds: int) -> OverSeeds:
         return one_by_one
     mesh = jax.make_mesh((devices,), ("seeds",), (jax.sharding.AxisType.Auto,))
     split = PartitionSpec("seeds")
-    return lambda function: jax.shard_map(
-        one_by_one(function), mesh=mesh, in_specs=split, out_specs=split, check_vma=False
-    )
+
+    def split_seeds(function: Callable[..., Any]) -> Callable[..., Any]:
+        mapped = one_by_one(function)
+        return jax.shard_map(mapped, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+
+    return split_seeds
 
 
+@lru_cache
 def fastest(seeds: int) -> OverSeeds:
     """Returns how to run a function for this many seeds on the machine at hand.
 

@@ -6,7 +6,7 @@ Each is written for one state and jitted once; several seeds share them by a lea
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +17,11 @@ import optax
 import nmjax
 from experiments.methods import Method, optimizer
 from experiments.seeds import OverSeeds
-from experiments.tasks.task import Batch, Sums, Task
+from experiments.tasks.task import Batch, Sums, Task, Variables
 from nmjax.sparsify import Masks
 from nmjax.trees import named_leaves
+
+Measured = dict[str, Any]
 
 
 class TrainState(NamedTuple):
@@ -54,14 +56,12 @@ class Topology(NamedTuple):
     Attributes:
       first: masks of the initial weights.
       epoch: masks at the end of the previous epoch.
-      step: masks before the step that is being watched.
       flips: float32 scalar, sum of the flip rates watched in this epoch.
       watched: int32 scalar, how many steps that are.
     """
 
     first: Masks
     epoch: Masks
-    step: Masks
     flips: jax.Array
     watched: jax.Array
 
@@ -84,23 +84,30 @@ class Programs(NamedTuple):
     """The jitted functions of one task, plan and method.
 
     Attributes:
-      start: (seed, lambda_w) -> RunState.
+      init: seed -> the model's variables.
+      begin: (variables, seed, lambda_w) -> TrainState.
       refresh: TrainState -> TrainState, the sparsifier's, between epochs.
-      step: (TrainState, batch) -> TrainState. Gives up its argument's memory.
-      evaluate: (TrainState, batch) -> sums.
-      watch: (Topology, params) -> Topology, before a step whose flips are to be counted.
-      count: (Topology, params) -> Topology, after it.
-      close: RunState -> (RunState, measurements), at the end of an epoch.
+      step: (TrainState, batch) -> TrainState. Gives up its first argument's memory.
+      forward: TrainState -> the parameters of the forward pass.
+      evaluate: (those parameters, collections, batch) -> sums.
+      masks: params -> masks.
+      remember: (masks of the initial weights) -> Topology.
+      count_flips: (Topology, masks before a step, masks after it) -> Topology.
+      close: (RunState, masks, parameters of the forward pass) -> (RunState, measurements), at the
+        end of an epoch.
       seeds: whether the functions take a leading axis of seeds.
     """
 
-    start: Callable[..., RunState]
+    init: Callable[..., Any]
+    begin: Callable[..., TrainState]
     refresh: Callable[..., TrainState]
     step: Callable[..., TrainState]
+    forward: Callable[..., Any]
     evaluate: Callable[..., Sums]
-    watch: Callable[..., Topology]
-    count: Callable[..., Topology]
-    close: Callable[..., tuple[RunState, dict[str, Any]]]
+    masks: Callable[..., Masks]
+    remember: Callable[..., Topology]
+    count_flips: Callable[..., Topology]
+    close: Callable[..., tuple[RunState, Measured]]
     seeds: bool
 
 
@@ -127,36 +134,58 @@ def plan_of(task: Task, pattern: str) -> nmjax.Plan:
 def make_programs(job: Job, *, over_seeds: OverSeeds | None = None) -> Programs:
     """Jits the functions of a run.
 
+    What depends on the task, plan or method only is shared, compilation included, with programs
+    made earlier for the same one and the same `over_seeds`.
+
     Args:
       job: task, plan and method.
       over_seeds: None for a single state; otherwise what makes a function of one state a function
         of many, such as `jax.vmap` or `experiments.seeds.fastest(...)`.
     """
-    lift: OverSeeds = over_seeds or (lambda function: function)
+    task, plan, method = job
     return Programs(
-        start=jax.jit(lift(partial(_start, job))),
-        refresh=jax.jit(lift(partial(_refresh, job))),
-        step=jax.jit(lift(partial(_step, job)), donate_argnums=0),
-        evaluate=jax.jit(lift(partial(_evaluate, job))),
-        watch=jax.jit(lift(partial(_watch, job))),
-        count=jax.jit(lift(partial(_count, job))),
-        close=jax.jit(lift(partial(_close, job))),
+        init=_jit(_init, task, over_seeds),
+        begin=_jit(_begin, job, over_seeds),
+        refresh=_jit(_refresh, method, over_seeds),
+        step=_jit(_step, job, over_seeds, donate=0),
+        forward=_jit(_forward, method, over_seeds),
+        evaluate=_jit(_evaluate, task, over_seeds),
+        masks=_jit(_masks, plan, over_seeds),
+        remember=_jit(_remember, plan, over_seeds),
+        count_flips=_jit(_count_flips, plan, over_seeds),
+        close=_jit(_close, job, over_seeds),
         seeds=over_seeds is not None,
     )
 
 
-def _optimizer(job: Job, lambda_w: jax.Array) -> optax.GradientTransformationExtraArgs:
-    return optimizer(job.method, job.task.recipe, job.task.steps_per_epoch, lambda_w)
+@lru_cache(maxsize=256)
+def _jit(
+    function: Callable[..., Any],
+    fixed: Any,
+    over_seeds: OverSeeds | None,
+    *,
+    donate: int | None = None,
+) -> Callable[..., Any]:
+    """Jits `function` with its first argument fixed; the same arguments, the same compilation."""
+
+    @wraps(function)
+    def one(*args: Any) -> Any:
+        return function(fixed, *args)
+
+    many = one if over_seeds is None else over_seeds(one)
+    return jax.jit(many, donate_argnums=donate)
 
 
-def _start(job: Job, seed: jax.Array, lambda_w: jax.Array) -> RunState:
-    init_key, sparse_key = jax.random.split(jax.random.key(seed))
-    variables = dict(job.task.init(init_key))
-    params = variables.pop("params")
-    masks = nmjax.compute_masks(params, job.plan)
-    train = TrainState(
+def _init(task: Task, seed: jax.Array) -> Variables:
+    return dict(task.init(jax.random.fold_in(jax.random.key(seed), 0)))
+
+
+def _begin(job: Job, variables: Variables, seed: jax.Array, lambda_w: jax.Array) -> TrainState:
+    params = variables["params"]
+    sparse_key = jax.random.fold_in(jax.random.key(seed), 1)
+    return TrainState(
         params=params,
-        collections=variables,
+        collections={name: value for name, value in variables.items() if name != "params"},
         opt_state=_optimizer(job, lambda_w).init(params),
         sparse=job.method.sparsifier.init(params, sparse_key),
         lambda_w=lambda_w,
@@ -165,16 +194,15 @@ def _start(job: Job, seed: jax.Array, lambda_w: jax.Array) -> RunState:
         loss_sum=jnp.float32(0),
         bad_step=jnp.int32(-1),
     )
-    return RunState(train, Topology(masks, masks, masks, jnp.float32(0), jnp.int32(0)))
 
 
-def _refresh(job: Job, state: TrainState) -> TrainState:
-    sparse = job.method.sparsifier.refresh(state.sparse, state.params, state.step)
+def _refresh(method: Method, state: TrainState) -> TrainState:
+    sparse = method.sparsifier.refresh(state.sparse, state.params, state.step)
     return state._replace(sparse=sparse)
 
 
 def _step(job: Job, state: TrainState, batch: Batch) -> TrainState:
-    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step + 2)
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
         sparse = job.method.sparsifier.apply(params, state.sparse)
@@ -194,31 +222,43 @@ def _step(job: Job, state: TrainState, batch: Batch) -> TrainState:
     )
 
 
-def _evaluate(job: Job, state: TrainState, batch: Batch) -> Sums:
-    sparse = job.method.sparsifier.apply(state.params, state.sparse)
-    return job.task.evaluate(sparse, state.collections, batch)
+def _optimizer(job: Job, lambda_w: jax.Array) -> optax.GradientTransformationExtraArgs:
+    return optimizer(job.method, job.task.recipe, job.task.steps_per_epoch, lambda_w)
 
 
-def _watch(job: Job, topology: Topology, params: Any) -> Topology:
-    return topology._replace(step=nmjax.compute_masks(params, job.plan))
+def _forward(method: Method, state: TrainState) -> Any:
+    return method.sparsifier.apply(state.params, state.sparse)
 
 
-def _count(job: Job, topology: Topology, params: Any) -> Topology:
-    flips = nmjax.flip_rate(topology.step, nmjax.compute_masks(params, job.plan))
-    return topology._replace(flips=topology.flips + flips, watched=topology.watched + 1)
+def _evaluate(task: Task, params: Any, collections: Variables, batch: Batch) -> Sums:
+    return task.evaluate(params, collections, batch)
 
 
-def _close(job: Job, state: RunState) -> tuple[RunState, dict[str, Any]]:
+def _masks(plan: nmjax.Plan, params: Any) -> Masks:
+    return nmjax.compute_masks(params, plan)
+
+
+def _remember(plan: nmjax.Plan, first: Masks) -> Topology:
+    del plan
+    return Topology(first, first, jnp.float32(0), jnp.int32(0))
+
+
+def _count_flips(plan: nmjax.Plan, topology: Topology, before: Masks, after: Masks) -> Topology:
+    del plan
+    flips = topology.flips + nmjax.flip_rate(before, after)
+    return topology._replace(flips=flips, watched=topology.watched + 1)
+
+
+def _close(job: Job, state: RunState, masks: Masks, forward: Any) -> tuple[RunState, Measured]:
     train, topology = state
-    masks = nmjax.compute_masks(train.params, job.plan)
-    forward = named_leaves(job.method.sparsifier.apply(train.params, train.sparse))
+    leaves = named_leaves(forward)
     measured = {
         "train_loss": train.loss_sum / job.task.steps_per_epoch,
         "bad_step": train.bad_step,
         "sad_first": nmjax.sad(topology.first, masks),
         "sad_epoch": nmjax.total_sad(topology.epoch, masks),
         "flip_rate": topology.flips / jnp.maximum(topology.watched, 1),
-        "density": nmjax.total_density({name: forward[name] != 0 for name in job.plan}),
+        "density": nmjax.total_density({name: leaves[name] != 0 for name in job.plan}),
     }
     train = train._replace(loss_sum=jnp.float32(0))
     topology = topology._replace(epoch=masks, flips=jnp.float32(0), watched=jnp.int32(0))

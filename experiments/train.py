@@ -6,17 +6,17 @@ their seed only and share every step. Within an epoch nothing waits for the devi
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.seeds import stack
-from experiments.step import Job, Programs, RunState, make_programs
+from experiments.step import Job, Programs, RunState, TrainState, make_programs
 from experiments.tasks.task import Batch
 
 
@@ -91,10 +91,12 @@ def train(
         began = time.perf_counter()
         batches = map(place, _batches(job, seeds, epoch))
         state = _train_epoch(job, programs, state, batches, watch_every, on_step)
-        state, measured = programs.close(state)
+        forward = programs.forward(state.train)
+        masks = programs.masks(state.train.params)
+        state, measured = programs.close(state, masks, forward)
         done = epoch + 1
         is_due = done % evaluate_every == 0 or done == task.recipe.epochs
-        test = evaluate(job, programs, state, len(seeds), place) if is_due else {}
+        test = evaluate(job, programs, state.train, place) if is_due else {}
         measured = jax.tree.map(np.atleast_1d, jax.device_get(measured))
         _check_finite(measured.pop("bad_step"), seeds, epoch, task.steps_per_epoch)
         seconds = time.perf_counter() - began
@@ -103,25 +105,31 @@ def train(
 
 def begin(programs: Programs, seeds: Sequence[int], lambda_w: float) -> RunState:
     """The state of epoch 0; the same for the same seeds."""
-    if programs.seeds:
-        return programs.start(
-            jnp.asarray(seeds, jnp.int32), jnp.full(len(seeds), lambda_w, jnp.float32)
-        )
-    return programs.start(jnp.int32(seeds[0]), jnp.float32(lambda_w))
+    numbers, strengths = np.asarray(seeds, np.int32), np.full(len(seeds), lambda_w, np.float32)
+    if not programs.seeds:
+        numbers, strengths = numbers[0], strengths[0]
+    variables = programs.init(numbers)
+    train = programs.begin(variables, numbers, strengths)
+    return RunState(train, programs.remember(programs.masks(train.params)))
 
 
 def evaluate(
     job: Job,
     programs: Programs,
-    state: RunState,
-    seeds: int = 1,
+    state: TrainState,
     place: Callable[[Batch], Any] = lambda batch: batch,
 ) -> dict[str, np.ndarray]:
-    """Means over the test examples: metric -> one entry a seed."""
+    """Means over the test examples, with the parameters of the forward pass.
+
+    Returns:
+      Metric -> one entry a seed.
+    """
+    forward = programs.forward(state)
+    seeds = np.size(state.step)
     sums: dict[str, np.ndarray] = {}
     for batch in job.task.eval_batches():
-        batch = stack([batch] * seeds) if programs.seeds else batch
-        for name, value in programs.evaluate(state.train, place(batch)).items():
+        batch = place(stack([batch] * seeds) if programs.seeds else batch)
+        for name, value in programs.evaluate(forward, state.collections, batch).items():
             sums[name] = sums.get(name, 0) + np.atleast_1d(jax.device_get(value)).astype(float)
     count = sums.pop("count")
     return {name: value / count for name, value in sums.items()}
@@ -140,11 +148,10 @@ def _train_epoch(
     every = min(watch_every, job.task.steps_per_epoch)
     for index, batch in enumerate(batches):
         is_watched = index % every == every - 1
-        if is_watched:
-            topology = programs.watch(topology, run.params)
+        before = programs.masks(run.params) if is_watched else None
         run = programs.step(run, batch)
         if is_watched:
-            topology = programs.count(topology, run.params)
+            topology = programs.count_flips(topology, before, programs.masks(run.params))
         on_step()
     return RunState(run, topology)
 
@@ -166,3 +173,34 @@ def _check_finite(
                 f"{steps_per_epoch} steps each): training stopped. Try a lower learning rate, a "
                 "longer warm-up, or a smaller |lambda_w|"
             )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `python -m experiments.train`.
+
+    Args:
+      argv: flags; None for those of the command line.
+
+    Returns:
+      The exit status: 0 if the run is complete, 130 if Ctrl-C stopped it, 1 if it cannot go on.
+    """
+    # Imported here because the two modules are built on this one, and `train` needs neither.
+    import tyro
+
+    from experiments.flags import Flags
+    from experiments.run import finish, open_run
+
+    try:
+        run = open_run(tyro.cli(Flags, args=argv, prog="python -m experiments.train"))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    try:
+        return 0 if finish(run) else 130
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
