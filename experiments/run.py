@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Flags, make_job, strength
 from experiments.metrics_log import MetricsLog
 from experiments.placement import Placement, make_placement
 from experiments.settings import claim_folder
-from experiments.step import Job, Programs, RunState, make_programs
+from experiments.step import Job, Programs, RunState, TrainState, make_programs
 from experiments.train import EpochReport, begin, train
 
 
@@ -90,11 +92,10 @@ def _train(run: Run) -> None:
         run.job,
         seeds=flags.seeds,
         lambda_w=strength(flags, recipe),
-        programs=run.programs,
+        programs=_telling(run) if flags.log_every else run.programs,
         start=run.state,
         evaluate_every=flags.evaluate_every,
         place=run.placement.put_batch,
-        on_step=_progress(run),
     )
     for report in reports:
         # The line comes first: an epoch that has a checkpoint always has its line.
@@ -127,22 +128,29 @@ def _epoch_line(report: EpochReport, epochs: int) -> str:
     )
 
 
-def _progress(run: Run) -> Callable[[], None]:
-    """Prints where training stands every few steps. Devices may be a few steps behind."""
-    per_epoch, batch_size = run.job.task.steps_per_epoch, run.job.task.recipe.batch_size
-    every = run.flags.log_every
-    steps, began = run.epochs_done * per_epoch, time.perf_counter()
+def _telling(run: Run) -> Programs:
+    """The programs, with a step that prints the epoch's mean loss and speed every few steps.
 
-    def on_step() -> None:
+    To know them it waits for the device, which also keeps batches from piling up there.
+    """
+    task, every = run.job.task, run.flags.log_every
+    steps, began = run.epochs_done * task.steps_per_epoch, time.perf_counter()
+
+    def step(state: TrainState, batch: Any) -> TrainState:
         nonlocal steps, began
-        steps += 1
-        epoch, within = (steps - 1) // per_epoch + 1, (steps - 1) % per_epoch + 1
-        if every and within % every == 0 and within < per_epoch:
-            rate = every * batch_size / (time.perf_counter() - began)
-            where = f"epoch {epoch}, step {within}/{per_epoch}"
-            print(f"  {where}: {rate:,.0f} examples/s", flush=True)
+        if steps % task.steps_per_epoch == 0:
             began = time.perf_counter()
-        if within == per_epoch:
-            began = time.perf_counter()
+        state = run.programs.step(state, batch)
+        epoch, within = divmod(steps, task.steps_per_epoch)
+        steps, within = steps + 1, within + 1
+        if within % every == 0 and within < task.steps_per_epoch:
+            loss = np.mean(jax.device_get(state.loss_sum)) / within
+            speed = within * task.recipe.batch_size / (time.perf_counter() - began)
+            print(
+                f"  epoch {epoch + 1}, step {within}/{task.steps_per_epoch}: loss {loss:.4f}, "
+                f"{speed:,.0f} examples/s",
+                flush=True,
+            )
+        return state
 
-    return on_step
+    return run.programs._replace(step=step)

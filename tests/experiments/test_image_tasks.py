@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 import nmjax
@@ -53,39 +52,6 @@ def test_cifar10_evaluation_is_the_normalised_image(cifar_folder):
         level = 255 * pixels.mean(axis=(1, 2, 3))
         expected = 22 * batch["label"] + 9.5
         assert np.abs(level - expected)[batch["valid"] == 1].max() < 1
-
-
-def test_cifar10_trains_sparse(cifar_folder):
-    recipe = Recipe(batch_size=32, learning_rate=0.05)
-    task = cifar10.cifar10_task("resnet8", recipe=recipe, data_dir=cifar_folder)
-    collections = task.init(jax.random.key(0))
-    params = collections.pop("params")
-    plan = nmjax.make_plan(params, "2:4", exclude=task.keep_dense)
-    assert "stem/kernel" in plan.dense
-    assert "stage1_block1/conv1/kernel" in plan
-    tx = optax.chain(nmjax.add_sparse_refined(plan, 2e-4), optax.sgd(0.05, momentum=0.9))
-    opt_state = tx.init(params)
-
-    @jax.jit
-    def step(params, collections, opt_state, batch, key):
-        def loss_of(params):
-            return task.loss(nmjax.sparsify(params, plan), collections, batch, key)
-
-        (loss, collections), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), collections, opt_state, loss
-
-    losses = []
-    for epoch in range(6):
-        for batch in task.train_batches(0, epoch):
-            params, collections, opt_state, loss = step(
-                params, collections, opt_state, batch, jax.random.key(epoch)
-            )
-            losses.append(float(loss))
-    assert losses[-1] < 0.8 * losses[0]
-    sparse = nmjax.prune(params, plan)
-    sums = [jax.jit(task.evaluate)(sparse, collections, batch) for batch in task.eval_batches()]
-    assert sum(int(s["count"]) for s in sums) == 23
 
 
 def test_imagenet_batches(imagenet_folder):

@@ -1,0 +1,227 @@
+"""`python -m experiments.train`: what it leaves on disk, and that resuming changes nothing."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tyro
+
+from experiments.checkpoints import Checkpoints
+from experiments.flags import Flags, make_task
+from experiments.metrics_log import MetricsLog
+from experiments.run import open_run
+from experiments.train import main
+from tests.experiments.prepared import cifar10_examples, prepare
+
+# Half of its epochs dense, half pruned: the state of this method matters most.
+DIGITS = ["--method", "one_shot", "--epochs", "4", "--batch-size", "40", "--log-every", "0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_little(tmp_path_factory):
+    """Compiles fast instead of well, and once for runs that differ in their folder only."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of four epochs, never interrupted."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert main([*DIGITS, "--runs-dir", str(runs), "--name", "whole"]) == 0
+    return runs / "whole"
+
+
+def metrics(folder):
+    return [{**line, "seconds": 0} for line in MetricsLog(folder).read()]
+
+
+def stored(folder, epoch):
+    """The arrays of a checkpoint, as orbax reads them without being told what to expect."""
+    manager = Checkpoints(folder / "checkpoints")
+    arrays = manager._manager.restore(epoch)
+    manager.close()
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(arrays)}
+
+
+def test_what_a_run_leaves(whole):
+    lines = MetricsLog(whole).read()
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == [20, 40, 60, 80]
+    assert {len(line["train_loss"]) for line in lines} == {1}
+    assert lines[-1]["test"]["accuracy"][0] > 0.3
+    assert lines[-1]["density"] == [0.5]
+    assert set(lines[0]["sad_first"]) >= {"block1/conv1/kernel"}
+    settings = json.loads((whole / "settings.json").read_text())
+    assert settings["flags"]["method"] == "one_shot"
+    assert settings["recipe"]["epochs"] == 4
+    assert settings["machine"]["jax"] == jax.__version__
+    assert "block1/conv1/kernel" in (whole / "plan.txt").read_text()
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["3", "4"]
+
+
+@pytest.mark.parametrize("stop_in_epoch", [1, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(whole, monkeypatch, capsys, stop_in_epoch):
+    name = f"stopped{stop_in_epoch}"
+    flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", name]
+    folder = whole.parent / name
+    append = MetricsLog.append
+
+    def stop(self, report, steps_per_epoch):
+        append(self, report, steps_per_epoch)
+        if report.epoch == stop_in_epoch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", stop)
+        assert main(flags) == 130
+    assert f"--resume goes on from epoch {stop_in_epoch - 1}" in capsys.readouterr().out
+    # The interrupted epoch has a line and no checkpoint, and is trained again.
+    assert len(metrics(folder)) == stop_in_epoch
+    assert main([*flags, "--resume"]) == 0
+    assert metrics(folder) == metrics(whole)
+    ours, theirs = stored(folder, 4), stored(whole, 4)
+    assert ours.keys() == theirs.keys()
+    assert any("trace" in path for path in ours)
+    assert any("batch_stats" in path for path in ours)
+    for path, array in theirs.items():
+        np.testing.assert_array_equal(ours[path], array, err_msg=path)
+
+
+def test_resuming_a_complete_run_does_nothing(whole, capsys):
+    before = metrics(whole)
+    assert main([*DIGITS, "--runs-dir", str(whole.parent), "--name", "whole", "--resume"]) == 0
+    assert "4 of 4 epochs done" in capsys.readouterr().out
+    assert metrics(whole) == before
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(whole, capsys):
+    flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", "whole"]
+    assert main(flags) == 1
+    assert "holds a run already: give --resume to go on, or another --name" in (
+        capsys.readouterr().err
+    )
+    assert main([*flags, "--resume", "--seeds", "1", "--learning-rate", "0.2"]) == 1
+    error = capsys.readouterr().err
+    assert "learning_rate was 0.1, now 0.2; seeds was [0], now [1]" in error
+    # The recipe decides, not who said it.
+    assert main([*flags, "--resume", "--learning-rate", "0.1", "--log-every", "7"]) == 0
+
+
+def test_several_devices_and_seeds_compute_the_same(whole):
+    flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", "mesh"]
+    flags += ["--devices", "4", "--seeds", "0", "3"]
+    state = open_run(tyro.cli(Flags, args=flags)).state
+    leaf = state.train.params["stem"]["kernel"]
+    assert leaf.shape[0] == 2
+    assert len(leaf.sharding.device_set) == 4
+    assert leaf.sharding.is_fully_replicated
+    assert main([*flags, "--resume"]) == 0
+    for ours, theirs in zip(metrics(whole.parent / "mesh"), metrics(whole), strict=True):
+        assert len(ours["test"]["loss"]) == len(ours["sad_epoch"]) == 2
+        assert ours["train_loss"][0] == pytest.approx(theirs["train_loss"][0], rel=0.02)
+        assert ours["train_loss"][1] != ours["train_loss"][0]
+        assert ours["density"] == theirs["density"] * 2
+
+
+def test_cifar10_from_disk(tmp_path, capsys):
+    train, test = cifar10_examples(70), cifar10_examples(23, seed=1)
+    prepare("cifar10", tmp_path, {"train": train, "test": test})
+    flags = ["--task", "cifar10", "--model", "resnet8", "--pattern", "1:4", "--epochs", "3"]
+    flags += ["--batch-size", "16", "--learning-rate", "0.05", "--warmup-epochs", "0"]
+    flags += ["--data-dir", str(tmp_path), "--runs-dir", str(tmp_path), "--log-every", "3"]
+    assert main(flags) == 0
+    lines = MetricsLog(tmp_path / "cifar10-resnet8-sr_ste-1_4").read()
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert lines[-1]["train_loss"][0] < lines[0]["train_loss"][0]
+    assert lines[-1]["density"] == [0.25]
+    printed = capsys.readouterr().out
+    assert "lambda_w 0.0002: 1:4 keeps" in printed
+    assert re.search(r"epoch 1, step 3/4: loss \d\.\d{4}, [\d,]+ examples/s", printed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "imagenet2012"], "tfds build imagenet2012 --file_format=array_record"),
+        (["--pattern", "2-4"], "2-4"),
+        (["--pattern", "2:5"], "kernel"),
+        (["--method", "magic"], "no method is called 'magic'; there are dense"),
+        (["--method", "ste", "--lambda-w", "1"], "'ste' has no sparse-refined term"),
+        (["--model", "resnet18"], "digits is trained with the model small_resnet"),
+        (["--dtype", "bfloat16"], "in float32 only"),
+        (["--devices", "2"], "a batch of 25 does not split evenly over 2 devices"),
+        (["--devices", "99"], "devices must be from 1 to the 8 there are"),
+        (["--keep-dense", "nothing"], "nothing"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(tmp_path, capsys, flags, message):
+    folder = ["--runs-dir", str(tmp_path), "--data-dir", str(tmp_path)]
+    assert main([*flags, *folder]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--seeds", "1", "1"], "seeds must be different"),
+        (["--task", "mnist"], "imagenet2012"),
+        (["--lamda-w", "1"], "--lambda-w"),
+    ],
+)
+def test_flags_that_do_not_parse(capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        main(flags)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_explains_every_flag():
+    command = [sys.executable, "-m", "experiments.train", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = re.sub(r"[\s│]+", " ", text)
+    for name in Flags.__dataclass_fields__:
+        # After the flag and its type, words.
+        assert re.search(rf"--{name.replace('_', '-')}\b[^()]*? [a-z]{{2,}}", text, re.I), name
+    assert text.count("(default: ") == len(Flags.__dataclass_fields__)
+
+
+def test_help_states_the_recipes_as_they_are():
+    from experiments.tasks.cifar10 import RECIPE as CIFAR10
+    from experiments.tasks.imagenet2012 import RECIPE as IMAGENET
+
+    digits, text = make_task(Flags()).recipe, re.sub(r"\s+", " ", Flags.__doc__)
+    for field in ("epochs", "batch_size"):
+        numbers = [getattr(recipe, field) for recipe in (digits, CIFAR10, IMAGENET)]
+        assert "digits {}, cifar10 {}, imagenet2012 {}.".format(*numbers) in text
+    recipes = (digits, CIFAR10, IMAGENET)
+    assert {recipe.learning_rate for recipe in recipes} == {0.1}
+    assert {recipe.momentum for recipe in recipes} == {0.9}
+    assert [recipe.weight_decay for recipe in recipes] == [5e-5, 5e-4, 5e-5]
+    assert [recipe.warmup_epochs for recipe in recipes] == [60 / 24, 5, 5]
+
+
+def test_a_line_cut_off_while_it_was_written_is_left_out(tmp_path):
+    log = MetricsLog(tmp_path)
+    assert log.read() == []
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    assert [line["epoch"] for line in log.read()] == [1, 2]
+    log.keep_until(1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
