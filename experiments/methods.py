@@ -56,7 +56,7 @@ class Row(NamedTuple):
 def dense(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
     """No sparsity."""
     del plan, recipe, steps_per_epoch
-    return Method(nmjax.dense(), _nothing)
+    return _DENSE
 
 
 def one_shot(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
@@ -142,6 +142,10 @@ def optimizer(
 def _nothing(lambda_w: ArrayLike) -> optax.GradientTransformation:
     del lambda_w
     return optax.identity()
+
+
+# One for all, so that dense runs watched at different patterns share one compilation.
+_DENSE = Method(nmjax.dense(), _nothing)
 
 
 def _warmup_cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:

@@ -22,6 +22,7 @@ from nmjax.sparsify import Masks
 from nmjax.trees import named_leaves
 
 Measured = dict[str, Any]
+Training = tuple[Task, Method]
 
 
 class TrainState(NamedTuple):
@@ -145,9 +146,9 @@ def make_programs(job: Job, *, over_seeds: OverSeeds | None = None) -> Programs:
     task, plan, method = job
     return Programs(
         init=_jit(_init, task, over_seeds),
-        begin=_jit(_begin, job, over_seeds),
+        begin=_jit(_begin, (task, method), over_seeds),
         refresh=_jit(_refresh, method, over_seeds),
-        step=_jit(_step, job, over_seeds, donate=0),
+        step=_jit(_step, (task, method), over_seeds, donate=0),
         forward=_jit(_forward, method, over_seeds),
         evaluate=_jit(_evaluate, task, over_seeds),
         masks=_jit(_masks, plan, over_seeds),
@@ -180,14 +181,17 @@ def _init(task: Task, seed: jax.Array) -> Variables:
     return dict(task.init(jax.random.fold_in(jax.random.key(seed), 0)))
 
 
-def _begin(job: Job, variables: Variables, seed: jax.Array, lambda_w: jax.Array) -> TrainState:
+def _begin(
+    training: Training, variables: Variables, seed: jax.Array, lambda_w: jax.Array
+) -> TrainState:
+    _, method = training
     params = variables["params"]
     sparse_key = jax.random.fold_in(jax.random.key(seed), 1)
     return TrainState(
         params=params,
         collections={name: value for name, value in variables.items() if name != "params"},
-        opt_state=_optimizer(job, lambda_w).init(params),
-        sparse=job.method.sparsifier.init(params, sparse_key),
+        opt_state=_optimizer(training, lambda_w).init(params),
+        sparse=method.sparsifier.init(params, sparse_key),
         lambda_w=lambda_w,
         seed=seed,
         step=jnp.int32(0),
@@ -201,15 +205,16 @@ def _refresh(method: Method, state: TrainState) -> TrainState:
     return state._replace(sparse=sparse)
 
 
-def _step(job: Job, state: TrainState, batch: Batch) -> TrainState:
+def _step(training: Training, state: TrainState, batch: Batch) -> TrainState:
+    task, method = training
     key = jax.random.fold_in(jax.random.key(state.seed), state.step + 2)
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
-        sparse = job.method.sparsifier.apply(params, state.sparse)
-        return job.task.loss(sparse, state.collections, batch, key)
+        sparse = method.sparsifier.apply(params, state.sparse)
+        return task.loss(sparse, state.collections, batch, key)
 
     (loss, collections), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    tx = _optimizer(job, state.lambda_w)
+    tx = _optimizer(training, state.lambda_w)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     is_first_bad = ~jnp.isfinite(loss) & (state.bad_step < 0)
     return state._replace(
@@ -222,8 +227,9 @@ def _step(job: Job, state: TrainState, batch: Batch) -> TrainState:
     )
 
 
-def _optimizer(job: Job, lambda_w: jax.Array) -> optax.GradientTransformationExtraArgs:
-    return optimizer(job.method, job.task.recipe, job.task.steps_per_epoch, lambda_w)
+def _optimizer(training: Training, lambda_w: jax.Array) -> optax.GradientTransformationExtraArgs:
+    task, method = training
+    return optimizer(method, task.recipe, task.steps_per_epoch, lambda_w)
 
 
 def _forward(method: Method, state: TrainState) -> Any:
