@@ -213,7 +213,7 @@ def _scored(w: jax.Array, score: Score) -> tuple[jax.Array, ToKeys]:
     """Values, and the function that turns them or slices of them into sortable integers."""
     _check_real_floating("weights", w.dtype)
     if score is magnitude:  # Its keys are cheaper straight from the weights.
-        return _widened(w), _magnitude_keys
+        return w, _magnitude_keys
     scores = score(w)
     if scores.shape != w.shape:
         raise ValueError(
@@ -221,29 +221,30 @@ def _scored(w: jax.Array, score: Score) -> tuple[jax.Array, ToKeys]:
             f"scores have shape {scores.shape}"
         )
     _check_real_floating("scores", scores.dtype)
-    return _widened(scores), _signed_keys
-
-
-def _widened(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+    return scores, _signed_keys
 
 
 def _magnitude_keys(w: jax.Array) -> jax.Array:
     """Integers in the order of |w|; NaN is one above infinity."""
-    bits = _bits(w)
-    infinity = np.array(np.inf, w.dtype).view(bits.dtype)
+    bits, infinity = _bits(w)
     return jnp.minimum(bits & jnp.iinfo(bits.dtype).max, infinity + 1)
 
 
 def _signed_keys(scores: jax.Array) -> jax.Array:
     """Integers in the order of the scores; NaN is one above infinity, -0.0 equals 0.0."""
-    keys = _magnitude_keys(scores)
-    # Not `scores < 0`, which is False for negative denormals where the CPU flushes them.
-    return jnp.where((_bits(scores) < 0) & ~jnp.isnan(scores), -keys, keys)
+    bits, infinity = _bits(scores)
+    absolute = bits & jnp.iinfo(bits.dtype).max
+    # The sign bit, not `scores < 0`: denormals count as zero where the CPU flushes them.
+    signed = jnp.where(bits < 0, -absolute, absolute)
+    return jnp.where(absolute > infinity, infinity + 1, signed)
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.int64 if x.dtype.itemsize == 8 else jnp.int32)
+def _bits(x: jax.Array) -> tuple[jax.Array, np.ndarray]:
+    """The bits of floating point numbers, and of infinity, as integers of 32 bits or more."""
+    if x.dtype.itemsize < 4:
+        x = x.astype(jnp.float32)  # Exact, and vectorised better than narrow integers.
+    dtype = np.dtype(f"int{8 * x.dtype.itemsize}")
+    return lax.bitcast_convert_type(x, dtype), np.array(np.inf, x.dtype).view(dtype)
 
 
 def _check_real_floating(what: str, dtype: np.dtype) -> None:

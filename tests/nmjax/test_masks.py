@@ -21,7 +21,7 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, np.inf, -np.inf, np.nan, -np.nan, 0.
 
 def brute_force(scores, n, m, axes):
     """Flattens axes, walks over groups, and sorts each one by the rule in plain Python."""
-    scores = np.asarray(scores).astype(np.float64)
+    scores = np.asarray(scores, np.float64)
     axes = [a % scores.ndim for a in ([axes] if isinstance(axes, int) else axes)]
     others = [a for a in range(scores.ndim) if a not in axes]
     order = others + axes
@@ -58,7 +58,7 @@ def grouped_weights(draw):
     return w, n, m, axis[0] if len(axis) == 1 else tuple(axis)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(grouped_weights())
 def test_equals_brute_force(case):
     w, n, m, axis = case
@@ -85,10 +85,10 @@ def test_large_groups(n, m):
     np.testing.assert_array_equal(nm_mask(w, n, m, -1), brute_force(jnp.abs(w), n, m, -1))
 
 
-@pytest.mark.parametrize("m", range(1, 40))
+@pytest.mark.parametrize("m", [*range(1, 18), 23, 31, 32, 33, 39, 64])
 def test_every_group_size_keeps_exactly_n(m):
     w = jnp.asarray(np.random.default_rng(m).integers(-2, 3, (m, 64)), "float32")
-    for n in {1, m // 3 + 1, m // 2 + 1, m}:
+    for n in {1, m // 3 + 1, m}:
         np.testing.assert_array_equal(nm_mask(w, n, m, 0).sum(axis=0), n)
         np.testing.assert_array_equal(nm_mask(w, n, m, 0), brute_force(jnp.abs(w), n, m, 0))
 

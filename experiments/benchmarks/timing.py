@@ -1,0 +1,87 @@
+"""How every benchmark measures: interleaved, after warm-up, the median of many, as a ratio.
+
+Two things timed one after the other are compared with whatever else the machine did meanwhile.
+Here each round runs every candidate once, so that a slow spell hits them all, and what is
+reported is a ratio to a baseline of the same run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved_medians(
+    functions: Mapping[str, Callable[..., Any]], *arguments: Any, rounds: int = 15, warmup: int = 2
+) -> dict[str, float]:
+    """Median seconds of each function on the same arguments.
+
+    Args:
+      functions: name -> function, compiled already or compiled by its first call.
+      *arguments: given to every function; not donated.
+      rounds: in each of them every function runs once.
+      warmup: rounds that are not counted.
+
+    Returns:
+      name -> median wall time in seconds until the result is ready.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(warmup + rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            result = jax.block_until_ready(function(*arguments))
+            if round_ >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+            del result
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Where a benchmark ran: processor, cores this process may use, devices, versions."""
+    packages = ("jax", "jaxlib", "numpy")
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "devices": [device.device_kind for device in jax.devices()],
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def write_results(name: str, results: Any) -> Path:
+    """Writes `results/<name>.json`: the results, and with them the machine and the date."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "results": results,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def _cpu_model() -> str:
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
