@@ -1,0 +1,313 @@
+"""Compares ways of training N:M sparse on one task: table, pictures, one HTML report.
+
+`python -m experiments.compare` is the main job: scikit-learn's digits, a small ResNet, every
+method at an easy and at a hard pattern, several seeds trained together, in minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+import nmjax
+from experiments.flags import Flags as TrainFlags
+from experiments.flags import make_task
+from experiments.methods import METHODS, NEGATIVE_FRACTION, find_row
+from experiments.results import Numbers, Results, Trial, epoch_numbers
+from experiments.seeds import fastest, stack, use_every_core
+from experiments.step import Job, Programs, RunState, make_programs, plan_of
+from experiments.tasks.task import Task
+from experiments.train import begin, train
+
+PAPER_LAMBDA_W = 2e-4
+TIMED_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Compares methods of sparse training: table, pictures and one HTML report in runs/NAME/.
+
+    The defaults are the main job. Ctrl-C leaves a report of what was finished; --resume goes on.
+
+    Attributes:
+      task: what to train on.
+      patterns: weights kept of each group, N:M. The last is also swept over lambda_w.
+      methods: which to compare; dense is the yardstick of the step times.
+      seeds: of the initial weights and the order of the data. All train together, on two cores
+        fastest if they are even in number.
+      epochs: passes over the training data. None for the task's.
+      lambda_w: strength of the sparse-refined term. None for the task's.
+      sweep: multiples of lambda_w to train SR-STE with as well; the paper's own 2e-4 is always
+        among them. Nothing is swept if sr_ste is not compared.
+      shapes: pattern of one more run of SR-STE, one seed, whose kernels are drawn. Empty for none.
+      evaluate_every: epochs between two points of the accuracy curves. None for 12 points.
+      name: of the folder. None for the task's name.
+      runs_dir: folder of all runs.
+      resume: keep the finished trials in the folder. Otherwise all start anew.
+    """
+
+    task: str = "digits"
+    patterns: tuple[str, ...] = ("2:4", "1:16")
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    epochs: int | None = None
+    lambda_w: float | None = None
+    sweep: tuple[float, ...] = (0.1, 10.0)
+    shapes: str = "2:8/kernel"
+    evaluate_every: int | None = None
+    name: str | None = None
+    runs_dir: Path = Path("runs")
+    resume: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return self.runs_dir / (self.name or self.task)
+
+
+class Comparison:
+    """The trials of one comparison, and the compiled programs that they share."""
+
+    def __init__(self, flags: Flags) -> None:
+        """Makes the task and says which trials there are.
+
+        Raises:
+          ValueError: a flag asks for what there is not.
+        """
+        self.flags = flags
+        task = make_task(TrainFlags(task=flags.task, epochs=flags.epochs))  # type: ignore[arg-type]
+        if flags.lambda_w is not None:
+            recipe = dataclasses.replace(task.recipe, lambda_w=flags.lambda_w)
+            task = dataclasses.replace(task, recipe=recipe)
+        self.task: Task = task
+        self._jobs: dict[tuple[str, Any, bool], tuple[Job, Programs]] = {}
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """All trials: pattern by pattern, then the sweep, then the run for the shapes."""
+        flags, lambda_w = self.flags, self.task.recipe.lambda_w
+        main = [
+            Trial("main", pattern, name, lambda_w * find_row(name).lambda_fraction, flags.seeds)
+            for pattern in flags.patterns
+            for name in flags.methods
+        ]
+        strengths = sorted({PAPER_LAMBDA_W, *(factor * lambda_w for factor in flags.sweep)})
+        sweep = [
+            Trial("sweep", flags.patterns[-1], "sr_ste", strength, flags.seeds)
+            for strength in strengths
+            if "sr_ste" in flags.methods and strength != lambda_w
+        ]
+        shapes = [Trial("shapes", flags.shapes, "sr_ste", lambda_w, flags.seeds[:1])]
+        return main + sweep + (shapes if flags.shapes else [])
+
+    def settings(self) -> Numbers:
+        """What decides the numbers."""
+        flags, task = self.flags, self.task
+        params = jax.eval_shape(task.init, jax.random.key(0))["params"]
+        plans = {pattern: plan_of(task, pattern) for pattern in {t.pattern for t in self.trials}}
+        return {
+            "task": task.name,
+            "patterns": flags.patterns,
+            "seeds": flags.seeds,
+            "recipe": dataclasses.asdict(task.recipe),
+            "steps_per_epoch": task.steps_per_epoch,
+            "evaluate_every": self.evaluate_every,
+            "negative_fraction": NEGATIVE_FRACTION,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "weights": {p: {n: plans[p][n].weights for n in plans[p]} for p in sorted(plans)},
+            "density": {p: nmjax.parse_pattern(p).density for p in sorted(plans)},
+        }
+
+    @property
+    def evaluate_every(self) -> int:
+        """Epochs between two evaluations."""
+        return self.flags.evaluate_every or max(1, self.task.recipe.epochs // 12)
+
+    def job(self, trial: Trial) -> tuple[Job, Programs]:
+        """Job and programs of a trial; trials that differ in `lambda_w` only share them."""
+        build, several = find_row(trial.method).build, len(trial.seeds) > 1
+        key = (trial.pattern, build, several)
+        if key not in self._jobs:
+            plan = plan_of(self.task, trial.pattern)
+            method = build(plan, self.task.recipe, self.task.steps_per_epoch)
+            job = Job(self.task, plan, method)
+            over_seeds = fastest(len(trial.seeds)) if several else None
+            self._jobs[key] = job, make_programs(job, over_seeds=over_seeds)
+        return self._jobs[key]
+
+    def run(self, trial: Trial, results: Results, on_step: Callable[[], None]) -> None:
+        """Trains a trial and adds it to the results."""
+        job, programs = self.job(trial)
+        began, epochs, error = time.perf_counter(), [], ""
+        state: RunState | None = None
+        reports = train(
+            job,
+            seeds=trial.seeds,
+            lambda_w=trial.lambda_w,
+            programs=programs,
+            evaluate_every=self.evaluate_every,
+            on_step=on_step,
+        )
+        try:
+            for report in reports:
+                epochs.append(epoch_numbers(report))
+                state = report.state
+        except FloatingPointError as stopped:
+            error = str(stopped)
+        if trial.part == "shapes" and state is not None and not error:
+            results.data["shapes"] = kernel_shapes(job, state)
+        results.add(trial, epochs, time.perf_counter() - began, error)
+
+    def time_steps(self) -> list[Numbers]:
+        """Times one step of each program in turn, many rounds, after a warm-up round.
+
+        Returns:
+          Pattern, method, median milliseconds and ratio to dense, where dense is among them.
+        """
+        states: dict[tuple[str, str], Any] = {}
+        chosen = {(t.pattern, t.method): t for t in self.trials if t.part == "main"}
+        batch = stack([next(iter(self.task.train_batches(s, 0))) for s in self.flags.seeds])
+        batch = batch if len(self.flags.seeds) > 1 else {n: v[0] for n, v in batch.items()}
+        for key, trial in chosen.items():
+            programs = self.job(trial)[1]
+            states[key] = begin(programs, trial.seeds, trial.lambda_w).train
+        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in states}
+        for _ in range(TIMED_STEPS + 1):
+            for key, trial in chosen.items():
+                began = time.perf_counter()
+                states[key] = jax.block_until_ready(self.job(trial)[1].step(states[key], batch))
+                seconds[key].append(time.perf_counter() - began)
+        medians = {key: 1e3 * float(np.median(times[1:])) for key, times in seconds.items()}
+        return [
+            {
+                "pattern": pattern,
+                "method": method,
+                "milliseconds": value,
+                "ratio": value / medians.get((pattern, "dense"), np.nan),
+            }
+            for (pattern, method), value in medians.items()
+        ]
+
+
+def example_images(task: Task, count: int = 12) -> Numbers:
+    """The first test images and their labels, where the task has small grey ones."""
+    batch = next(iter(task.eval_batches()))
+    images = batch.get("image", np.zeros(0))
+    if images.ndim != 4 or images.shape[-1] != 1 or images.shape[1] > 32:
+        return {}
+    return {"images": images[:count, :, :, 0], "labels": batch["label"][:count]}
+
+
+def kernel_shapes(job: Job, state: RunState) -> Numbers:
+    """Which taps are kept in the first layer of 3x3 kernels that has no stride.
+
+    Returns:
+      The layer's name, and for each (input, output) channel the nine taps in row order as text,
+      such as "010110010".
+    """
+    masks = nmjax.compute_masks(state.train.params, job.plan)
+    wide = [name for name, mask in masks.items() if mask.ndim == 4 and mask.shape[:2] == (3, 3)]
+    if not wide:
+        return {}
+    taps = np.asarray(masks[wide[min(1, len(wide) - 1)]]).astype(int)
+    kernels = taps.reshape(9, *taps.shape[2:]).transpose(1, 2, 0)
+    codes = [["".join(map(str, kernel)) for kernel in row] for row in kernels]
+    return {"layer": wide[min(1, len(wide) - 1)], "kernels": codes}
+
+
+def compare(flags: Flags, console: Console) -> int:
+    """Runs the comparison and writes its report.
+
+    Returns:
+      The exit status: 0, or 130 if Ctrl-C cut it short.
+    """
+    from experiments.report import print_table, write_report
+
+    comparison = Comparison(flags)
+    results = Results.open(flags.folder, comparison.settings(), resume=flags.resume)
+    results.data["examples"] = example_images(comparison.task)
+    results.save()
+    status = 0
+    try:
+        run_trials(comparison, results, console)
+        results.data["step_times"] = comparison.time_steps()
+        results.save()
+    except KeyboardInterrupt:
+        done = len(results.data["trials"])
+        console.print(
+            f"stopped: {done} of {len(comparison.trials)} trials are in the report; --resume goes "
+            "on with the others"
+        )
+        status = 130
+    print_table(results.data, console)
+    console.print(f"report: {write_report(results.data, flags.folder)}")
+    return status
+
+
+def run_trials(comparison: Comparison, results: Results, console: Console) -> None:
+    """Runs the trials that are not finished, under a progress bar."""
+    waiting = [trial for trial in comparison.trials if results.find(trial) is None]
+    steps = comparison.task.recipe.epochs * comparison.task.steps_per_epoch
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    work = [steps * (2 + len(trial.seeds)) for trial in waiting]
+    with Progress(*columns, console=console, speed_estimate_period=120) as progress:
+        bar = progress.add_task("", total=sum(work))
+        for index, trial in enumerate(waiting):
+            progress.update(bar, description=f"{trial.title} ({index + 1} of {len(waiting)})")
+            per_step = 2 + len(trial.seeds)
+            comparison.run(trial, results, lambda n=per_step: progress.advance(bar, n))
+            progress.update(bar, completed=sum(work[: index + 1]))
+            progress.console.print(_line(results, trial))
+
+
+def _line(results: Results, trial: Trial) -> str:
+    entry = results.find(trial) or {}
+    seconds = f"{entry['seconds']:.1f} s"
+    if entry["error"]:
+        return f"{trial.title}: {seconds}, {entry['error']}"
+    test = entry["epochs"][-1]["test"]
+    means = ", ".join(f"{name} {np.mean(values):.4f}" for name, values in test.items())
+    return f"{trial.title}: {means} ({seconds})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `python -m experiments.compare`."""
+    import tyro
+
+    flags = tyro.cli(Flags, args=argv, prog="python -m experiments.compare")
+    use_every_core(os.cpu_count() or 1)
+    try:
+        return compare(flags, Console())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,375 @@
+"""The pictures of a comparison's report, drawn from `results.json`, with captions from its numbers.
+
+Each function returns a `Picture`, or None where the trials that it needs are missing.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.findings import (
+    Data,
+    Entry,
+    curve,
+    find_row_of,
+    metric_name,
+    rows,
+    sweep_rows,
+    weights_of,
+)
+from nmjax.plots import COLORS, plot_curves, plot_kernels, plot_layer_sad, plot_sad
+
+BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK = COLORS
+METHOD_COLORS = {
+    "dense": BLACK,
+    "one_shot": ORANGE,
+    "ste": VERMILION,
+    "sr_ste": BLUE,
+    "sr_ste_negative": PINK,
+}
+METHOD_NAMES = {
+    "dense": "dense",
+    "one_shot": "one-shot",
+    "ste": "STE",
+    "sr_ste": "SR-STE",
+    "sr_ste_negative": "SR-STE, negative λ",
+}
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "0.4",
+    "axes.grid": True,
+    "grid.color": "0.92",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "nmjax",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing and what one sees in it.
+
+    Attributes:
+      name: of its file, without ending.
+      title: above it.
+      caption: below it.
+      svg: the drawing.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: bytes
+
+    @property
+    def source(self) -> str:
+        """The drawing as the `src` of an HTML image."""
+        return f"data:image/svg+xml;base64,{b64encode(self.svg).decode()}"
+
+
+def draw_all(data: Data) -> list[Picture]:
+    """Every picture that the finished trials allow."""
+    with mpl.rc_context(_STYLE):
+        drawn = [draw(data) for draw in _PICTURES]
+    return [picture for picture in drawn if picture is not None]
+
+
+def name_of(method: str) -> str:
+    """How tables and legends call a method."""
+    return METHOD_NAMES.get(method, method)
+
+
+def draw_examples(data: Data) -> Picture | None:
+    """Some test images as the network sees them."""
+    examples = data.get("examples")
+    if not examples:
+        return None
+    images = np.array(examples["images"], float)
+    figure = Figure(figsize=(9, 1.15))
+    axes: Any = figure.subplots(1, len(images), squeeze=False)
+    for ax, image, label in zip(axes[0], images, examples["labels"], strict=True):
+        ax.imshow(image.squeeze(), cmap="Greys", interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(f"{label}", fontsize=9)
+        ax.spines[:].set_visible(False)
+    caption = f"The first {len(images)} test images, with their labels."
+    return _picture("examples", "What the network sees", caption, figure)
+
+
+def draw_metric_curves(data: Data) -> Picture | None:
+    """Test error over the epochs, a panel for each pattern."""
+    entries = _main(data)
+    if not entries:
+        return None
+    metric = metric_name(data)
+    patterns = list(dict.fromkeys(entry["pattern"] for entry in entries))
+    figure, axes = _panels(len(patterns), height=3.4)
+    for ax, pattern in zip(axes, patterns, strict=True):
+        here = [entry for entry in entries if entry["pattern"] == pattern]
+        curves = {name_of(e["method"]): 100 * (1 - curve(e, f"test.{metric}")) for e in here}
+        plot_curves(curves, _epochs(here[0]), colors=_colors(), ax=ax)
+        ax.set(title=pattern, xlabel="epoch", yscale="log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
+    axes[0].set_ylabel(f"test error, % (100 - {metric})")
+    axes[-1].legend(loc="upper right", fontsize=8)
+    table = rows(data)
+    ends = []
+    for pattern in patterns:
+        ranked = sorted((r for r in table if r.pattern == pattern), key=lambda r: -r.metric.mean)
+        order = ", ".join(f"{name_of(r.method)} {100 * r.metric.mean:.1f} %" for r in ranked)
+        ends.append(f"At {pattern} the order at the end is {order}.")
+    caption = (
+        "Test error over the epochs, mean and one standard error over the seeds, on a logarithmic "
+        "scale: lower is better. " + " ".join(ends)
+    )
+    if any(entry["method"] == "one_shot" for entry in entries):
+        caption += " One-shot is dense until half-way, where it is pruned and its learning rate "
+        caption += "starts again."
+    return _picture("curves", "Learning curves", caption, figure)
+
+
+def draw_seeds(data: Data) -> Picture | None:
+    """The final accuracy of every seed."""
+    table = rows(data)
+    if not table:
+        return None
+    patterns = list(dict.fromkeys(row.pattern for row in table))
+    figure, axes = _panels(len(patterns), height=2.4)
+    for ax, pattern in zip(axes, patterns, strict=True):
+        here = [row for row in table if row.pattern == pattern]
+        for height, row in enumerate(here):
+            color = METHOD_COLORS.get(row.method, GREEN)
+            values = 100 * np.array(row.metric.values)
+            jitter = np.linspace(-0.18, 0.18, len(values))
+            ax.plot(values, height + jitter, "o", color=color, markersize=4, alpha=0.6)
+            mean, error = 100 * row.metric.mean, 100 * row.metric.error
+            ax.errorbar(mean, height, xerr=error, fmt="|", color=color, markersize=18, capsize=3)
+        ax.set_yticks(range(len(here)), [name_of(row.method) for row in here])
+        ax.set(title=pattern, xlabel=f"test {metric_name(data)}, %")
+        ax.invert_yaxis()
+    spreads = {row: np.ptp(row.metric.values) for row in table if len(row.metric.values) > 1}
+    caption = "One dot a seed; the bar is the mean, with one standard error."
+    if spreads:
+        widest = max(spreads, key=lambda row: spreads[row])
+        caption += (
+            f" Seeds spread most for {name_of(widest.method)} at {widest.pattern}: "
+            f"{100 * spreads[widest]:.1f} points from the lowest to the highest."
+        )
+    return _picture("seeds", "Every seed", caption, figure)
+
+
+def draw_layer_sad(data: Data) -> Picture | None:
+    """SAD against the initial weights, layer by layer, dense and sparse forward passes."""
+    shown = ("dense", "ste", "sr_ste")
+    entries = [entry for entry in _main(data) if entry["method"] in shown]
+    patterns = list(dict.fromkeys(e["pattern"] for e in entries if e["method"] != "dense"))
+    if not patterns:
+        return None
+    layers = max(len(data["settings"]["weights"][pattern]) for pattern in patterns)
+    figure, axes = _panels(len(patterns), height=0.9 + 0.38 * layers)
+    table, notes = rows(data), []
+    for ax, pattern in zip(axes, patterns, strict=True):
+        groups = {
+            f"{name_of(e['method'])} ({'dense' if e['method'] == 'dense' else 'sparse'} forward)": (
+                e["epochs"][-1]["sad_first"]
+            )
+            for e in entries
+            if e["pattern"] == pattern
+        }
+        colors = {label: METHOD_COLORS[_key(label)] for label in groups}
+        density = data["settings"]["density"][pattern]
+        weights = data["settings"]["weights"][pattern]
+        plot_layer_sad(groups, weights, density=density, colors=colors, ax=ax)
+        ax.set_title(pattern)
+        totals = [
+            f"{name_of(row.method)} {100 * row.sad.mean:.1f} %"
+            for row in table
+            if row.pattern == pattern and row.method in shown
+        ]
+        chance = 200 * density * (1 - density)
+        notes.append(f"At {pattern}, over all layers: {', '.join(totals)}; chance {chance:.1f} %.")
+    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8)
+    caption = (
+        "Mask entries that differ from the initial weights' masks at the end of training. The "
+        "dotted line is chance, where two unrelated masks would be. " + " ".join(notes)
+    )
+    return _picture("layer_sad", "How far each layer's topology moved", caption, figure)
+
+
+def draw_sad_over_time(data: Data) -> Picture | None:
+    """SAD and flip rate over time for every strength at the swept pattern."""
+    entries = _swept(data)
+    if not entries:
+        return None
+    pattern = entries[0]["pattern"]
+    shades = mpl.colormaps["viridis"](np.linspace(0.0, 0.88, len(entries)))
+    labels = [f"λ = {entry['lambda_w']:.2g}" for entry in entries]
+    colors = {label: mpl.colors.to_hex(s) for label, s in zip(labels, shades, strict=True)}
+    colors |= {
+        label: PINK for label, entry in zip(labels, entries, strict=True) if entry["lambda_w"] < 0
+    }
+    figure, axes = _panels(2, height=3.4)
+    sads = {label: curve(e, "sad_first") for label, e in zip(labels, entries, strict=True)}
+    density = data["settings"]["density"][pattern]
+    weights, epochs = weights_of(data, pattern), _epochs(entries[0])
+    plot_sad(sads, epochs, weights=weights, density=density, colors=colors, ax=axes[0])
+    axes[0].get_legend().remove()
+    axes[0].set(title="SAD against the initial weights", xlabel="epoch")
+    flips = {
+        label: np.maximum(100 * curve(e, "flip_rate"), 1e-5)
+        for label, e in zip(labels, entries, strict=True)
+    }
+    plot_curves(flips, epochs, colors=colors, ax=axes[1])
+    axes[1].set(title="Flip rate", xlabel="epoch", yscale="log", ylabel="% of entries in a step")
+    axes[1].legend(fontsize=8, loc="lower left")
+    ranked = ", ".join(
+        f"{row.lambda_w:.2g}: {100 * row.sad.mean:.1f} %" for row in sweep_rows(data)
+    )
+    caption = (
+        f"Left: SAD over time at {pattern} for each strength of the sparse-refined term (0 is STE; "
+        "the dotted line is chance). Right: how much of the mask one step flips. SAD at the end, "
+        f"by strength: {ranked}."
+    )
+    return _picture("sad_over_time", "Divergence over time, by strength", caption, figure)
+
+
+def draw_sweep(data: Data) -> Picture | None:
+    """Final accuracy and loss over the strength."""
+    table = sweep_rows(data)
+    if len(table) < 3:
+        return None
+    strengths = np.array([row.lambda_w for row in table])
+    smallest = np.min(np.abs(strengths[strengths != 0]))
+    figure, axes = _panels(2, height=2.8)
+    for ax, column, label in (
+        (axes[0], "metric", f"test {metric_name(data)}, %"),
+        (axes[1], "loss", "test loss"),
+    ):
+        scale = 100 if column == "metric" else 1
+        means = [scale * getattr(row, column).mean for row in table]
+        errors = [scale * getattr(row, column).error for row in table]
+        ax.errorbar(strengths, means, yerr=errors, fmt="o-", color=BLUE, capsize=3, markersize=4)
+        ax.set_xscale("symlog", linthresh=smallest)
+        ax.set(xlabel="λ (0 is STE)", ylabel=label)
+        dense = find_row_of(rows(data), table[0].pattern, "dense")
+        if dense is not None:
+            ax.axhline(scale * getattr(dense, column).mean, color=BLACK, linestyle="--", lw=1)
+            ax.annotate(
+                "dense",
+                (1, scale * getattr(dense, column).mean),
+                (-2, -3),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                va="top" if column == "metric" else "bottom",
+                fontsize=8,
+            )
+    best = max(table, key=lambda row: row.metric.mean)
+    zero = [row for row in table if row.lambda_w == 0]
+    caption = (
+        f"Results at {table[0].pattern} over the strength, mean and one standard error. The best "
+        f"of these is {best.lambda_w:.2g}, with {100 * best.metric.mean:.2f} %"
+    )
+    if zero and best.lambda_w != 0:
+        gain = best.metric.minus(zero[0].metric)
+        caption += f", {100 * gain.mean:+.2f} ± {100 * gain.error:.2f} points against STE"
+    return _picture("sweep", "How strong should the pull be?", caption + ".", figure)
+
+
+def draw_shapes(data: Data) -> Picture | None:
+    """Kernels of a network grouped over whole filters, as binary maps."""
+    shapes, entries = data.get("shapes"), [t for t in data["trials"] if t["part"] == "shapes"]
+    if not shapes or not entries:
+        return None
+    codes = shapes["kernels"]
+    taps = np.array([[[int(tap) for tap in code] for code in row] for row in codes])
+    mask = taps.reshape(*taps.shape[:2], 3, 3).transpose(2, 3, 0, 1).astype(bool)
+    figure = plot_kernels(mask)
+    counts = Counter(code for row in codes for code in row)
+    total, empty = sum(counts.values()), counts["0" * 9]
+    shape, often = max(((c, n) for c, n in counts.items() if "1" in c), key=lambda item: item[1])
+    share = 100 * mask.mean(axis=(2, 3))
+    corners = share[::2, ::2].mean()
+    caption = (
+        f"Kept taps (dark) of the 3x3 kernels of {shapes['layer'].removesuffix('/kernel')}, "
+        f"trained with SR-STE at {entries[0]['pattern']}: groups run over all inputs of a filter, "
+        f"input channel by input channel, as in the paper's Figure 5. Of {total} kernels {empty} "
+        f"are empty; {len(counts)} different shapes occur, most often {_grid_words(shape)} "
+        f"({often} times). The centre tap is kept in {share[1, 1]:.0f} % of the kernels, a corner "
+        f"in {corners:.0f} %."
+    )
+    return _picture("shapes", "Kernel shapes", caption, figure)
+
+
+_PICTURES = (
+    draw_examples,
+    draw_metric_curves,
+    draw_seeds,
+    draw_layer_sad,
+    draw_sad_over_time,
+    draw_sweep,
+    draw_shapes,
+)
+
+
+def _main(data: Data) -> list[Entry]:
+    return [t for t in data["trials"] if t["part"] == "main" and not t["error"]]
+
+
+def _swept(data: Data) -> list[Entry]:
+    """The trials of `sweep_rows`, in its order, where there is more than one."""
+    wanted = {(row.method, row.lambda_w) for row in sweep_rows(data)}
+    pattern = data["settings"]["patterns"][-1]
+    entries = [
+        t
+        for t in data["trials"]
+        if t["part"] in ("main", "sweep")
+        and t["pattern"] == pattern
+        and (t["method"], t["lambda_w"]) in wanted
+    ]
+    return sorted(entries, key=lambda t: t["lambda_w"]) if len(entries) > 1 else []
+
+
+def _epochs(entry: Entry) -> np.ndarray:
+    return np.array([epoch["epoch"] for epoch in entry["epochs"]])
+
+
+def _colors() -> dict[str, str]:
+    return {name_of(method): color for method, color in METHOD_COLORS.items()}
+
+
+def _key(label: str) -> str:
+    name = label.split(" (")[0]
+    return next(method for method, shown in METHOD_NAMES.items() if shown == name)
+
+
+def _grid_words(code: str) -> str:
+    """A shape as three rows of dots, for running text."""
+    signs = code.replace("1", "■").replace("0", "□")
+    return f"{signs[:3]}/{signs[3:6]}/{signs[6:]}"
+
+
+def _panels(count: int, *, height: float) -> tuple[Figure, Iterable[Any]]:
+    figure = Figure(figsize=(4.6 * max(count, 1) if count > 1 else 6.4, height))
+    axes = figure.subplots(1, count, squeeze=False)
+    return figure, axes[0]
+
+
+def _picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return Picture(name, title, caption, buffer.getvalue())

@@ -1,0 +1,239 @@
+"""What the results of a comparison say: summaries over seeds, paired differences, verdicts.
+
+Everything is computed from the content of `results.json`; no conclusion is written down anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from scipy import stats
+
+Data = dict[str, Any]
+Entry = dict[str, Any]
+Verdict = Literal["higher", "lower", "unclear"]
+
+CONFIDENCE = 0.95
+CLOSE_POINTS = 0.01  # one point of accuracy: what counts as close to dense
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard error over seeds.
+
+    Attributes:
+      values: one a seed.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return float(np.mean(self.values))
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; 0 for a single seed."""
+        if len(self.values) < 2:
+            return 0.0
+        return float(np.std(self.values, ddof=1) / np.sqrt(len(self.values)))
+
+    def minus(self, other: Summary) -> Summary:
+        """The paired difference, seed by seed."""
+        return Summary(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
+
+    def verdict(self) -> Verdict:
+        """Whether the mean differs from zero: Student's t at 95 %, two-sided."""
+        if len(self.values) < 2:
+            return "unclear"
+        margin = self.error * stats.t.ppf((1 + CONFIDENCE) / 2, len(self.values) - 1)
+        if abs(self.mean) <= margin:
+            return "unclear"
+        return "higher" if self.mean > 0 else "lower"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: a trial's numbers at its end.
+
+    Attributes:
+      pattern: such as "2:4".
+      method: its name.
+      lambda_w: strength of the sparse-refined term.
+      metric: test metric, "accuracy" for classification.
+      loss: on the test examples.
+      sad: mask entries that differ from those of the initial weights, as a fraction.
+      flip_rate: fraction of mask entries that one step changes, mean over all epochs.
+      density: of the forward pass.
+      ratio: time of a step over that of dense; None if it was not measured.
+    """
+
+    pattern: str
+    method: str
+    lambda_w: float
+    metric: Summary
+    loss: Summary
+    sad: Summary
+    flip_rate: Summary
+    density: Summary
+    ratio: float | None
+
+
+def rows(data: Data, part: str = "main") -> list[Row]:
+    """The table of the trials of one part that came to an end, in the order they were run."""
+    ratios = {(t["pattern"], t["method"]): t["ratio"] for t in data.get("step_times", ())}
+    entries = [entry for entry in data["trials"] if entry["part"] == part and not entry["error"]]
+    return [_row(data, entry, ratios.get((entry["pattern"], entry["method"]))) for entry in entries]
+
+
+def sweep_rows(data: Data) -> list[Row]:
+    """All strengths of the straight-through methods at the swept pattern, ascending."""
+    pattern = data["settings"]["patterns"][-1]
+    family = ("ste", "sr_ste", "sr_ste_negative")
+    main = [r for r in rows(data) if r.pattern == pattern and r.method in family]
+    swept = [r for r in rows(data, "sweep") if r.pattern == pattern]
+    return sorted(main + swept, key=lambda row: row.lambda_w)
+
+
+def metric_name(data: Data) -> str:
+    """The test metric that is shown: accuracy where there is one."""
+    tests = [entry["epochs"][-1]["test"] for entry in data["trials"] if entry["epochs"]]
+    names = [name for test in tests[:1] for name in test if name != "loss"]
+    return "accuracy" if "accuracy" in names or not names else str(names[0])
+
+
+def find_row_of(table: Sequence[Row], pattern: str, method: str) -> Row | None:
+    """The row of a method at a pattern, if it is there."""
+    found = [row for row in table if (row.pattern, row.method) == (pattern, method)]
+    return found[0] if found else None
+
+
+def curve(entry: Entry, name: str) -> np.ndarray:
+    """A number of every epoch, (seeds, epochs); NaN where an epoch has none.
+
+    Args:
+      entry: of a trial.
+      name: a field of the epochs; "test.x" for the test metric x; "sad_first" sums the layers.
+    """
+    if name == "sad_first":
+        epochs = [np.sum(list(e["sad_first"].values()), axis=0) for e in entry["epochs"]]
+    elif name.startswith("test."):
+        nothing = [np.nan] * len(entry["seeds"])
+        epochs = [e["test"].get(name[5:], nothing) for e in entry["epochs"]]
+    else:
+        epochs = [e[name] for e in entry["epochs"]]
+    return np.array(epochs, float).T
+
+
+def weights_of(data: Data, pattern: str) -> int:
+    """How many weights the masks of a pattern cover."""
+    return sum(data["settings"]["weights"][pattern].values())
+
+
+def total_pull(data: Data, lambda_w: float) -> float:
+    """Sum over all steps of learning rate * lambda_w, warm-up and cosine halving the peak."""
+    settings = data["settings"]
+    steps = settings["recipe"]["epochs"] * settings["steps_per_epoch"]
+    return float(lambda_w * steps * settings["recipe"]["learning_rate"] / 2)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper, and how this run compares.
+
+    Attributes:
+      pattern: where it was looked at.
+      says: the sentence.
+      here: what came out.
+      seen: "seen", "not clear" or "not seen".
+    """
+
+    pattern: str
+    says: str
+    here: str
+    seen: str
+
+
+# (method, compared with, column, expected direction, sentence)
+_ORDERINGS: tuple[tuple[str, str, str, Verdict, str], ...] = (
+    ("sr_ste", "ste", "metric", "higher", "SR-STE is more accurate than STE"),
+    ("sr_ste", "ste", "loss", "lower", "SR-STE has a lower loss than STE"),
+    ("sr_ste", "one_shot", "metric", "higher", "SR-STE is more accurate than pruning once"),
+    ("one_shot", "ste", "metric", "higher", "Pruning once is more accurate than STE"),
+    ("sr_ste_negative", "ste", "metric", "lower", "A negative lambda_w lowers accuracy"),
+    ("ste", "dense", "sad", "higher", "A sparse forward pass (STE) raises SAD over a dense one"),
+    ("ste", "dense", "flip_rate", "higher", "STE flips more of the mask in a step than dense"),
+    ("sr_ste", "ste", "sad", "lower", "SR-STE lowers SAD below that of STE"),
+    ("sr_ste_negative", "ste", "sad", "higher", "A negative lambda_w raises SAD"),
+)
+
+
+def claims(data: Data) -> list[Claim]:
+    """What the paper found, next to what this run found, for every pattern."""
+    table = rows(data)
+    found = []
+    for pattern in dict.fromkeys(row.pattern for row in table):
+        found += _closeness(table, pattern)
+        for method, other, column, expected, says in _ORDERINGS:
+            a, b = find_row_of(table, pattern, method), find_row_of(table, pattern, other)
+            if a is None or b is None:
+                continue
+            difference = getattr(a, column).minus(getattr(b, column))
+            found.append(
+                Claim(
+                    pattern,
+                    says,
+                    _in_words(column, difference),
+                    _seen(difference.verdict(), expected),
+                )
+            )
+    return found
+
+
+def _closeness(table: Sequence[Row], pattern: str) -> list[Claim]:
+    sparse, dense = (find_row_of(table, pattern, name) for name in ("sr_ste", "dense"))
+    if sparse is None or dense is None:
+        return []
+    gap = sparse.metric.minus(dense.metric)
+    seen = "seen" if abs(gap.mean) <= CLOSE_POINTS else "not seen"
+    says = "SR-STE comes close to dense (within one point)"
+    return [Claim(pattern, says, _in_words("metric", gap), seen)]
+
+
+def _seen(verdict: Verdict, expected: Verdict) -> str:
+    if verdict == "unclear":
+        return "not clear"
+    return "seen" if verdict == expected else "opposite"
+
+
+def _in_words(column: str, difference: Summary) -> str:
+    scale, unit = {
+        "metric": (100, "points"),
+        "loss": (1, ""),
+        "sad": (100, "% of mask entries"),
+        "flip_rate": (100, "% of mask entries a step"),
+    }[column]
+    ahead = sum(value > 0 for value in difference.values)
+    return (
+        f"{scale * difference.mean:+.3g} ± {scale * difference.error:.2g} {unit}".strip()
+        + f"; higher in {ahead} of {len(difference.values)} seeds"
+    )
+
+
+def _row(data: Data, entry: Entry, ratio: float | None) -> Row:
+    last = entry["epochs"][-1]
+    return Row(
+        pattern=entry["pattern"],
+        method=entry["method"],
+        lambda_w=entry["lambda_w"],
+        metric=Summary(tuple(last["test"][metric_name(data)])),
+        loss=Summary(tuple(last["test"]["loss"])),
+        sad=Summary(tuple(curve(entry, "sad_first")[:, -1] / weights_of(data, entry["pattern"]))),
+        flip_rate=Summary(tuple(curve(entry, "flip_rate").mean(axis=1))),
+        density=Summary(tuple(last["density"])),
+        ratio=ratio,
+    )

@@ -1,0 +1,177 @@
+"""Results as a table on the console and as one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+from rich.table import Table
+
+from experiments.figures import METHOD_COLORS, draw_all, name_of
+from experiments.findings import (
+    Data,
+    Row,
+    Summary,
+    claims,
+    metric_name,
+    rows,
+    sweep_rows,
+    total_pull,
+)
+from experiments.methods import METHODS
+from experiments.reasons import pull_sentences, reasons, scale_sentence
+
+Cells = tuple[str, ...]
+
+
+def table_header(data: Data) -> Cells:
+    """The column titles of `table_cells`."""
+    return (
+        "pattern",
+        "method",
+        f"{metric_name(data)} %",
+        "loss",
+        "SAD %",
+        "flips % a step",
+        "density %",
+        "step time / dense",
+    )
+
+
+def table_cells(row: Row) -> Cells:
+    """A row as text: mean and standard error over the seeds."""
+    return (
+        row.pattern,
+        name_of(row.method),
+        _with_error(row.metric, scale=100, digits=2),
+        _with_error(row.loss, scale=1, digits=4),
+        _with_error(row.sad, scale=100, digits=1),
+        _with_error(row.flip_rate, scale=100, digits=3),
+        f"{100 * row.density.mean:.2f}",
+        "" if row.ratio is None else f"{row.ratio:.2f}",
+    )
+
+
+def sweep_cells(data: Data, row: Row) -> Cells:
+    """A row of the sweep as text."""
+    return (
+        f"{row.lambda_w:.3g}",
+        f"{total_pull(data, row.lambda_w):.3g}",
+        *table_cells(row)[2:6],
+    )
+
+
+def print_table(data: Data, console: Console) -> None:
+    """Prints the table of the finished trials."""
+    seeds = len(data["settings"]["seeds"])
+    table = Table(title=f"{data['settings']['task']}, mean ± standard error over {seeds} seeds")
+    for index, title in enumerate(table_header(data)):
+        table.add_column(title, justify="left" if index < 2 else "right")
+    previous = None
+    for row in rows(data):
+        if previous not in (None, row.pattern):
+            table.add_section()
+        previous = row.pattern
+        table.add_row(*table_cells(row))
+    console.print(table)
+
+
+def write_report(data: Data, folder: Path) -> Path:
+    """Writes `report.html` and each picture as an SVG file.
+
+    Args:
+      data: the content of `results.json`, finished or not.
+      folder: written into.
+
+    Returns:
+      The path of the page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = draw_all(data)
+    for picture in pictures:
+        (folder / f"{picture.name}.svg").write_bytes(picture.svg)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(**_content(data, pictures))
+    path = folder / "report.html"
+    path.write_text(page)
+    return path
+
+
+def _content(data: Data, pictures: list[Any]) -> dict[str, Any]:
+    table = rows(data)
+    found = claims(data)
+    return {
+        "settings": data["settings"],
+        "machine": data["machine"],
+        "about": _about(data["settings"]["task"]),
+        "methods": {
+            name_of(name): METHODS[name].what for name in dict.fromkeys(r.method for r in table)
+        },
+        "header": table_header(data),
+        "patterns": _by_pattern(table),
+        "best": {p: _best_sparse(table, p) for p in {row.pattern for row in table}},
+        "sweep_header": ("λ", "λ · Σ lr", *table_header(data)[2:6]),
+        "sweep": [sweep_cells(data, row) for row in sweep_rows(data)],
+        "claims": found,
+        "agreement": {
+            v: sum(c.seen == v for c in found)
+            for v in ("seen", "not clear", "not seen", "opposite")
+        },
+        "reasons": reasons(data),
+        "scale": scale_sentence(data),
+        "pull": pull_sentences(data),
+        "pictures": {picture.name: picture for picture in pictures},
+        "errors": [
+            (t["pattern"], name_of(t["method"]), t["error"]) for t in data["trials"] if t["error"]
+        ],
+        "seconds": sum(t["seconds"] for t in data["trials"]),
+        "timed": data.get("step_times", []),
+    }
+
+
+def _by_pattern(table: list[Row]) -> list[dict[str, Any]]:
+    """Rows grouped by pattern, each with what a template needs to draw it."""
+    return [
+        {
+            "pattern": pattern,
+            "rows": [
+                {
+                    "method": row.method,
+                    "cells": table_cells(row)[1:],
+                    "color": METHOD_COLORS.get(row.method, "#666"),
+                    "percent": 100 * row.metric.mean,
+                }
+                for row in table
+                if row.pattern == pattern
+            ],
+        }
+        for pattern in dict.fromkeys(row.pattern for row in table)
+    ]
+
+
+def _best_sparse(table: list[Row], pattern: str) -> str:
+    sparse = [row for row in table if row.pattern == pattern and row.method != "dense"]
+    return max(sparse, key=lambda row: row.metric.mean).method if sparse else ""
+
+
+def _about(task: str) -> list[str]:
+    """What the task's own file says about it, by paragraphs."""
+    text = inspect.getdoc(importlib.import_module(f"experiments.tasks.{task}")) or ""
+    return [" ".join(part.split()) for part in text.split("\n\n")]
+
+
+def _with_error(summary: Summary, *, scale: float, digits: int) -> str:
+    mean, error = scale * summary.mean, scale * summary.error
+    if len(summary.values) < 2:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
