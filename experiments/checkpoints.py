@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,12 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, epoch: int, state: Any) -> None:
-        """Writes a state, a pytree of arrays, and drops the oldest beyond those to keep."""
-        self._manager.save(epoch, args=ocp.args.StandardSave(jax.device_get(state)))
+        """Writes a state, a pytree of arrays, and drops the oldest beyond those to keep.
+
+        Ctrl-C waits until that is done.
+        """
+        with _interrupt_afterwards():
+            self._manager.save(epoch, args=ocp.args.StandardSave(jax.device_get(state)))
 
     def restore(self, epoch: int, make_state: Callable[[], Any]) -> Any:
         """Reads the state of an epoch.
@@ -74,3 +81,19 @@ class Checkpoints:
     def close(self) -> None:
         """Releases the folder."""
         self._manager.close()
+
+
+@contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Holds Ctrl-C back: orbax does not survive it in the middle of a save."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt

@@ -1,0 +1,1 @@
+"""Data sets, their augmentation and the order in which they are read."""

@@ -1,5 +1,6 @@
 """States that come back from disk as they went."""
 
+import signal
 from typing import Any, NamedTuple
 
 import jax
@@ -71,3 +72,19 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path, other):
     store.save(1, make_state())
     with pytest.raises(ValueError, match=r"the checkpoint .*/1 does not fit this run"):
         store.restore(1, other)
+
+
+def test_ctrl_c_waits_for_a_save_to_end(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path)
+    save = store._manager.save
+
+    def save_and_be_interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(store._manager, "save", save_and_be_interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(1, make_state())
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_identical(store.restore(1, make_state), make_state())
