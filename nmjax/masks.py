@@ -9,7 +9,8 @@ sorts, gathers or rolls an array:
 
 - m <= 4: count who in the group beats me. One pass, and nothing is stored beside the mask.
 - m <= 32: a sorting network over the m members of a group, of which only what leads to the n-th
-  is computed; then one bit for each member that stays, 4 bytes a group.
+  is computed; then one bit for each member that stays, 4 bytes a group. (On CPUs, which have no
+  16-bit slices, XLA also widens narrow weights into a float32 copy for m above 8.)
 - any m: bisect the integers for the n-th highest score, then for the last tie that fits. About
   40 passes whatever m is, over one stored copy of the integers.
 """

@@ -6,7 +6,7 @@ mask stand in the same table: `lax.top_k`, and ranks from two argsorts.
 
 The baseline runs next to every row, and its time jumps where the memory allocator has to ask the
 system for fresh pages. So there are two ratios: `ratio` to the baseline timed with the row, and
-`strict ratio` to the fastest baseline of the whole table.
+`strict_ratio` to the fastest baseline of the whole table.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
-from experiments.benchmarks.timing import interleaved_medians, machine, write_results
+from experiments.benchmarks.timing import interleaved_medians, print_table, write_results
 from nmjax.masks import nm_mask
 
 PATTERNS = [(2, 4), (4, 8), (1, 16), (8, 32)]
@@ -89,11 +87,11 @@ def _rows(
     baseline: Callable[[jax.Array], jax.Array],
     rounds: int,
 ) -> list[dict[str, Any]]:
-    # One table row, one comparison: slow rivals would push a fast function's data out of cache.
+    # One comparison a row: what a slow rival leaves in the caches would count against us.
     rows = []
     for (name, axis), function in functions.items():
         compiled = function.lower(w).compile()  # type: ignore[attr-defined]
-        repeats = rounds if name == "nm_mask" else max(3, rounds // 5)
+        repeats = rounds if name == "nm_mask" else 3  # The rivals take seconds.
         seconds = interleaved_medians({"it": compiled, "base": baseline}, w, rounds=repeats)
         rows.append(
             {
@@ -102,11 +100,11 @@ def _rows(
                 "pattern": f"{n}:{m}",
                 "axis": axis,
                 "dtype": str(w.dtype),
-                "shape": list(w.shape),
+                "size": w.shape[0],
+                "temporary_MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,
                 "ms": 1e3 * seconds["it"],
                 "baseline_ms": 1e3 * seconds["base"],
                 "ratio": seconds["it"] / seconds["base"],
-                "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
             }
         )
     return rows
@@ -117,25 +115,6 @@ def add_strict_ratios(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         alike = [r for r in rows if (r["what"], r["dtype"]) == (row["what"], row["dtype"])]
         row["strict_ratio"] = row["ms"] / min(r["baseline_ms"] for r in alike)
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows as a table to print."""
-    result = Table(title=f"Masks of {rows[0]['shape']} matrices")
-    for column in ("what", "by", "pattern", "axis", "dtype"):
-        result.add_column(column)
-    for column in ("ms", "baseline ms", "ratio", "strict ratio", "temporary MiB"):
-        result.add_column(column, justify="right")
-    for row in rows:
-        result.add_row(
-            *(str(row[key]) for key in ("what", "by", "pattern", "axis", "dtype")),
-            f"{row['ms']:.2f}",
-            f"{row['baseline_ms']:.2f}",
-            f"{row['ratio']:.2f}",
-            f"{row['strict_ratio']:.2f}",
-            f"{row['temporary_bytes'] / 2**20:.2f}",
-        )
-    return result
 
 
 def main() -> None:
@@ -149,11 +128,8 @@ def main() -> None:
         w = jax.random.normal(jax.random.key(0), (arguments.size, arguments.size), dtype)
         rows += mask_rows(w, arguments.rounds) + apply_rows(w, arguments.rounds)
     add_strict_ratios(rows)
-    console = Console(width=120)
-    console.print(table(rows))
-    console.print(machine())
-    name = f"masks-{jax.default_backend()}"
-    console.print(f"written to {write_results(name, rows)}")
+    print_table("N:M masks", rows)
+    print(f"written to {write_results(f'masks-{jax.default_backend()}', rows)}")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
+from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -74,6 +76,19 @@ def write_results(name: str, results: Any) -> Path:
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows of equal keys, numbers to the right, and under them where they were measured."""
+    table = Table(title=title)
+    for name, value in rows[0].items():
+        table.add_column(name, justify="right" if isinstance(value, int | float) else "left")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    # A file or a pipe has no width of its own; 140 columns break no word of these tables.
+    console = Console() if Console().is_terminal else Console(width=140)
+    console.print(table)
+    console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
 
 
 def _cpu_model() -> str:

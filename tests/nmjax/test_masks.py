@@ -21,7 +21,8 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, np.inf, -np.inf, np.nan, -np.nan, 0.
 
 def brute_force(scores, n, m, axes):
     """Flattens axes, walks over groups, and sorts each one by the rule in plain Python."""
-    scores = np.asarray(scores, np.float64)
+    with np.errstate(invalid="ignore"):  # Signalling NaNs become quiet.
+        scores = np.asarray(scores, np.float64)
     axes = [a % scores.ndim for a in ([axes] if isinstance(axes, int) else axes)]
     others = [a for a in range(scores.ndim) if a not in axes]
     order = others + axes

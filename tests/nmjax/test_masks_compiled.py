@@ -119,9 +119,8 @@ def test_2_4_mask_and_apply_needs_no_large_temporary(axis, dtype):
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 8), (1, 16), (8, 32)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_medium_groups_store_one_word_each(n, m, dtype):
-    w = jax.ShapeDtypeStruct((1024, 1024), dtype)
+def test_medium_groups_store_one_word_each(n, m):
+    w = jax.ShapeDtypeStruct((1024, 1024), "float32")
     temporary = compiled_mask(w, n, m, -2).memory_analysis().temp_size_in_bytes
     assert temporary <= 4 * math.prod(w.shape) // m + MIB // 16
 
