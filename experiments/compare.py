@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,13 @@ import nmjax
 from experiments.flags import Flags as TrainFlags
 from experiments.flags import make_task
 from experiments.methods import METHODS, NEGATIVE_FRACTION, find_row
+from experiments.reasons import PAPER_LAMBDA_W
 from experiments.results import Numbers, Results, Trial, epoch_numbers
 from experiments.seeds import fastest, stack, use_every_core
 from experiments.step import Job, Programs, RunState, make_programs, plan_of
 from experiments.tasks.task import Task
 from experiments.train import begin, train
 
-PAPER_LAMBDA_W = 2e-4
 TIMED_STEPS = 40
 
 
@@ -58,7 +58,7 @@ class Flags:
       lambda_w: strength of the sparse-refined term. None for the task's.
       sweep: multiples of lambda_w to train SR-STE with as well; the paper's own 2e-4 is always
         among them. Nothing is swept if sr_ste is not compared.
-      shapes: pattern of one more run of SR-STE, one seed, whose kernels are drawn. Empty for none.
+      shapes: pattern of one more run of SR-STE, whose kernels are drawn. Empty for none.
       evaluate_every: epochs between two points of the accuracy curves. None for 12 points.
       name: of the folder. None for the task's name.
       runs_dir: folder of all runs.
@@ -71,7 +71,7 @@ class Flags:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     epochs: int | None = None
     lambda_w: float | None = None
-    sweep: tuple[float, ...] = (0.1, 10.0)
+    sweep: tuple[float, ...] = (10.0, 100.0)
     shapes: str = "2:8/kernel"
     evaluate_every: int | None = None
     name: str | None = None
@@ -116,7 +116,7 @@ class Comparison:
             for strength in strengths
             if "sr_ste" in flags.methods and strength != lambda_w
         ]
-        shapes = [Trial("shapes", flags.shapes, "sr_ste", lambda_w, flags.seeds[:1])]
+        shapes = [Trial("shapes", flags.shapes, "sr_ste", lambda_w, flags.seeds)]
         return main + sweep + (shapes if flags.shapes else [])
 
     def settings(self) -> Numbers:
@@ -218,13 +218,16 @@ def example_images(task: Task, count: int = 12) -> Numbers:
 
 
 def kernel_shapes(job: Job, state: RunState) -> Numbers:
-    """Which taps are kept in the first layer of 3x3 kernels that has no stride.
+    """Which taps the first seed keeps in the second layer of 3x3 kernels, where there are two.
 
     Returns:
       The layer's name, and for each (input, output) channel the nine taps in row order as text,
       such as "010110010".
     """
-    masks = nmjax.compute_masks(state.train.params, job.plan)
+    params = state.train.params
+    if np.ndim(state.train.step):
+        params = jax.tree.map(lambda leaf: leaf[0], params)
+    masks = nmjax.compute_masks(params, job.plan)
     wide = [name for name, mask in masks.items() if mask.ndim == 4 and mask.shape[:2] == (3, 3)]
     if not wide:
         return {}
@@ -248,9 +251,10 @@ def compare(flags: Flags, console: Console) -> int:
     results.save()
     status = 0
     try:
-        run_trials(comparison, results, console)
-        results.data["step_times"] = comparison.time_steps()
-        results.save()
+        trained = run_trials(comparison, results, console)
+        if trained or "step_times" not in results.data:
+            results.data["step_times"] = comparison.time_steps()
+            results.save()
     except KeyboardInterrupt:
         done = len(results.data["trials"])
         console.print(
@@ -263,8 +267,8 @@ def compare(flags: Flags, console: Console) -> int:
     return status
 
 
-def run_trials(comparison: Comparison, results: Results, console: Console) -> None:
-    """Runs the trials that are not finished, under a progress bar."""
+def run_trials(comparison: Comparison, results: Results, console: Console) -> int:
+    """Runs the trials that are not finished, under a progress bar; returns how many those were."""
     waiting = [trial for trial in comparison.trials if results.find(trial) is None]
     steps = comparison.task.recipe.epochs * comparison.task.steps_per_epoch
     columns = (
@@ -280,10 +284,11 @@ def run_trials(comparison: Comparison, results: Results, console: Console) -> No
         bar = progress.add_task("", total=sum(work))
         for index, trial in enumerate(waiting):
             progress.update(bar, description=f"{trial.title} ({index + 1} of {len(waiting)})")
-            per_step = 2 + len(trial.seeds)
-            comparison.run(trial, results, lambda n=per_step: progress.advance(bar, n))
+            advance = partial(progress.advance, bar, 2 + len(trial.seeds))
+            comparison.run(trial, results, advance)
             progress.update(bar, completed=sum(work[: index + 1]))
             progress.console.print(_line(results, trial))
+    return len(waiting)
 
 
 def _line(results: Results, trial: Trial) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.findings import (
     Data,
@@ -41,9 +41,9 @@ METHOD_NAMES = {
     "one_shot": "one-shot",
     "ste": "STE",
     "sr_ste": "SR-STE",
-    "sr_ste_negative": "SR-STE, negative λ",
+    "sr_ste_negative": "SR-STE, λ<0",
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -122,8 +122,9 @@ def draw_metric_curves(data: Data) -> Picture | None:
         curves = {name_of(e["method"]): 100 * (1 - curve(e, f"test.{metric}")) for e in here}
         plot_curves(curves, _epochs(here[0]), colors=_colors(), ax=ax)
         ax.set(title=pattern, xlabel="epoch", yscale="log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel(f"test error, % (100 - {metric})")
     axes[-1].legend(loc="upper right", fontsize=8)
     table = rows(data)
@@ -185,7 +186,7 @@ def draw_layer_sad(data: Data) -> Picture | None:
     for ax, pattern in zip(axes, patterns, strict=True):
         groups = {
             f"{name_of(e['method'])} ({'dense' if e['method'] == 'dense' else 'sparse'} forward)": (
-                e["epochs"][-1]["sad_first"]
+                e["epochs"][-1]["sad_layers"]
             )
             for e in entries
             if e["pattern"] == pattern
@@ -202,7 +203,7 @@ def draw_layer_sad(data: Data) -> Picture | None:
         ]
         chance = 200 * density * (1 - density)
         notes.append(f"At {pattern}, over all layers: {', '.join(totals)}; chance {chance:.1f} %.")
-    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8)
+    axes[0].legend(loc="upper center", bbox_to_anchor=(1.0, -0.14), ncols=4, fontsize=8)
     caption = (
         "Mask entries that differ from the initial weights' masks at the end of training. The "
         "dotted line is chance, where two unrelated masks would be. " + " ".join(notes)
@@ -229,11 +230,9 @@ def draw_sad_over_time(data: Data) -> Picture | None:
     plot_sad(sads, epochs, weights=weights, density=density, colors=colors, ax=axes[0])
     axes[0].get_legend().remove()
     axes[0].set(title="SAD against the initial weights", xlabel="epoch")
-    flips = {
-        label: np.maximum(100 * curve(e, "flip_rate"), 1e-5)
-        for label, e in zip(labels, entries, strict=True)
-    }
-    plot_curves(flips, epochs, colors=colors, ax=axes[1])
+    windows = [_windows(curve(entry, "flip_rate")) for entry in entries]
+    flips = {label: 100 * flipped for label, (_, flipped) in zip(labels, windows, strict=True)}
+    plot_curves(flips, windows[0][0], colors=colors, ax=axes[1])
     axes[1].set(title="Flip rate", xlabel="epoch", yscale="log", ylabel="% of entries in a step")
     axes[1].legend(fontsize=8, loc="lower left")
     ranked = ", ".join(
@@ -348,6 +347,17 @@ def _epochs(entry: Entry) -> np.ndarray:
     return np.array([epoch["epoch"] for epoch in entry["epochs"]])
 
 
+def _windows(values: np.ndarray, length: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Means over `length` epochs at a time, at the middle of each; NaN where nothing happened.
+
+    A single epoch late in training may flip nothing, which a logarithmic scale cannot show.
+    """
+    length = min(length, values.shape[1])
+    count = values.shape[1] // length
+    means = values[:, : count * length].reshape(len(values), count, length).mean(axis=2)
+    return (np.arange(count) + 0.5) * length + 0.5, np.where(means > 0, means, np.nan)
+
+
 def _colors() -> dict[str, str]:
     return {name_of(method): color for method, color in METHOD_COLORS.items()}
 
@@ -363,8 +373,9 @@ def _grid_words(code: str) -> str:
     return f"{signs[:3]}/{signs[3:6]}/{signs[6:]}"
 
 
-def _panels(count: int, *, height: float) -> tuple[Figure, Iterable[Any]]:
-    figure = Figure(figsize=(4.6 * max(count, 1) if count > 1 else 6.4, height))
+def _panels(count: int, *, height: float) -> tuple[Figure, Any]:
+    width = 6.4 if count == 1 else 4.8 * count
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)
     return figure, axes[0]
 

@@ -117,11 +117,9 @@ def curve(entry: Entry, name: str) -> np.ndarray:
 
     Args:
       entry: of a trial.
-      name: a field of the epochs; "test.x" for the test metric x; "sad_first" sums the layers.
+      name: a field of the epochs; "test.x" for the test metric x.
     """
-    if name == "sad_first":
-        epochs = [np.sum(list(e["sad_first"].values()), axis=0) for e in entry["epochs"]]
-    elif name.startswith("test."):
+    if name.startswith("test."):
         nothing = [np.nan] * len(entry["seeds"])
         epochs = [e["test"].get(name[5:], nothing) for e in entry["epochs"]]
     else:
@@ -142,20 +140,29 @@ def total_pull(data: Data, lambda_w: float) -> float:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A sentence of the paper, and how this run compares.
+class Comparison:
+    """How one sentence of the paper fares at one pattern.
 
     Attributes:
-      pattern: where it was looked at.
-      says: the sentence.
       here: what came out.
-      seen: "seen", "not clear" or "not seen".
+      seen: "seen", "not clear", "not seen" or "opposite".
     """
 
-    pattern: str
-    says: str
     here: str
     seen: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper, next to what this run shows.
+
+    Attributes:
+      says: the sentence.
+      at: pattern -> comparison.
+    """
+
+    says: str
+    at: dict[str, Comparison]
 
 
 # (method, compared with, column, expected direction, sentence)
@@ -173,35 +180,38 @@ _ORDERINGS: tuple[tuple[str, str, str, Verdict, str], ...] = (
 
 
 def claims(data: Data) -> list[Claim]:
-    """What the paper found, next to what this run found, for every pattern."""
+    """What the paper found, next to what this run found."""
     table = rows(data)
-    found = []
-    for pattern in dict.fromkeys(row.pattern for row in table):
-        found += _closeness(table, pattern)
-        for method, other, column, expected, says in _ORDERINGS:
-            a, b = find_row_of(table, pattern, method), find_row_of(table, pattern, other)
-            if a is None or b is None:
-                continue
-            difference = getattr(a, column).minus(getattr(b, column))
-            found.append(
-                Claim(
-                    pattern,
-                    says,
-                    _in_words(column, difference),
-                    _seen(difference.verdict(), expected),
-                )
-            )
-    return found
+    patterns = list(dict.fromkeys(row.pattern for row in table))
+    closeness = {pattern: _closeness(table, pattern) for pattern in patterns}
+    found = [Claim("SR-STE comes close to dense (within one point)", _present(closeness))]
+    for method, other, column, expected, says in _ORDERINGS:
+        at = {p: _ordering(table, p, method, other, column, expected) for p in patterns}
+        found.append(Claim(says, _present(at)))
+    return [claim for claim in found if claim.at]
 
 
-def _closeness(table: Sequence[Row], pattern: str) -> list[Claim]:
+def _present(at: dict[str, Comparison | None]) -> dict[str, Comparison]:
+    return {pattern: comparison for pattern, comparison in at.items() if comparison is not None}
+
+
+def _closeness(table: Sequence[Row], pattern: str) -> Comparison | None:
     sparse, dense = (find_row_of(table, pattern, name) for name in ("sr_ste", "dense"))
     if sparse is None or dense is None:
-        return []
+        return None
     gap = sparse.metric.minus(dense.metric)
     seen = "seen" if abs(gap.mean) <= CLOSE_POINTS else "not seen"
-    says = "SR-STE comes close to dense (within one point)"
-    return [Claim(pattern, says, _in_words("metric", gap), seen)]
+    return Comparison(in_words("metric", gap), seen)
+
+
+def _ordering(
+    table: Sequence[Row], pattern: str, method: str, other: str, column: str, expected: Verdict
+) -> Comparison | None:
+    a, b = find_row_of(table, pattern, method), find_row_of(table, pattern, other)
+    if a is None or b is None:
+        return None
+    difference = getattr(a, column).minus(getattr(b, column))
+    return Comparison(in_words(column, difference), _seen(difference.verdict(), expected))
 
 
 def _seen(verdict: Verdict, expected: Verdict) -> str:
@@ -210,18 +220,21 @@ def _seen(verdict: Verdict, expected: Verdict) -> str:
     return "seen" if verdict == expected else "opposite"
 
 
-def _in_words(column: str, difference: Summary) -> str:
+def in_words(column: str, difference: Summary) -> str:
+    """A paired difference as text, rounded to where its standard error begins.
+
+    >>> in_words("metric", Summary((0.02, 0.01, 0.018)))
+    '+1.60 ± 0.31 points'
+    """
     scale, unit = {
-        "metric": (100, "points"),
+        "metric": (100, " points"),
         "loss": (1, ""),
-        "sad": (100, "% of mask entries"),
-        "flip_rate": (100, "% of mask entries a step"),
+        "sad": (100, " % of entries"),
+        "flip_rate": (100, " % of entries"),
     }[column]
-    ahead = sum(value > 0 for value in difference.values)
-    return (
-        f"{scale * difference.mean:+.3g} ± {scale * difference.error:.2g} {unit}".strip()
-        + f"; higher in {ahead} of {len(difference.values)} seeds"
-    )
+    mean, error = scale * difference.mean, scale * difference.error
+    digits = 2 if error == 0 else int(np.clip(1 - np.floor(np.log10(error)), 0, 6))
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}{unit}"
 
 
 def _row(data: Data, entry: Entry, ratio: float | None) -> Row:

@@ -17,7 +17,7 @@ from experiments.tasks.task import Recipe
 
 # At -lambda_w itself nothing is learnt: the pruned weights grow exponentially until they displace
 # the kept ones, again and again. This fraction of it is enough to see the harm.
-NEGATIVE_FRACTION = -0.01
+NEGATIVE_FRACTION = -0.1
 
 
 class Method(NamedTuple):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -30,28 +32,24 @@ Cells = tuple[str, ...]
 
 def table_header(data: Data) -> Cells:
     """The column titles of `table_cells`."""
-    return (
-        "pattern",
-        "method",
-        f"{metric_name(data)} %",
-        "loss",
-        "SAD %",
-        "flips % a step",
-        "density %",
-        "step time / dense",
-    )
+    metric = f"{metric_name(data)} %"
+    return ("method", metric, "loss", "SAD %", "flips ‰", "kept %", "time")
 
 
 def table_cells(row: Row) -> Cells:
-    """A row as text: mean and standard error over the seeds."""
+    """A row as text: mean ± standard error over the seeds.
+
+    Metric, loss and density are those at the end; SAD is against the initial weights' masks;
+    flips are mask entries changed by one step, on average over training; time is a step's, over
+    that of dense training.
+    """
     return (
-        row.pattern,
         name_of(row.method),
         _with_error(row.metric, scale=100, digits=2),
-        _with_error(row.loss, scale=1, digits=4),
+        _with_error(row.loss, scale=1, digits=3),
         _with_error(row.sad, scale=100, digits=1),
-        _with_error(row.flip_rate, scale=100, digits=3),
-        f"{100 * row.density.mean:.2f}",
+        _with_error(row.flip_rate, scale=1000, digits=2),
+        f"{100 * row.density.mean:.3g}",
         "" if row.ratio is None else f"{row.ratio:.2f}",
     )
 
@@ -61,22 +59,22 @@ def sweep_cells(data: Data, row: Row) -> Cells:
     return (
         f"{row.lambda_w:.3g}",
         f"{total_pull(data, row.lambda_w):.3g}",
-        *table_cells(row)[2:6],
+        *table_cells(row)[1:5],
     )
 
 
 def print_table(data: Data, console: Console) -> None:
     """Prints the table of the finished trials."""
-    seeds = len(data["settings"]["seeds"])
-    table = Table(title=f"{data['settings']['task']}, mean ± standard error over {seeds} seeds")
-    for index, title in enumerate(table_header(data)):
-        table.add_column(title, justify="left" if index < 2 else "right")
-    previous = None
-    for row in rows(data):
-        if previous not in (None, row.pattern):
-            table.add_section()
-        previous = row.pattern
-        table.add_row(*table_cells(row))
+    settings = data["settings"]
+    title = f"{settings['task']}, mean±standard error over {len(settings['seeds'])} seeds"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for index, heading in enumerate(table_header(data)):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+    for group in _by_pattern(rows(data)):
+        table.add_row(f"[bold]{group['pattern']}[/bold]")
+        for row in group["rows"]:
+            table.add_row(*(cell.replace(" ± ", "±") for cell in row["cells"]))
+        table.add_section()
     console.print(table)
 
 
@@ -120,13 +118,10 @@ def _content(data: Data, pictures: list[Any]) -> dict[str, Any]:
         "header": table_header(data),
         "patterns": _by_pattern(table),
         "best": {p: _best_sparse(table, p) for p in {row.pattern for row in table}},
-        "sweep_header": ("λ", "λ · Σ lr", *table_header(data)[2:6]),
+        "sweep_header": ("λ", "λ · Σ lr", *table_header(data)[1:5]),
         "sweep": [sweep_cells(data, row) for row in sweep_rows(data)],
         "claims": found,
-        "agreement": {
-            v: sum(c.seen == v for c in found)
-            for v in ("seen", "not clear", "not seen", "opposite")
-        },
+        "agreement": Counter(at.seen for claim in found for at in claim.at.values()),
         "reasons": reasons(data),
         "scale": scale_sentence(data),
         "pull": pull_sentences(data),
@@ -141,15 +136,17 @@ def _content(data: Data, pictures: list[Any]) -> dict[str, Any]:
 
 def _by_pattern(table: list[Row]) -> list[dict[str, Any]]:
     """Rows grouped by pattern, each with what a template needs to draw it."""
+    worst = max((100 * (1 - row.metric.mean) for row in table), default=1.0) or 1.0
     return [
         {
             "pattern": pattern,
             "rows": [
                 {
                     "method": row.method,
-                    "cells": table_cells(row)[1:],
+                    "cells": table_cells(row),
                     "color": METHOD_COLORS.get(row.method, "#666"),
-                    "percent": 100 * row.metric.mean,
+                    "wrong": 100 * (1 - row.metric.mean),
+                    "bar": 1e4 * (1 - row.metric.mean) / worst,
                 }
                 for row in table
                 if row.pattern == pattern

@@ -105,9 +105,16 @@ class Results:
 
 
 def epoch_numbers(report: EpochReport) -> Numbers:
-    """The numbers of a report, without its state."""
-    names = ("epoch", "train_loss", "test", "sad_first", "sad_epoch", "flip_rate", "density")
-    return {name: _plain(getattr(report, name)) for name in names}
+    """The numbers of a report, without its state.
+
+    "sad_first" is summed over the layers; epochs that were evaluated have "sad_layers" too.
+    """
+    names = ("epoch", "train_loss", "test", "sad_epoch", "flip_rate", "density")
+    numbers: Numbers = {name: getattr(report, name) for name in names}
+    numbers["sad_first"] = np.sum(list(report.sad_first.values()), axis=0)
+    if report.test:
+        numbers["sad_layers"] = report.sad_first
+    return dict(_plain(numbers))
 
 
 def machine() -> Numbers:

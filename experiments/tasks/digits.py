@@ -31,8 +31,13 @@ TEST_DRAWS = 2  # how often each test image appears, shifted and noisy in anothe
 
 # The paper's lambda_w = 2e-4 acts through the sum over all steps of learning rate * lambda_w:
 # 120 epochs of 5,004 steps at 0.05 on average make 6.0. A run of minutes has a far smaller sum of
-# learning rates, so an equal total pull needs a larger lambda_w.
+# learning rates; for the same total pull its lambda_w must be larger.
 PAPER_TOTAL_PULL = 2e-4 * 120 * 5004 * 0.05
+
+# The part of the paper's pull that is used here. Like the paper's, the strength was chosen from a
+# sweep, on another split of the images and other seeds: at 1:16, sums from 0.2 to 1 gave the
+# highest accuracy, and 6 about a point less.
+PULL_FRACTION = 0.1
 
 
 class Digits(NamedTuple):
@@ -100,7 +105,8 @@ def digits_task(
     """Makes the task of classifying the digits with a small ResNet.
 
     The recipe is the paper's (SGD with momentum 0.9, warm-up over one 24th of the epochs, cosine,
-    weight decay 5e-5 on everything), but for `lambda_w`, which is `equal_pull_lambda`'s.
+    weight decay 5e-5 on everything), but for `lambda_w`, whose total pull is `PULL_FRACTION` of
+    the paper's.
 
     Args:
       epochs: passes over the 800 training images.
@@ -108,11 +114,12 @@ def digits_task(
       widths: features of the ResNet's stages.
     """
     steps = 10 * TRAIN_IMAGES_PER_CLASS // batch_size
+    pull = PULL_FRACTION * PAPER_TOTAL_PULL
     recipe = Recipe(
         epochs=epochs,
         batch_size=batch_size,
         warmup_epochs=epochs / 24,
-        lambda_w=equal_pull_lambda(epochs * steps, Recipe.learning_rate),
+        lambda_w=lambda_for_pull(pull, epochs * steps, Recipe.learning_rate),
     )
     return classification_task(
         name="digits",
@@ -126,16 +133,15 @@ def digits_task(
     )
 
 
-def equal_pull_lambda(steps: int, learning_rate: float) -> float:
-    """The `lambda_w` whose total pull over this many steps equals the paper's.
+def lambda_for_pull(pull: float, steps: int, learning_rate: float) -> float:
+    """The `lambda_w` with sum over all steps of learning rate * lambda_w = `pull`.
 
-    sum over steps of lr * lambda_w = `PAPER_TOTAL_PULL`, where warm-up and cosine make the mean
-    learning rate half the peak.
+    Warm-up and cosine make the mean learning rate half the peak.
 
-    >>> round(equal_pull_lambda(120 * 5004, 0.1), 6)
+    >>> round(lambda_for_pull(PAPER_TOTAL_PULL, 120 * 5004, 0.1), 6)
     0.0002
     """
-    return PAPER_TOTAL_PULL / (steps * learning_rate / 2)
+    return pull / (steps * learning_rate / 2)
 
 
 def _train_batches(seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
