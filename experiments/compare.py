@@ -36,6 +36,7 @@ from experiments.reasons import PAPER_LAMBDA_W
 from experiments.results import Numbers, Results, Trial, epoch_numbers
 from experiments.seeds import fastest, stack, use_every_core
 from experiments.step import Job, Programs, RunState, make_programs, plan_of
+from experiments.step_times import Timed, step_times
 from experiments.tasks.task import Task
 from experiments.train import begin, train
 
@@ -178,34 +179,17 @@ class Comparison:
         results.add(trial, epochs, time.perf_counter() - began, error)
 
     def time_steps(self) -> list[Numbers]:
-        """Times one step of each program in turn, many rounds, after a warm-up round.
-
-        Returns:
-          Pattern, method, median milliseconds and ratio to dense, where dense is among them.
-        """
-        states: dict[tuple[str, str], Any] = {}
-        chosen = {(t.pattern, t.method): t for t in self.trials if t.part == "main"}
-        batch = stack([next(iter(self.task.train_batches(s, 0))) for s in self.flags.seeds])
-        batch = batch if len(self.flags.seeds) > 1 else {n: v[0] for n, v in batch.items()}
-        for key, trial in chosen.items():
-            programs = self.job(trial)[1]
-            states[key] = begin(programs, trial.seeds, trial.lambda_w).train
-        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in states}
-        for _ in range(TIMED_STEPS + 1):
-            for key, trial in chosen.items():
-                began = time.perf_counter()
-                states[key] = jax.block_until_ready(self.job(trial)[1].step(states[key], batch))
-                seconds[key].append(time.perf_counter() - began)
-        medians = {key: 1e3 * float(np.median(times[1:])) for key, times in seconds.items()}
-        return [
-            {
-                "pattern": pattern,
-                "method": method,
-                "milliseconds": value,
-                "ratio": value / medians.get((pattern, "dense"), np.nan),
-            }
-            for (pattern, method), value in medians.items()
-        ]
+        """Times a step of every method at every pattern, in turn."""
+        seeds = self.flags.seeds
+        batches = [next(iter(self.task.train_batches(seed, 0))) for seed in seeds]
+        batch = stack(batches) if len(seeds) > 1 else batches[0]
+        chosen = {}
+        for trial in self.trials:
+            if trial.part == "main":
+                programs = self.job(trial)[1]
+                state = begin(programs, seeds, trial.lambda_w).train
+                chosen[trial.pattern, trial.method] = Timed(programs, state, batch)
+        return step_times(chosen, rounds=TIMED_STEPS)
 
 
 def example_images(task: Task, count: int = 12) -> Numbers:
@@ -306,7 +290,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     flags = tyro.cli(Flags, args=argv, prog="python -m experiments.compare")
-    use_every_core(os.cpu_count() or 1)
     try:
         return compare(flags, Console())
     except ValueError as error:
@@ -315,4 +298,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    use_every_core(os.cpu_count() or 1)
     sys.exit(main())

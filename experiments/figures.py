@@ -121,10 +121,8 @@ def draw_metric_curves(data: Data) -> Picture | None:
         here = [entry for entry in entries if entry["pattern"] == pattern]
         curves = {name_of(e["method"]): 100 * (1 - curve(e, f"test.{metric}")) for e in here}
         plot_curves(curves, _epochs(here[0]), colors=_colors(), ax=ax)
-        ax.set(title=pattern, xlabel="epoch", yscale="log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.set(title=pattern, xlabel="epoch")
+        _log_scale(ax)
     axes[0].set_ylabel(f"test error, % (100 - {metric})")
     axes[-1].legend(loc="upper right", fontsize=8)
     table = rows(data)
@@ -233,7 +231,8 @@ def draw_sad_over_time(data: Data) -> Picture | None:
     windows = [_windows(curve(entry, "flip_rate")) for entry in entries]
     flips = {label: 100 * flipped for label, (_, flipped) in zip(labels, windows, strict=True)}
     plot_curves(flips, windows[0][0], colors=colors, ax=axes[1])
-    axes[1].set(title="Flip rate", xlabel="epoch", yscale="log", ylabel="% of entries in a step")
+    axes[1].set(title="Flip rate", xlabel="epoch", ylabel="% of entries in a step")
+    _log_scale(axes[1])
     axes[1].legend(fontsize=8, loc="lower left")
     ranked = ", ".join(
         f"{row.lambda_w:.2g}: {100 * row.sad.mean:.1f} %" for row in sweep_rows(data)
@@ -345,6 +344,18 @@ def _swept(data: Data) -> list[Entry]:
 
 def _epochs(entry: Entry) -> np.ndarray:
     return np.array([epoch["epoch"] for epoch in entry["epochs"]])
+
+
+def _log_scale(ax: Any) -> None:
+    """A logarithmic vertical axis, unless a value is zero or there is none."""
+    drawn = np.concatenate([line.get_ydata() for line in ax.lines])
+    if len(drawn) == 0 or drawn.min() <= 0:
+        return
+    ax.set_yscale("log")
+    if drawn.max() < 100 * drawn.min():
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _windows(values: np.ndarray, length: int = 5) -> tuple[np.ndarray, np.ndarray]:

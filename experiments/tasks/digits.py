@@ -155,7 +155,7 @@ def _train_batches(seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
         yield {"image": images[part], "label": labels[part]}
 
 
-def _eval_batches(batch_size: int = 500) -> Iterator[Batch]:
+def _eval_batches(batch_size: int = 100) -> Iterator[Batch]:
     data = load_digits()
     for start in range(0, len(data.test_labels), batch_size):
         images = data.test_images[start : start + batch_size]

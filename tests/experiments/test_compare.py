@@ -1,0 +1,188 @@
+"""The comparison end to end: files, resuming, Ctrl-C, a trial that diverges."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import compare as module
+from experiments.compare import Comparison, Flags, compare, main
+from experiments.findings import rows
+from experiments.report import table_cells
+from tests.experiments.tiny import compile_little, tiny_task  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("compile_little")
+
+SECTIONS = ("summary", "run", "table", "paper", "sad", "strength", "machine")
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setattr(module, "make_task", lambda flags: tiny_task(epochs=flags.epochs or 2))
+    monkeypatch.setattr(module, "TIMED_STEPS", 2)
+
+
+def flags(folder, **given):
+    settings = {"patterns": ("2:4", "1:8"), "seeds": (0, 1), "shapes": "", "runs_dir": folder}
+    return Flags(**{**settings, **given})
+
+
+def run(flags):
+    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115,PTH123
+    status = compare(flags, console)
+    return status, console.export_text(), json.loads((flags.folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(request, tmp_path_factory):
+    request.getfixturevalue("compile_little")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_task", lambda flags: tiny_task(epochs=flags.epochs or 2))
+        patch.setattr(module, "TIMED_STEPS", 2)
+        given = flags(tmp_path_factory.mktemp("runs"))
+        return given, *run(given)
+
+
+def test_every_trial_is_there(whole):
+    given, status, _, data = whole
+    assert status == 0
+    titles = [(t["part"], t["pattern"], t["method"]) for t in data["trials"]]
+    expected = [("main", p, m) for p in given.patterns for m in given.methods]
+    assert titles == expected + [("sweep", "1:8", "sr_ste")] * 3
+    assert all(len(t["epochs"]) == 2 and not t["error"] for t in data["trials"])
+
+
+def test_the_strengths_are_those_of_the_flags_and_the_papers(whole):
+    data = whole[-1]
+    swept = [t["lambda_w"] for t in data["trials"] if t["part"] == "sweep"]
+    assert swept == pytest.approx([2e-4, 0.1, 1.0])
+
+
+def test_the_page_needs_nothing_else_and_has_all_sections(whole):
+    given = whole[0]
+    page = (given.folder / "report.html").read_text()
+    for section in SECTIONS:
+        assert f'<section id="{section}">' in page
+    assert "<img" in page
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert "<link" not in page
+    assert "<script" not in page
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower().split()
+
+
+def test_the_table_on_the_console_is_that_of_the_file(whole):
+    _, _, text, data = whole
+    for row in rows(data):
+        for cell in table_cells(row):
+            assert cell.replace(" ± ", "±") in text
+
+
+def test_sparse_methods_keep_what_the_pattern_says(whole):
+    data = whole[-1]
+    for row in rows(data):
+        expected = 1.0 if row.method == "dense" else data["settings"]["density"][row.pattern]
+        assert row.density.mean == pytest.approx(expected)
+
+
+def test_dense_is_the_same_whatever_pattern_watches_it(whole):
+    data = whole[-1]
+    dense = [t for t in data["trials"] if t["method"] == "dense"]
+    assert dense[0]["epochs"][-1]["test"] == dense[1]["epochs"][-1]["test"]
+
+
+def test_step_times_are_relative_to_dense(whole):
+    times = whole[-1]["step_times"]
+    assert len(times) == 10
+    assert all(t["ratio"] == 1 for t in times if t["method"] == "dense")
+    assert all(t["milliseconds"] > 0 for t in times)
+
+
+def test_the_same_comparison_twice_gives_the_same_numbers(whole, tmp_path):
+    again = run(flags(tmp_path, methods=("dense", "sr_ste"), patterns=("1:8",), sweep=()))[-1]
+    for trial in again["trials"]:
+        twin = next(
+            t
+            for t in whole[-1]["trials"]
+            if (t["pattern"], t["method"], t["lambda_w"])
+            == (trial["pattern"], trial["method"], trial["lambda_w"])
+        )
+        assert twin["epochs"] == trial["epochs"]
+
+
+def test_ctrl_c_leaves_a_report_and_resume_does_the_rest(tmp_path, monkeypatch):
+    given = flags(tmp_path, methods=("dense", "ste", "sr_ste"), patterns=("1:8",), sweep=())
+    run_one, trained = Comparison.run, []
+
+    def interrupted(self, trial, results, on_step):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(trial)
+        run_one(self, trial, results, on_step)
+
+    monkeypatch.setattr(Comparison, "run", interrupted)
+    status, text, data = run(given)
+    assert status == 130
+    assert "2 of 4 trials are in the report" in text
+    page = (given.folder / "report.html").read_text()
+    assert "STE" in page
+    assert "SR-STE, " not in page
+    monkeypatch.setattr(Comparison, "run", run_one)
+    status, _, after = run(flags(tmp_path, **{**vars(given), "resume": True}))
+    assert status == 0
+    assert after["trials"][:2] == data["trials"]
+    assert len(after["trials"]) == 4
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
+    given = {"methods": ("ste",), "patterns": ("2:4",)}
+    run(flags(tmp_path, **given))
+    arguments = ["--runs-dir", str(tmp_path), "--methods", "ste", "--patterns", "2:4", "--resume"]
+    assert main([*arguments, "--epochs", "3", "--seeds", "0", "1", "--shapes", ""]) == 1
+    assert "made with another recipe" in capsys.readouterr().err
+
+
+def test_a_trial_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "make_task", lambda flags: tiny_task(epochs=2, lambda_w=1e30))
+    given = flags(tmp_path, methods=("dense", "sr_ste"), patterns=("1:8",), sweep=())
+    status, text, data = run(given)
+    assert status == 0
+    diverged = {t["method"]: t["error"] for t in data["trials"] if t["lambda_w"] > 1}
+    assert "not finite" in diverged["sr_ste"]
+    assert "not finite" in re.sub(r"\s+", " ", text)
+    assert "not finite" in (given.folder / "report.html").read_text()
+
+
+def test_unknown_methods_and_patterns_are_errors(tmp_path, capsys):
+    assert main(["--methods", "magic", "--runs-dir", str(tmp_path)]) == 1
+    assert "no method is called 'magic'" in capsys.readouterr().err
+    assert main(["--patterns", "4:2", "--runs-dir", str(tmp_path)]) == 1
+    assert "1 <= n <= m" in capsys.readouterr().err
+
+
+def test_the_digits_end_to_end(tmp_path, monkeypatch):
+    from experiments.flags import make_task
+
+    monkeypatch.setattr(module, "make_task", make_task)
+    given = flags(
+        tmp_path,
+        methods=("sr_ste",),
+        patterns=("1:16",),
+        sweep=(),
+        shapes="2:8/kernel",
+        epochs=2,
+    )
+    status, text, data = run(given)
+    assert status == 0
+    assert "1:16" in text
+    assert data["shapes"]["layer"] == "block1/conv2/kernel"
+    taps = np.array(
+        [[[int(t) for t in kernel] for kernel in row] for row in data["shapes"]["kernels"]]
+    )
+    # A group of 2:8 runs over a filter's inputs and taps: input channel first, then rows.
+    groups = taps.transpose(1, 0, 2).reshape(16, -1, 8).sum(axis=2)
+    assert (groups == 2).all()
+    page = (given.folder / "report.html").read_text()
+    for section in (*SECTIONS, "shapes"):
+        assert f'<section id="{section}">' in page

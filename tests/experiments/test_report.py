@@ -1,0 +1,192 @@
+"""Report and table from results, whole and partial: numbers equal those recomputed by hand."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+
+from experiments.figures import draw_all
+from experiments.findings import Summary, claims, in_words, rows, sweep_rows, total_pull
+from experiments.reasons import reasons
+from experiments.report import table_cells, write_report
+
+METHODS = ("dense", "one_shot", "ste", "sr_ste", "sr_ste_negative")
+LEVELS = {"dense": 0.96, "one_shot": 0.9, "ste": 0.89, "sr_ste": 0.92, "sr_ste_negative": 0.6}
+SADS = {"dense": 20, "one_shot": 20, "ste": 40, "sr_ste": 30, "sr_ste_negative": 45}
+
+
+def trial(part, pattern, method, lambda_w, rng, seeds=4):
+    """Made-up numbers: seeds differ by thousandths, methods by hundredths."""
+    epochs = []
+    for epoch in (1, 2, 3, 4):
+        noise = 0.002 * rng.standard_normal(seeds)
+        accuracy = (LEVELS[method] - 0.1 * (4 - epoch) + noise).tolist()
+        sad = (SADS[method] * epoch // 4 + rng.integers(0, 3, seeds)).tolist()
+        epochs.append(
+            {
+                "epoch": epoch,
+                "train_loss": (1 - np.array(accuracy)).tolist(),
+                "test": {"accuracy": accuracy, "loss": (1.5 - np.array(accuracy)).tolist()}
+                if epoch % 2 == 0
+                else {},
+                "sad_epoch": sad,
+                "sad_first": (2 * np.array(sad)).tolist(),
+                "flip_rate": (np.array(sad) / 1e4).tolist(),
+                "density": [1.0 if method == "dense" else 0.5] * seeds,
+            }
+        )
+        if epoch % 2 == 0:
+            epochs[-1]["sad_layers"] = {"a/kernel": sad, "b/kernel": sad}
+    return {
+        "part": part,
+        "pattern": pattern,
+        "method": method,
+        "lambda_w": lambda_w,
+        "seeds": list(range(seeds)),
+        "seconds": 1.0,
+        "error": "",
+        "epochs": epochs,
+    }
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    strengths = {"sr_ste": 0.02, "sr_ste_negative": -0.002}
+    trials = [
+        trial("main", pattern, method, strengths.get(method, 0.0), rng)
+        for pattern in ("2:4", "1:2")
+        for method in METHODS
+    ]
+    trials += [trial("sweep", "1:2", "sr_ste", value, rng) for value in (2e-4, 0.2)]
+    trials += [trial("shapes", "2:8/kernel", "sr_ste", 0.02, rng)]
+    weights = {"a/kernel": 64, "b/kernel": 128}
+    patterns = ["2:4", "1:2", "2:8/kernel"]
+    codes = [["".join(rng.choice(["0", "1"], 9)) for _ in range(4)] for _ in range(4)]
+    return {
+        "settings": {
+            "task": "digits",
+            "patterns": ["2:4", "1:2"],
+            "seeds": [0, 1, 2, 3],
+            "recipe": {
+                "epochs": 4,
+                "batch_size": 8,
+                "learning_rate": 0.1,
+                "warmup_epochs": 1.0,
+                "momentum": 0.9,
+                "weight_decay": 5e-5,
+                "lambda_w": 0.02,
+            },
+            "steps_per_epoch": 10,
+            "parameters": 500,
+            "weights": dict.fromkeys(patterns, weights),
+            "density": {"2:4": 0.5, "1:2": 0.5, "2:8/kernel": 0.25},
+        },
+        "machine": {"processor": "<b>made up</b>", "jax": "0"},
+        "trials": trials,
+        "shapes": {"layer": "a/kernel", "kernels": codes},
+        "examples": {"images": rng.random((3, 8, 8)).tolist(), "labels": [1, 2, 3]},
+        "step_times": [
+            {"pattern": p, "method": m, "milliseconds": 2.0, "ratio": 1.25}
+            for p in ("2:4", "1:2")
+            for m in METHODS
+        ],
+    }
+
+
+def test_rows_are_means_and_errors_of_the_last_epoch(data):
+    for row, entry in zip(rows(data), data["trials"], strict=False):
+        last = entry["epochs"][-1]
+        values = np.array(last["test"]["accuracy"])
+        assert row.metric.mean == pytest.approx(values.mean())
+        assert row.metric.error == pytest.approx(values.std(ddof=1) / 2)
+        assert row.loss.mean == pytest.approx(np.mean(last["test"]["loss"]))
+        assert row.sad.mean == pytest.approx(np.mean(last["sad_first"]) / 192)
+        flips = [epoch["flip_rate"] for epoch in entry["epochs"]]
+        assert row.flip_rate.mean == pytest.approx(np.mean(flips))
+        assert row.ratio == 1.25
+        cells = table_cells(row)
+        assert cells[1] == f"{100 * values.mean():.2f} ± {100 * values.std(ddof=1) / 2:.2f}"
+
+
+def test_differences_are_paired():
+    a, b = Summary((1.0, 2.0, 3.0)), Summary((0.9, 1.9, 2.9))
+    assert a.minus(b).mean == pytest.approx(0.1)
+    assert a.minus(b).error == pytest.approx(0, abs=1e-12)
+    assert a.minus(b).verdict() == "higher"
+    assert b.minus(a).verdict() == "lower"
+    assert Summary((1.0, -1.0, 0.5)).verdict() == "unclear"
+    assert Summary((1.0,)).verdict() == "unclear"
+    assert Summary((1.0,)).error == 0
+
+
+def test_verdicts_follow_students_t():
+    """Two seeds: the 95 % margin is 12.706 standard errors."""
+    assert Summary((12.8, 10.8)).verdict() == "unclear"
+    assert Summary((13.8, 11.8)).verdict() == "higher"
+
+
+def test_claims_follow_the_numbers(data):
+    seen = {claim.says: claim.at["1:2"].seen for claim in claims(data)}
+    assert seen["SR-STE is more accurate than STE"] == "seen"
+    assert seen["SR-STE comes close to dense (within one point)"] == "not seen"
+    for entry in data["trials"]:
+        if entry["method"] == "sr_ste":
+            for epoch in entry["epochs"]:
+                worse = (np.array(epoch["test"].get("accuracy", [])) - 0.5).tolist()
+                epoch["test"] = {"accuracy": worse, "loss": worse} if worse else {}
+    seen = {claim.says: claim.at["1:2"].seen for claim in claims(data)}
+    assert seen["SR-STE is more accurate than STE"] == "opposite"
+
+
+def test_reasons_say_which_method_is_ahead(data):
+    found = {reason.pattern: reason for reason in reasons(data)}
+    assert found["2:4"].headline.startswith("SR-STE is ahead of STE: +")
+    assert any("wins back" in sentence for sentence in found["2:4"].sentences)
+
+
+def test_the_sweep_is_in_order_of_strength(data):
+    strengths = [row.lambda_w for row in sweep_rows(data)]
+    assert strengths == [-0.002, 0.0, 2e-4, 0.02, 0.2]
+    assert total_pull(data, 0.02) == pytest.approx(0.02 * 40 * 0.05)
+
+
+def test_differences_in_words_are_rounded_to_their_error():
+    assert in_words("metric", Summary((0.01, 0.03))) == "+2.0 ± 1.0 points"
+    assert in_words("loss", Summary((-0.5, -0.5))) == "-0.50 ± 0.00"
+
+
+def test_page_of_whole_results(data, tmp_path):
+    page = write_report(data, tmp_path).read_text()
+    for row in rows(data):
+        assert table_cells(row)[1] in page
+    names = {"examples", "curves", "seeds", "layer_sad", "sad_over_time", "sweep", "shapes"}
+    assert {picture.name for picture in draw_all(data)} == names
+    assert {path.stem for path in tmp_path.glob("*.svg")} == names
+    assert page.count("data:image/svg+xml") == len(names)
+    assert "&lt;b&gt;made up" in page
+    assert "<b>made up" not in page
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 6, 9, 11])
+def test_page_of_partial_results(data, tmp_path, count):
+    partial = copy.deepcopy(data)
+    partial["trials"] = partial["trials"][:count]
+    for name in ("step_times", "shapes", "examples"):
+        del partial[name]
+    page = write_report(partial, tmp_path).read_text()
+    for section in ("summary", "run", "table", "paper", "sad", "strength", "machine"):
+        assert f'<section id="{section}">' in page
+    assert len(re.findall(r'<span class="dot"', page)) == min(count, 10)
+
+
+def test_pictures_are_the_same_for_the_same_results(data):
+    first, second = draw_all(data), draw_all(data)
+    assert [picture.svg for picture in first] == [picture.svg for picture in second]
+
+
+def test_a_stopped_trial_is_named_and_left_out_of_the_table(data, tmp_path):
+    data["trials"][3]["error"] = "the loss of seed 0 is not finite"
+    assert len(rows(data)) == 9
+    assert "is not finite" in write_report(data, tmp_path).read_text()

@@ -1,0 +1,164 @@
+"""The training loop: seeds, repetition, compilation, continuing, stopping."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import nmjax
+from experiments.methods import METHODS
+from experiments.seeds import across_cores, one_by_one
+from experiments.step import Job, make_programs, plan_of
+from experiments.train import train
+from nmjax.trees import named_leaves
+from tests.experiments.tiny import STEPS, compile_little, tiny_task  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("compile_little")
+
+PATTERN = "1:4"
+
+
+def make_job(method, **task):
+    task = tiny_task(**task)
+    plan = plan_of(task, PATTERN)
+    return Job(task, plan, METHODS[method].build(plan, task.recipe, task.steps_per_epoch))
+
+
+def last(reports):
+    *_, report = reports
+    return report
+
+
+def params_of(report, seed=None):
+    params = jax.device_get(report.state.train.params)
+    return params if seed is None else jax.tree.map(lambda leaf: leaf[seed], params)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_seeds_trained_together_equal_seeds_trained_alone(method):
+    job = make_job(method)
+    together = last(train(job, seeds=(3, 5)))
+    for index, seed in enumerate((3, 5)):
+        alone = last(train(job, seeds=(seed,)))
+        chex_close(params_of(together, index), params_of(alone), rtol=2e-4, atol=2e-5)
+        for name in alone.test:
+            np.testing.assert_allclose(together.test[name][index], alone.test[name][0], rtol=1e-4)
+        assert together.density[index] == alone.density[0]
+
+
+@pytest.mark.parametrize("over_seeds", [one_by_one, across_cores(4)], ids=["one", "cores"])
+def test_every_way_to_train_seeds_together_gives_the_same(over_seeds):
+    job, seeds = make_job("sr_ste", epochs=2), (0, 1, 2, 3)
+    expected = last(train(job, seeds=seeds))
+    got = last(train(job, seeds=seeds, programs=make_programs(job, over_seeds=over_seeds)))
+    chex_close(params_of(got), params_of(expected), rtol=2e-4, atol=2e-5)
+    np.testing.assert_array_equal(got.sad_epoch, expected.sad_epoch)
+
+
+def test_the_same_run_twice_is_the_same():
+    job = make_job("ste")
+    first, second = (last(train(job, seeds=(0, 1))) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, params_of(first), params_of(second))
+    np.testing.assert_array_equal(first.train_loss, second.train_loss)
+
+
+def test_seeds_differ():
+    report = last(train(make_job("ste"), seeds=(0, 1)))
+    assert report.train_loss[0] != report.train_loss[1]
+
+
+def test_the_step_compiles_once_for_all_epochs_and_strengths():
+    job = make_job("sr_ste", epochs=3)
+    programs = make_programs(job)
+    for lambda_w in (0.0, 0.1, -0.1):
+        last(train(job, lambda_w=lambda_w, programs=programs))
+    assert programs.step._cache_size() == 1
+    assert programs.evaluate._cache_size() == 1
+
+
+def test_continuing_from_a_state_equals_never_stopping():
+    job = make_job("one_shot")
+    whole = last(train(job))
+    reports = train(job)
+    half = [next(reports), next(reports)][1]
+    reports.close()
+    rest = list(train(job, start=half.state))
+    assert [report.epoch for report in rest] == [3, 4]
+    jax.tree.map(np.testing.assert_array_equal, params_of(rest[-1]), params_of(whole))
+    for name, value in whole.sad_first.items():
+        np.testing.assert_array_equal(rest[-1].sad_first[name], value)
+
+
+def test_a_loss_that_is_not_finite_stops_with_seed_and_step():
+    job = make_job("ste", scale=float("inf"))
+    with pytest.raises(FloatingPointError, match=r"seed 7 .* from step 0 on \(epoch 1"):
+        last(train(job, seeds=(7,)))
+
+
+def test_programs_for_another_number_of_seeds_are_refused():
+    job = make_job("ste")
+    with pytest.raises(ValueError, match="2 seeds"):
+        last(train(job, seeds=(0, 1), programs=make_programs(job)))
+
+
+def test_one_step_is_the_papers_update():
+    """SGD with coupled decay and momentum, the sparse-refined term first, against optax's parts."""
+    job = make_job("sr_ste", epochs=1)
+    task, lambda_w = job.task, 0.3
+    variables = dict(task.init(jax.random.fold_in(jax.random.key(0), 0)))
+    params = variables.pop("params")
+    velocity = jax.tree.map(np.zeros_like, params)
+    rates = [0.05 * t / 2 for t in range(2)] + [
+        float(optax.cosine_decay_schedule(0.05, STEPS - 2)(t)) for t in range(STEPS - 2)
+    ]
+    for rate, batch in zip(rates, task.train_batches(0, 0), strict=True):
+        masks = nmjax.compute_masks(params, job.plan)
+
+        def loss(params, variables=variables, batch=batch):
+            sparse = nmjax.sparsify(params, job.plan)
+            return task.loss(sparse, variables, batch, jax.random.key(0))
+
+        (_, variables), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        names = iter(named_leaves(params))
+
+        def gradient(g, w, names=names, masks=masks):
+            name = next(names)
+            pull = lambda_w * ~masks[name] * w if name in masks else 0.0
+            return g + pull + 5e-5 * w
+
+        grads = jax.tree.map(gradient, grads, params)
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, grads)
+        params = jax.tree.map(lambda w, v, rate=rate: w - rate * v, params, velocity)
+    got = last(train(job, lambda_w=lambda_w))
+    chex_close(params_of(got), params, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_report_measures():
+    job = make_job("ste", epochs=2)
+    programs = make_programs(job)
+    first, states = None, []
+    for report in train(job, programs=programs, watch_every=1):
+        states.append(nmjax.compute_masks(params_of(report), job.plan))
+        reports = (*(() if first is None else (first,)), report)
+        first = first or report
+    start = task_masks(job)
+    for name, masks in states[-1].items():
+        assert reports[-1].sad_first[name] == np.sum(start[name] != masks)
+    assert reports[-1].sad_epoch == nmjax.total_sad(states[0], states[1])
+    assert reports[-1].density == 0.25
+    assert 0 <= reports[0].flip_rate[0] <= 0.5
+    assert set(reports[-1].test) == {"loss", "accuracy"}
+
+
+def test_only_some_epochs_are_evaluated_and_always_the_last():
+    evaluated = [r.epoch for r in train(make_job("dense", epochs=5), evaluate_every=2) if r.test]
+    assert evaluated == [2, 4, 5]
+
+
+def task_masks(job):
+    params = job.task.init(jax.random.fold_in(jax.random.key(0), 0))["params"]
+    return nmjax.compute_masks(params, job.plan)
+
+
+def chex_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
