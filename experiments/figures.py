@@ -124,21 +124,30 @@ def draw_metric_curves(data: Data) -> Picture | None:
         ax.set(title=pattern, xlabel="epoch")
         _log_scale(ax)
     axes[0].set_ylabel(f"test error, % (100 - {metric})")
-    axes[-1].legend(loc="upper right", fontsize=8)
-    table = rows(data)
-    ends = []
-    for pattern in patterns:
-        ranked = sorted((r for r in table if r.pattern == pattern), key=lambda r: -r.metric.mean)
-        order = ", ".join(f"{name_of(r.method)} {100 * r.metric.mean:.1f} %" for r in ranked)
-        ends.append(f"At {pattern} the order at the end is {order}.")
+    _legend_below(figure, axes[0])
+    notes = [_on_the_way(data, entries, pattern) for pattern in patterns]
     caption = (
         "Test error over the epochs, mean and one standard error over the seeds, on a logarithmic "
-        "scale: lower is better. " + " ".join(ends)
+        "scale: lower is better. " + " ".join(notes)
     )
     if any(entry["method"] == "one_shot" for entry in entries):
         caption += " One-shot is dense until half-way, where it is pruned and its learning rate "
         caption += "starts again."
     return _picture("curves", "Learning curves", caption, figure)
+
+
+def _on_the_way(data: Data, entries: list[Entry], pattern: str) -> str:
+    """The test errors two thirds through and at the end."""
+    here = [entry for entry in entries if entry["pattern"] == pattern]
+    errors = {e["method"]: 1 - curve(e, f"test.{metric_name(data)}").mean(axis=0) for e in here}
+    known = np.flatnonzero(~np.isnan(next(iter(errors.values()))))
+    late = known[np.argmin(np.abs(known - (2 * known[-1]) // 3))]
+    parts = [
+        f"{name_of(method)} {100 * values[late]:.1f} and {100 * values[known[-1]]:.1f} %"
+        for method, values in errors.items()
+    ]
+    epochs = _epochs(here[0])
+    return f"At {pattern}, after {epochs[late]} and {epochs[known[-1]]} epochs: {'; '.join(parts)}."
 
 
 def draw_seeds(data: Data) -> Picture | None:
@@ -194,14 +203,15 @@ def draw_layer_sad(data: Data) -> Picture | None:
         weights = data["settings"]["weights"][pattern]
         plot_layer_sad(groups, weights, density=density, colors=colors, ax=ax)
         ax.set_title(pattern)
+        chance = 2 * density * (1 - density)
         totals = [
-            f"{name_of(row.method)} {100 * row.sad.mean:.1f} %"
+            f"{name_of(row.method)} {100 * row.sad.mean:.1f} % "
+            f"({100 * row.sad.mean / chance:.0f} % of chance)"
             for row in table
             if row.pattern == pattern and row.method in shown
         ]
-        chance = 200 * density * (1 - density)
-        notes.append(f"At {pattern}, over all layers: {', '.join(totals)}; chance {chance:.1f} %.")
-    axes[0].legend(loc="upper center", bbox_to_anchor=(1.0, -0.14), ncols=4, fontsize=8)
+        notes.append(f"At {pattern}, over all layers: {', '.join(totals)}.")
+    _legend_below(figure, axes[0])
     caption = (
         "Mask entries that differ from the initial weights' masks at the end of training. The "
         "dotted line is chance, where two unrelated masks would be. " + " ".join(notes)
@@ -269,7 +279,7 @@ def draw_sweep(data: Data) -> Picture | None:
             ax.annotate(
                 "dense",
                 (1, scale * getattr(dense, column).mean),
-                (-2, -3),
+                (-2, -3 if column == "metric" else 3),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 ha="right",
@@ -302,13 +312,14 @@ def draw_shapes(data: Data) -> Picture | None:
     shape, often = max(((c, n) for c, n in counts.items() if "1" in c), key=lambda item: item[1])
     share = 100 * mask.mean(axis=(2, 3))
     corners = share[::2, ::2].mean()
+    reached = np.mean(entries[0]["epochs"][-1]["test"][metric_name(data)])
     caption = (
         f"Kept taps (dark) of the 3x3 kernels of {shapes['layer'].removesuffix('/kernel')}, "
         f"trained with SR-STE at {entries[0]['pattern']}: groups run over all inputs of a filter, "
         f"input channel by input channel, as in the paper's Figure 5. Of {total} kernels {empty} "
         f"are empty; {len(counts)} different shapes occur, most often {_grid_words(shape)} "
         f"({often} times). The centre tap is kept in {share[1, 1]:.0f} % of the kernels, a corner "
-        f"in {corners:.0f} %."
+        f"in {corners:.0f} %. Test {metric_name(data)}: {100 * reached:.1f} %."
     )
     return _picture("shapes", "Kernel shapes", caption, figure)
 
@@ -344,6 +355,12 @@ def _swept(data: Data) -> list[Entry]:
 
 def _epochs(entry: Entry) -> np.ndarray:
     return np.array([epoch["epoch"] for epoch in entry["epochs"]])
+
+
+def _legend_below(figure: Figure, ax: Any) -> None:
+    """One legend for all panels, below them."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
 
 
 def _log_scale(ax: Any) -> None:

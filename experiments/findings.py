@@ -230,7 +230,7 @@ def in_words(column: str, difference: Summary) -> str:
         "metric": (100, " points"),
         "loss": (1, ""),
         "sad": (100, " % of entries"),
-        "flip_rate": (100, " % of entries"),
+        "flip_rate": (1000, " ‰ of entries"),
     }[column]
     mean, error = scale * difference.mean, scale * difference.error
     digits = 2 if error == 0 else int(np.clip(1 - np.floor(np.log10(error)), 0, 6))

@@ -141,7 +141,7 @@ def _no_gain_sentences(ste: Row, refined: Row, gap: Summary) -> list[str]:
         sentences.append(
             "There is little to win back at this pattern: plain STE is already within "
             f"{100 * max(abs(gap.mean), gap.error):.1f} points of dense, so the paper's ordering "
-            "cannot show."
+            "can hardly show."
         )
     if refined.sad.minus(ste.sad).verdict() == "lower":
         moved = f"SAD {100 * refined.sad.mean:.1f} % against {100 * ste.sad.mean:.1f} %"

@@ -175,13 +175,22 @@ def plot_kernels(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(0.55 * len(outputs) + 0.7, 0.55 * len(inputs) + 0.6))
-    grid: Any = figure.subplots(len(inputs), len(outputs), squeeze=False)
+    room = {
+        "left": 0.08,
+        "right": 0.99,
+        "top": 0.93,
+        "bottom": 0.08,
+        "wspace": 0.15,
+        "hspace": 0.15,
+    }
+    grid: Any = figure.subplots(len(inputs), len(outputs), squeeze=False, gridspec_kw=room)
     for row, i in enumerate(inputs):
         for column, o in enumerate(outputs):
             ax = grid[row, column]
             ax.imshow(taps[:, :, i, o], cmap="Greys", vmin=0, vmax=1.2, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-            ax.spines[:].set(color="0.7", linewidth=0.6)
+            ax.spines[:].set(visible=True, color="0.7", linewidth=0.6)
+            ax.grid(visible=False)
             if row == 0:
                 ax.set_title(f"{o}", fontsize=7, pad=3)
             if column == 0:
