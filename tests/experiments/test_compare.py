@@ -30,7 +30,7 @@ def flags(folder, **given):
 
 
 def run(flags):
-    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115,PTH123
+    console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115,PTH123
     status = compare(flags, console)
     return status, console.export_text(), json.loads((flags.folder / "results.json").read_text())
 
