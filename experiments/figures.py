@@ -5,16 +5,12 @@ Each function returns a `Picture`, or None where the trials that it needs are mi
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections import Counter
-from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.findings import (
     Data,
@@ -26,70 +22,29 @@ from experiments.findings import (
     sweep_rows,
     weights_of,
 )
-from nmjax.plots import COLORS, plot_curves, plot_kernels, plot_layer_sad, plot_sad
-
-BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK = COLORS
-METHOD_COLORS = {
-    "dense": BLACK,
-    "one_shot": ORANGE,
-    "ste": VERMILION,
-    "sr_ste": BLUE,
-    "sr_ste_negative": PINK,
-}
-METHOD_NAMES = {
-    "dense": "dense",
-    "one_shot": "one-shot",
-    "ste": "STE",
-    "sr_ste": "SR-STE",
-    "sr_ste_negative": "SR-STE, λ<0",
-}
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "0.4",
-    "axes.grid": True,
-    "grid.color": "0.92",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "nmjax",
-}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawing and what one sees in it.
-
-    Attributes:
-      name: of its file, without ending.
-      title: above it.
-      caption: below it.
-      svg: the drawing.
-    """
-
-    name: str
-    title: str
-    caption: str
-    svg: bytes
-
-    @property
-    def source(self) -> str:
-        """The drawing as the `src` of an HTML image."""
-        return f"data:image/svg+xml;base64,{b64encode(self.svg).decode()}"
+from experiments.pictures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    METHOD_COLORS,
+    METHOD_NAMES,
+    PINK,
+    STYLE,
+    Picture,
+    legend_below,
+    log_scale,
+    name_of,
+    panels,
+    picture,
+)
+from nmjax.plots import plot_curves, plot_kernels, plot_layer_sad, plot_sad
 
 
 def draw_all(data: Data) -> list[Picture]:
     """Every picture that the finished trials allow."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         drawn = [draw(data) for draw in _PICTURES]
     return [picture for picture in drawn if picture is not None]
-
-
-def name_of(method: str) -> str:
-    """How tables and legends call a method."""
-    return METHOD_NAMES.get(method, method)
 
 
 def draw_examples(data: Data) -> Picture | None:
@@ -106,7 +61,7 @@ def draw_examples(data: Data) -> Picture | None:
         ax.set_title(f"{label}", fontsize=9)
         ax.spines[:].set_visible(False)
     caption = f"The first {len(images)} test images, with their labels."
-    return _picture("examples", "What the network sees", caption, figure)
+    return picture("examples", "What the network sees", caption, figure)
 
 
 def draw_metric_curves(data: Data) -> Picture | None:
@@ -116,15 +71,15 @@ def draw_metric_curves(data: Data) -> Picture | None:
         return None
     metric = metric_name(data)
     patterns = list(dict.fromkeys(entry["pattern"] for entry in entries))
-    figure, axes = _panels(len(patterns), height=3.4)
+    figure, axes = panels(len(patterns), height=3.4)
     for ax, pattern in zip(axes, patterns, strict=True):
         here = [entry for entry in entries if entry["pattern"] == pattern]
         curves = {name_of(e["method"]): 100 * (1 - curve(e, f"test.{metric}")) for e in here}
         plot_curves(curves, _epochs(here[0]), colors=_colors(), ax=ax)
         ax.set(title=pattern, xlabel="epoch")
-        _log_scale(ax)
+        log_scale(ax)
     axes[0].set_ylabel(f"test error, % (100 - {metric})")
-    _legend_below(figure, axes[0])
+    legend_below(figure, axes[0])
     notes = [_on_the_way(data, entries, pattern) for pattern in patterns]
     caption = (
         "Test error over the epochs, mean and one standard error over the seeds, on a logarithmic "
@@ -133,7 +88,7 @@ def draw_metric_curves(data: Data) -> Picture | None:
     if any(entry["method"] == "one_shot" for entry in entries):
         caption += " One-shot is dense until half-way, where it is pruned and its learning rate "
         caption += "starts again."
-    return _picture("curves", "Learning curves", caption, figure)
+    return picture("curves", "Learning curves", caption, figure)
 
 
 def _on_the_way(data: Data, entries: list[Entry], pattern: str) -> str:
@@ -156,7 +111,7 @@ def draw_seeds(data: Data) -> Picture | None:
     if not table:
         return None
     patterns = list(dict.fromkeys(row.pattern for row in table))
-    figure, axes = _panels(len(patterns), height=2.4)
+    figure, axes = panels(len(patterns), height=2.4)
     for ax, pattern in zip(axes, patterns, strict=True):
         here = [row for row in table if row.pattern == pattern]
         for height, row in enumerate(here):
@@ -177,7 +132,7 @@ def draw_seeds(data: Data) -> Picture | None:
             f" Seeds spread most for {name_of(widest.method)} at {widest.pattern}: "
             f"{100 * spreads[widest]:.1f} points from the lowest to the highest."
         )
-    return _picture("seeds", "Every seed", caption, figure)
+    return picture("seeds", "Every seed", caption, figure)
 
 
 def draw_layer_sad(data: Data) -> Picture | None:
@@ -188,7 +143,7 @@ def draw_layer_sad(data: Data) -> Picture | None:
     if not patterns:
         return None
     layers = max(len(data["settings"]["weights"][pattern]) for pattern in patterns)
-    figure, axes = _panels(len(patterns), height=0.9 + 0.38 * layers)
+    figure, axes = panels(len(patterns), height=0.9 + 0.38 * layers)
     table, notes = rows(data), []
     for ax, pattern in zip(axes, patterns, strict=True):
         groups = {
@@ -211,12 +166,12 @@ def draw_layer_sad(data: Data) -> Picture | None:
             if row.pattern == pattern and row.method in shown
         ]
         notes.append(f"At {pattern}, over all layers: {', '.join(totals)}.")
-    _legend_below(figure, axes[0])
+    legend_below(figure, axes[0])
     caption = (
         "Mask entries that differ from the initial weights' masks at the end of training. The "
         "dotted line is chance, where two unrelated masks would be. " + " ".join(notes)
     )
-    return _picture("layer_sad", "How far each layer's topology moved", caption, figure)
+    return picture("layer_sad", "How far each layer's topology moved", caption, figure)
 
 
 def draw_sad_over_time(data: Data) -> Picture | None:
@@ -231,7 +186,7 @@ def draw_sad_over_time(data: Data) -> Picture | None:
     colors |= {
         label: PINK for label, entry in zip(labels, entries, strict=True) if entry["lambda_w"] < 0
     }
-    figure, axes = _panels(2, height=3.4)
+    figure, axes = panels(2, height=3.4)
     sads = {label: curve(e, "sad_first") for label, e in zip(labels, entries, strict=True)}
     density = data["settings"]["density"][pattern]
     weights, epochs = weights_of(data, pattern), _epochs(entries[0])
@@ -242,7 +197,7 @@ def draw_sad_over_time(data: Data) -> Picture | None:
     flips = {label: 100 * flipped for label, (_, flipped) in zip(labels, windows, strict=True)}
     plot_curves(flips, windows[0][0], colors=colors, ax=axes[1])
     axes[1].set(title="Flip rate", xlabel="epoch", ylabel="% of entries in a step")
-    _log_scale(axes[1])
+    log_scale(axes[1])
     axes[1].legend(fontsize=8, loc="lower left")
     ranked = ", ".join(
         f"{row.lambda_w:.2g}: {100 * row.sad.mean:.1f} %" for row in sweep_rows(data)
@@ -252,7 +207,7 @@ def draw_sad_over_time(data: Data) -> Picture | None:
         "the dotted line is chance). Right: how much of the mask one step flips. SAD at the end, "
         f"by strength: {ranked}."
     )
-    return _picture("sad_over_time", "Divergence over time, by strength", caption, figure)
+    return picture("sad_over_time", "Divergence over time, by strength", caption, figure)
 
 
 def draw_sweep(data: Data) -> Picture | None:
@@ -262,7 +217,7 @@ def draw_sweep(data: Data) -> Picture | None:
         return None
     strengths = np.array([row.lambda_w for row in table])
     smallest = np.min(np.abs(strengths[strengths != 0]))
-    figure, axes = _panels(2, height=2.8)
+    figure, axes = panels(2, height=2.8)
     for ax, column, label in (
         (axes[0], "metric", f"test {metric_name(data)}, %"),
         (axes[1], "loss", "test loss"),
@@ -295,7 +250,7 @@ def draw_sweep(data: Data) -> Picture | None:
     if zero and best.lambda_w != 0:
         gain = best.metric.minus(zero[0].metric)
         caption += f", {100 * gain.mean:+.2f} ± {100 * gain.error:.2f} points against STE"
-    return _picture("sweep", "How strong should the pull be?", caption + ".", figure)
+    return picture("sweep", "How strong should the pull be?", caption + ".", figure)
 
 
 def draw_shapes(data: Data) -> Picture | None:
@@ -321,7 +276,7 @@ def draw_shapes(data: Data) -> Picture | None:
         f"({often} times). The centre tap is kept in {share[1, 1]:.0f} % of the kernels, a corner "
         f"in {corners:.0f} %. Test {metric_name(data)}: {100 * reached:.1f} %."
     )
-    return _picture("shapes", "Kernel shapes", caption, figure)
+    return picture("shapes", "Kernel shapes", caption, figure)
 
 
 _PICTURES = (
@@ -357,24 +312,6 @@ def _epochs(entry: Entry) -> np.ndarray:
     return np.array([epoch["epoch"] for epoch in entry["epochs"]])
 
 
-def _legend_below(figure: Figure, ax: Any) -> None:
-    """One legend for all panels, below them."""
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
-
-
-def _log_scale(ax: Any) -> None:
-    """A logarithmic vertical axis, unless a value is zero or there is none."""
-    drawn = np.concatenate([line.get_ydata() for line in ax.lines])
-    if len(drawn) == 0 or drawn.min() <= 0:
-        return
-    ax.set_yscale("log")
-    if drawn.max() < 100 * drawn.min():
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
-
-
 def _windows(values: np.ndarray, length: int = 5) -> tuple[np.ndarray, np.ndarray]:
     """Means over `length` epochs at a time, at the middle of each; NaN where nothing happened.
 
@@ -399,16 +336,3 @@ def _grid_words(code: str) -> str:
     """A shape as three rows of dots, for running text."""
     signs = code.replace("1", "■").replace("0", "□")
     return f"{signs[:3]}/{signs[3:6]}/{signs[6:]}"
-
-
-def _panels(count: int, *, height: float) -> tuple[Figure, Any]:
-    width = 6.4 if count == 1 else 4.8 * count
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)
-    return figure, axes[0]
-
-
-def _picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return Picture(name, title, caption, buffer.getvalue())

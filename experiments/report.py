@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.figures import METHOD_COLORS, draw_all, name_of
+from experiments.figures import draw_all
 from experiments.findings import (
     Data,
     Row,
@@ -25,6 +25,7 @@ from experiments.findings import (
     total_pull,
 )
 from experiments.methods import METHODS
+from experiments.pictures import METHOD_COLORS, name_of
 from experiments.reasons import pull_sentences, reasons, scale_sentence
 
 Cells = tuple[str, ...]
