@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +33,10 @@ def sparsify(
 
     `init` itself runs dense. Outputs are sparse from the first `apply` on.
 
+    As a part of another module it is best made in `setup`, where the attribute names it. A compact
+    method names it by its class, `SparseDense_0`, or by the name of a module without a parent:
+    `sparsify(nn.Dense(4, name="head", parent=None), "2:4")`.
+
     Args:
       module: any linen module; submodules, collections, dropout, `nn.scan` and `nn.remat` inside
         it work as before.
@@ -42,7 +47,8 @@ def sparsify(
       **selection: where `plan` is a pattern, the keyword arguments of `nmjax.make_plan`.
 
     Raises:
-      TypeError: `module` is not a linen module instance, or `selection` comes with a plan.
+      TypeError: `module` is not a linen module instance, `selection` comes with a plan, or it is
+        not what `nmjax.make_plan` takes.
       ValueError: from `apply`, as `nmjax.make_plan` and `nmjax.sparsify`.
 
     >>> import jax.numpy as jnp
@@ -59,15 +65,34 @@ def sparsify(
             f"{sorted(selection)} belong to nmjax.make_plan; pass them there, since this plan is "
             "made already"
         )
-    pattern_or_plan = plan if isinstance(plan, Plan) else parse_pattern(plan)
-    methods = {name: _forward(name) for name in ("__call__", *_public_methods(type(module)))}
-    sparse_class = type(f"Sparse{type(module).__name__}", (_SparseModule,), methods)
-    return sparse_class(
-        dense=module.clone(parent=None, name=None),
-        plan=pattern_or_plan,
-        lambda_w=lambda_w,
-        selection=tuple(selection.items()),
-    )
+    inspect.signature(make_plan).bind({}, plan, **selection)
+    plan_or_pattern = plan if isinstance(plan, Plan) else parse_pattern(plan)
+    dense_class = type(module)
+    methods = _public_methods(dense_class)
+
+    def to_sparse(variables: Any) -> Any:
+        params = variables.get("params")
+        if not params:
+            raise ValueError(
+                f"{dense_class.__name__} has no parameters of its own to make sparse. If it was "
+                "given modules that were made in a compact method, they belong to that method's "
+                "module: make them in setup, or with parent=None"
+            )
+        fitting = plan_or_pattern
+        if not isinstance(fitting, Plan):
+            fitting = make_plan(params, fitting, **selection)
+        return {**variables, "params": sparsify_params(params, fitting, lambda_w=lambda_w)}
+
+    # Inside a mapped method `self` is dense again, so methods that call methods map only once.
+    mapped_class = nn.map_variables(dense_class, "params", trans_in_fn=to_sparse, methods=methods)
+    overrides = {name: _dense_in_init(name, dense_class, mapped_class) for name in methods}
+    sparse_class = type(f"Sparse{dense_class.__name__}", (mapped_class,), overrides)
+    fields = {
+        field.name: getattr(module, field.name)
+        for field in dataclasses.fields(module)
+        if field.init and field.name not in ("parent", "name")
+    }
+    return sparse_class(**fields, name=module.name if module.parent is None else None)
 
 
 def cost(module: nn.Module, plan: Plan | str | Pattern | None, *inputs: Any, **kwargs: Any) -> Cost:
@@ -79,7 +104,7 @@ def cost(module: nn.Module, plan: Plan | str | Pattern | None, *inputs: Any, **k
         rules; None for the dense network.
       *inputs: arrays, ShapeDtypeStructs or shapes (float32 is assumed), as `module` takes them.
         The batch size counts: use 1 for the cost of one example.
-      **kwargs: static arguments of the module's `__call__`, such as `train=False`.
+      **kwargs: static arguments of the module's `__call__`, such as `train=True`.
 
     >>> print(cost(nn.Dense(4), "2:4", (1, 8)))
     leaf    pattern  weights  kept  multiply-adds  kept   share
@@ -89,7 +114,7 @@ def cost(module: nn.Module, plan: Plan | str | Pattern | None, *inputs: Any, **k
     total                 36    20             32    16  100.0%
     """
     inputs = tuple(
-        jax.ShapeDtypeStruct(i, jax.numpy.float32) if isinstance(i, tuple) else i for i in inputs
+        jax.ShapeDtypeStruct(i, jax.numpy.float32) if _is_shape(i) else i for i in inputs
     )
     key = jax.random.key(0)
     variables = jax.eval_shape(lambda *args: module.init(key, *args, **kwargs), *inputs)
@@ -98,55 +123,41 @@ def cost(module: nn.Module, plan: Plan | str | Pattern | None, *inputs: Any, **k
         plan = make_plan(params, plan)
 
     def forward(params: Any, others: Any, *args: Any) -> Any:
-        return module.apply({**others, "params": params}, *args, rngs={"dropout": key}, **kwargs)
+        variables = {**others, "params": params}
+        # Flax draws from "params" where a stream of random numbers, as for dropout, is missing.
+        return module.apply(variables, *args, rngs={"params": key}, mutable=list(others), **kwargs)
 
     others = {name: tree for name, tree in variables.items() if name != "params"}
     return cost_of_function(forward, params, others, *inputs, plan=plan)
 
 
-class _SparseModule(nn.Module):
-    """Runs `dense` in its own scope on sparse parameters."""
-
-    dense: nn.Module
-    plan: Plan | Pattern
-    lambda_w: ArrayLike | None
-    selection: tuple[tuple[str, Any], ...]
-
-    def setup(self) -> None:
-        nn.share_scope(self, self.dense)
-
-    def _sparse_variables(self, variables: Any) -> Any:
-        params = variables["params"]
-        plan = self.plan
-        if not isinstance(plan, Plan):
-            plan = make_plan(params, plan, **dict(self.selection))
-        return {**variables, "params": sparsify_params(params, plan, lambda_w=self.lambda_w)}
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
 
 
-def _forward(method: str) -> Callable[..., Any]:
-    """A method that calls the dense module's on sparse parameters."""
+def _dense_in_init(
+    name: str, dense_class: type[nn.Module], mapped_class: type[nn.Module]
+) -> Callable[..., Any]:
+    """A method that runs dense while the parameters are being made, and sparse from then on."""
+    dense, sparse = getattr(dense_class, name), getattr(mapped_class, name)
 
-    def forward(self: _SparseModule, *args: Any, **kwargs: Any) -> Any:
-        def call(dense: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return getattr(dense, method)(*args, **kwargs)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        runs_dense = self.scope is None or self.is_initializing()
+        return (dense if runs_dense else sparse)(self, *args, **kwargs)
 
-        if self.is_initializing():
-            return call(self.dense, *args, **kwargs)
-        run = nn.map_variables(call, "params", trans_in_fn=self._sparse_variables)
-        return run(self.dense, *args, **kwargs)
-
-    forward.__name__ = method
-    return forward
+    method.__name__, method.__doc__ = name, dense.__doc__
+    return method
 
 
-def _public_methods(module_class: type[nn.Module]) -> Sequence[str]:
-    """The methods that a module class adds to those of every linen module."""
-    fields = {field.name for field in dataclasses.fields(module_class)}
+def _public_methods(module_class: type[nn.Module]) -> list[str]:
+    """`__call__`, and the methods that a module class adds to those of every linen module.
+
+    Static methods, class methods and those marked `nn.nowrap` do not read parameters.
+    """
     return [
         name
         for name in dir(module_class)
-        if not name.startswith("_")
-        and name not in fields
-        and not hasattr(nn.Module, name)
-        and callable(getattr(module_class, name))
+        if (name == "__call__" or not (name.startswith("_") or hasattr(nn.Module, name)))
+        and inspect.isfunction(function := inspect.getattr_static(module_class, name))
+        and not hasattr(function, "nowrap")
     ]
