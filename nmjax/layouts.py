@@ -94,6 +94,8 @@ def _no_weight(parent: str, leaf: str, shape: Shape) -> str | None:
         return "normalization"
     if len(shape) < 2:
         return f"{len(shape)}-D"
+    if leaf == "weight" and "norm" in parent.rpartition("/")[-1]:
+        return "normalization"
     if "embed" in leaf or (leaf == "weight" and len(shape) == 2 and "embed" in parent):
         return "embedding"
     return None
@@ -125,5 +127,6 @@ def _attention(name: str, shapes: Mapping[str, Shape]) -> Axes | None:
     heads_agree = kernel("out")[-3:-1] in ins
     if role == "out":
         return ATTENTION_OUT if len(shapes[name]) > 2 and heads_agree else None
-    is_projection = len(shapes[name]) == 3 or (len(shapes[name]) > 3 and heads_agree)
+    ndim, has_out = len(shapes[name]), len(kernel("out")) > 2
+    is_projection = ndim > 2 and (heads_agree or (ndim == 3 and not has_out))
     return ATTENTION_IN if is_projection else None

@@ -7,6 +7,7 @@ term, measure and file of one model reads it.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,9 +151,12 @@ def make_plan(
         not a lambda made anew each time: the plan's equality, and so the jit cache, goes by it.
 
     Raises:
-      TypeError: a leaf to be made sparse is not of a floating dtype; a pattern of the wrong type.
-      ValueError: a pattern does not parse; a path rule matches nothing or changes nothing; m does
-        not divide the reduction size (all such leaves are named); no leaf becomes sparse.
+      TypeError: a leaf to be made sparse is not of a floating dtype; a pattern, a path rule or an
+        axis of the wrong type.
+      ValueError: a pattern does not parse; a path rule is no regular expression or matches no
+        leaf; one of `rules` is overruled on every leaf that it matches; axes that a leaf does not
+        have; m does not divide the reduction size (all such leaves are named); no leaf becomes
+        sparse.
 
     >>> params = {"Dense_0": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}}
     >>> plan = make_plan(params, "2:4")
@@ -169,7 +173,7 @@ def make_plan(
         exclude=_as_rules(exclude),
         include=None if include is None else _as_rules(include),
         rules={rule: p if p is None else parse_pattern(p) for rule, p in (rules or {}).items()},
-        axes={rule: (a,) if isinstance(a, int) else tuple(a) for rule, a in (axes or {}).items()},
+        axes={rule: _as_axes(rule, given) for rule, given in (axes or {}).items()},
     )
     choice.check_rules_match(leaves)
     shapes = {name: tuple(getattr(leaf, "shape", ())) for name, leaf in leaves.items()}
@@ -214,7 +218,7 @@ class _Selection:
         rule = _first_match(self.rules, name)
         pattern = self.pattern if rule is None else self.rules[rule]
         if pattern is None:
-            return DenseLeaf(shape, f"left dense by the rule {rule!r}")
+            return DenseLeaf(shape, _left_dense(rule))
         if pattern.flatten == "kernel":
             filters = filter_axes(axes, shape)
             if filters is None:
@@ -245,6 +249,8 @@ class _Selection:
     def check_rules_match(self, names: Mapping[str, Any]) -> None:
         """Raises ValueError if a rule matches no leaf: it would be a rule that nobody heeds."""
         every = (*self.exclude, *(self.include or ()), *self.rules, *self.axes)
+        for rule in every:
+            _check_rule(rule)
         idle = [rule for rule in every if not any(re.search(rule, name) for name in names)]
         if idle:
             raise ValueError(
@@ -253,20 +259,24 @@ class _Selection:
             )
 
     def check_rules_apply(self, planned: Mapping[str, LeafPlan | DenseLeaf]) -> None:
-        """Raises ValueError if a rule gives a pattern to leaves that all stay dense."""
-        sparse = {
-            _first_match(self.rules, n) for n, p in planned.items() if isinstance(p, LeafPlan)
-        }
+        """Raises ValueError if no leaf comes out as one of `rules` wants it."""
         for rule, pattern in self.rules.items():
-            if pattern is None or rule in sparse:
+            matched = {name: leaf for name, leaf in planned.items() if re.search(rule, name)}
+            sparse = [name for name, leaf in matched.items() if isinstance(leaf, LeafPlan)]
+            if pattern is None:
+                left_dense = (DenseLeaf(leaf.shape, _left_dense(rule)) for leaf in matched.values())
+                heeded = not sparse or any(leaf in matched.values() for leaf in left_dense)
+            else:
+                heeded = any(_first_match(self.rules, name) == rule for name in sparse)
+            if heeded:
                 continue
             raise ValueError(
-                f"the rule {rule!r}: {pattern} makes no leaf sparse. It matches:\n"
+                f"the rule {rule!r}: {pattern} makes no leaf "
+                f"{'dense' if pattern is None else 'sparse'}. It matches:\n"
                 + "\n".join(
                     f"  {name} {leaf.shape}: "
                     + (leaf.reason if isinstance(leaf, DenseLeaf) else "taken by an earlier rule")
-                    for name, leaf in planned.items()
-                    if re.search(rule, name)
+                    for name, leaf in matched.items()
                 )
             )
 
@@ -313,6 +323,27 @@ def _check_floating(planned: Mapping[str, LeafPlan | DenseLeaf], leaves: Mapping
 
 def _as_rules(rules: PathRules) -> tuple[str, ...]:
     return (rules,) if isinstance(rules, str) else tuple(rules)
+
+
+def _as_axes(rule: str, given: ReductionAxes) -> tuple[int, ...]:
+    axes = given if isinstance(given, tuple | list) else (given,)
+    if not axes or any(isinstance(a, bool) or not hasattr(a, "__index__") for a in axes):
+        raise TypeError(f"axes={{{rule!r}: {given!r}}} must be an integer or integers")
+    return tuple(map(operator.index, axes))
+
+
+def _check_rule(rule: str) -> None:
+    """Raises TypeError or ValueError unless `rule` is a regular expression."""
+    if not isinstance(rule, str):
+        raise TypeError(f"a path rule is a regular expression as text, got {rule!r}")
+    try:
+        re.compile(rule)
+    except re.error as error:
+        raise ValueError(f"the path rule {rule!r} is no regular expression: {error}") from error
+
+
+def _left_dense(rule: str | None) -> str:
+    return f"left dense by the rule {rule!r}"
 
 
 def _first_match(rules: Sequence[str] | Mapping[str, Any], name: str) -> str | None:
