@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from nmjax.plans import LeafPlan, Plan
@@ -100,15 +101,19 @@ class Cost:
 def cost(forward: Callable[..., Any], params: Any, *inputs: Any, plan: Plan | None = None) -> Cost:
     """Counts the weights and multiply-adds of `forward(params, *inputs)`.
 
+    Products with padding count. Of a conditional the first branch counts, the one that `lax.cond`
+    takes when its predicate is false; a while loop counts as one pass.
+
     Args:
       forward: the network's forward pass; it is traced and not run.
       params: its parameters, arrays or ShapeDtypeStructs.
-      *inputs: its inputs, arrays or ShapeDtypeStructs. Their batch size counts: for the cost of
-        one example give a batch of one.
+      *inputs: its inputs, arrays or ShapeDtypeStructs; all of them, since what `forward` closes
+        over is taken for a constant. Their batch size counts: for the cost of one example give a
+        batch of one.
       plan: which leaves are sparse; None for the dense network.
 
     Raises:
-      ValueError: the plan names a leaf that `params` does not have.
+      ValueError: no inputs; the plan names a leaf that `params` does not have.
 
     >>> import jax.numpy as jnp
     >>> import nmjax
@@ -118,6 +123,11 @@ def cost(forward: Callable[..., Any], params: Any, *inputs: Any, plan: Plan | No
     >>> table.total.macs, table.total.macs_kept
     (128, 64)
     """
+    if not jax.tree.leaves(inputs):
+        raise ValueError(
+            "cost needs the network's inputs as arguments, cost(forward, params, x), to tell "
+            "activations from weights"
+        )
     leaves = named_leaves(params)
     planned: dict[str, LeafPlan] = dict(plan or {})
     if not planned.keys() <= leaves.keys():
@@ -135,7 +145,7 @@ def cost(forward: Callable[..., Any], params: Any, *inputs: Any, plan: Plan | No
 
 
 def _leaf_cost(leaf: Any, planned: LeafPlan | None, macs: int) -> LeafCost:
-    weights = math.prod(leaf.shape)
+    weights = math.prod(jnp.shape(leaf))
     if planned is None:
         return LeafCost("dense", weights, weights, macs, macs)
     n, m = planned.pattern.n, planned.pattern.m
@@ -209,7 +219,9 @@ def _multiply_adds(equation: core.JaxprEqn) -> int:
         (contracted, _), _ = equation.params["dimension_numbers"]
         return outputs * math.prod(shapes[0][axis] for axis in contracted)
     kernel = equation.params["dimension_numbers"].rhs_spec
-    return outputs * math.prod(shapes[1]) // shapes[1][kernel[0]]
+    # A transposed convolution sets zeros between its inputs, which nobody multiplies.
+    stride = math.prod(equation.params["lhs_dilation"])
+    return outputs * math.prod(shapes[1]) // (shapes[1][kernel[0]] * stride)
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
