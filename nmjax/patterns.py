@@ -76,7 +76,7 @@ Pattern = NM
 def check_n_of_m(n: int, m: int) -> None:
     """Raises TypeError or ValueError unless `n` and `m` are integers with 1 <= n <= m."""
     for name, value in (("n", n), ("m", m)):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        if isinstance(value, bool) or not _is_integer(value):
             raise TypeError(
                 f"{name} must be a Python integer, got {value!r} of type {type(value).__name__}; "
                 'inside optax.inject_hyperparams pass the pattern as text, such as "2:4"'
@@ -86,6 +86,15 @@ def check_n_of_m(n: int, m: int) -> None:
             f"a pattern keeps n of every m weights with 1 <= n <= m, got n={n}, m={m}"
             + (f"; did you mean {m}:{n}?" if 1 <= m < n else "")
         )
+
+
+def _is_integer(value: object) -> bool:
+    """Whether `value` can serve as an index; arrays of several numbers and tracers cannot."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
 
 
 def parse_pattern(text: str | Pattern) -> Pattern:
