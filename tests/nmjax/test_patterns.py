@@ -1,0 +1,156 @@
+"""Patterns: what is accepted, what is refused with which words, and text there and back."""
+
+import copy
+import itertools
+import math
+import pickle
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nmjax import NM, parse_pattern
+
+
+@st.composite
+def patterns(draw):
+    m = draw(st.integers(1, 1024))
+    return NM(draw(st.integers(1, m)), m, flatten=draw(st.sampled_from(["channel", "kernel"])))
+
+
+@given(patterns())
+def test_text_there_and_back(pattern):
+    assert parse_pattern(str(pattern)) == pattern
+
+
+@given(patterns(), patterns())
+def test_equality_and_hash_go_by_value(a, b):
+    assert a == NM(a.n, a.m, flatten=a.flatten)
+    assert hash(a) == hash(NM(a.n, a.m, flatten=a.flatten))
+    assert (a == b) == ((a.n, a.m, a.flatten) == (b.n, b.m, b.flatten))
+
+
+@given(patterns())
+def test_density_and_index_bits(pattern):
+    assert pattern.density == pattern.n / pattern.m
+    # No encoding of the positions can be shorter: 2 ** bits words tell C(m, n) sets apart.
+    sets = math.comb(pattern.m, pattern.n)
+    assert pattern.index_bits * pattern.m == pytest.approx(math.log2(sets))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sets"), [(NM(2, 4), 6), (NM(1, 4), 4), (NM(4, 4), 1), (NM(3, 5), 10)]
+)
+def test_index_bits_of_counted_sets(pattern, sets):
+    counted = len(list(itertools.combinations(range(pattern.m), pattern.n)))
+    assert counted == sets
+    assert pattern.index_bits == pytest.approx(math.log2(counted) / pattern.m)
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("2:4", NM(2, 4)),
+        ("1:16", NM(1, 16)),
+        (" 2 : 4 ", NM(2, 4)),
+        ("2:4/channel", NM(2, 4)),
+        ("2:4/kernel", NM(2, 4, flatten="kernel")),
+        ("8:32 / kernel", NM(8, 32, flatten="kernel")),
+    ],
+)
+def test_text_that_parses(text, pattern):
+    assert parse_pattern(text) == pattern
+
+
+def test_a_pattern_passes_through_parsing():
+    pattern = NM(2, 4)
+    assert parse_pattern(pattern) is pattern
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2", "2:", ":4", "2-4", "2:4:8", "-2:4", "2.0:4", "0.5", "2:4/filter", "a:b"]
+)
+def test_text_that_does_not_parse(text):
+    with pytest.raises(ValueError, match="cannot read") as error:
+        parse_pattern(text)
+    assert repr(text) in str(error.value)
+    assert '"2:4"' in str(error.value)  # The way out.
+
+
+@pytest.mark.parametrize("value", [None, 2, 0.5, (2, 4), b"2:4", lambda: "2:4"])
+def test_what_is_no_pattern_at_all(value):
+    with pytest.raises(TypeError, match="a pattern is text"):
+        parse_pattern(value)
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 4), (0, 4), (-1, 4), (0, 0), (1, 0), (1, -1)])
+def test_n_outside_of_1_to_m(n, m):
+    with pytest.raises(ValueError, match=f"got n={n}, m={m}"):
+        NM(n, m)
+
+
+@pytest.mark.parametrize("text", ["4:2", "0:4", "0:0"])
+def test_the_same_in_text(text):
+    with pytest.raises(ValueError, match="1 <= n <= m"):
+        parse_pattern(text)
+
+
+def test_numbers_the_wrong_way_round_get_a_hint():
+    with pytest.raises(ValueError, match=r"did you mean 2:4\?"):
+        NM(4, 2)
+
+
+@pytest.mark.parametrize("bad", [True, 2.0, np.float32(2), "2", None, np.array([2, 2])])
+@pytest.mark.parametrize("name", ["n", "m"])
+def test_what_is_no_integer(bad, name):
+    with pytest.raises(TypeError, match=f"{name} must be a Python integer"):
+        NM(**{"n": 2, "m": 4, name: bad})
+
+
+def test_a_traced_number_is_refused_with_the_way_out():
+    with pytest.raises(TypeError, match="inject_hyperparams pass the pattern as text"):
+        jax.jit(lambda n: NM(n, 4).density)(2)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numpy_integers_become_python_ones(integer):
+    pattern = NM(integer(2), integer(4))
+    assert (type(pattern.n), type(pattern.m)) == (int, int)
+    assert pattern == NM(2, 4)
+    assert hash(pattern) == hash(NM(2, 4))
+    assert str(pattern) == "2:4"
+
+
+def test_unknown_flatten():
+    with pytest.raises(ValueError, match='"channel" or "kernel", got \'filter\''):
+        NM(2, 4, flatten="filter")
+
+
+def test_patterns_are_frozen_and_not_callable():
+    pattern = NM(2, 4)
+    assert not callable(pattern)
+    with pytest.raises(AttributeError):
+        pattern.n = 3
+
+
+def test_patterns_can_be_copied_and_pickled():
+    pattern = NM(2, 4, flatten="kernel")
+    assert copy.deepcopy(pattern) == pattern
+    assert pickle.loads(pickle.dumps(pattern)) == pattern
+
+
+def test_an_equal_pattern_as_a_static_argument_does_not_compile_again():
+    traces = []
+
+    @jax.jit(static_argnums=1)
+    def kept(w, pattern):
+        traces.append(pattern)
+        return w * pattern.density
+
+    kept(1.0, NM(2, 4))
+    kept(1.0, parse_pattern("2:4"))
+    assert len(traces) == 1
+    kept(1.0, NM(1, 4))
+    assert len(traces) == 2
