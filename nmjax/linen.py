@@ -86,6 +86,7 @@ def sparsify(
     # Inside a mapped method `self` is dense again, so methods that call methods map only once.
     mapped_class = nn.map_variables(dense_class, "params", trans_in_fn=to_sparse, methods=methods)
     overrides = {name: _dense_in_init(name, dense_class, mapped_class) for name in methods}
+    overrides["apply"] = _apply_by_name(dense_class)
     sparse_class = type(f"Sparse{dense_class.__name__}", (mapped_class,), overrides)
     fields = {
         field.name: getattr(module, field.name)
@@ -147,6 +148,20 @@ def _dense_in_init(
 
     method.__name__, method.__doc__ = name, dense.__doc__
     return method
+
+
+def _apply_by_name(dense_class: type[nn.Module]) -> Callable[..., Any]:
+    """`apply` for which `method=Network.encode` means the sparse `encode`, not the dense one."""
+
+    def apply(self: nn.Module, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        function = getattr(method, "__func__", method)
+        name = getattr(function, "__name__", "")
+        if function is not None and getattr(dense_class, name, None) is function:
+            method = name
+        return dense_class.apply(self, *args, method=method, **kwargs)
+
+    apply.__doc__ = dense_class.apply.__doc__
+    return nn.nowrap(apply)
 
 
 def _public_methods(module_class: type[nn.Module]) -> list[str]:
