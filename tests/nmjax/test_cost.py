@@ -105,7 +105,7 @@ def test_attention():
 
 
 def test_xla_counts_the_same_for_attention():
-    # XLA also counts the softmax: 5 in 100 here.
+    # XLA also counts the softmax: 3 in 100 here.
     x = jnp.ones((2, 64, 64))
     counted = linen.cost(nn.MultiHeadDotProductAttention(4), None, x).total.macs
     assert counted <= xla_macs(nn.MultiHeadDotProductAttention(4), x) < 1.1 * counted
