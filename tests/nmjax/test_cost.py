@@ -285,6 +285,16 @@ def test_loops_calls_and_branches(forward, passes):
     assert table.other_macs == 0
 
 
+def test_a_learned_state_to_begin_with_does_not_capture_what_comes_of_it():
+    params = {**MATRIX, "start": ROWS}  # Larger than the matrix.
+
+    def forward(p, x):
+        steps = jnp.stack([x] * 5)
+        return lax.scan(lambda h, x: (jnp.tanh(h @ p["w"] + x), None), p["start"], steps)[0]
+
+    assert macs(cost(forward, params, ROWS)) == {"w": 5 * ONE_PRODUCT}
+
+
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _):
