@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from nmjax.masks import nm_mask
@@ -103,6 +104,7 @@ def planned_leaves(
 
     Raises:
       ValueError: a planned leaf is missing or has another shape; all such leaves are named.
+      TypeError: a planned leaf is not of a real floating dtype; all such leaves are named.
     """
     leaves = named_leaves(params, is_leaf=is_hidden)
     hidden = [name for name, leaf in leaves.items() if is_hidden is not None and is_hidden(leaf)]
@@ -119,6 +121,13 @@ def planned_leaves(
             + "\n".join(complaints)
             + "\nMake the plan from these parameters, or pass the tree that it was made from, "
             "unflattened."
+        )
+    dtypes = {name: leaves[name].dtype for name in visible}
+    wrong = {name: dtype for name, dtype in dtypes.items() if not jnp.issubdtype(dtype, jnp.floating)}
+    if wrong:
+        raise TypeError(
+            "only weights of a real floating dtype can be sparse, but "
+            + ", ".join(f"{name} has dtype {dtype}" for name, dtype in wrong.items())
         )
     return {name: leaves[name] for name in visible}
 
