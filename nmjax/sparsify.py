@@ -122,12 +122,11 @@ def planned_leaves(
             + "\nMake the plan from these parameters, or pass the tree that it was made from, "
             "unflattened."
         )
-    dtypes = {name: leaves[name].dtype for name in visible}
-    wrong = {name: dtype for name, dtype in dtypes.items() if not jnp.issubdtype(dtype, jnp.floating)}
+    wrong = [name for name in visible if not jnp.issubdtype(leaves[name].dtype, jnp.floating)]
     if wrong:
         raise TypeError(
             "only weights of a real floating dtype can be sparse, but "
-            + ", ".join(f"{name} has dtype {dtype}" for name, dtype in wrong.items())
+            + ", ".join(f"{name} has dtype {leaves[name].dtype}" for name in wrong)
         )
     return {name: leaves[name] for name in visible}
 

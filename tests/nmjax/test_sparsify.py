@@ -275,9 +275,9 @@ def test_lambda_that_is_no_scalar():
 
 @pytest.mark.parametrize("dtype", ["int8", "complex64"])
 def test_weights_that_are_no_real_floats_are_named(dtype):
-    params = {"a": jnp.ones((8, 4)), "b": jnp.ones((8, 4))}
+    params = {"first": jnp.ones((8, 4)), "second": jnp.ones((8, 4))}
     plan = nmjax.make_plan(params, "2:4")
-    changed = {**params, "b": params["b"].astype(dtype)}
+    changed = {**params, "second": params["second"].astype(dtype)}
     for function in (nmjax.compute_masks, nmjax.sparsify, nmjax.prune):
-        with pytest.raises(TypeError, match=f"but b has dtype {dtype}"):
+        with pytest.raises(TypeError, match=f"but second has dtype {dtype}"):
             function(changed, plan)
