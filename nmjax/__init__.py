@@ -1,7 +1,9 @@
 """nmjax: N:M structured sparsity from scratch in JAX."""
 
+from nmjax.blocks import block_mask as block_mask
 from nmjax.cost import Cost as Cost
 from nmjax.cost import cost as cost
+from nmjax.layouts import Axes as Axes
 from nmjax.masks import nm_mask as nm_mask
 from nmjax.metrics import density as density
 from nmjax.metrics import flip_rate as flip_rate
@@ -9,6 +11,7 @@ from nmjax.metrics import sad as sad
 from nmjax.metrics import total_density as total_density
 from nmjax.metrics import total_sad as total_sad
 from nmjax.patterns import NM as NM
+from nmjax.patterns import Block1xN as Block1xN
 from nmjax.patterns import parse_pattern as parse_pattern
 from nmjax.plans import LeafPlan as LeafPlan
 from nmjax.plans import Plan as Plan

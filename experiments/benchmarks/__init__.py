@@ -1,0 +1,1 @@
+"""How long things take, as ratios to a baseline of the same run."""

@@ -32,6 +32,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, width) -> (batch, width)."""
         for _ in range(2):
             x = nn.relu(nn.Dense(self.width)(x))
         return nn.Dense(self.width)(x)
@@ -44,6 +45,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, tokens, features) -> the same."""
         width = x.shape[-1]
         x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
         hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
@@ -67,7 +69,8 @@ def make_step(module: nn.Module, x: jax.Array, pattern: str, method: str) -> tup
     def loss(params: Any) -> jax.Array:
         if method != "dense":
             params = nmjax.sparsify(params, plan)
-        return jnp.mean(jnp.square(module.apply({"params": params}, x) - 1))
+        y: Any = module.apply({"params": params}, x)
+        return jnp.mean(jnp.square(y - 1))
 
     def step(params: Any, opt_state: Any) -> tuple[Any, Any]:
         updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)

@@ -1,0 +1,1 @@
+"""Networks in Flax linen that the tasks train."""
