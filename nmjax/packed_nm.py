@@ -7,8 +7,6 @@ neighbouring outputs in neighbouring lanes, and so that whatever shards them sti
 The positions of a column's kept values make one string of bits, least significant first, filled up
 with zeros to whole bytes. A group takes the shorter of two codes: n positions of ceil(log2 m) bits
 each, ascending, or a bitmask of m bits.
-
-Weights are copied as integers of their width: no NaN, infinity or -0.0 changes on the way.
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from nmjax.bits import as_bits, exactly, from_bits, index_dtype, pack_bits, unpack_bits
 from nmjax.layouts import Shape
 from nmjax.patterns import NM
 from nmjax.plans import LeafPlan
-from nmjax.spans import merge, split
+from nmjax.spans import merge, split, stack_axes
 
 
 @partial(
@@ -55,8 +53,8 @@ class PackedNM:
         """Shape of the weight, axes in front of the planned ones included."""
         planned = self.leaf_plan.shape
         stack = self.values.shape[:-3]
-        planned_stack = len(planned) - sum(map(len, _spans(self.leaf_plan)))
-        return (*stack[: len(stack) - planned_stack], *planned)
+        in_front = len(stack) - len(stack_axes(len(planned), _spans(self.leaf_plan)))
+        return (*stack[:in_front], *planned)
 
     @property
     def dtype(self) -> np.dtype:
@@ -66,13 +64,13 @@ class PackedNM:
     @property
     def nbytes(self) -> int:
         """Bytes of both arrays."""
-        return _nbytes(self.values) + _nbytes(self.codes)
+        return self.values.size * self.dtype.itemsize + self.codes.size
 
     @property
     def least_nbytes(self) -> int:
         """Bytes that values and any encoding of the positions need: log2 C(m, n) bits a group."""
         bits = math.prod(self.shape) * _pattern(self.leaf_plan).index_bits
-        return _nbytes(self.values) + math.ceil(bits / 8)
+        return self.values.size * self.dtype.itemsize + math.ceil(bits / 8)
 
     def positions(self) -> jax.Array:
         """Where in its group each value was: unsigned integers of `values`' shape, ascending."""
@@ -89,43 +87,34 @@ def pack_nm(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> PackedNM:
         cannot be looked at.
       leaf_plan: an N:M pattern, and the axes.
 
+    There is no gradient: bits have none.
+
     Raises:
       TypeError: the dtype does not fill whole bytes.
     """
-    if jnp.finfo(w.dtype).bits % 8:
-        raise TypeError(f"cannot pack weights of dtype {w.dtype}: it does not fill whole bytes")
-    return _pack(w, mask, leaf_plan)
+    nan = as_bits(jnp.full((), jnp.nan, w.dtype))
+    values, codes = _pack(as_bits(w), mask, nan, leaf_plan)
+    return PackedNM(from_bits(values, w.dtype), codes, leaf_plan)
 
 
-@partial(jax.jit, static_argnames="leaf_plan", inline=True)
-def _pack(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> PackedNM:
-    pattern = _pattern(leaf_plan)
-    bits = _grouped(lax.bitcast_convert_type(w, _unsigned(w.dtype)), leaf_plan)
-    kept = _grouped(mask, leaf_plan)
-    count = kept.sum(axis=-2, keepdims=True)
-    # Exactly n are stored: the first n of too many, and the first dropped ones, as zeros, beside
-    # too few.
-    spare = pattern.n - jnp.minimum(count, pattern.n)
-    stored = (kept & (kept.cumsum(axis=-2) <= pattern.n)) | (
-        ~kept & ((~kept).cumsum(axis=-2) <= spare)
-    )
-    values, positions = _gather(jnp.where(kept, bits, 0), stored, pattern.n)
-    nan = lax.bitcast_convert_type(jnp.full((), jnp.nan, w.dtype), bits.dtype)
-    values = lax.bitcast_convert_type(jnp.where(count > pattern.n, nan, values), w.dtype)
-    return PackedNM(values, _encode(stored, positions, pattern), leaf_plan)
-
-
-@jax.jit
+@jax.custom_vjp
 def unpack_nm(packed: PackedNM) -> jax.Array:
-    """The weight, with zeros where nothing was kept."""
-    plan, values = packed.leaf_plan, packed.values
-    bits = lax.bitcast_convert_type(values, _unsigned(values.dtype))
-    index = jnp.arange(_pattern(plan).m)[:, None]
-    # (*stack, groups, n, m, outputs), which XLA sums without storing; one term is not zero.
-    here = packed.positions()[..., :, None, :] == index
-    groups = jnp.where(here, bits[..., :, None, :], 0).sum(axis=-3, dtype=bits.dtype)
-    merged = groups.reshape(*groups.shape[:-3], -1, groups.shape[-1])
-    return lax.bitcast_convert_type(split(merged, packed.shape, _spans(plan)), values.dtype)
+    """The weight, with zeros where nothing was kept; its gradient reaches the values."""
+    bits = _unpack(as_bits(packed.values), packed.codes, packed.shape, packed.leaf_plan)
+    return from_bits(bits, packed.dtype)
+
+
+def _unpack_forward(packed: PackedNM) -> tuple[jax.Array, PackedNM]:
+    return unpack_nm(packed), packed
+
+
+def _unpack_backward(packed: PackedNM, g: jax.Array) -> tuple[PackedNM]:
+    groups = _grouped(g, packed.leaf_plan)
+    values = jnp.take_along_axis(groups, packed.positions().astype(jnp.int32), axis=-2)
+    return (PackedNM(values, None, packed.leaf_plan),)  # type: ignore[arg-type]
+
+
+unpack_nm.defvjp(_unpack_forward, _unpack_backward)
 
 
 def nm_misfits(kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
@@ -135,39 +124,58 @@ def nm_misfits(kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
 
 
 def check_packed_nm(packed: PackedNM) -> None:
-    """Raises ValueError unless arrays, as NumPy ones, are what `pack_nm` could have made."""
-    plan, codes = packed.leaf_plan, np.asarray(packed.codes)
-    pattern = _pattern(plan)
-    inputs, outputs = (math.prod(plan.shape[axis] for axis in span) for span in _spans(plan))
-    if inputs % pattern.m:
-        raise ValueError(f"{inputs} inputs are not a multiple of {pattern.m}")
-    groups = inputs // pattern.m
-    planned = [plan.shape[axis] for axis in _stack_axes(plan)]
-    stack = packed.values.shape[:-3]
-    if (
-        packed.values.shape[-3:] != (groups, pattern.n, outputs)
-        or list(stack[len(stack) - len(planned) :]) != planned
-    ):
+    """Raises ValueError unless the arrays, of NumPy, are what `pack_nm` could have made."""
+    plan, pattern, codes = packed.leaf_plan, _pattern(packed.leaf_plan), packed.codes
+    if plan.misfit is not None:
+        raise ValueError(plan.misfit)
+    groups = plan.inputs // pattern.m
+    planned = [plan.shape[axis] for axis in stack_axes(len(plan.shape), _spans(plan))]
+    expected: list[int] = [*planned, groups, pattern.n, plan.outputs]
+    if list(packed.values.shape[max(packed.values.ndim - len(expected), 0) :]) != expected:
         raise ValueError(
-            f"values of shape {packed.values.shape} do not hold {pattern} of a weight of shape "
-            f"{plan.shape}; expected {(*planned, groups, pattern.n, outputs)}"
+            f"values of shape {packed.values.shape} cannot hold {pattern} of a weight of shape "
+            f"{plan.shape}; expected {tuple(expected)}"
         )
-    expected = (*stack, -(-groups * _code_bits(pattern) // 8), outputs)
-    if codes.shape != expected or codes.dtype != np.uint8:
-        raise ValueError(
-            f"codes are {codes.dtype} of shape {codes.shape}, expected uint8 of {expected}"
-        )
-    used = groups * _code_bits(pattern) % 8
-    if used and codes.size and (codes[..., -1, :] >> used).any():
+    count = groups * _codes_per_group(pattern)
+    spare = -count * _code_width(pattern) % 8
+    shape = (*packed.values.shape[:-3], (count * _code_width(pattern) + spare) // 8, plan.outputs)
+    if codes.shape != shape or codes.dtype != np.uint8:
+        raise ValueError(f"codes are {codes.dtype}{codes.shape}, expected uint8{shape}")
+    if spare and (codes[..., -1:, :] >> (8 - spare)).any():
         raise ValueError("unused bits of the codes are not zero")
     code = _unpack_codes(codes, groups, pattern, np)
     if _is_bitmask(pattern):
-        wrong = (code.sum(axis=-2) != pattern.n).sum()
+        right = code.sum(axis=-2, dtype=np.int64) == pattern.n
     else:
-        ascending = (code[..., 1:, :] > code[..., :-1, :]).all(axis=-2)
-        wrong = (~(ascending & (code < pattern.m).all(axis=-2))).sum()
-    if wrong:
-        raise ValueError(f"{wrong} groups do not say where {pattern.n} of {pattern.m} values were")
+        right = (code[..., 1:, :] > code[..., :-1, :]).all(axis=-2) & (code[..., -1, :] < pattern.m)
+    if not right.all():
+        raise ValueError(
+            f"the codes of {(~right).sum():,} groups do not keep {pattern.n} of {pattern.m}"
+        )
+
+
+@partial(jax.jit, static_argnames="leaf_plan", inline=True)
+def _pack(
+    bits: jax.Array, mask: jax.Array, nan: jax.Array, leaf_plan: LeafPlan
+) -> tuple[jax.Array, jax.Array]:
+    """Values and codes."""
+    pattern = _pattern(leaf_plan)
+    bits, kept = _grouped(bits, leaf_plan), _grouped(mask, leaf_plan)
+    stored = exactly(kept, pattern.n, axis=-2)
+    values, positions = _gather(jnp.where(kept, bits, 0), stored, pattern.n)
+    too_many = kept.sum(axis=-2, keepdims=True) > pattern.n
+    code = stored if _is_bitmask(pattern) else positions
+    return jnp.where(too_many, nan, values), pack_bits(_flat(code), _code_width(pattern))
+
+
+@partial(jax.jit, static_argnames=("shape", "leaf_plan"), inline=True)
+def _unpack(bits: jax.Array, codes: jax.Array, shape: Shape, leaf_plan: LeafPlan) -> jax.Array:
+    """The weight's bits from those of the values."""
+    index = jnp.arange(_pattern(leaf_plan).m)[:, None]
+    # (*stack, groups, n, m, outputs), which XLA sums without storing; one term is not zero.
+    here = _positions(codes, leaf_plan)[..., :, None, :] == index
+    groups = jnp.where(here, bits[..., :, None, :], 0).sum(axis=-3, dtype=bits.dtype)
+    return split(_flat(groups), shape, _spans(leaf_plan))
 
 
 def _gather(bits: jax.Array, stored: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -176,57 +184,42 @@ def _gather(bits: jax.Array, stored: jax.Array, n: int) -> tuple[jax.Array, jax.
     order = jnp.where(stored, stored.cumsum(axis=-2), 0)[..., None, :, :]
     # (…, n, m, outputs), which XLA sums without storing; one of the m terms is not zero.
     here = order == jnp.arange(1, n + 1)[:, None, None]
-    index = jnp.arange(m, dtype=_index_dtype(m))[:, None]
+    index = jnp.arange(m, dtype=index_dtype(m))[:, None]
     values = jnp.where(here, bits[..., None, :, :], 0).sum(axis=-2, dtype=bits.dtype)
     return values, jnp.where(here, index, 0).sum(axis=-2, dtype=index.dtype)
-
-
-def _encode(stored: jax.Array, positions: jax.Array, pattern: NM) -> jax.Array:
-    """The codes of groups (*stack, groups, m or n, outputs)."""
-    if _is_bitmask(pattern):
-        bits = stored
-    else:
-        bits = (positions[..., None, :] >> _shifts(pattern, positions.dtype)) & 1
-    *stack, outputs = (*bits.shape[: stored.ndim - 3], bits.shape[-1])
-    return jnp.packbits(bits.reshape(*stack, -1, outputs), axis=-2, bitorder="little")
 
 
 @partial(jax.jit, static_argnames="leaf_plan", inline=True)
 def _positions(codes: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
     pattern = _pattern(leaf_plan)
-    groups = math.prod(leaf_plan.shape[axis] for axis in leaf_plan.reduction_axes) // pattern.m
-    code = _unpack_codes(codes, groups, pattern, jnp)
+    code = _unpack_codes(codes, leaf_plan.inputs // pattern.m, pattern, jnp)
     if not _is_bitmask(pattern):
         return code
-    stored = code.astype(bool)
-    return _gather(jnp.zeros(stored.shape, jnp.uint8), stored, pattern.n)[1]
+    return _gather(jnp.zeros(code.shape, jnp.uint8), code.astype(bool), pattern.n)[1]
 
 
 def _unpack_codes(codes: jax.Array, groups: int, pattern: NM, xp: ModuleType) -> jax.Array:
     """The positions (*stack, groups, n, outputs), or the bitmask (*stack, groups, m, outputs)."""
-    *stack, _, outputs = codes.shape
-    count = groups * _code_bits(pattern)
-    bits = xp.unpackbits(codes, axis=-2, count=count, bitorder="little")
-    if _is_bitmask(pattern):
-        return bits.reshape(*stack, groups, pattern.m, outputs)
-    dtype = _index_dtype(pattern.m)
-    places = bits.reshape(*stack, groups, pattern.n, -1, outputs).astype(dtype)
-    return (places << _shifts(pattern, dtype)).sum(axis=-2, dtype=dtype)
+    per_group = _codes_per_group(pattern)
+    code = unpack_bits(codes, _code_width(pattern), groups * per_group, xp)
+    return code.reshape(*code.shape[:-2], groups, per_group, code.shape[-1])
 
 
 def _grouped(x: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
     """(*stack, groups, m, outputs)."""
     x = merge(x, _spans(leaf_plan))
-    return x.reshape(*x.shape[:-2], -1, _pattern(leaf_plan).m, x.shape[-1])
+    m = _pattern(leaf_plan).m
+    return x.reshape(*x.shape[:-2], x.shape[-2] // m, m, x.shape[-1])
+
+
+def _flat(groups: jax.Array) -> jax.Array:
+    """(*stack, all members of all groups, outputs)."""
+    *stack, count, members, outputs = groups.shape
+    return groups.reshape(*stack, count * members, outputs)
 
 
 def _spans(leaf_plan: LeafPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return leaf_plan.reduction_axes, leaf_plan.output_axes
-
-
-def _stack_axes(leaf_plan: LeafPlan) -> list[int]:
-    named = {axis for span in _spans(leaf_plan) for axis in span}
-    return [axis for axis in range(-len(leaf_plan.shape), 0) if axis not in named]
 
 
 def _pattern(leaf_plan: LeafPlan) -> NM:
@@ -235,32 +228,14 @@ def _pattern(leaf_plan: LeafPlan) -> NM:
     return leaf_plan.pattern
 
 
-def _position_bits(pattern: NM) -> int:
-    return (pattern.m - 1).bit_length()
-
-
 def _is_bitmask(pattern: NM) -> bool:
-    return pattern.m < pattern.n * _position_bits(pattern)
+    """Whether a bitmask is the shorter code."""
+    return pattern.m < pattern.n * (pattern.m - 1).bit_length()
 
 
-def _code_bits(pattern: NM) -> int:
-    """Bits of one group."""
-    return min(pattern.m, pattern.n * _position_bits(pattern))
+def _code_width(pattern: NM) -> int:
+    return 1 if _is_bitmask(pattern) else (pattern.m - 1).bit_length()
 
 
-def _shifts(pattern: NM, dtype: np.dtype) -> np.ndarray:
-    return np.arange(_position_bits(pattern), dtype=dtype)[:, None]
-
-
-def _index_dtype(size: int) -> np.dtype:
-    """The narrowest unsigned integers that count up to size - 1."""
-    return np.min_scalar_type(max(size - 1, 0))
-
-
-def _unsigned(dtype: np.dtype) -> np.dtype:
-    """Unsigned integers of a dtype's width."""
-    return np.dtype(f"uint{jnp.finfo(dtype).bits}")
-
-
-def _nbytes(x: jax.Array) -> int:
-    return x.size * x.dtype.itemsize
+def _codes_per_group(pattern: NM) -> int:
+    return pattern.m if _is_bitmask(pattern) else pattern.n

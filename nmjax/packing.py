@@ -1,28 +1,34 @@
 """Packed parameters: what a plan prunes, stored as kept values and where they were.
 
-A packed tree is the tree of the parameters with a `PackedNM` in place of each planned leaf, inside
-its box where it had one. Those are pytree nodes, so the packed tree goes through `jax.jit`,
-`jax.tree.map` over arrays, `jax.device_put` and checkpoints by flattening like any other.
+A packed tree is the tree of the parameters with a `PackedNM` or `PackedBlocks` in place of each
+planned leaf, inside its box where it had one. Those are pytree nodes, so the packed tree goes
+through `jax.jit`, `jax.tree.map` over arrays, `jax.device_put` and checkpoints by flattening like
+any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
+from nmjax.packed_blocks import PackedBlocks, block_misfits, pack_blocks, unpack_blocks
 from nmjax.packed_nm import PackedNM, nm_misfits, pack_nm, unpack_nm
+from nmjax.patterns import NM
 from nmjax.plans import LeafPlan, Plan
 from nmjax.sparsify import Masks, check_masks, compute_masks, planned_leaves
 from nmjax.trees import map_named
 
-Packed = PackedNM
+Packed = PackedNM | PackedBlocks
 
 
 def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
     """Prunes and packs the planned leaves, exactly: `unpack(pack(p, plan)) == prune(p, plan)`.
+
+    Outside `jax.jit` every bit of a kept weight is copied. Inside, XLA's CPU compiler may quiet
+    signalling NaNs and flush denormal numbers of bfloat16, as it does whenever it copies those.
+    There is no gradient through `pack`; through `unpack` there is, to the kept values.
 
     Args:
       params: dense or pruned parameters that fit the plan. Leaves may have more axes in front than
@@ -31,12 +37,11 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
       masks: leaf name -> boolean array, True = kept; computed from `params` by default.
 
     Returns:
-      The same tree with a `PackedNM` for each planned leaf; other leaves untouched.
+      The same tree with a `PackedNM` or `PackedBlocks` for each planned leaf; others untouched.
 
     Raises:
       ValueError: `params` or `masks` do not fit the plan; a mask keeps more than its pattern does.
-        (Of traced masks that cannot be seen: inside `jax.jit`, groups that keep too many become
-        NaN.)
+        (That cannot be seen of traced masks: inside `jax.jit`, what keeps too many becomes NaN.)
       TypeError: a mask is not boolean; a weight's dtype does not fill whole bytes.
 
     >>> import nmjax
@@ -55,11 +60,7 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
         visible = {n: mask for n, mask in masks.items() if not isinstance(mask, jax.core.Tracer)}
         _check_misfits(visible, plan, "the masks keep more than the plan does")
     return map_named(
-        lambda name, leaf: (
-            pack_nm(jnp.asarray(leaf), jnp.asarray(masks[name]), plan[name])
-            if name in masks
-            else leaf
-        ),
+        lambda name, leaf: _pack_leaf(leaf, masks[name], plan[name]) if name in masks else leaf,
         params,
     )
 
@@ -70,7 +71,12 @@ def unpack(packed: Any) -> Any:
     Args:
       packed: a tree with packed leaves; other leaves come back as they are.
     """
-    return map_packed(unpack_nm, packed)
+    return jax.tree.map(lambda x: unpack_leaf(x) if is_packed(x) else x, packed, is_leaf=is_packed)
+
+
+def unpack_leaf(packed: Packed) -> jax.Array:
+    """One packed weight as a dense one."""
+    return unpack_nm(packed) if isinstance(packed, PackedNM) else unpack_blocks(packed)
 
 
 def check_sparse(params: Any, plan: Plan) -> None:
@@ -96,12 +102,12 @@ def check_sparse(params: Any, plan: Plan) -> None:
 
 def is_packed(node: Any) -> TypeGuard[Packed]:
     """Whether a node of a tree is a packed weight."""
-    return isinstance(node, PackedNM)
+    return isinstance(node, Packed)
 
 
-def map_packed(function: Callable[[Packed], Any], packed: Any) -> Any:
-    """Applies a function to the packed leaves of a tree, and none to the others."""
-    return jax.tree.map(lambda x: function(x) if is_packed(x) else x, packed, is_leaf=is_packed)
+def _pack_leaf(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Packed:
+    pack_one = pack_nm if isinstance(leaf_plan.pattern, NM) else pack_blocks
+    return pack_one(jnp.asarray(w), jnp.asarray(mask), leaf_plan)
 
 
 def _check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:
@@ -117,5 +123,8 @@ def _check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:
 
 def _misfits(kept: jax.Array, leaf_plan: LeafPlan) -> str:
     """What is wrong with a weight of which these entries are kept; empty if nothing."""
-    wrong, groups = nm_misfits(kept, leaf_plan)
-    return f"{wrong:,} of {groups:,} groups keep more than {leaf_plan.pattern}" if wrong else ""
+    if isinstance(leaf_plan.pattern, NM):
+        wrong, groups = nm_misfits(kept, leaf_plan)
+        return f"{wrong:,} of {groups:,} groups keep more than {leaf_plan.pattern}" if wrong else ""
+    wrong, blocks = block_misfits(kept, leaf_plan)
+    return f"{wrong:,} of {blocks:,} blocks are more than {leaf_plan.pattern}" if wrong else ""

@@ -22,7 +22,7 @@ def merge(x: jax.Array, spans: Sequence[Span]) -> jax.Array:
     >>> merge(attention_out, [(-3, -2), (-1,)]).shape
     (5, 512, 512)
     """
-    stack = _stack(x.ndim, spans)
+    stack = stack_axes(x.ndim, spans)
     merged = [math.prod(x.shape[axis] for axis in span) for span in spans]
     moved = x.transpose([*stack, *(axis + x.ndim for span in spans for axis in span)])
     return moved.reshape([*(x.shape[axis] for axis in stack), *merged])
@@ -31,11 +31,12 @@ def merge(x: jax.Array, spans: Sequence[Span]) -> jax.Array:
 def split(merged: jax.Array, shape: Sequence[int], spans: Sequence[Span]) -> jax.Array:
     """Undoes `merge`, given the shape that the array had."""
     ndim = len(shape)
-    order = [*_stack(ndim, spans), *(axis + ndim for span in spans for axis in span)]
+    order = [*stack_axes(ndim, spans), *(axis + ndim for span in spans for axis in span)]
     moved = merged.reshape([shape[axis] for axis in order])
     return moved.transpose(sorted(range(ndim), key=order.__getitem__))
 
 
-def _stack(ndim: int, spans: Sequence[Span]) -> list[int]:
+def stack_axes(ndim: int, spans: Sequence[Span]) -> list[int]:
+    """The axes that no span names, as non-negative ones."""
     named = {axis + ndim for span in spans for axis in span}
     return [axis for axis in range(ndim) if axis not in named]

@@ -22,6 +22,9 @@ FLOORS = {
         "tables",
         "layouts",
         "path_rules",
+        "spans",
+        "bits",
+        "tensor_files",
         "ranking",
         "scores",
         "schedules",
@@ -29,9 +32,9 @@ FLOORS = {
         "straight_through",
     ),
     2: ("masks", "blocks", "plans"),
-    3: ("sparsify", "packing"),
-    4: ("sparsifiers", "transforms", "metrics", "cost", "kernels"),
-    5: ("matmul", "files", "plots"),
+    3: ("sparsify", "packed_nm", "packed_blocks"),
+    4: ("sparsifiers", "transforms", "metrics", "cost", "packing", "kernels"),
+    5: ("matmul", "sizes", "files", "checkpoints", "interchange", "torch_layout", "plots"),
     6: ("linen", "__main__"),
     7: ("__init__",),
 }
@@ -49,6 +52,7 @@ PUBLIC = [
 ]
 PUBLIC += ["make_plan", "Plan", "LeafPlan", "compute_masks", "sparsify", "prune"]
 PUBLIC += ["add_sparse_refined", "Sparsifier", "straight_through", "one_shot", "dense"]
+PUBLIC += ["pack", "unpack", "PackedNM", "PackedBlocks", "check_sparse", "sizes"]
 PUBLIC += ["sad", "total_sad", "flip_rate", "density", "total_density", "cost"]
 
 # What `import nmjax` must not bring along: optional packages, and heavy parts of this one.

@@ -14,26 +14,10 @@ import nmjax
 from nmjax import NM, LeafPlan
 from nmjax.packed_nm import PackedNM, check_packed_nm, nm_misfits, pack_nm, unpack_nm
 from nmjax.sparsify import leaf_mask
+from tests.nmjax.float_bits import DTYPES, any_bits, bits_of
 
 PATTERNS = [(1, 1), (1, 2), (2, 4), (3, 4), (4, 4), (1, 8), (4, 8), (3, 7), (5, 6), (1, 16)]
 PATTERNS += [(8, 32), (5, 33), (16, 64), (1, 300)]
-DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn"]
-
-
-def bits_dtype(dtype):
-    return np.dtype(f"uint{jnp.finfo(dtype).bits}")
-
-
-def any_bits(rng, shape, dtype):
-    """Every bit pattern: NaNs of any payload, infinities, denormals, -0.0."""
-    width = jnp.finfo(dtype).bits
-    bits = rng.integers(0, 2**width, shape, np.uint64).astype(bits_dtype(dtype))
-    return jnp.asarray(bits.view(jnp.dtype(dtype)))
-
-
-def bits_of(x):
-    x = np.asarray(x)
-    return x.view(bits_dtype(x.dtype))
 
 
 def mask_of(w, plan):
@@ -95,7 +79,7 @@ def weights(draw, dtypes=DTYPES):
     return any_bits(rng, (*lead, *shape), draw(st.sampled_from(dtypes))), plan
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(weights())
 def test_packing_is_exact_and_as_documented(case):
     w, plan = case
@@ -148,7 +132,7 @@ WEIGHTS = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
 
 
 @given(st.lists(st.booleans(), min_size=24, max_size=24))
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_masks_that_keep_fewer(bits):
     mask = jnp.array(bits).reshape(8, 3) & mask_of(WEIGHTS, MATRIX)
     packed = pack_nm(-WEIGHTS, mask, MATRIX)
@@ -238,8 +222,14 @@ def test_outputs_may_be_sharded(axis_type):
 
 @pytest.mark.parametrize(
     ("pattern", "dtype", "ratio"),
-    [((2, 4), "bfloat16", 0.5625), ((2, 4), "float32", 0.53125), ((1, 16), "bfloat16", 5 / 64)]
-    + [((4, 8), "bfloat16", 0.5625), ((8, 16), "float16", 0.5625), ((1, 4), "float32", 0.265625)],
+    [
+        ((2, 4), "bfloat16", 0.5625),
+        ((2, 4), "float32", 0.53125),
+        ((1, 4), "float32", 0.265625),
+        ((1, 16), "bfloat16", 0.078125),
+        ((4, 8), "bfloat16", 0.5625),
+        ((8, 16), "float16", 0.5625),
+    ],
 )
 def test_sizes_against_dense(pattern, dtype, ratio):
     plan = LeafPlan(NM(*pattern), (-2,), (-1,), (128, 16))
@@ -270,10 +260,10 @@ RAGGED = LeafPlan(NM(2, 4), (-2,), (-1,), (4, 3))
         (forged(values=jnp.zeros((6, 3))), "values of shape"),
         (forged(leaf_plan=LeafPlan(NM(2, 4), (-2,), (-1,), (16, 3))), "values of shape"),
         (forged(leaf_plan=LeafPlan(NM(2, 5), (-2,), (-1,), (8, 3))), "not a multiple of 5"),
-        (forged(codes=CODES[:, :2]), "expected uint8 of"),
-        (forged(codes=CODES.astype(np.int8)), "expected uint8 of"),
-        (forged(codes=np.zeros((1, 3), np.uint8)), "6 groups do not say where"),
-        (forged(codes=CODES | 0b0000_0100 | 0b1), "groups do not say where"),
+        (forged(codes=CODES[:, :2]), "expected uint8"),
+        (forged(codes=CODES.astype(np.int8)), "expected uint8"),
+        (forged(codes=np.zeros((1, 3), np.uint8)), "codes of 6 groups do not keep"),
+        (forged(codes=CODES | 0b0000_0100 | 0b1), "groups do not keep"),
     ],
 )
 def test_what_pack_could_not_have_made(packed, complaint):
@@ -289,14 +279,14 @@ def test_unused_bits_and_wrong_bitmasks():
         check_packed_nm(dataclasses.replace(packed, codes=np.asarray(packed.codes) | 0x80))
     plan = LeafPlan(NM(4, 8), (-2,), (-1,), (8, 3))
     packed = packed_of(WEIGHTS, plan)
-    with pytest.raises(ValueError, match="1 groups do not say where 4 of 8"):
+    with pytest.raises(ValueError, match="1 groups do not keep 4 of 8"):
         check_packed_nm(dataclasses.replace(packed, codes=np.array([[0x0F, 0x1F, 0xF0]], np.uint8)))
 
 
 def test_positions_beyond_the_group():
     plan = LeafPlan(NM(1, 3), (-2,), (-1,), (3, 1))
     packed = packed_of(WEIGHTS[:3, :1], plan)
-    with pytest.raises(ValueError, match="1 groups do not say where 1 of 3"):
+    with pytest.raises(ValueError, match="1 groups do not keep 1 of 3"):
         check_packed_nm(dataclasses.replace(packed, codes=np.array([[3]], np.uint8)))
 
 
