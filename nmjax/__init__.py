@@ -3,6 +3,8 @@
 from nmjax.blocks import block_mask as block_mask
 from nmjax.cost import Cost as Cost
 from nmjax.cost import cost as cost
+from nmjax.files import load_packed as load_packed
+from nmjax.files import save_packed as save_packed
 from nmjax.layouts import Axes as Axes
 from nmjax.masks import nm_mask as nm_mask
 from nmjax.metrics import density as density

@@ -53,6 +53,7 @@ PUBLIC = [
 PUBLIC += ["make_plan", "Plan", "LeafPlan", "compute_masks", "sparsify", "prune"]
 PUBLIC += ["add_sparse_refined", "Sparsifier", "straight_through", "one_shot", "dense"]
 PUBLIC += ["pack", "unpack", "PackedNM", "PackedBlocks", "check_sparse", "sizes"]
+PUBLIC += ["save_packed", "load_packed"]
 PUBLIC += ["sad", "total_sad", "flip_rate", "density", "total_density", "cost"]
 
 # What `import nmjax` must not bring along: optional packages, and heavy parts of this one.
@@ -114,7 +115,12 @@ def test_the_root_defines_nothing():
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in LIBRARY if n.split(".")[1] not in ("linen", "plots", "files")]
+    "name",
+    [
+        n
+        for n in LIBRARY
+        if n.split(".")[1] not in ("linen", "plots", "tensor_files", "checkpoints")
+    ],
 )
 def test_core_files_import_nothing_optional(name):
     for node in ast.walk(ast.parse(FILES[name].read_text())):
