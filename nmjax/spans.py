@@ -8,31 +8,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
+import numpy as np
 
 Span = tuple[int, ...]
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
-def merge(x: jax.Array, spans: Sequence[Span]) -> jax.Array:
-    """Flattens each span into one axis, behind the stack.
+def merge(x: Array, spans: Sequence[Span]) -> Array:
+    """Flattens each span into one axis, behind the stack; of JAX's arrays or of NumPy's.
 
     >>> import jax.numpy as jnp
     >>> attention_out = jnp.zeros((5, 8, 64, 512))  # a stack of 5: (heads, head, out)
     >>> merge(attention_out, [(-3, -2), (-1,)]).shape
     (5, 512, 512)
     """
-    stack = stack_axes(x.ndim, spans)
-    merged = [math.prod(x.shape[axis] for axis in span) for span in spans]
-    moved = x.transpose([*stack, *(axis + x.ndim for span in spans for axis in span)])
+    stack: list[int] = stack_axes(x.ndim, spans)
+    merged: list[int] = [math.prod(x.shape[axis] for axis in span) for span in spans]
+    moved: Array = x.transpose([*stack, *(axis + x.ndim for span in spans for axis in span)])
     return moved.reshape([*(x.shape[axis] for axis in stack), *merged])
 
 
-def split(merged: jax.Array, shape: Sequence[int], spans: Sequence[Span]) -> jax.Array:
+def split(merged: Array, shape: Sequence[int], spans: Sequence[Span]) -> Array:
     """Undoes `merge`, given the shape that the array had."""
-    ndim = len(shape)
-    order = [*stack_axes(ndim, spans), *(axis + ndim for span in spans for axis in span)]
-    moved = merged.reshape([shape[axis] for axis in order])
+    ndim: int = len(shape)
+    order: list[int] = [*stack_axes(ndim, spans), *(axis + ndim for span in spans for axis in span)]
+    moved: Array = merged.reshape([shape[axis] for axis in order])
     return moved.transpose(sorted(range(ndim), key=order.__getitem__))
 
 
