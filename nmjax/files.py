@@ -22,7 +22,7 @@ from nmjax.packed_nm import PackedNM, check_packed_nm
 from nmjax.packing import Packed, is_packed
 from nmjax.patterns import NM, parse_pattern
 from nmjax.plans import LeafPlan
-from nmjax.tensor_files import read_tensors, write_tensors
+from nmjax.tensor_files import NOTE, read_note, read_tensors, write_tensors
 from nmjax.trees import named_leaves, nest
 
 FORMAT, VERSION = "packed", 1
@@ -68,7 +68,7 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
             raise ValueError(f"two arrays are both named {taken.pop()!r}; rename a leaf")
         tensors |= arrays
     manifest = {"format": FORMAT, "version": VERSION, "leaves": described}
-    write_tensors(path, tensors, {"nmjax": json.dumps(manifest)})
+    write_tensors(path, tensors, {NOTE: json.dumps(manifest)})
 
 
 def load_packed(path: str | os.PathLike[str]) -> Any:
@@ -102,21 +102,6 @@ def load_packed(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{os.fspath(path)} cannot be loaded: {error}") from error
 
 
-def read_manifest_text(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """What a file's header says about itself under the key "nmjax"; None if there is no such key.
-
-    Raises:
-      ValueError: the text is no JSON object, or names something twice.
-    """
-    if "nmjax" not in metadata:
-        return None
-    try:
-        manifest = json.loads(metadata["nmjax"], object_pairs_hook=_without_repeats)
-    except RecursionError as error:
-        raise ValueError("the header is nested too deep") from error
-    return _typed(manifest, dict, "the header")
-
-
 def _describe(leaf: Packed) -> dict[str, Any]:
     plan = leaf.leaf_plan
     axes = {span: list(getattr(plan, span)) for span in _AXES}
@@ -138,8 +123,8 @@ def _fields(plan: LeafPlan) -> tuple[str, ...]:
 
 def _read_manifest(metadata: Mapping[str, str]) -> dict[str, tuple[LeafPlan, str]]:
     """The plan and the dtype of each packed leaf."""
-    manifest = read_manifest_text(metadata)
-    if manifest is None or manifest.get("format") != FORMAT:
+    manifest = read_note(metadata)
+    if manifest.get("format") != FORMAT:
         raise ValueError("it holds no packed parameters (`python -m nmjax pack` makes such files)")
     version = _typed(manifest.get("version"), int, "the version")
     if version != VERSION:
@@ -231,10 +216,3 @@ def _integers(values: Any, what: str) -> tuple[int, ...]:
 def _check_keys(values: Mapping[str, Any], keys: tuple[str, ...], what: str) -> None:
     if values.keys() != set(keys):
         raise ValueError(f"{what} should have the keys {keys}, got {tuple(values)[:20]}")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("the header names something twice")
-    return values

@@ -16,6 +16,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+# The key of the header under which nmjax says what a file holds, as JSON.
+NOTE = "nmjax"
+
 _DTYPES = {
     name: np.dtype(dtype)
     for name, dtype in {
@@ -54,9 +57,10 @@ def write_tensors(
 
     Raises:
       TypeError: an array's dtype is none that the format knows.
+      OSError: the file cannot be written.
       ImportError: safetensors is not installed.
     """
-    _safetensors()
+    safetensors = _safetensors()
     from safetensors.numpy import save_file
 
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
@@ -70,6 +74,8 @@ def write_tensors(
         _flush(draft)
         draft.replace(path)
         _flush(path.parent)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         draft.unlink(missing_ok=True)
 
@@ -94,6 +100,28 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], d
     # What follows was checked by safetensors: a length in 8 bytes, then that much JSON.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return arrays, header.get("__metadata__") or {}
+
+
+def read_note(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file's header says for nmjax, under the key `NOTE`; empty if it says nothing.
+
+    Raises:
+      ValueError: the text is no JSON object, or names something twice.
+    """
+    try:
+        note = json.loads(metadata.get(NOTE, "{}"), object_pairs_hook=_without_repeats)
+    except RecursionError as error:
+        raise ValueError("the header is nested too deep") from error
+    if not isinstance(note, dict):
+        raise ValueError(f"the header is a {type(note).__name__}, not a dict")
+    return note
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("the header names something twice")
+    return values
 
 
 def _array(tensor: Mapping[str, Any]) -> np.ndarray:

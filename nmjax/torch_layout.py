@@ -30,7 +30,7 @@ from nmjax.packing import is_packed, unpack
 from nmjax.path_rules import PathRules, as_rules, first_match
 from nmjax.plans import Plan
 from nmjax.spans import Span, merge, split, stack_axes
-from nmjax.tensor_files import write_tensors
+from nmjax.tensor_files import NOTE, write_tensors
 from nmjax.trees import map_named, named_leaves
 
 _RENAMED = {
@@ -157,7 +157,7 @@ def save_torch(path: str | os.PathLike[str], params: Any) -> None:
         if is_packed(leaf)
     }
     note = {"format": "dense", "version": 1, "patterns": patterns}
-    write_tensors(path, to_torch(params), {"format": "pt", "nmjax": json.dumps(note)})
+    write_tensors(path, to_torch(params), {"format": "pt", NOTE: json.dumps(note)})
 
 
 def torch_name(name: str) -> str:
