@@ -1,19 +1,32 @@
 """nmjax: N:M structured sparsity from scratch in JAX."""
 
+from nmjax.blocks import block_mask as block_mask
 from nmjax.cost import Cost as Cost
 from nmjax.cost import cost as cost
+from nmjax.files import load_packed as load_packed
+from nmjax.files import save_packed as save_packed
+from nmjax.layouts import Axes as Axes
 from nmjax.masks import nm_mask as nm_mask
 from nmjax.metrics import density as density
 from nmjax.metrics import flip_rate as flip_rate
 from nmjax.metrics import sad as sad
 from nmjax.metrics import total_density as total_density
 from nmjax.metrics import total_sad as total_sad
+from nmjax.packed_blocks import PackedBlocks as PackedBlocks
+from nmjax.packed_nm import PackedNM as PackedNM
+from nmjax.packing import check_sparse as check_sparse
+from nmjax.packing import pack as pack
+from nmjax.packing import unpack as unpack
 from nmjax.patterns import NM as NM
+from nmjax.patterns import Block1xN as Block1xN
 from nmjax.patterns import parse_pattern as parse_pattern
 from nmjax.plans import LeafPlan as LeafPlan
 from nmjax.plans import Plan as Plan
 from nmjax.plans import make_plan as make_plan
 from nmjax.scores import magnitude as magnitude
+from nmjax.sizes import LeafSize as LeafSize
+from nmjax.sizes import Sizes as Sizes
+from nmjax.sizes import sizes as sizes
 from nmjax.sparsifiers import OneShotState as OneShotState
 from nmjax.sparsifiers import Sparsifier as Sparsifier
 from nmjax.sparsifiers import dense as dense

@@ -148,8 +148,8 @@ def _leaf_cost(leaf: Any, planned: LeafPlan | None, macs: int) -> LeafCost:
     weights = math.prod(jnp.shape(leaf))
     if planned is None:
         return LeafCost("dense", weights, weights, macs, macs)
-    n, m = planned.pattern.n, planned.pattern.m
-    return LeafCost(str(planned.pattern), weights, weights * n // m, macs, macs * n // m)
+    kept, of = planned.kept, max(planned.weights, 1)
+    return LeafCost(str(planned.pattern), weights, weights * kept // of, macs, macs * kept // of)
 
 
 def _products(jaxpr: core.Jaxpr, owners: Owners, times: int) -> Iterator[tuple[str | None, int]]:

@@ -18,8 +18,9 @@ Axes are negative, so axes in front (`nn.scan`, a stack of seeds) change nothing
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Shape = tuple[int, ...]
 
@@ -30,17 +31,28 @@ _NORMS = ("scale", "gamma", "beta", "offset", "mean", "var")
 
 
 class Axes(NamedTuple):
-    """Negative axes of a weight: those its matmul sums over, in order, and those it keeps."""
+    """What the axes of a weight are; all are negative, and what is not named is a stack of weights.
+
+    Attributes:
+      reduction: those its matmul sums over, in order.
+      output: those its matmul keeps, in order.
+      taps: the spatial ones of a convolution, in order; None where the shape does not tell them
+        from a stack of layers.
+    """
 
     reduction: tuple[int, ...]
     output: tuple[int, ...]
+    taps: tuple[int, ...] | None = ()
 
+
+GivenAxes = int | tuple[int, ...] | Axes
 
 DENSE = Axes((-2,), (-1,))
+CONV_2D = Axes((-2,), (-1,), (-4, -3))
 ATTENTION_IN = Axes((-3,), (-2, -1))
 ATTENTION_OUT = Axes((-3, -2), (-1,))
 LINEAR_OUT_IN = Axes((-1,), (-2,))
-CONV_OUT_IN = Axes((-3,), (-4,))
+CONV_OUT_IN = Axes((-3,), (-4,), (-2, -1))
 
 
 def layout(name: str, shapes: Mapping[str, Shape]) -> Axes | str:
@@ -51,7 +63,7 @@ def layout(name: str, shapes: Mapping[str, Shape]) -> Axes | str:
       shapes: the shapes of all leaves by name; siblings tell attention from convolution.
 
     >>> layout("Conv_0/kernel", {"Conv_0/kernel": (3, 3, 64, 128)})
-    Axes(reduction=(-2,), output=(-1,))
+    Axes(reduction=(-2,), output=(-1,), taps=(-4, -3))
     >>> layout("Conv_0/kernel", {"Conv_0/kernel": (3, 3, 1, 128)})
     'one input per output (depthwise)'
     """
@@ -60,29 +72,53 @@ def layout(name: str, shapes: Mapping[str, Shape]) -> Axes | str:
     reason = _no_weight(parent, leaf, shape)
     if reason is not None:
         return reason
-    axes = _attention(name, shapes) or _by_name(leaf, len(shape))
+    axes = _attention(name, shapes) or _by_name(name, shapes)
     if axes is None:
         return f'unknown axes; name them: axes={{"{name}$": ...}}'
-    if reduction_size(shape, axes.reduction) == 1:
+    if size_along(shape, axes.reduction) == 1:
         return "one input per output (depthwise)"
     return axes
 
 
-def filter_axes(axes: Axes, shape: Shape) -> Axes | None:
-    """Axes that take a whole convolution filter together, in the order (in, row, column).
+def given_axes(given: GivenAxes, ndim: int) -> Axes:
+    """The axes that a user names of a weight with `ndim` axes.
 
-    Returns:
-      None where the shape does not tell which axes are spatial.
+    Args:
+      given: all axes as `Axes`, or the reduction axes: then all others count as output. Of more
+        than two axes that leaves open which are taps or a stack.
+      ndim: how many axes the weight has.
+
+    Raises:
+      TypeError: an axis is not an integer.
+      ValueError: an axis is out of range, or named twice.
+
+    >>> given_axes(0, 2)
+    Axes(reduction=(-2,), output=(-1,), taps=())
     """
-    if len(shape) == 4 and axes == DENSE:
-        return Axes((-2, -4, -3), (-1,))
-    if len(shape) == 4 and axes == CONV_OUT_IN:
-        return Axes((-3, -2, -1), (-4,))
-    return axes if len(shape) == 2 or axes in (ATTENTION_IN, ATTENTION_OUT) else None
+    spans = given if isinstance(given, Axes) else Axes(given, ())  # type: ignore[arg-type]
+    reduction, output, taps = (_negative(span, ndim) for span in spans)
+    named = (*reduction, *output, *taps)
+    if not reduction:
+        raise TypeError("the reduction axes must be an integer or integers, got none")
+    if len(set(named)) != len(named):
+        raise ValueError("an axis is named twice")
+    if isinstance(given, Axes):
+        return Axes(reduction, output, taps)
+    others = tuple(axis for axis in range(-ndim, 0) if axis not in reduction)
+    return Axes(reduction, others, () if ndim == 2 else None)
 
 
-def reduction_size(shape: Shape, axes: tuple[int, ...]) -> int:
-    """Number of weights that one output sums over along `axes`."""
+def _negative(given: Any, ndim: int) -> tuple[int, ...]:
+    axes = given if isinstance(given, tuple | list) else (given,)
+    if any(isinstance(axis, bool) or not hasattr(axis, "__index__") for axis in axes):
+        raise TypeError(f"must be an integer or integers, got {given!r}")
+    if not all(-ndim <= axis < ndim for axis in axes):
+        raise ValueError(f"it has {ndim} axes")
+    return tuple(operator.index(axis) - (ndim if axis >= 0 else 0) for axis in axes)
+
+
+def size_along(shape: Shape, axes: tuple[int, ...]) -> int:
+    """Number of entries along `axes` taken together."""
     return math.prod(shape[axis] for axis in axes)
 
 
@@ -101,12 +137,28 @@ def _no_weight(parent: str, leaf: str, shape: Shape) -> str | None:
     return None
 
 
-def _by_name(leaf: str, ndim: int) -> Axes | None:
+def _by_name(name: str, shapes: Mapping[str, Shape]) -> Axes | None:
+    leaf, ndim = name.lower().rpartition("/")[-1], len(shapes[name])
     if leaf in _FLAX_WEIGHTS:
-        return DENSE
+        return DENSE._replace(taps=_taps(name, shapes))
     if leaf.startswith("weight"):
         return {2: LINEAR_OUT_IN, 4: CONV_OUT_IN}.get(ndim)
     return DENSE if ndim == 2 else None
+
+
+def _taps(name: str, shapes: Mapping[str, Shape]) -> tuple[int, ...] | None:
+    """Which axes in front of (in, out) are a convolution's, and not a stack of layers.
+
+    A stack shows in the bias too: it has one axis more for it, and none for taps. Without a bias
+    four axes are taken for a 2-D convolution, and three or five tell nothing.
+    """
+    shape = shapes[name]
+    parent = name.rpartition("/")[0]
+    for bias in _BIASES:
+        stacked = len(shapes.get("/".join(filter(None, (parent, bias))), ())) - 1
+        if 0 <= stacked <= len(shape) - 2:
+            return tuple(range(stacked - len(shape), -2))
+    return {2: (), 4: CONV_2D.taps}.get(len(shape))
 
 
 def _attention(name: str, shapes: Mapping[str, Shape]) -> Axes | None:

@@ -28,9 +28,17 @@ import numpy as np
 from jax import lax
 
 from nmjax.patterns import check_n_of_m
-from nmjax.scores import Score, magnitude
-
-ToKeys = Callable[[jax.Array], jax.Array]
+from nmjax.ranking import (
+    ToKeys,
+    check_real_floating,
+    index,
+    keep_highest,
+    magnitude_keys,
+    signed_keys,
+    slices,
+)
+from nmjax.scores import Score, magnitude, score_weights
+from nmjax.shards import check_shards
 
 
 def nm_mask(
@@ -84,24 +92,24 @@ def _keep_highest(
 ) -> jax.Array:
     """The mask of values of checked shape, as one computation also outside `jax.jit`."""
     groups, ungroup, group_axis = _grouped(values, m, axes)
-    keep = _keep_by_rank if m <= 4 else _keep_by_network if m <= 32 else _keep_by_bisection
+    keep = _keep_by_rank if m <= 4 else _keep_by_network if m <= 32 else keep_highest
     return ungroup(keep(groups, to_keys, n, group_axis))
 
 
 def _keep_by_rank(groups: jax.Array, to_keys: ToKeys, n: int, axis: int) -> jax.Array:
     """Keeps whoever is beaten by fewer than n of its group; one pass, nothing stored."""
-    mine, index = to_keys(groups), _index(groups, axis)
+    mine, position = to_keys(groups), index(groups, axis)
     beaten_by = jnp.zeros_like(mine)
-    for j, other in enumerate(_slices(groups, axis)):
+    for j, other in enumerate(slices(groups, axis)):
         # Keys are integers, so `>` with one added is `>=`: that is how a lower index wins a tie.
-        beats_me = to_keys(other) + (j < index).astype(mine.dtype) > mine
+        beats_me = to_keys(other) + (j < position).astype(mine.dtype) > mine
         beaten_by += beats_me.astype(mine.dtype)
     return beaten_by < n
 
 
 def _keep_by_network(groups: jax.Array, to_keys: ToKeys, n: int, axis: int) -> jax.Array:
     """Keeps what a sorting network puts among the first n; the answer is one bit a weight."""
-    keys = [to_keys(part) for part in _slices(groups, axis)]
+    keys = [to_keys(part) for part in slices(groups, axis)]
     threshold = _sorted_descending(keys)[n - 1]
     ties_left = n - sum((key > threshold).astype(jnp.int32) for key in keys)
     kept_bits = jnp.zeros_like(threshold, dtype=jnp.uint32)
@@ -110,39 +118,7 @@ def _keep_by_network(groups: jax.Array, to_keys: ToKeys, n: int, axis: int) -> j
         kept = (key > threshold) | (tied & (ties_left > 0))
         ties_left -= tied.astype(jnp.int32)
         kept_bits |= kept.astype(jnp.uint32) << j
-    return (_computed_once(kept_bits, axis) >> _index(groups, axis).astype(jnp.uint32)) & 1 == 1
-
-
-def _keep_by_bisection(groups: jax.Array, to_keys: ToKeys, n: int, axis: int) -> jax.Array:
-    """Keeps all keys above the n-th highest, and the first so many of those equal to it."""
-
-    def count(flags: jax.Array) -> jax.Array:
-        return jnp.sum(flags, axis=axis, keepdims=True, dtype=jnp.int32)
-
-    index = _index(groups, axis)
-    first = to_keys(next(_slices(groups, axis)))
-    lowest = lax.full_like(first, jnp.iinfo(first.dtype).min)
-    threshold = _largest(
-        lambda t: count(to_keys(groups) >= t) >= n, lowest, bits=8 * first.dtype.itemsize
-    )
-    ties_kept = n - count(to_keys(groups) > threshold)
-    end = _largest(
-        lambda end: count((to_keys(groups) == threshold) & (index < end)) <= ties_kept,
-        lax.full_like(first, 0, dtype=jnp.int32),
-        bits=groups.shape[axis].bit_length(),
-    )
-    keys = to_keys(groups)
-    return (keys > threshold) | ((keys == threshold) & (index < end))
-
-
-def _largest(accepts: Callable[[jax.Array], jax.Array], start: jax.Array, bits: int) -> jax.Array:
-    """The largest integers in start + [0, 2^bits) that `accepts`, which is monotone, accepts."""
-
-    def try_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found + (jnp.ones((), found.dtype) << jnp.asarray(bits - 1 - i, found.dtype))
-        return jnp.where(accepts(candidate), candidate, found)
-
-    return lax.fori_loop(0, bits, try_bit, start)
+    return (_computed_once(kept_bits, axis) >> index(groups, axis).astype(jnp.uint32)) & 1 == 1
 
 
 def _sorted_descending(values: Sequence[jax.Array]) -> list[jax.Array]:
@@ -180,17 +156,6 @@ def _computed_once(x: jax.Array, axis: int) -> jax.Array:
     return jnp.max(jnp.where(is_x, x, 0), axis=axis, keepdims=True)
 
 
-def _index(groups: jax.Array, axis: int) -> jax.Array:
-    """Position in the group, of a shape that broadcasts against `groups`."""
-    shape = [1] * groups.ndim
-    shape[axis] = groups.shape[axis]
-    return lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def _slices(groups: jax.Array, axis: int) -> Iterator[jax.Array]:
-    return (lax.slice_in_dim(groups, j, j + 1, axis=axis) for j in range(groups.shape[axis]))
-
-
 def _grouped(
     x: jax.Array, m: int, axes: tuple[int, ...]
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], int]:
@@ -212,45 +177,12 @@ def _grouped(
 
 def _scored(w: jax.Array, score: Score) -> tuple[jax.Array, ToKeys]:
     """Values, and the function that turns them or slices of them into sortable integers."""
-    _check_real_floating("weights", w.dtype)
+    check_real_floating("weights", w.dtype)
     if score is magnitude:  # Its keys are cheaper straight from the weights.
-        return w, _magnitude_keys
-    scores = score(w)
-    if scores.shape != w.shape:
-        raise ValueError(
-            f"score must give one importance for each weight: weights have shape {w.shape}, "
-            f"scores have shape {scores.shape}"
-        )
-    _check_real_floating("scores", scores.dtype)
-    return scores, _signed_keys
-
-
-def _magnitude_keys(w: jax.Array) -> jax.Array:
-    """Integers in the order of |w|; NaN is one above infinity."""
-    bits, infinity = _bits(w)
-    return jnp.minimum(bits & jnp.iinfo(bits.dtype).max, infinity + 1)
-
-
-def _signed_keys(scores: jax.Array) -> jax.Array:
-    """Integers in the order of the scores; NaN is one above infinity, -0.0 equals 0.0."""
-    bits, infinity = _bits(scores)
-    absolute = bits & jnp.iinfo(bits.dtype).max
-    # The sign bit, not `scores < 0`: denormals count as zero where the CPU flushes them.
-    signed = jnp.where(bits < 0, -absolute, absolute)
-    return jnp.where(absolute > infinity, infinity + 1, signed)
-
-
-def _bits(x: jax.Array) -> tuple[jax.Array, np.ndarray]:
-    """The bits of floating point numbers, and of infinity, as integers of 32 bits or more."""
-    if x.dtype.itemsize < 4:
-        x = x.astype(jnp.float32)  # Exact, and vectorised better than narrow integers.
-    dtype = np.dtype(f"int{8 * x.dtype.itemsize}")
-    return lax.bitcast_convert_type(x, dtype), np.array(np.inf, x.dtype).view(dtype)
-
-
-def _check_real_floating(what: str, dtype: np.dtype) -> None:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{what} must be real floating point, got dtype {dtype}")
+        return w, magnitude_keys
+    scores = score_weights(w, score)
+    check_real_floating("scores", scores.dtype)
+    return scores, signed_keys
 
 
 def _group_axes(w: jax.Array, m: int, axis: int | Sequence[int]) -> tuple[int, ...]:
@@ -271,24 +203,5 @@ def _group_axes(w: jax.Array, m: int, axis: int | Sequence[int]) -> tuple[int, .
         )
     # Where m divides the last axes alone, no group reaches across the ones before them.
     fewest = next(i for i in reversed(range(len(axes))) if math.prod(sizes[i:]) % m == 0)
-    _check_shards(w, m, axes[fewest:], axis)
+    check_shards(w, m, axes[fewest:], f"groups of {m} along axis {axis}")
     return axes[fewest:]
-
-
-def _check_shards(w: jax.Array, m: int, axes: tuple[int, ...], axis: int | Sequence[int]) -> None:
-    """Raises if explicit sharding cuts a group; automatic sharding is the compiler's business."""
-    sharding = jax.typeof(w).sharding
-    shards = [
-        math.prod(sharding.mesh.shape[name] for name in _names(sharding.spec[a])) for a in axes
-    ]
-    size = math.prod(w.shape[a] for a in axes)
-    if any(count > 1 for count in shards[1:]) or size // shards[0] % m:
-        raise ValueError(
-            f"groups of {m} along axis {axis} of {jax.typeof(w)} reach across shards; shard other "
-            f"axes, or let every shard hold a multiple of {m}, or use jax.reshard first"
-        )
-
-
-def _names(partition: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Mesh axes that one entry of a PartitionSpec names."""
-    return (partition,) if isinstance(partition, str) else tuple(partition or ())

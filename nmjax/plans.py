@@ -7,9 +7,8 @@ term, measure and file of one model reads it.
 from __future__ import annotations
 
 import math
-import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -17,14 +16,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from nmjax.layouts import Axes, Shape, filter_axes, layout, reduction_size
+from nmjax.layouts import Axes, GivenAxes, Shape, given_axes, layout, size_along
+from nmjax.path_rules import PathRules, as_rules, check_rules, first_match
 from nmjax.patterns import Pattern, parse_pattern
 from nmjax.scores import Score, magnitude
 from nmjax.tables import Row, html_table, text_table
 from nmjax.trees import named_leaves
-
-PathRules = str | Sequence[str]
-ReductionAxes = int | tuple[int, ...]
 
 _HEADER = ("leaf", "shape", "pattern", "axes", "weights", "kept", "why dense")
 _NUMBERS = (4, 5)
@@ -38,14 +35,18 @@ class LeafPlan:
       pattern: the structure it is held to.
       reduction_axes: negative axes that its matmul sums over; groups run along them, flattened
         together in this order.
-      output_axes: negative axes that its matmul keeps.
+      output_axes: negative axes that its matmul keeps; blocks run along them, flattened together
+        in this order.
       shape: shape of the weight. A leaf may have more axes in front of these.
+      tap_axes: negative axes that a block takes whole; none where the pattern makes groups.
+        Axes named nowhere hold a stack of weights, each of which takes the pattern by itself.
     """
 
     pattern: Pattern
     reduction_axes: tuple[int, ...]
     output_axes: tuple[int, ...]
     shape: Shape = ()
+    tap_axes: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -55,7 +56,31 @@ class LeafPlan:
     @property
     def kept(self) -> int:
         """Number of weights that stay."""
-        return self.weights * self.pattern.n // self.pattern.m
+        matrices = self.weights // max(self.inputs * self.outputs, 1)
+        return self.pattern.kept(self.inputs, self.outputs) * matrices
+
+    @property
+    def inputs(self) -> int:
+        """Number of weights along the reduction axes."""
+        return size_along(self.shape, self.reduction_axes)
+
+    @property
+    def outputs(self) -> int:
+        """Number of weights along the output axes."""
+        return size_along(self.shape, self.output_axes)
+
+    @property
+    def misfit(self) -> str | None:
+        """Why the weight cannot take its pattern without straddling, or None."""
+        return self.pattern.misfit(self.inputs, self.outputs)
+
+    @property
+    def axes(self) -> str:
+        """The axes as text: those of a group, or those of a block, "inputs x outputs"."""
+        spans = [self.reduction_axes]
+        if self.pattern.taps == "in block":
+            spans.append(self.output_axes)
+        return " x ".join(", ".join(map(str, span)) for span in spans)
 
 
 @dataclass(frozen=True)
@@ -126,7 +151,7 @@ def make_plan(
     exclude: PathRules = (),
     include: PathRules | None = None,
     rules: Mapping[str, str | Pattern | None] | None = None,
-    axes: Mapping[str, ReductionAxes] | None = None,
+    axes: Mapping[str, GivenAxes] | None = None,
     on_indivisible: Literal["error", "dense"] = "error",
     score: Score = magnitude,
 ) -> Plan:
@@ -138,25 +163,28 @@ def make_plan(
     Args:
       params: parameters, or anything with the same tree, shapes and dtypes (`jax.eval_shape`):
         dicts, FrozenDicts, dataclasses, boxed Flax leaves, NNX states, Equinox modules.
-      pattern: what a leaf takes unless `rules` says otherwise, such as `"2:4"` or `NM(2, 4)`.
+      pattern: what a leaf takes unless `rules` says otherwise, such as `"2:4"`, `NM(2, 4)` or
+        `"1x16@0.5"`.
       exclude: leaves to leave dense.
       include: where given, only these leaves can become sparse.
       rules: path rule -> the pattern of those leaves, or None to leave them dense. The first
         rule that matches counts.
       axes: path rule -> the reduction axes of those leaves, for layouts that names and shapes do
-        not tell; whatever such a rule matches counts as a weight.
-      on_indivisible: what happens to a leaf whose reduction size m does not divide: `"error"`,
-        or `"dense"` to leave it dense with that reason.
-      score: importance of each weight, a function of the weight array. Pass a named function,
-        not a lambda made anew each time: the plan's equality, and so the jit cache, goes by it.
+        not tell; whatever such a rule matches counts as a weight. All other axes count as outputs;
+        `nmjax.Axes` names outputs and taps too, which blocks need to know beyond two axes.
+      on_indivisible: what happens to a leaf whose inputs m does not divide, or for blocks whose
+        outputs N does not divide: `"error"`, or `"dense"` to leave it dense with that reason.
+      score: importance of each weight, a function of the weight array; that of a block is the sum
+        over its weights, so by default its L1 norm. Pass a named function, not a lambda made anew
+        each time: the plan's equality, and so the jit cache, goes by it.
 
     Raises:
       TypeError: a leaf to be made sparse is not of a floating dtype; a pattern, a path rule or an
         axis of the wrong type.
       ValueError: a pattern does not parse; a path rule is no regular expression or matches no
         leaf; one of `rules` is overruled on every leaf that it matches; axes that a leaf does not
-        have; m does not divide the reduction size (all such leaves are named); no leaf becomes
-        sparse.
+        have, or that a pattern needs to know and the shape does not tell; a size that m or N does
+        not divide (all such leaves are named); no leaf becomes sparse.
 
     >>> params = {"Dense_0": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}}
     >>> plan = make_plan(params, "2:4")
@@ -170,12 +198,12 @@ def make_plan(
     leaves = named_leaves(params)
     choice = _Selection(
         pattern=parse_pattern(pattern),
-        exclude=_as_rules(exclude),
-        include=None if include is None else _as_rules(include),
+        exclude=as_rules(exclude),
+        include=None if include is None else as_rules(include),
         rules={rule: p if p is None else parse_pattern(p) for rule, p in (rules or {}).items()},
-        axes={rule: _as_axes(rule, given) for rule, given in (axes or {}).items()},
+        axes=dict(axes or {}),
     )
-    choice.check_rules_match(leaves)
+    check_rules((*choice.exclude, *(choice.include or ()), *choice.rules, *choice.axes), leaves)
     shapes = {name: tuple(getattr(leaf, "shape", ())) for name, leaf in leaves.items()}
     planned = {name: choice.plan_leaf(name, leaf, shapes) for name, leaf in leaves.items()}
     choice.check_rules_apply(planned)
@@ -201,7 +229,7 @@ class _Selection:
     exclude: tuple[str, ...]
     include: tuple[str, ...] | None
     rules: dict[str, Pattern | None]
-    axes: dict[str, tuple[int, ...]]
+    axes: dict[str, GivenAxes]
 
     def plan_leaf(self, name: str, leaf: Any, shapes: Mapping[str, Shape]) -> LeafPlan | DenseLeaf:
         shape = shapes[name]
@@ -210,53 +238,39 @@ class _Selection:
         axes = self._axes(name, shapes)
         if isinstance(axes, str):
             return DenseLeaf(shape, axes)
-        excluded = _first_match(self.exclude, name)
+        excluded = first_match(self.exclude, name)
         if excluded is not None:
             return DenseLeaf(shape, f"excluded by {excluded!r}")
-        if self.include is not None and _first_match(self.include, name) is None:
+        if self.include is not None and first_match(self.include, name) is None:
             return DenseLeaf(shape, "not included")
-        rule = _first_match(self.rules, name)
+        rule = first_match(self.rules, name)
         pattern = self.pattern if rule is None else self.rules[rule]
         if pattern is None:
             return DenseLeaf(shape, _left_dense(rule))
-        if pattern.flatten == "kernel":
-            filters = filter_axes(axes, shape)
-            if filters is None:
-                raise ValueError(
-                    f"{name} of shape {shape} cannot take {pattern}: a filter is flattened for "
-                    "2-D convolutions (4 axes) and plain matrices only; exclude the leaf, or give "
-                    f'it a pattern without "/kernel" in rules='
-                )
-            axes = filters
-        return LeafPlan(pattern, axes.reduction, axes.output, shape)
+        if pattern.taps == "apart":
+            return LeafPlan(pattern, axes.reduction, axes.output, shape)
+        if axes.taps is None:
+            raise ValueError(
+                f"{name} of shape {shape} cannot take {pattern}: its shape does not tell which "
+                "axes are outputs, which are a filter's taps and which a stack of layers. Name "
+                f"them: axes={{{name + '$'!r}: nmjax.Axes(reduction=..., output=..., taps=...)}}; "
+                "or exclude the leaf, or give it another pattern in rules="
+            )
+        if pattern.taps == "with inputs":
+            return LeafPlan(pattern, axes.reduction + axes.taps, axes.output, shape)
+        return LeafPlan(pattern, axes.reduction, axes.output, shape, axes.taps)
 
     def _axes(self, name: str, shapes: Mapping[str, Shape]) -> Axes | str:
-        rule = _first_match(self.axes, name)
+        rule = first_match(self.axes, name)
         if rule is None:
             return layout(name, shapes)
-        ndim = len(shapes[name])
-        given = self.axes[rule]
-        if not all(-ndim <= axis < ndim for axis in given):
-            raise ValueError(
-                f"axes={{{rule!r}: {given}}} does not fit {name} of shape {shapes[name]}, which "
-                f"has {ndim} axes"
-            )
-        reduction = tuple(axis - ndim if axis >= 0 else axis for axis in given)
-        if len(set(reduction)) != len(reduction):
-            raise ValueError(f"axes={{{rule!r}: {given}}} names an axis of {name} twice")
-        return Axes(reduction, tuple(a for a in range(-ndim, 0) if a not in reduction))
-
-    def check_rules_match(self, names: Mapping[str, Any]) -> None:
-        """Raises ValueError if a rule matches no leaf: it would be a rule that nobody heeds."""
-        every = (*self.exclude, *(self.include or ()), *self.rules, *self.axes)
-        for rule in every:
-            _check_rule(rule)
-        idle = [rule for rule in every if not any(re.search(rule, name) for name in names)]
-        if idle:
-            raise ValueError(
-                f"these path rules match no leaf: {', '.join(map(repr, idle))}. The leaves are:\n"
-                + "\n".join(f"  {name}" for name in names)
-            )
+        try:
+            return given_axes(self.axes[rule], len(shapes[name]))
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"axes={{{rule!r}: {self.axes[rule]}}} does not fit {name} of shape "
+                f"{shapes[name]}: {error}"
+            ) from error
 
     def check_rules_apply(self, planned: Mapping[str, LeafPlan | DenseLeaf]) -> None:
         """Raises ValueError if no leaf comes out as one of `rules` wants it."""
@@ -267,7 +281,7 @@ class _Selection:
                 left_dense = (DenseLeaf(leaf.shape, _left_dense(rule)) for leaf in matched.values())
                 heeded = not sparse or any(leaf in matched.values() for leaf in left_dense)
             else:
-                heeded = any(_first_match(self.rules, name) == rule for name in sparse)
+                heeded = any(first_match(self.rules, name) == rule for name in sparse)
             if heeded:
                 continue
             raise ValueError(
@@ -286,17 +300,15 @@ def _settle_indivisible(
 ) -> dict[str, LeafPlan | DenseLeaf]:
     """Leaves dense, or refuses all at once, the leaves whose groups would straddle."""
     complaints = {
-        name: f"{size} inputs are not a multiple of {leaf.pattern.m}"
+        name: leaf.misfit
         for name, leaf in planned.items()
-        if isinstance(leaf, LeafPlan)
-        and (size := reduction_size(leaf.shape, leaf.reduction_axes)) % leaf.pattern.m
+        if isinstance(leaf, LeafPlan) and leaf.misfit is not None
     }
     if complaints and on_indivisible == "error":
         raise ValueError(
-            "groups may not straddle rows, and m does not divide the reduction size of:\n"
+            "groups may not straddle rows, nor blocks inputs, as they would in:\n"
             + "\n".join(
-                f"  {name} {planned[name].shape}: {complaint} along axes "
-                f"{planned[name].reduction_axes}"  # type: ignore[union-attr]
+                f"  {name} {planned[name].shape}: {complaint} (axes {planned[name].axes})"  # type: ignore[union-attr]
                 for name, complaint in complaints.items()
             )
             + '\nName them in exclude=, or pass on_indivisible="dense" to leave them dense.'
@@ -321,33 +333,8 @@ def _check_floating(planned: Mapping[str, LeafPlan | DenseLeaf], leaves: Mapping
         )
 
 
-def _as_rules(rules: PathRules) -> tuple[str, ...]:
-    return (rules,) if isinstance(rules, str) else tuple(rules)
-
-
-def _as_axes(rule: str, given: ReductionAxes) -> tuple[int, ...]:
-    axes = given if isinstance(given, tuple | list) else (given,)
-    if not axes or any(isinstance(a, bool) or not hasattr(a, "__index__") for a in axes):
-        raise TypeError(f"axes={{{rule!r}: {given!r}}} must be an integer or integers")
-    return tuple(map(operator.index, axes))
-
-
-def _check_rule(rule: str) -> None:
-    """Raises TypeError or ValueError unless `rule` is a regular expression."""
-    if not isinstance(rule, str):
-        raise TypeError(f"a path rule is a regular expression as text, got {rule!r}")
-    try:
-        re.compile(rule)
-    except re.error as error:
-        raise ValueError(f"the path rule {rule!r} is no regular expression: {error}") from error
-
-
 def _left_dense(rule: str | None) -> str:
     return f"left dense by the rule {rule!r}"
-
-
-def _first_match(rules: Sequence[str] | Mapping[str, Any], name: str) -> str | None:
-    return next((rule for rule in rules if re.search(rule, name)), None)
 
 
 def _row(name: str, leaf: LeafPlan | DenseLeaf) -> Row:
@@ -355,5 +342,4 @@ def _row(name: str, leaf: LeafPlan | DenseLeaf) -> Row:
     weights = math.prod(leaf.shape)
     if isinstance(leaf, DenseLeaf):
         return (name, shape, "dense", "", f"{weights:,}", f"{weights:,}", leaf.reason)
-    axes = ", ".join(map(str, leaf.reduction_axes))
-    return (name, shape, str(leaf.pattern), axes, f"{weights:,}", f"{leaf.kept:,}", "")
+    return (name, shape, str(leaf.pattern), leaf.axes, f"{weights:,}", f"{leaf.kept:,}", "")

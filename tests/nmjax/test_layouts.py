@@ -181,24 +181,24 @@ def axes_of(name, shape, **siblings):
     "shape", [(8, 4), (3, 8, 4), (3, 3, 8, 4), (3, 3, 3, 8, 4), (12, 3, 3, 8, 4), (12, 8, 4)]
 )
 def test_kernels_of_flax_and_haiku_are_in_out_at_any_rank(leaf, shape):
-    assert axes_of(f"layer/{leaf}", shape) == DENSE
+    assert axes_of(f"layer/{leaf}", shape)[:2] == DENSE[:2]
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "out"])
 def test_two_dimensional_convolutions_with_names_of_attention(name):
     shapes = {f"{n}/kernel": (3, 3, 16, 16) for n in ("query", "key", "value", "out")}
-    assert layout(f"{name}/kernel", shapes) == DENSE
+    assert layout(f"{name}/kernel", shapes)[:2] == DENSE[:2]
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "out"])
 def test_one_dimensional_convolutions_with_names_of_attention(name):
     shapes = {f"{n}/kernel": (3, 16, 16) for n in ("query", "key", "value", "out")}
-    assert layout(f"{name}/kernel", shapes) == DENSE
+    assert layout(f"{name}/kernel", shapes)[:2] == DENSE[:2]
 
 
 def test_a_lone_one_dimensional_convolution_named_out():
-    assert axes_of("out/kernel", (3, 16, 8)) == DENSE
-    assert axes_of("out/kernel", (3, 16, 8), query__kernel=(16, 8)) == DENSE
+    assert axes_of("out/kernel", (3, 16, 8))[:2] == DENSE[:2]
+    assert axes_of("out/kernel", (3, 16, 8), query__kernel=(16, 8))[:2] == DENSE[:2]
 
 
 def test_a_lone_query_is_a_projection():
@@ -258,4 +258,4 @@ def test_a_shape_with_no_known_axes_says_how_to_name_them():
 
 def test_weights_of_pytorch_layout():
     assert axes_of("l/weight", (8, 4)) == Axes((-1,), (-2,))
-    assert axes_of("c/weight", (8, 4, 3, 3)) == Axes((-3,), (-4,))
+    assert axes_of("c/weight", (8, 4, 3, 3)) == Axes((-3,), (-4,), (-2, -1))
