@@ -31,7 +31,7 @@ FLOORS = {
     2: ("masks", "blocks", "plans"),
     3: ("sparsify", "packing"),
     4: ("sparsifiers", "transforms", "metrics", "cost", "kernels"),
-    5: ("matmul", "files", "plots"),
+    5: ("soft_blocks", "matmul", "files", "plots"),
     6: ("linen", "__main__"),
     7: ("__init__",),
 }
