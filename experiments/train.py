@@ -32,6 +32,9 @@ class EpochReport:
       sad_epoch: mask entries, over all layers, that differ from the previous epoch's.
       flip_rate: mean over the watched steps of the fraction of mask entries that one step changes.
       density: fraction of non-zero weights, of the planned leaves, in the forward pass.
+      blocks: of methods that remember masks of 1xN blocks. "sad": entries of those masks that
+        differ from the previous epoch's. "regrown": blocks that are back since then. "kept_rows":
+        layer -> blocks kept in each row of blocks, (seeds, rows).
       seconds: that the epoch took, evaluation included.
       state: where training stands. Its arrays are given up to the next step: save or copy what
         must last before asking for the next report.
@@ -44,6 +47,7 @@ class EpochReport:
     sad_epoch: np.ndarray
     flip_rate: np.ndarray
     density: np.ndarray
+    blocks: dict[str, Any]
     seconds: float
     state: RunState = field(repr=False)
 
@@ -90,14 +94,16 @@ def train(
     for epoch in range(state.epochs_done(task.steps_per_epoch), task.recipe.epochs):
         began = time.perf_counter()
         batches = map(place, _batches(job, seeds, epoch))
-        state = _train_epoch(job, programs, state, batches, watch_every, on_step)
+        state = _train_epoch(job, programs, state, epoch, batches, watch_every, on_step)
         forward = programs.forward(state.train)
         masks = programs.masks(state.train.params)
         state, measured = programs.close(state, masks, forward)
         done = epoch + 1
         is_due = done % evaluate_every == 0 or done == task.recipe.epochs
         test = evaluate(job, programs, state.train, place) if is_due else {}
-        measured = jax.tree.map(np.atleast_1d, jax.device_get(measured))
+        measured = jax.device_get(measured)
+        if not programs.seeds:
+            measured = jax.tree.map(lambda value: np.asarray(value)[None], measured)
         _check_finite(measured.pop("bad_step"), seeds, epoch, task.steps_per_epoch)
         seconds = time.perf_counter() - began
         yield EpochReport(epoch=done, test=test, seconds=seconds, state=state, **measured)
@@ -110,7 +116,7 @@ def begin(programs: Programs, seeds: Sequence[int], lambda_w: float) -> RunState
         numbers, strengths = numbers[0], strengths[0]
     variables = programs.init(numbers)
     train = programs.begin(variables, numbers, strengths)
-    return RunState(train, programs.remember(programs.masks(train.params)))
+    return RunState(train, programs.remember(train, programs.masks(train.params)))
 
 
 def evaluate(
@@ -139,14 +145,18 @@ def _train_epoch(
     job: Job,
     programs: Programs,
     state: RunState,
+    epoch: int,
     batches: Iterator[Any],
     watch_every: int,
     on_step: Callable[[], None],
 ) -> RunState:
     """All steps of one epoch; counts the mask flips of every `watch_every`-th."""
-    run, topology = programs.refresh(state.train), state.topology
-    every = min(watch_every, job.task.steps_per_epoch)
+    run, topology = state
+    steps = job.task.steps_per_epoch
+    every, refresh_every = min(watch_every, steps), job.method.refresh_every or steps
     for index, batch in enumerate(batches):
+        if (epoch * steps + index) % refresh_every == 0:
+            run = programs.refresh(run)
         is_watched = index % every == every - 1
         before = programs.masks(run.params) if is_watched else None
         run = programs.step(run, batch)
