@@ -23,10 +23,16 @@ from nmjax.patterns import parse_pattern as parse_pattern
 from nmjax.plans import LeafPlan as LeafPlan
 from nmjax.plans import Plan as Plan
 from nmjax.plans import make_plan as make_plan
+from nmjax.schedules import cosine_ramp as cosine_ramp
+from nmjax.schedules import cubic_ramp as cubic_ramp
+from nmjax.schedules import exponential_ramp as exponential_ramp
+from nmjax.schedules import linear_ramp as linear_ramp
 from nmjax.scores import magnitude as magnitude
 from nmjax.sizes import LeafSize as LeafSize
 from nmjax.sizes import Sizes as Sizes
 from nmjax.sizes import sizes as sizes
+from nmjax.soft_blocks import SoftBlocksState as SoftBlocksState
+from nmjax.soft_blocks import soft_uniform_blocks as soft_uniform_blocks
 from nmjax.sparsifiers import OneShotState as OneShotState
 from nmjax.sparsifiers import Sparsifier as Sparsifier
 from nmjax.sparsifiers import dense as dense

@@ -75,12 +75,17 @@ class LeafPlan:
         return self.pattern.misfit(self.inputs, self.outputs)
 
     @property
-    def axes(self) -> str:
-        """The axes as text: those of a group, or those of a block, "inputs x outputs"."""
-        spans = [self.reduction_axes]
+    def axes(self) -> Axes:
+        """All axes that are no stack."""
+        return Axes(self.reduction_axes, self.output_axes, self.tap_axes)
+
+    @property
+    def span(self) -> str:
+        """The axes along which a group or a block, "inputs x outputs", extends."""
+        parts = [self.reduction_axes]
         if self.pattern.taps == "in block":
-            spans.append(self.output_axes)
-        return " x ".join(", ".join(map(str, span)) for span in spans)
+            parts.append(self.output_axes)
+        return " x ".join(", ".join(map(str, part)) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -308,7 +313,7 @@ def _settle_indivisible(
         raise ValueError(
             "groups may not straddle rows, nor blocks inputs, as they would in:\n"
             + "\n".join(
-                f"  {name} {planned[name].shape}: {complaint} (axes {planned[name].axes})"  # type: ignore[union-attr]
+                f"  {name} {planned[name].shape}: {complaint} (axes {planned[name].span})"  # type: ignore[union-attr]
                 for name, complaint in complaints.items()
             )
             + '\nName them in exclude=, or pass on_indivisible="dense" to leave them dense.'
@@ -342,4 +347,4 @@ def _row(name: str, leaf: LeafPlan | DenseLeaf) -> Row:
     weights = math.prod(leaf.shape)
     if isinstance(leaf, DenseLeaf):
         return (name, shape, "dense", "", f"{weights:,}", f"{weights:,}", leaf.reason)
-    return (name, shape, str(leaf.pattern), leaf.axes, f"{weights:,}", f"{leaf.kept:,}", "")
+    return (name, shape, str(leaf.pattern), leaf.span, f"{weights:,}", f"{leaf.kept:,}", "")

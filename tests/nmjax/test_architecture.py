@@ -34,7 +34,16 @@ FLOORS = {
     2: ("masks", "blocks", "plans"),
     3: ("sparsify", "packed_nm", "packed_blocks"),
     4: ("sparsifiers", "transforms", "metrics", "cost", "packing", "kernels"),
-    5: ("matmul", "sizes", "files", "checkpoints", "interchange", "torch_layout", "plots"),
+    5: (
+        "soft_blocks",
+        "matmul",
+        "sizes",
+        "files",
+        "checkpoints",
+        "interchange",
+        "torch_layout",
+        "plots",
+    ),
     6: ("linen", "__main__"),
     7: ("__init__",),
 }

@@ -167,7 +167,7 @@ def test_axes_that_a_leaf_does_not_have(axes):
 
 
 def test_an_axis_named_twice():
-    with pytest.raises(ValueError, match="a/kernel.*an axis is named twice"):
+    with pytest.raises(ValueError, match=r"a/kernel.*an axis is named twice"):
         make_plan(TWO_LAYERS, "2:4", axes={"a/kernel": (0, -2)})
 
 
