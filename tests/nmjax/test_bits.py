@@ -31,7 +31,7 @@ def test_index_dtype(bits):
     assert index_dtype(0) == index_dtype(1) == "uint8"
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.integers(0, 17), st.integers(0, 20), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_strings_of_bits(width, count, lanes, seed):
     x = np.random.default_rng(seed).integers(0, 2**width, (2, count, lanes))
