@@ -5,8 +5,12 @@ from nmjax.cost import Cost as Cost
 from nmjax.cost import cost as cost
 from nmjax.layouts import Axes as Axes
 from nmjax.masks import nm_mask as nm_mask
+from nmjax.metrics import RowBalance as RowBalance
+from nmjax.metrics import blocks_per_row as blocks_per_row
+from nmjax.metrics import blocks_regrown as blocks_regrown
 from nmjax.metrics import density as density
 from nmjax.metrics import flip_rate as flip_rate
+from nmjax.metrics import row_balance as row_balance
 from nmjax.metrics import sad as sad
 from nmjax.metrics import total_density as total_density
 from nmjax.metrics import total_sad as total_sad
