@@ -7,8 +7,12 @@ from nmjax.files import load_packed as load_packed
 from nmjax.files import save_packed as save_packed
 from nmjax.layouts import Axes as Axes
 from nmjax.masks import nm_mask as nm_mask
+from nmjax.metrics import RowBalance as RowBalance
+from nmjax.metrics import blocks_per_row as blocks_per_row
+from nmjax.metrics import blocks_regrown as blocks_regrown
 from nmjax.metrics import density as density
 from nmjax.metrics import flip_rate as flip_rate
+from nmjax.metrics import row_balance as row_balance
 from nmjax.metrics import sad as sad
 from nmjax.metrics import total_density as total_density
 from nmjax.metrics import total_sad as total_sad

@@ -6,11 +6,27 @@ Everything here that is an array may be computed inside `jax.jit`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from nmjax.blocks import split_blocks
+from nmjax.patterns import Block1xN
+from nmjax.plans import Plan
 from nmjax.sparsify import Masks, check_masks
+
+
+class RowBalance(NamedTuple):
+    """How many blocks the rows of one layer keep; equal where threads get equal work.
+
+    Attributes:
+      fewest: int32 scalar, blocks in the row that keeps fewest.
+      most: int32 scalar, blocks in the row that keeps most.
+    """
+
+    fewest: jax.Array
+    most: jax.Array
 
 
 def sad(masks_a: Masks, masks_b: Masks) -> dict[str, jax.Array]:
@@ -68,6 +84,61 @@ def density(masks: Masks) -> dict[str, jax.Array]:
 def total_density(masks: Masks) -> jax.Array:
     """Fraction of all planned weights that is kept, a float32 scalar."""
     return _share({name: jnp.sum(mask, dtype=jnp.int32) for name, mask in masks.items()}, masks)
+
+
+def blocks_per_row(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
+    """How many blocks each row of a layer keeps, a row being N consecutive output channels.
+
+    Args:
+      masks: leaf name -> boolean array, for every leaf with blocks.
+      plan: says which leaves those are, and how they are cut.
+
+    Returns:
+      Leaf name -> int32 array (*stack, rows), for the leaves with a `Block1xN` pattern. A block
+      counts if any weight of it is kept.
+
+    Raises:
+      ValueError: a mask is missing.
+
+    >>> import nmjax
+    >>> params = {"kernel": jnp.array([[3.0, 3.0, 0.0, 0.0], [1.0, 1.0, 2.0, 2.0]])}
+    >>> plan = nmjax.make_plan(params, "1x2@0.5")
+    >>> blocks_per_row(nmjax.compute_masks(params, plan), plan)["kernel"].tolist()
+    [1, 1]
+    """
+    return {
+        name: jnp.sum(kept, axis=-1, dtype=jnp.int32) for name, kept in _blocks(masks, plan).items()
+    }
+
+
+def row_balance(masks: Masks, plan: Plan) -> dict[str, RowBalance]:
+    """The fewest and the most blocks that a row of a layer keeps.
+
+    Arguments and errors as `blocks_per_row`.
+    """
+    counts = blocks_per_row(masks, plan)
+    return {name: RowBalance(jnp.min(count), jnp.max(count)) for name, count in counts.items()}
+
+
+def blocks_regrown(before: Masks, after: Masks, plan: Plan) -> dict[str, jax.Array]:
+    """How many blocks of each layer are kept after that were dropped before, int32 scalars.
+
+    Arguments and errors as `blocks_per_row`.
+    """
+    then, now = _blocks(before, plan), _blocks(after, plan)
+    return {name: jnp.sum(now[name] & ~then[name], dtype=jnp.int32) for name in now}
+
+
+def _blocks(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
+    """Which blocks are kept, (*stack, rows, inputs), by name of the leaves that have blocks."""
+    patterns = {n: p for n, leaf in plan.items() if isinstance(p := leaf.pattern, Block1xN)}
+    missing = patterns.keys() - masks.keys()
+    if missing:
+        raise ValueError(f"there are no masks of the planned leaves {sorted(missing)}")
+    return {
+        name: jnp.any(split_blocks(jnp.asarray(masks[name]), pattern.n, plan[name].axes), axis=-1)
+        for name, pattern in patterns.items()
+    }
 
 
 def _share(counts: Mapping[str, jax.Array], masks: Masks) -> jax.Array:

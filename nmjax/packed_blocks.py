@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.bits import as_bits, exactly, from_bits, index_dtype
+from nmjax.blocks import split_blocks
 from nmjax.layouts import Shape
 from nmjax.patterns import Block1xN
 from nmjax.plans import LeafPlan
-from nmjax.spans import Span, merge, split, stack_axes
+from nmjax.spans import Span, split, stack_axes
 
 
 @partial(
@@ -111,7 +112,7 @@ def _unpack_forward(packed: PackedBlocks) -> tuple[jax.Array, PackedBlocks]:
 
 def _unpack_backward(packed: PackedBlocks, g: jax.Array) -> tuple[PackedBlocks]:
     rows, size, _ = _competition(packed.leaf_plan)
-    blocks = _blocked(g, packed.leaf_plan)
+    blocks = _blocks_of(g, packed.leaf_plan)
     blocks = blocks.reshape(*_stack(packed), rows, size, blocks.shape[-1])
     places = _places(packed.indices, packed.row_pointers, packed.leaf_plan)
     values = jnp.take_along_axis(blocks, places[..., None], axis=-2)
@@ -125,7 +126,7 @@ unpack_blocks.defvjp(_unpack_forward, _unpack_backward)
 def block_misfits(kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
     """How many blocks are kept beyond what the pattern keeps, and how many blocks there are."""
     rows, size, allowed = _competition(leaf_plan)
-    flags = _blocked(kept, leaf_plan).any(axis=-1)
+    flags = _blocks_of(kept, leaf_plan).any(axis=-1)
     counts = flags.reshape(*flags.shape[:-2], rows, size).sum(axis=-1)
     return int(jnp.maximum(counts - allowed, 0).sum()), flags.size
 
@@ -181,8 +182,8 @@ def _pack(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Values, indices and row pointers."""
     rows, size, kept = _competition(leaf_plan)
-    mask = _blocked(mask, leaf_plan)
-    blocks = jnp.where(mask, _blocked(bits, leaf_plan), 0)
+    mask = _blocks_of(mask, leaf_plan)
+    blocks = jnp.where(mask, _blocks_of(bits, leaf_plan), 0)
     *stack, _, _, block = blocks.shape
     flags = mask.any(axis=-1).reshape(*stack, rows, size)
     stored = exactly(flags, kept, axis=-1)
@@ -231,12 +232,9 @@ def _places(indices: jax.Array, row_pointers: jax.Array | None, leaf_plan: LeafP
     return (places + begun.sum(axis=-2, dtype=jnp.int32) * leaf_plan.inputs)[..., None, :]
 
 
-def _blocked(x: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
+def _blocks_of(x: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
     """(*stack, rows, inputs, block)."""
-    n = _pattern(leaf_plan).n
-    *stack, taps, inputs, outputs = (x := merge(x, _spans(leaf_plan))).shape
-    blocks = x.reshape(*stack, taps, inputs, outputs // n, n).swapaxes(-4, -2)
-    return blocks.reshape(*stack, outputs // n, inputs, taps * n)
+    return split_blocks(x, _pattern(leaf_plan).n, leaf_plan.axes)
 
 
 def _unblocked(blocks: jax.Array, leaf_plan: LeafPlan) -> jax.Array:

@@ -41,7 +41,7 @@ def keep_highest(values: jax.Array, to_keys: ToKeys, n: ArrayLike, axis: int) ->
         return jnp.sum(flags, axis=axis, keepdims=True, dtype=jnp.int32)
 
     position = index(values, axis)
-    first = to_keys(next(slices(values, axis)))
+    first = jnp.max(to_keys(values), axis=axis, keepdims=True)  # Shape, dtype and sharding of one.
     lowest = lax.full_like(first, jnp.iinfo(first.dtype).min)
     threshold = _largest(
         lambda t: count(to_keys(values) >= t) >= n, lowest, bits=8 * first.dtype.itemsize

@@ -21,6 +21,7 @@ from nmjax.sparsify import planned_leaves, prune, sparsify
 
 # The state holds raw key data, which any checkpoint takes; it is made for this generator.
 _GENERATOR = "threefry2x32"
+_ROUNDING = 1e-6  # A few times that of float32.
 
 
 class SoftBlocksState(NamedTuple):
@@ -167,8 +168,10 @@ def _draw(
     and weighted reservoir sampling"; Kool et al., ICML 2019.)
     """
     inputs = logits.shape[-1]
-    count = jnp.floor(pattern.sparsity * inputs * remaining).astype(jnp.int32)
-    # In float32 the product can reach the integer that it misses in float64.
+    # A product that should be an integer may come out one rounding below it; and it must not
+    # exceed the floor of the float64 product that the pattern goes by.
+    product = pattern.sparsity * inputs * remaining * (1 + _ROUNDING)
+    count = jnp.floor(product).astype(jnp.int32)
     count = jnp.minimum(count, inputs - pattern.kept_blocks(inputs))
     noise = jax.random.gumbel(key, logits.shape, logits.dtype)
     return keep_blocks(jnp.where(dropped, logits + noise, -jnp.inf), count)

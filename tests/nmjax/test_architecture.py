@@ -63,6 +63,8 @@ PUBLIC += ["make_plan", "Plan", "LeafPlan", "compute_masks", "sparsify", "prune"
 PUBLIC += ["add_sparse_refined", "Sparsifier", "straight_through", "one_shot", "dense"]
 PUBLIC += ["pack", "unpack", "PackedNM", "PackedBlocks", "check_sparse", "sizes"]
 PUBLIC += ["save_packed", "load_packed"]
+PUBLIC += ["soft_uniform_blocks", "cubic_ramp", "linear_ramp", "cosine_ramp", "exponential_ramp"]
+PUBLIC += ["blocks_per_row", "row_balance", "blocks_regrown"]
 PUBLIC += ["sad", "total_sad", "flip_rate", "density", "total_density", "cost"]
 
 # What `import nmjax` must not bring along: optional packages, and heavy parts of this one.
