@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -33,6 +34,7 @@ from rich.progress import (
 import nmjax
 from experiments.flags import Flags as TrainFlags
 from experiments.flags import make_task
+from experiments.loop import begin, train
 from experiments.methods import METHODS, NEGATIVE_FRACTION, check_fits, find_row, is_blocks
 from experiments.reasons import PAPER_LAMBDA_W
 from experiments.results import Numbers, Results, Trial, epoch_numbers
@@ -41,7 +43,6 @@ from experiments.snapshots import block_masks, example_images, kernel_shapes
 from experiments.step import Job, Programs, RunState, make_programs, plan_of
 from experiments.step_times import Timed, step_times
 from experiments.tasks.task import Task
-from experiments.train import begin, train
 
 TIMED_STEPS = 40
 
@@ -297,8 +298,6 @@ def _line(results: Results, trial: Trial) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `python -m experiments.compare`."""
-    import tyro
-
     flags = tyro.cli(Flags, args=argv, prog="python -m experiments.compare")
     try:
         return compare(flags, Console())

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.train import EpochReport
+from experiments.loop import EpochReport
 
 
 class MetricsLog:

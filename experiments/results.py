@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.train import EpochReport
+from experiments.loop import EpochReport
 
 Numbers = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """What a task is: data, model, loss, metric and recipe, in the form the training loop takes.
 
 A task is one file in this folder with a constructor that returns a `Task`. The loop in
-`experiments.train` knows nothing else about it, so a translation task and a classification
+`experiments.loop` knows nothing else about it, so a translation task and a classification
 task run through the same code.
 """
 

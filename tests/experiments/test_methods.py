@@ -10,10 +10,10 @@ import pytest
 
 import nmjax
 import nmjax.trees
+from experiments.loop import train
 from experiments.methods import METHODS, Method, check_fits, find_row, learning_rate, optimizer
 from experiments.step import Job, plan_of
 from experiments.tasks.task import Recipe
-from experiments.train import train
 from tests.experiments.tiny import STEPS, compile_little, tiny_task  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_little")

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from experiments.loop import train
 from experiments.methods import METHODS
 from experiments.snapshots import block_masks, example_images, kernel_shapes
 from experiments.step import Job, plan_of
-from experiments.train import train
 from tests.experiments.tiny import STEPS, compile_little, tiny_task  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_little")

@@ -6,10 +6,10 @@ import optax
 import pytest
 
 import nmjax
+from experiments.loop import train
 from experiments.methods import METHODS, Method, learning_rate
 from experiments.seeds import across_cores, one_by_one
 from experiments.step import Job, make_programs, plan_of
-from experiments.train import train
 from nmjax.trees import named_leaves
 from tests.experiments.tiny import STEPS, compile_little, tiny_task  # noqa: F401
 
