@@ -189,7 +189,8 @@ README = ROOT / "README.md"
 
 
 @pytest.mark.skipif(not README.exists(), reason="the README is not there")
-def test_the_code_in_the_readme_runs(capsys):
+def test_the_code_in_the_readme_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # It writes a file.
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
     assert blocks
     names = {"__name__": "readme"}
