@@ -136,3 +136,42 @@ def test_errors_name_the_leaf():
             nmjax.sad(*pair)
         with pytest.raises(TypeError, match=r"layer/kernel.*float32"):
             nmjax.flip_rate(*pair)
+
+
+STACK, ROWS, INPUTS, N = 2, 3, 5, 4
+BLOCK_PLAN = nmjax.make_plan(
+    {
+        "conv": {"kernel": jnp.zeros((3, 3, INPUTS, ROWS * N))},
+        "other": {"kernel": jnp.zeros((8, 4))},
+    },
+    f"1x{N}@0.5",
+    rules={"other": "2:4"},
+)
+
+
+def block_masks(flags):
+    """Masks of a stack of convolutions (stack, 3, 3, in, out), and of a layer of groups."""
+    spread = np.repeat(flags.transpose(0, 2, 1), N, axis=-1)[:, None, None]
+    conv = np.broadcast_to(spread, (STACK, 3, 3, INPUTS, ROWS * N))
+    return {"conv/kernel": jnp.asarray(conv), "other/kernel": jnp.ones((8, 4), bool)}
+
+
+@given(*(hnp.arrays(bool, (STACK, ROWS, INPUTS)) for _ in range(2)))
+def test_blocks_of_each_row(before, after):
+    masks = block_masks(after)
+    counts = nmjax.blocks_per_row(masks, BLOCK_PLAN)
+    assert list(counts) == ["conv/kernel"]
+    np.testing.assert_array_equal(counts["conv/kernel"], after.sum(axis=-1))
+    fewest, most = nmjax.row_balance(masks, BLOCK_PLAN)["conv/kernel"]
+    assert (fewest, most) == (after.sum(axis=-1).min(), after.sum(axis=-1).max())
+    regrown = nmjax.blocks_regrown(block_masks(before), masks, BLOCK_PLAN)
+    assert {name: int(count) for name, count in regrown.items()} == {
+        "conv/kernel": sum(
+            now and not then for now, then in zip(after.flat, before.flat, strict=True)
+        )
+    }
+
+
+def test_a_missing_mask_of_blocks_is_named():
+    with pytest.raises(ValueError, match="conv/kernel"):
+        nmjax.blocks_per_row({}, BLOCK_PLAN)

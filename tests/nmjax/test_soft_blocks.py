@@ -1,0 +1,302 @@
+"""SUBP: how many blocks each row keeps, which are drawn to return, and when masks are final."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import nmjax
+
+KEY = jax.random.key(0)
+RAMP = nmjax.cubic_ramp(10, 180)
+
+
+def make_params(dtype="float32", inputs=32):
+    keys = jax.random.split(KEY, 2)
+    return {
+        "conv": {"kernel": jax.random.normal(keys[0], (3, 3, inputs, 8), dtype)},
+        "dense": {"kernel": jax.random.normal(keys[1], (inputs, 16), dtype)},
+        "bias": jnp.ones(8, dtype),
+    }
+
+
+PARAMS = make_params()
+PLAN = nmjax.make_plan(PARAMS, "1x4@0.5")
+
+
+def drift(params, epoch):
+    """Other weights than before, as training would leave them."""
+    keys = jax.random.split(jax.random.fold_in(KEY, epoch), len(jax.tree.leaves(params)))
+    noise = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    return jax.tree.map(lambda w, key: w + jax.random.normal(key, w.shape, w.dtype), params, noise)
+
+
+def kept_in_rows(state, plan):
+    """The set of numbers of blocks that rows of any layer keep."""
+    return {
+        count
+        for counts in nmjax.blocks_per_row(state.masks, plan).values()
+        for count in np.asarray(counts).ravel().tolist()
+    }
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "expected"),
+    [
+        (66 / 128, {0: 256, 10: 256, 50: 254, 100: 236, 140: 196, 179: 126, 180: 124, 250: 124}),
+        (98.5 / 128, {10: 256, 180: 59}),
+    ],
+)
+@pytest.mark.parametrize("score", ["l1", "bpar"])
+def test_blocks_kept_in_each_row_over_the_epochs(sparsity, expected, score):
+    params = {"kernel": jax.random.normal(KEY, (256, 32))}
+    plan = nmjax.make_plan(params, nmjax.Block1xN(16, sparsity))
+    subp = nmjax.soft_uniform_blocks(plan, RAMP, score=score)
+    refresh = jax.jit(subp.refresh)
+    state = subp.init(params, KEY)
+    for epoch in range(max(expected) + 1):
+        state = refresh(state, params, epoch)
+        if epoch in expected:
+            assert kept_in_rows(state, plan) == {expected[epoch]}
+
+
+def test_before_the_first_refresh_everything_is_kept():
+    subp = nmjax.soft_uniform_blocks(PLAN, RAMP)
+    assert_same(subp.apply(PARAMS, subp.init(PARAMS, KEY)), PARAMS)
+
+
+@pytest.mark.parametrize("score", ["l1", "l2", "bpar"])
+def test_masks_of_v2_are_final_when_the_ramp_ends(score):
+    states = run_epochs("v2", score, range(170, 190))
+    for state in states[11:]:
+        assert_same(state.masks, states[10].masks)
+    assert nmjax.total_sad(states[0].masks, states[1].masks) > 0  # Before, they were not.
+    assert kept_in_rows(states[-1], PLAN) == {16}
+
+
+def test_masks_of_v1_go_on_following_the_weights():
+    states = run_epochs("v1", "l1", range(178, 190))
+    assert all(kept_in_rows(state, PLAN) == {16} for state in states[2:])
+    assert nmjax.total_sad(states[4].masks, states[-1].masks) > 0
+    last = drift(PARAMS, 189)
+    assert_same(states[-1].masks, nmjax.compute_masks(last, PLAN))
+
+
+def run_epochs(variant, score, epochs):
+    """The state after each of the epochs, under weights that keep changing."""
+    subp = nmjax.soft_uniform_blocks(PLAN, RAMP, score=score, variant=variant)
+    refresh, state, states = jax.jit(subp.refresh), subp.init(PARAMS, KEY), []
+    for epoch in epochs:
+        state = refresh(state, drift(PARAMS, epoch), epoch)
+        states.append(state)
+    return states
+
+
+def inclusion(weights, count):
+    """How likely each of `weights` is among `count` drawn one by one without replacement."""
+    chances = np.zeros(len(weights))
+    for order in itertools.permutations(range(len(weights)), count):
+        chance, left = 1.0, sum(weights)
+        for i in order:
+            chance *= weights[i] / left
+            left -= weights[i]
+        chances[list(order)] += chance
+    return chances
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_blocks_return_as_often_as_in_sampling_without_replacement(temperature):
+    sizes = np.array([9.0, 8.0, 7.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    params = {"kernel": jnp.asarray(sizes)[:, None]}
+    plan = nmjax.make_plan(params, nmjax.Block1xN(1, 5 / 8))  # Drops the last five.
+    subp = nmjax.soft_uniform_blocks(
+        plan, lambda step: jnp.float32(0.6), score="l1", temperature=temperature
+    )  # Two of them return.
+    draws = 20_000
+
+    def draw(key):
+        return subp.refresh(subp.init(params, key), params, 0).masks["kernel"][:, 0]
+
+    often = jax.vmap(draw)(jax.random.split(KEY, draws)).mean(axis=0)
+    logits = sizes[3:] / np.linalg.norm(sizes[3:]) / temperature
+    expected = inclusion(np.exp(logits), 2)
+    deviation = np.sqrt(expected * (1 - expected) / draws)
+    np.testing.assert_array_equal(often[:3], 1)
+    assert np.max(np.abs(often[3:] - expected) / deviation) < 4.5
+    # Without the normalised scores it would be another distribution, and this test would tell.
+    uniform = np.full(5, 0.4)
+    assert np.max(np.abs(uniform - expected) / deviation) > 20
+
+
+def test_the_exported_network_is_exactly_uniform():
+    subp = nmjax.soft_uniform_blocks(PLAN, RAMP)
+    state = subp.refresh(subp.init(PARAMS, KEY), PARAMS, 180)
+    exported = nmjax.prune(PARAMS, PLAN, state.masks)
+    assert_same(exported, subp.apply(PARAMS, state))
+    nmjax.check_sparse(exported, PLAN)
+    balance = nmjax.row_balance({n: jnp.asarray(state.masks[n]) for n in PLAN}, PLAN)
+    assert all(int(rows.fewest) == int(rows.most) == 16 for rows in balance.values())
+    frozen = nmjax.one_shot(PLAN, masks=state.masks)
+    assert_same(frozen.apply(PARAMS, frozen.init(PARAMS, KEY)), exported)
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_gradient_reaches_dropped_weights_if_soft(soft):
+    subp = nmjax.soft_uniform_blocks(PLAN, RAMP, soft=soft)
+    state = subp.refresh(subp.init(PARAMS, KEY), PARAMS, 180)
+
+    def loss(params):
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(subp.apply(params, state)))
+
+    grads = jax.grad(loss)(PARAMS)
+    for name in PLAN:
+        layer = name.split("/")[0]
+        expected = np.ones_like(grads[layer]["kernel"]) if soft else state.masks[name]
+        np.testing.assert_array_equal(grads[layer]["kernel"], expected)
+
+
+def test_the_pull_is_on_the_weights_that_the_state_drops():
+    subp = nmjax.soft_uniform_blocks(PLAN, RAMP)
+    state = subp.refresh(subp.init(PARAMS, KEY), PARAMS, 140)
+    tx = nmjax.add_sparse_refined(PLAN, 0.5)
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = tx.update(zero, tx.init(PARAMS), PARAMS, masks=state.masks)
+    for name in PLAN:
+        layer = name.split("/")[0]
+        w = np.asarray(PARAMS[layer]["kernel"])
+        expected = np.where(state.masks[name], 0, 0.5 * w)
+        np.testing.assert_allclose(updates[layer]["kernel"], expected, rtol=1e-6)
+
+
+def test_many_epochs_compile_once_and_keep_types():
+    subp, traces = nmjax.soft_uniform_blocks(PLAN, RAMP), 0
+
+    @jax.jit
+    def refresh(state, params, step):
+        nonlocal traces
+        traces += 1
+        return subp.refresh(state, params, step)
+
+    state = jax.jit(subp.init)(PARAMS, KEY)
+    before = jax.tree.map(jax.typeof, state)
+    for epoch in (0, 10, 90, 180):
+        state = refresh(state, PARAMS, jnp.int32(epoch))
+    assert traces == 1
+    assert jax.tree.map(jax.typeof, state) == before
+
+
+def test_seeds_under_vmap_are_seeds_one_by_one():
+    subp = nmjax.soft_uniform_blocks(PLAN, RAMP, score="l1")
+    keys = jax.random.split(KEY, 3)
+    params = jax.tree.map(lambda w: jnp.stack([w, 2 * w, w[::-1]]), PARAMS)
+
+    def final(params, key):
+        state = subp.refresh(subp.init(params, key), params, 120)
+        return subp.refresh(state, params, 150)
+
+    together = jax.jit(jax.vmap(final))(params, keys)
+    for i in range(3):
+        alone = final(jax.tree.map(lambda w, i=i: w[i], params), keys[i])
+        assert_same(jax.tree.map(lambda x, i=i: x[i], together), alone)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("score", ["l1", "bpar"])
+def test_eight_devices_draw_as_one(axis_type, score):
+    params = {"kernel": jax.random.normal(KEY, (16, 64))}
+    plan = nmjax.make_plan(params, "1x4@0.5")
+    subp = nmjax.soft_uniform_blocks(plan, RAMP, score=score)
+
+    def two_epochs(params):
+        state = subp.refresh(subp.init(params, KEY), params, 100)
+        return subp.refresh(state, params, 150).masks["kernel"]
+
+    expected = jax.jit(two_epochs)(params)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec(None, "d"))
+        mask = jax.jit(two_epochs)(jax.device_put(params, sharding))
+        assert mask.sharding.is_equivalent_to(sharding, 2)
+    np.testing.assert_array_equal(jax.device_get(mask), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights(dtype):
+    params = make_params(dtype)
+    subp = nmjax.soft_uniform_blocks(PLAN, RAMP)
+    state = subp.refresh(subp.init(params, KEY), params, 100)
+    assert len(kept_in_rows(state, PLAN)) == 1
+    chex.assert_trees_all_equal_dtypes(subp.apply(params, state), params)
+
+
+def test_other_keys_draw_other_blocks():
+    subp = nmjax.soft_uniform_blocks(PLAN, RAMP)
+    states = [subp.refresh(subp.init(PARAMS, key), PARAMS, 150) for key in jax.random.split(KEY)]
+    assert nmjax.total_sad(states[0].masks, states[1].masks) > 0
+    assert_same(
+        subp.refresh(subp.init(PARAMS, KEY), PARAMS, 150).masks,
+        subp.refresh(subp.init(PARAMS, KEY), PARAMS, 150).masks,
+    )
+
+
+def test_a_layer_of_another_pattern_is_named():
+    plan = nmjax.make_plan(PARAMS, "1x4@0.5", rules={"dense": "2:4"})
+    with pytest.raises(ValueError, match=r"dense/kernel \(32, 16\): 2:4"):
+        nmjax.soft_uniform_blocks(plan, RAMP)
+    plan = nmjax.make_plan(PARAMS, "1x4@0.5/layer")
+    with pytest.raises(ValueError, match="conv/kernel"):
+        nmjax.soft_uniform_blocks(plan, RAMP)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "v3"}, "v3"),
+        ({"score": "l3"}, "l3"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "temperature must be positive"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        nmjax.soft_uniform_blocks(PLAN, RAMP, **options)
+
+
+def test_training_ends_sparse():
+    """A regression problem, twenty epochs: the loss falls, and the end is uniform."""
+    params = {"kernel": 0.1 * jax.random.normal(KEY, (32, 8))}
+    plan = nmjax.make_plan(params, "1x4@0.5")
+    target = nmjax.prune({"kernel": jax.random.normal(jax.random.key(1), (32, 8))}, plan)["kernel"]
+    x = jax.random.normal(jax.random.key(2), (256, 32))
+    subp = nmjax.soft_uniform_blocks(plan, nmjax.cubic_ramp(20, 160))
+    tx = optax.chain(nmjax.add_sparse_refined(plan, 2e-4), optax.sgd(0.1, momentum=0.9))
+
+    def loss(params, state):
+        return jnp.mean((x @ subp.apply(params, state)["kernel"] - x @ target) ** 2)
+
+    @jax.jit
+    def step(params, opt_state, state):
+        grads = jax.grad(loss)(params, state)
+        updates, opt_state = tx.update(grads, opt_state, params, masks=state.masks)
+        return optax.apply_updates(params, updates), opt_state
+
+    state, opt_state, first = (
+        subp.init(params, KEY),
+        tx.init(params),
+        loss(params, subp.init(params, KEY)),
+    )
+    for count in range(200):
+        if count % 10 == 0:
+            state = jax.jit(subp.refresh)(state, params, count)
+        params, opt_state = step(params, opt_state, state)
+    assert kept_in_rows(state, plan) == {16}
+    assert loss(params, state) < 0.05 * first
