@@ -38,6 +38,7 @@ types: $(READY)  ## mypy
 bench: $(READY)  ## the benchmarks; writes experiments/benchmarks/results/*.json
 	$(BIN)/python -m experiments.benchmarks.masks
 	$(BIN)/python -m experiments.benchmarks.train_step
+	$(BIN)/python -m experiments.benchmarks.blocks
 
 clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
