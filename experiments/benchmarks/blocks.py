@@ -1,8 +1,8 @@
-"""What one refresh of all block masks of ResNet-50 costs: `python -m experiments.benchmarks.blocks`.
+"""Cost of a refresh of all block masks of ResNet-50: `python -m experiments.benchmarks.blocks`.
 
 SUBP does it once an epoch. The plan is the paper's 2.0 G one: 66/128 of the blocks of 32 outputs
-dropped, with the layers kept dense that SUBP keeps dense. The peak counts weights, old and new masks,
-and what XLA holds in between.
+dropped, with the layers kept dense that SUBP keeps dense. The peak counts weights, old and new
+masks, and what XLA holds in between.
 """
 
 from __future__ import annotations
