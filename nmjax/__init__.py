@@ -24,6 +24,10 @@ from nmjax.packing import unpack as unpack
 from nmjax.patterns import NM as NM
 from nmjax.patterns import Block1xN as Block1xN
 from nmjax.patterns import parse_pattern as parse_pattern
+from nmjax.permute import Channels as Channels
+from nmjax.permute import l1_order as l1_order
+from nmjax.permute import permute_channels as permute_channels
+from nmjax.permute import sort_channels as sort_channels
 from nmjax.plans import LeafPlan as LeafPlan
 from nmjax.plans import Plan as Plan
 from nmjax.plans import make_plan as make_plan
