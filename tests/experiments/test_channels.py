@@ -25,7 +25,9 @@ def settle(name, leaf):
     return leaf * noise if name.endswith("kernel") else jnp.asarray(noise)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", ["basic", *(pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS if n != "basic")]
+)
 def test_any_order_leaves_the_function_as_it_is(name):
     network = NETWORKS[name]
     x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
