@@ -90,7 +90,7 @@ def mask_of(w, n, sparsity, axes, score="l1", **options):
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(cases(), st.sampled_from(["l1", "l2"]), st.booleans())
 def test_equals_brute_force(case, score, uniform):
     w, n, sparsity, axes = case
@@ -100,7 +100,7 @@ def test_equals_brute_force(case, score, uniform):
     np.testing.assert_array_equal(mask, expected)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(cases())
 def test_blocks_there_and_back(case):
     w, n, _, axes = case
