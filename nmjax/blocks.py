@@ -8,6 +8,7 @@ one block, and the blocks of the same N outputs are a row of blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -75,19 +76,27 @@ def block_mask(
     w = lax.stop_gradient(jnp.asarray(w))
     pattern = Block1xN(n, sparsity, uniform)
     axes = _named_axes(w.ndim, reduction_axes, output_axes, tap_axes)
+    return _mask(w, kept, pattern, axes, block_score(score))
+
+
+@partial(jax.jit, static_argnames=("pattern", "axes", "score"), inline=True)
+def _mask(
+    w: jax.Array, kept: ArrayLike | None, pattern: Block1xN, axes: Axes, score: BlockScore
+) -> jax.Array:
+    """The mask as one computation also outside `jax.jit`."""
     scores = score_blocks(w, pattern.n, axes, score)
     if kept is None:
         rows, inputs = scores.shape[-2:]
-        kept = pattern.kept_blocks(inputs if uniform else rows * inputs)
-    return spread_blocks(keep_blocks(scores, kept, uniform=uniform), w.shape, pattern.n, axes)
+        kept = pattern.kept_blocks(inputs if pattern.uniform else rows * inputs)
+    flags = keep_blocks(scores, kept, uniform=pattern.uniform)
+    return spread_blocks(flags, w.shape, pattern.n, axes)
 
 
-def score_blocks(w: jax.Array, n: int, axes: Axes, score: str | BlockScore) -> jax.Array:
+def score_blocks(w: jax.Array, n: int, axes: Axes, score: BlockScore) -> jax.Array:
     """The score of each block, (*stack, rows, inputs). Arguments and errors as `block_mask`."""
     check_real_floating("weights", w.dtype)
-    function = block_score(score)
     blocks = split_blocks(w, n, axes)
-    scores = function(blocks)
+    scores = score(blocks)
     if scores.shape != blocks.shape[:-1]:
         raise ValueError(
             f"score must give one importance for each block: blocks have shape {blocks.shape}, "
@@ -108,11 +117,8 @@ def keep_blocks(scores: jax.Array, kept: ArrayLike, *, uniform: bool = True) -> 
     Returns:
       Boolean array of the scores' shape, True = kept.
     """
-    competing = scores if uniform else scores.reshape(*scores.shape[:-2], -1)
-    if competing.shape[-1] == 0:
-        return jnp.ones(scores.shape, bool)
-    flags = keep_highest(competing, signed_keys, kept, competing.ndim - 1)
-    return flags.reshape(scores.shape)
+    competing = (scores.ndim - 1,) if uniform else (scores.ndim - 2, scores.ndim - 1)
+    return keep_highest(scores, signed_keys, kept, competing)
 
 
 def split_blocks(w: jax.Array, n: int, axes: Axes) -> jax.Array:
@@ -142,7 +148,9 @@ def split_blocks(w: jax.Array, n: int, axes: Axes) -> jax.Array:
     moved = w.transpose(order)
     inputs = size_along(w.shape, axes.reduction)
     taps = size_along(w.shape, axes.taps or ())
-    rows = moved.reshape(*moved.shape[:stack], outputs // n, n, inputs, taps)
+    # In two steps, which explicit sharding follows where it may not follow both at once.
+    merged = moved.reshape(*moved.shape[:stack], outputs, inputs, taps)
+    rows = merged.reshape(*moved.shape[:stack], outputs // n, n, inputs, taps)
     blocks = rows.swapaxes(-3, -2)
     return blocks.reshape(*blocks.shape[:-2], n * taps)
 
@@ -165,7 +173,8 @@ def spread_blocks(flags: jax.Array, shape: tuple[int, ...], n: int, axes: Axes) 
     *_, rows, inputs = flags.shape
     whole = (*moved[:stack], rows, n, inputs, taps)
     spread = jnp.broadcast_to(flags[..., :, None, :, None], whole)
-    return spread.reshape(moved).transpose(np.argsort(order))
+    merged = spread.reshape(*moved[:stack], rows * n, inputs, taps)
+    return merged.reshape(moved).transpose(np.argsort(order))
 
 
 def _order(ndim: int, axes: Axes) -> tuple[list[int], int]:

@@ -7,6 +7,7 @@ last axis. A row holds the blocks of the same output channels, one for each inpu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -140,7 +141,7 @@ def _similarity(directions: jax.Array) -> jax.Array:
 
     # All rows at once would hold rows * inputs^2 cosines.
     at_a_time = max(1, _SIMILARITIES // max(inputs, 1) ** 2)
-    sums = lax.map(of_row, directions.reshape(-1, inputs, size), batch_size=at_a_time)
+    sums = lax.map(of_row, directions.reshape(math.prod(rows), inputs, size), batch_size=at_a_time)
     return sums.reshape(*rows, inputs)
 
 
