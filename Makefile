@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup train test test-slow lint types bench clean
+.PHONY: help setup torch train test test-slow lint types bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,9 @@ $(READY): requirements.txt pyproject.toml
 	touch $(READY)
 
 setup: $(READY)  ## make the virtual environment
+
+torch: $(READY)  ## add PyTorch, which some tests compare with; they are skipped without it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch]'
 
 train: $(READY)  ## the main job: compare methods on scikit-learn's digits (under 5 minutes)
 	$(BIN)/python -m experiments.compare $(ARGS)
@@ -35,6 +38,7 @@ types: $(READY)  ## mypy
 bench: $(READY)  ## the benchmarks; writes experiments/benchmarks/results/*.json
 	$(BIN)/python -m experiments.benchmarks.masks
 	$(BIN)/python -m experiments.benchmarks.train_step
+	$(BIN)/python -m experiments.benchmarks.blocks
 
 clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
-"""Compares ways of training N:M sparse on one task: table, pictures, one HTML report.
+"""Compares ways of training sparse on one task: table, pictures, one HTML report.
 
 `python -m experiments.compare` is the main job: scikit-learn's digits, a small ResNet, every
-method at an easy and at a hard pattern, several seeds trained together, in minutes on two cores.
+method at an easy and at a hard pattern, N:M and 1xN, several seeds trained together, in minutes
+on two cores.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -31,14 +34,15 @@ from rich.progress import (
 import nmjax
 from experiments.flags import Flags as TrainFlags
 from experiments.flags import make_task
-from experiments.methods import METHODS, NEGATIVE_FRACTION, find_row
+from experiments.loop import begin, train
+from experiments.methods import METHODS, NEGATIVE_FRACTION, check_fits, find_row, is_blocks
 from experiments.reasons import PAPER_LAMBDA_W
 from experiments.results import Numbers, Results, Trial, epoch_numbers
 from experiments.seeds import fastest, stack, use_every_core
+from experiments.snapshots import block_masks, example_images, kernel_shapes
 from experiments.step import Job, Programs, RunState, make_programs, plan_of
 from experiments.step_times import Timed, step_times
 from experiments.tasks.task import Task
-from experiments.train import begin, train
 
 TIMED_STEPS = 40
 
@@ -53,6 +57,10 @@ class Flags:
       task: what to train on.
       patterns: weights kept of each group, N:M. The last is also swept over lambda_w.
       methods: which to compare; dense is the yardstick of the step times.
+      block_patterns: blocks of N outputs and the fraction dropped, 1xN@S. They are set beside
+        dense and SR-STE at the same density, which is trained at 1:M where it is not there yet.
+        1x4@0.5 as well would take the main job beyond five minutes.
+      block_methods: which to compare at those patterns.
       seeds: of the initial weights and the order of the data. All train together, on two cores
         fastest if they are even in number.
       epochs: passes over the training data. None for the task's.
@@ -68,7 +76,9 @@ class Flags:
 
     task: str = "digits"
     patterns: tuple[str, ...] = ("2:4", "1:16")
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = tuple(name for name in METHODS if not METHODS[name].blocks_only)
+    block_patterns: tuple[str, ...] = ("1x4@0.75",)
+    block_methods: tuple[str, ...] = tuple(name for name in METHODS if METHODS[name].blocks_only)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     epochs: int | None = None
     lambda_w: float | None = None
@@ -94,6 +104,9 @@ class Comparison:
         Raises:
           ValueError: a flag asks for what there is not.
         """
+        main = product(flags.patterns, flags.methods)
+        for pattern, method in (*main, *product(flags.block_patterns, flags.block_methods)):
+            check_fits(method, pattern)
         self.flags = flags
         task = make_task(TrainFlags(task=flags.task, epochs=flags.epochs))  # type: ignore[arg-type]
         if flags.lambda_w is not None:
@@ -104,13 +117,9 @@ class Comparison:
 
     @cached_property
     def trials(self) -> list[Trial]:
-        """All trials: pattern by pattern, then the sweep, then the run for the shapes."""
+        """All trials: pattern by pattern, the sweep, the run for the shapes, then the blocks."""
         flags, lambda_w = self.flags, self.task.recipe.lambda_w
-        main = [
-            Trial("main", pattern, name, lambda_w * find_row(name).lambda_fraction, flags.seeds)
-            for pattern in flags.patterns
-            for name in flags.methods
-        ]
+        main = [self._trial("main", *pair) for pair in product(flags.patterns, flags.methods)]
         strengths = sorted({PAPER_LAMBDA_W, *(factor * lambda_w for factor in flags.sweep)})
         sweep = [
             Trial("sweep", flags.patterns[-1], "sr_ste", strength, flags.seeds)
@@ -118,7 +127,16 @@ class Comparison:
             if "sr_ste" in flags.methods and strength != lambda_w
         ]
         shapes = [Trial("shapes", flags.shapes, "sr_ste", lambda_w, flags.seeds)]
-        return main + sweep + (shapes if flags.shapes else [])
+        beside = [self._trial("beside", p, "sr_ste") for p in _missing_densities(flags)]
+        blocks = [
+            self._trial("blocks", *pair)
+            for pair in product(flags.block_patterns, flags.block_methods)
+        ]
+        return main + sweep + (shapes if flags.shapes else []) + beside + blocks
+
+    def _trial(self, part: str, pattern: str, method: str) -> Trial:
+        strength = self.task.recipe.lambda_w * find_row(method).lambda_fraction
+        return Trial(part, pattern, method, strength, self.flags.seeds)
 
     def settings(self) -> Numbers:
         """What decides the numbers."""
@@ -128,6 +146,7 @@ class Comparison:
         return {
             "task": task.name,
             "patterns": flags.patterns,
+            "block_patterns": flags.block_patterns,
             "seeds": flags.seeds,
             "recipe": dataclasses.asdict(task.recipe),
             "steps_per_epoch": task.steps_per_epoch,
@@ -135,6 +154,11 @@ class Comparison:
             "negative_fraction": NEGATIVE_FRACTION,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "weights": {p: {n: plans[p][n].weights for n in plans[p]} for p in sorted(plans)},
+            "blocks": {
+                pattern: {name: leaf.shape[leaf.reduction_axes[0]] for name, leaf in plan.items()}
+                for pattern, plan in plans.items()
+                if is_blocks(pattern)
+            },
             "density": {p: nmjax.parse_pattern(p).density for p in sorted(plans)},
         }
 
@@ -158,7 +182,7 @@ class Comparison:
     def run(self, trial: Trial, results: Results, on_step: Callable[[], None]) -> None:
         """Trains a trial and adds it to the results."""
         job, programs = self.job(trial)
-        began, epochs, error = time.perf_counter(), [], ""
+        began, epochs, film, error = time.perf_counter(), [], [], ""
         state: RunState | None = None
         reports = train(
             job,
@@ -172,10 +196,14 @@ class Comparison:
             for report in reports:
                 epochs.append(epoch_numbers(report))
                 state = report.state
+                if report.blocks and report.test:
+                    film.append({"epoch": report.epoch, **block_masks(job, state)})
         except FloatingPointError as stopped:
             error = str(stopped)
         if trial.part == "shapes" and state is not None and not error:
             results.data["shapes"] = kernel_shapes(job, state)
+        if film and not error:
+            results.data.setdefault("films", {})[f"{trial.pattern} {trial.method}"] = film
         results.add(trial, epochs, time.perf_counter() - began, error)
 
     def time_steps(self) -> list[Numbers]:
@@ -192,33 +220,16 @@ class Comparison:
         return step_times(chosen, rounds=TIMED_STEPS)
 
 
-def example_images(task: Task, count: int = 12) -> Numbers:
-    """The first test images and their labels, where the task has small grey ones."""
-    batch = next(iter(task.eval_batches()))
-    images = batch.get("image", np.zeros(0))
-    if images.ndim != 4 or images.shape[-1] != 1 or images.shape[1] > 32:
-        return {}
-    return {"images": images[:count, :, :, 0], "labels": batch["label"][:count]}
-
-
-def kernel_shapes(job: Job, state: RunState) -> Numbers:
-    """Which taps the first seed keeps in the second layer of 3x3 kernels, where there are two.
-
-    Returns:
-      The layer's name, and for each (input, output) channel the nine taps in row order as text,
-      such as "010110010".
-    """
-    params = state.train.params
-    if np.ndim(state.train.step):
-        params = jax.tree.map(lambda leaf: leaf[0], params)
-    masks = nmjax.compute_masks(params, job.plan)
-    wide = [name for name, mask in masks.items() if mask.ndim == 4 and mask.shape[:2] == (3, 3)]
-    if not wide:
-        return {}
-    taps = np.asarray(masks[wide[min(1, len(wide) - 1)]]).astype(int)
-    kernels = taps.reshape(9, *taps.shape[2:]).transpose(1, 2, 0)
-    codes = [["".join(map(str, kernel)) for kernel in row] for row in kernels]
-    return {"layer": wide[min(1, len(wide) - 1)], "kernels": codes}
+def _missing_densities(flags: Flags) -> list[str]:
+    """Patterns 1:M as dense as blocks that no N:M pattern is as dense as; M a power of two."""
+    there = [nmjax.parse_pattern(pattern).density for pattern in flags.patterns]
+    found = []
+    for pattern in flags.block_patterns if "sr_ste" in flags.methods else ():
+        density = nmjax.parse_pattern(pattern).density
+        m = round(1 / density)
+        if m & (m - 1) == 0 and 1 / m == density and density not in there:
+            found.append(f"1:{m}")
+    return list(dict.fromkeys(found))
 
 
 def compare(flags: Flags, console: Console) -> int:
@@ -287,8 +298,6 @@ def _line(results: Results, trial: Trial) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `python -m experiments.compare`."""
-    import tyro
-
     flags = tyro.cli(Flags, args=argv, prog="python -m experiments.compare")
     try:
         return compare(flags, Console())

@@ -12,10 +12,18 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.accuracy_figures import draw_metric_curves, draw_seeds
+from experiments.block_figures import (
+    draw_balance,
+    draw_block_changes,
+    draw_block_curves,
+    draw_block_masks,
+)
 from experiments.findings import (
     Data,
     Entry,
     curve,
+    epochs_of,
     find_row_of,
     metric_name,
     rows,
@@ -25,7 +33,6 @@ from experiments.findings import (
 from experiments.pictures import (
     BLACK,
     BLUE,
-    GREEN,
     METHOD_COLORS,
     METHOD_NAMES,
     PINK,
@@ -64,77 +71,6 @@ def draw_examples(data: Data) -> Picture | None:
     return picture("examples", "What the network sees", caption, figure)
 
 
-def draw_metric_curves(data: Data) -> Picture | None:
-    """Test error over the epochs, a panel for each pattern."""
-    entries = _main(data)
-    if not entries:
-        return None
-    metric = metric_name(data)
-    patterns = list(dict.fromkeys(entry["pattern"] for entry in entries))
-    figure, axes = panels(len(patterns), height=3.4)
-    for ax, pattern in zip(axes, patterns, strict=True):
-        here = [entry for entry in entries if entry["pattern"] == pattern]
-        curves = {name_of(e["method"]): 100 * (1 - curve(e, f"test.{metric}")) for e in here}
-        plot_curves(curves, _epochs(here[0]), colors=_colors(), ax=ax)
-        ax.set(title=pattern, xlabel="epoch")
-        log_scale(ax)
-    axes[0].set_ylabel(f"test error, % (100 - {metric})")
-    legend_below(figure, axes[0])
-    notes = [_on_the_way(data, entries, pattern) for pattern in patterns]
-    caption = (
-        "Test error over the epochs, mean and one standard error over the seeds, on a logarithmic "
-        "scale: lower is better. " + " ".join(notes)
-    )
-    if any(entry["method"] == "one_shot" for entry in entries):
-        caption += " One-shot is dense until half-way, where it is pruned and its learning rate "
-        caption += "starts again."
-    return picture("curves", "Learning curves", caption, figure)
-
-
-def _on_the_way(data: Data, entries: list[Entry], pattern: str) -> str:
-    """The test errors two thirds through and at the end."""
-    here = [entry for entry in entries if entry["pattern"] == pattern]
-    errors = {e["method"]: 1 - curve(e, f"test.{metric_name(data)}").mean(axis=0) for e in here}
-    known = np.flatnonzero(~np.isnan(next(iter(errors.values()))))
-    late = known[np.argmin(np.abs(known - (2 * known[-1]) // 3))]
-    parts = [
-        f"{name_of(method)} {100 * values[late]:.1f} and {100 * values[known[-1]]:.1f} %"
-        for method, values in errors.items()
-    ]
-    epochs = _epochs(here[0])
-    return f"At {pattern}, after {epochs[late]} and {epochs[known[-1]]} epochs: {'; '.join(parts)}."
-
-
-def draw_seeds(data: Data) -> Picture | None:
-    """The final accuracy of every seed."""
-    table = rows(data)
-    if not table:
-        return None
-    patterns = list(dict.fromkeys(row.pattern for row in table))
-    figure, axes = panels(len(patterns), height=2.4)
-    for ax, pattern in zip(axes, patterns, strict=True):
-        here = [row for row in table if row.pattern == pattern]
-        for height, row in enumerate(here):
-            color = METHOD_COLORS.get(row.method, GREEN)
-            values = 100 * np.array(row.metric.values)
-            jitter = np.linspace(-0.18, 0.18, len(values))
-            ax.plot(values, height + jitter, "o", color=color, markersize=4, alpha=0.6)
-            mean, error = 100 * row.metric.mean, 100 * row.metric.error
-            ax.errorbar(mean, height, xerr=error, fmt="|", color=color, markersize=18, capsize=3)
-        ax.set_yticks(range(len(here)), [name_of(row.method) for row in here])
-        ax.set(title=pattern, xlabel=f"test {metric_name(data)}, %")
-        ax.invert_yaxis()
-    spreads = {row: np.ptp(row.metric.values) for row in table if len(row.metric.values) > 1}
-    caption = "One dot a seed; the bar is the mean, with one standard error."
-    if spreads:
-        widest = max(spreads, key=lambda row: spreads[row])
-        caption += (
-            f" Seeds spread most for {name_of(widest.method)} at {widest.pattern}: "
-            f"{100 * spreads[widest]:.1f} points from the lowest to the highest."
-        )
-    return picture("seeds", "Every seed", caption, figure)
-
-
 def draw_layer_sad(data: Data) -> Picture | None:
     """SAD against the initial weights, layer by layer, dense and sparse forward passes."""
     shown = ("dense", "ste", "sr_ste")
@@ -166,7 +102,7 @@ def draw_layer_sad(data: Data) -> Picture | None:
             if row.pattern == pattern and row.method in shown
         ]
         notes.append(f"At {pattern}, over all layers: {', '.join(totals)}.")
-    legend_below(figure, axes[0])
+    legend_below(figure, axes)
     caption = (
         "Mask entries that differ from the initial weights' masks at the end of training. The "
         "dotted line is chance, where two unrelated masks would be. " + " ".join(notes)
@@ -189,7 +125,7 @@ def draw_sad_over_time(data: Data) -> Picture | None:
     figure, axes = panels(2, height=3.4)
     sads = {label: curve(e, "sad_first") for label, e in zip(labels, entries, strict=True)}
     density = data["settings"]["density"][pattern]
-    weights, epochs = weights_of(data, pattern), _epochs(entries[0])
+    weights, epochs = weights_of(data, pattern), epochs_of(entries[0])
     plot_sad(sads, epochs, weights=weights, density=density, colors=colors, ax=axes[0])
     axes[0].get_legend().remove()
     axes[0].set(title="SAD against the initial weights", xlabel="epoch")
@@ -287,6 +223,10 @@ _PICTURES = (
     draw_sad_over_time,
     draw_sweep,
     draw_shapes,
+    draw_block_curves,
+    draw_block_changes,
+    draw_block_masks,
+    draw_balance,
 )
 
 
@@ -308,10 +248,6 @@ def _swept(data: Data) -> list[Entry]:
     return sorted(entries, key=lambda t: t["lambda_w"]) if len(entries) > 1 else []
 
 
-def _epochs(entry: Entry) -> np.ndarray:
-    return np.array([epoch["epoch"] for epoch in entry["epochs"]])
-
-
 def _windows(values: np.ndarray, length: int = 5) -> tuple[np.ndarray, np.ndarray]:
     """Means over `length` epochs at a time, at the middle of each; NaN where nothing happened.
 
@@ -321,10 +257,6 @@ def _windows(values: np.ndarray, length: int = 5) -> tuple[np.ndarray, np.ndarra
     count = values.shape[1] // length
     means = values[:, : count * length].reshape(len(values), count, length).mean(axis=2)
     return (np.arange(count) + 0.5) * length + 0.5, np.where(means > 0, means, np.nan)
-
-
-def _colors() -> dict[str, str]:
-    return {name_of(method): color for method, color in METHOD_COLORS.items()}
 
 
 def _key(label: str) -> str:

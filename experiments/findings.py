@@ -127,6 +127,11 @@ def curve(entry: Entry, name: str) -> np.ndarray:
     return np.array(epochs, float).T
 
 
+def epochs_of(entry: Entry) -> np.ndarray:
+    """The epochs of a trial, from 1."""
+    return np.array([epoch["epoch"] for epoch in entry["epochs"]])
+
+
 def weights_of(data: Data, pattern: str) -> int:
     """How many weights the masks of a pattern cover."""
     return sum(data["settings"]["weights"][pattern].values())
@@ -184,14 +189,15 @@ def claims(data: Data) -> list[Claim]:
     table = rows(data)
     patterns = list(dict.fromkeys(row.pattern for row in table))
     closeness = {pattern: _closeness(table, pattern) for pattern in patterns}
-    found = [Claim("SR-STE comes close to dense (within one point)", _present(closeness))]
+    found = [Claim("SR-STE comes close to dense (within one point)", present(closeness))]
     for method, other, column, expected, says in _ORDERINGS:
-        at = {p: _ordering(table, p, method, other, column, expected) for p in patterns}
-        found.append(Claim(says, _present(at)))
+        at = {p: ordering(table, p, method, other, column, expected) for p in patterns}
+        found.append(Claim(says, present(at)))
     return [claim for claim in found if claim.at]
 
 
-def _present(at: dict[str, Comparison | None]) -> dict[str, Comparison]:
+def present(at: dict[str, Comparison | None]) -> dict[str, Comparison]:
+    """Without the patterns at which there is nothing to compare."""
     return {pattern: comparison for pattern, comparison in at.items() if comparison is not None}
 
 
@@ -204,9 +210,10 @@ def _closeness(table: Sequence[Row], pattern: str) -> Comparison | None:
     return Comparison(in_words("metric", gap), seen)
 
 
-def _ordering(
+def ordering(
     table: Sequence[Row], pattern: str, method: str, other: str, column: str, expected: Verdict
 ) -> Comparison | None:
+    """Whether a column of one method differs from another's as expected; None if one is missing."""
     a, b = find_row_of(table, pattern, method), find_row_of(table, pattern, other)
     if a is None or b is None:
         return None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from experiments.methods import find_row
+from experiments.methods import check_fits, find_row, is_blocks
 from experiments.step import Job, plan_of
 from experiments.tasks.task import Recipe, Task
 
@@ -18,7 +18,7 @@ DEFAULT_MODELS = {"digits": "small_resnet", "cifar10": "resnet18", "imagenet2012
 
 @dataclass(frozen=True)
 class Flags:
-    """Trains a network on a task, dense or N:M sparse from scratch, and keeps the run on disk.
+    """Trains a network on a task, dense or sparse from scratch, and keeps the run on disk.
 
     Writes runs/NAME/metrics.jsonl (one line an epoch), settings.json, plan.txt and checkpoints/.
     Ctrl-C leaves every finished epoch readable; --resume goes on from the last one.
@@ -27,14 +27,18 @@ class Flags:
       task: what to train on. The digits ship with scikit-learn; the others are read from
         tensorflow-datasets in array_record format.
       model: None for the task's: small_resnet for digits, resnet18 for cifar10, resnet50 for
-        imagenet2012. Also resnet8, resnet20, resnet34, resnet101.
-      pattern: weights kept of each group, N:M. Dense training watches the topology that this
-        pattern would have.
-      method: dense, one_shot, ste, sr_ste or sr_ste_negative.
+        imagenet2012. Also resnet8, resnet20, resnet34, resnet101, mobilenet_v1.
+      pattern: weights kept of each group, N:M, or blocks of N output channels and the fraction of
+        them that is dropped, 1xN@S. Dense training watches the topology that this pattern would
+        have.
+      method: dense, one_shot, ste, sr_ste or sr_ste_negative; for blocks also one_by_n, subp_l1
+        or subp.
       keep_dense: regular expressions of layers that stay dense. None for the task's, which are
-        the first and the last layer.
+        the first and the last layer; for blocks also the projections of ResNets without
+        bottlenecks.
       epochs: passes over the training data. None for the recipe's: digits 60, cifar10 200,
-        imagenet2012 120.
+        imagenet2012 120. Here and below, imagenet2012 with blocks has another recipe: 250 epochs,
+        batches of 512, no warm-up, weight decay 1e-4 but none on vectors, label smoothing 0.1.
       batch_size: examples a step, over all devices. None for the recipe's: digits 25, cifar10
         128, imagenet2012 256.
       learning_rate: peak, after linear warm-up and before cosine decay. None for the recipe's,
@@ -42,10 +46,14 @@ class Flags:
       warmup_epochs: of the learning rate. None for the recipe's: digits epochs / 24, cifar10 and
         imagenet2012 5.
       momentum: of SGD, without Nesterov. None for the recipe's, 0.9 in every task.
-      weight_decay: coupled, on every parameter. None for the recipe's: digits and imagenet2012
-        5e-5, cifar10 5e-4.
+      weight_decay: coupled. None for the recipe's: digits and imagenet2012 5e-5, cifar10 5e-4.
+      decay_vectors: whether weight decay acts on biases and norms too. None for the recipe's,
+        which does.
       lambda_w: strength of the sparse-refined term, for the methods that have one. None for the
         recipe's: 2e-4; in digits, whatever makes the total pull that of 120 epochs of ImageNet.
+      label_smoothing: share of the target spread over all classes. None for the recipe's, 0.
+      ramp: when gradual pruning begins and ends, as fractions of the epochs. None for the
+        recipe's: 0.04 and 0.72, of 250 epochs the published 10 and 180; in digits 0.04 and 0.4.
       seeds: of the initial weights and the order of the data. Several train together.
       dtype: the network computes in; parameters are float32. digits: float32 only.
       devices: share each batch. None for all accelerators, or one CPU.
@@ -73,7 +81,10 @@ class Flags:
     warmup_epochs: float | None = None
     momentum: float | None = None
     weight_decay: float | None = None
+    decay_vectors: bool | None = None
     lambda_w: float | None = None
+    label_smoothing: float | None = None
+    ramp: tuple[float, float] | None = None
     seeds: tuple[int, ...] = (0,)
     dtype: Literal["float32", "bfloat16"] = "float32"
     devices: int | None = None
@@ -97,6 +108,8 @@ class Flags:
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.ramp is not None and not 0 <= self.ramp[0] < self.ramp[1] <= 1:
+            raise ValueError(f"ramp must be two rising fractions of the epochs, got {self.ramp}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must be different numbers from 0, got {self.seeds}")
 
@@ -108,7 +121,7 @@ class Flags:
     @property
     def folder(self) -> Path:
         """Where this run is kept."""
-        pattern = self.pattern.replace(":", "_")
+        pattern = self.pattern.replace(":", "_").replace("/", "_")
         name = self.name or f"{self.task}-{self.model_name}-{self.method}-{pattern}"
         return self.runs_dir / name
 
@@ -120,12 +133,11 @@ def make_job(flags: Flags) -> Job:
       MissingDatasetError: if the data set has not been prepared.
       ValueError: if a flag asks for what there is not; the message says which.
     """
+    check_fits(flags.method, flags.pattern)
     row = find_row(flags.method)
     if flags.lambda_w is not None and row.lambda_fraction == 0:
         raise ValueError(f"method {flags.method!r} has no sparse-refined term: drop --lambda-w")
     task = make_task(flags)
-    if flags.keep_dense is not None:
-        task = dataclasses.replace(task, keep_dense=flags.keep_dense)
     plan = plan_of(task, flags.pattern)
     return Job(task, plan, row.build(plan, task.recipe, task.steps_per_epoch))
 
@@ -136,28 +148,40 @@ def strength(flags: Flags, recipe: Recipe) -> float:
 
 
 def make_task(flags: Flags) -> Task:
-    """Makes the task, with the recipe changed where a flag says so."""
+    """Makes the task, with the recipe and the dense layers changed where a flag says so."""
+    task = _task(flags)
+    if flags.keep_dense is not None:
+        task = dataclasses.replace(task, keep_dense=flags.keep_dense)
+    return task
+
+
+def _task(flags: Flags) -> Task:
     # Imported here: tensorflow-datasets and scikit-learn take seconds, and no run needs both.
     if flags.task == "digits":
         return _digits(flags)
     from experiments.data.epochs import Reading
+    from experiments.models.image_networks import dense_for_blocks
 
+    blocks = is_blocks(flags.pattern)
+    dense = {"keep_dense": dense_for_blocks(flags.model_name)} if blocks else {}
     if flags.task == "cifar10":
         from experiments.tasks.cifar10 import RECIPE as CIFAR10_RECIPE
         from experiments.tasks.cifar10 import cifar10_task as make_image_task
 
         recipe = CIFAR10_RECIPE
     else:
+        from experiments.tasks.imagenet2012 import BLOCK_RECIPE
         from experiments.tasks.imagenet2012 import RECIPE as IMAGENET_RECIPE
         from experiments.tasks.imagenet2012 import imagenet2012_task as make_image_task
 
-        recipe = IMAGENET_RECIPE
+        recipe = BLOCK_RECIPE if blocks else IMAGENET_RECIPE
     return make_image_task(
         flags.model_name,
         recipe=_changed(recipe, flags),
         data_dir=flags.data_dir,
         dtype=jnp.dtype(flags.dtype),
         reading=Reading(workers=flags.workers, threads=flags.threads),
+        **dense,
     )
 
 

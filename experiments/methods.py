@@ -6,14 +6,19 @@ sparsifier's state, and whatever it does to the gradient into its transformation
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 import nmjax
 from experiments.tasks.task import Recipe
+from nmjax.patterns import Pattern
+from nmjax.sparsify import Masks
 
 # At -lambda_w itself nothing is learnt: the pruned weights grow exponentially until they displace
 # the kept ones, again and again. This fraction of it is enough to see the harm.
@@ -28,11 +33,17 @@ class Method(NamedTuple):
       transform: lambda_w -> what comes first in the optimizer's chain. `lambda_w` is traced, so
         that runs which differ in nothing else share one compilation.
       restarts: optimizer steps at which the learning rate's schedule starts again from warm-up.
+      refresh_every: optimizer steps from one refresh of the sparsifier to the next; None for once
+        an epoch, before its first step.
+      masks: the sparsifier's state -> the masks that it remembers, which the optimizer then gets
+        as well; None for methods whose masks follow from the weights.
     """
 
     sparsifier: nmjax.Sparsifier
     transform: Callable[[ArrayLike], optax.GradientTransformation]
     restarts: tuple[int, ...] = ()
+    refresh_every: int | None = None
+    masks: Callable[[Any], Masks] | None = None
 
 
 Build = Callable[[nmjax.Plan, Recipe, int], Method]
@@ -46,11 +57,13 @@ class Row(NamedTuple):
         same program with another `lambda_w`.
       lambda_fraction: of the recipe's `lambda_w`; 0 where the method has none.
       what: one line for tables and help.
+      blocks_only: whether it takes 1xN patterns and no others.
     """
 
     build: Build
     lambda_fraction: float
     what: str
+    blocks_only: bool = False
 
 
 def dense(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
@@ -67,7 +80,39 @@ def one_shot(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
     Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (ASP).
     """
     half = recipe.epochs // 2 * steps_per_epoch
-    return Method(nmjax.one_shot(plan, at_step=half), _nothing, restarts=(half,) if half else ())
+    return Method(
+        nmjax.one_shot(plan, at_step=half),
+        _nothing,
+        restarts=(half,) if half else (),
+        masks=_state_masks,
+    )
+
+
+def one_by_n(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """`one_shot` with blocks that compete over a whole layer: rows keep what they happen to keep.
+
+    The published method prunes a network trained by somebody else and fine-tunes it for 180
+    epochs at a tenth of its learning rate. Here both halves share the budget of the other methods.
+
+    Source: Lin et al., "1xN Pattern for Pruning Convolutional Neural Networks", TPAMI 2022.
+    """
+    return one_shot(_over_layers(plan), recipe, steps_per_epoch)
+
+
+def subp(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """SUBP: uniform blocks ranked by size and angular redundancy, dropped bit by bit, regrown.
+
+    Masks are renewed once an epoch, and the ramp is the recipe's. The pull on dropped weights is
+    that of SR-STE.
+
+    Source: Xiang et al., "SUBP: Soft Uniform Block Pruning", NeurIPS 2023.
+    """
+    return _soft_uniform("bpar", plan, recipe, steps_per_epoch)
+
+
+def subp_l1(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """SUBP with blocks ranked by size alone, the default of the released code."""
+    return _soft_uniform("l1", plan, recipe, steps_per_epoch)
 
 
 def straight_through(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
@@ -92,6 +137,15 @@ METHODS: dict[str, Row] = {
     "sr_ste_negative": Row(
         sparse_refined, NEGATIVE_FRACTION, "STE with a push away from zero on the pruned weights"
     ),
+    "one_by_n": Row(
+        one_by_n, 0.0, "one-shot, the blocks of a layer compete: rows keep unequal numbers", True
+    ),
+    "subp_l1": Row(
+        subp_l1, 1.0, "pruned bit by bit, pruned blocks may return; ranked by L1 norm", True
+    ),
+    "subp": Row(
+        subp, 1.0, "pruned bit by bit, pruned blocks may return; ranked by norm and angle", True
+    ),
 }
 
 
@@ -104,6 +158,20 @@ def find_row(name: str) -> Row:
     if name not in METHODS:
         raise ValueError(f"no method is called {name!r}; there are {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def check_fits(name: str, pattern: str | Pattern) -> None:
+    """Raises ValueError if there is no such method, or it does not take the pattern."""
+    if find_row(name).blocks_only and not is_blocks(pattern):
+        raise ValueError(
+            f"method {name!r} prunes blocks and cannot take {pattern}; give it a pattern such as "
+            '"1x16@0.5"'
+        )
+
+
+def is_blocks(pattern: str | Pattern) -> bool:
+    """Whether a pattern is one of 1xN blocks."""
+    return isinstance(nmjax.parse_pattern(pattern), nmjax.Block1xN)
 
 
 def learning_rate(
@@ -128,12 +196,14 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The paper's optimizer with the method's own term first in the chain.
 
-    Coupled weight decay on every parameter, momentum without Nesterov, a learning rate for each
-    step: the order of PyTorch's SGD, in which the sparse-refined term goes through momentum.
+    Coupled weight decay, momentum without Nesterov, a learning rate for each step: the order of
+    PyTorch's SGD, in which the sparse-refined term goes through momentum.
     """
     return optax.chain(
         method.transform(lambda_w),
-        optax.add_decayed_weights(recipe.weight_decay),
+        optax.add_decayed_weights(
+            recipe.weight_decay, mask=None if recipe.decay_vectors else _has_several_axes
+        ),
         optax.trace(recipe.momentum),
         optax.scale_by_learning_rate(learning_rate(recipe, steps_per_epoch, method.restarts)),
     )
@@ -142,6 +212,36 @@ def optimizer(
 def _nothing(lambda_w: ArrayLike) -> optax.GradientTransformation:
     del lambda_w
     return optax.identity()
+
+
+def _soft_uniform(score: str, plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    begin, end = (round(share * recipe.epochs) * steps_per_epoch for share in recipe.ramp)
+    return Method(
+        nmjax.soft_uniform_blocks(plan, nmjax.cubic_ramp(begin, end), score=score),
+        lambda lambda_w: nmjax.add_sparse_refined(plan, lambda_w),
+        masks=_state_masks,
+    )
+
+
+def _over_layers(plan: nmjax.Plan) -> nmjax.Plan:
+    """The plan with blocks that compete over a layer."""
+
+    def widen(leaf: Any) -> Any:
+        if not isinstance(leaf, nmjax.LeafPlan) or not isinstance(leaf.pattern, nmjax.Block1xN):
+            return leaf
+        return dataclasses.replace(leaf, pattern=dataclasses.replace(leaf.pattern, uniform=False))
+
+    leaves = tuple((name, widen(leaf)) for name, leaf in plan.leaves)
+    return dataclasses.replace(plan, leaves=leaves)
+
+
+def _has_several_axes(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+
+
+def _state_masks(state: Any) -> Masks:
+    masks: Masks = state.masks
+    return masks
 
 
 # One for all, so that dense runs watched at different patterns share one compilation.

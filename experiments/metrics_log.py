@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.train import EpochReport
+from experiments.loop import EpochReport
 
 
 class MetricsLog:
@@ -40,7 +40,7 @@ class MetricsLog:
 
 
 def _line(report: EpochReport, steps_per_epoch: int) -> dict[str, Any]:
-    return {
+    line = {
         "epoch": report.epoch,
         "step": report.epoch * steps_per_epoch,
         "seconds": report.seconds,
@@ -51,6 +51,7 @@ def _line(report: EpochReport, steps_per_epoch: int) -> dict[str, Any]:
         "flip_rate": _plain(report.flip_rate),
         "density": _plain(report.density),
     }
+    return {**line, "blocks": _plain(report.blocks)} if report.blocks else line
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
 
@@ -20,6 +20,9 @@ METHOD_COLORS = {
     "ste": VERMILION,
     "sr_ste": BLUE,
     "sr_ste_negative": PINK,
+    "one_by_n": ORANGE,
+    "subp_l1": SKY,
+    "subp": GREEN,
 }
 METHOD_NAMES = {
     "dense": "dense",
@@ -27,6 +30,9 @@ METHOD_NAMES = {
     "ste": "STE",
     "sr_ste": "SR-STE",
     "sr_ste_negative": "SR-STE, λ<0",
+    "one_by_n": "1xN",
+    "subp_l1": "SUBP, L1",
+    "subp": "SUBP",
 }
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -64,16 +70,23 @@ class Picture:
         """The drawing as the `src` of an HTML image."""
         return f"data:image/svg+xml;base64,{b64encode(self.svg).decode()}"
 
+    def with_caption(self, caption: str) -> Picture:
+        """The same drawing with another caption."""
+        return replace(self, caption=caption)
+
 
 def name_of(method: str) -> str:
     """How tables and legends call a method."""
     return METHOD_NAMES.get(method, method)
 
 
-def legend_below(figure: Figure, ax: Any) -> None:
+def legend_below(figure: Figure, axes: Any) -> None:
     """One legend for all panels, below them."""
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    entries: dict[str, Any] = {}
+    for ax in np.ravel(axes):
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5, fontsize=8)
 
 
 def log_scale(ax: Any) -> None:

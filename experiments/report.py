@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.block_findings import BlockRow, block_claims, block_tables, price_sentences
 from experiments.figures import draw_all
 from experiments.findings import (
     Data,
@@ -55,6 +56,32 @@ def table_cells(row: Row) -> Cells:
     )
 
 
+def block_header(data: Data) -> Cells:
+    """The column titles of `block_cells`."""
+    return (*table_header(data)[:3], "kept %", "in a row", "balance", "regrown")
+
+
+def block_cells(pattern: str, found: BlockRow) -> Cells:
+    """A row of a block pattern's table as text.
+
+    In a row: the fewest and the most blocks that a row of the largest layer keeps / how many there
+    are; balance: mean over a layer's rows over the most, mean over the layers; regrown: blocks that
+    came back in an epoch, mean over the epochs.
+    """
+    name, metric, loss, *_, kept, _ = table_cells(found.row)
+    fewest, most, inputs = found.kept
+    beside = found.row.method != "dense" and found.row.pattern != pattern
+    return (
+        f"{name} {found.row.pattern}" if beside else name,
+        metric,
+        loss,
+        kept,
+        f"{fewest}-{most}/{inputs}" if found.layer else "",
+        f"{100 * found.balance.mean:.0f} %" if found.balance else "",
+        f"{found.regrown.mean:.1f}" if found.regrown else "",
+    )
+
+
 def sweep_cells(data: Data, row: Row) -> Cells:
     """A row of the sweep as text."""
     return (
@@ -75,6 +102,22 @@ def print_table(data: Data, console: Console) -> None:
         table.add_row(f"[bold]{group['pattern']}[/bold]")
         for row in group["rows"]:
             table.add_row(*(cell.replace(" ± ", "±") for cell in row["cells"]))
+        table.add_section()
+    console.print(table)
+    _print_block_tables(data, console)
+
+
+def _print_block_tables(data: Data, console: Console) -> None:
+    found = block_tables(data)
+    if not found:
+        return
+    table = Table(title="1xN blocks", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for index, heading in enumerate(block_header(data)):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+    for pattern, block_rows in found.items():
+        table.add_row(f"[bold]{pattern}[/bold]")
+        for row in block_rows:
+            table.add_row(*(cell.replace(" ± ", "±") for cell in block_cells(pattern, row)))
         table.add_section()
     console.print(table)
 
@@ -109,12 +152,14 @@ def write_report(data: Data, folder: Path) -> Path:
 def _content(data: Data, pictures: list[Any]) -> dict[str, Any]:
     table = rows(data)
     found = claims(data)
+    blocks = block_tables(data)
+    trained = [*table, *rows(data, "blocks")]
     return {
         "settings": data["settings"],
         "machine": data["machine"],
         "about": _about(data["settings"]["task"]),
         "methods": {
-            name_of(name): METHODS[name].what for name in dict.fromkeys(r.method for r in table)
+            name_of(name): METHODS[name].what for name in dict.fromkeys(r.method for r in trained)
         },
         "header": table_header(data),
         "patterns": _by_pattern(table),
@@ -123,6 +168,10 @@ def _content(data: Data, pictures: list[Any]) -> dict[str, Any]:
         "sweep": [sweep_cells(data, row) for row in sweep_rows(data)],
         "claims": found,
         "agreement": Counter(at.seen for claim in found for at in claim.at.values()),
+        "block_header": block_header(data),
+        "blocks": _blocks(blocks),
+        "block_claims": block_claims(data),
+        "price": price_sentences(data),
         "reasons": reasons(data),
         "scale": scale_sentence(data),
         "pull": pull_sentences(data),
@@ -154,6 +203,23 @@ def _by_pattern(table: list[Row]) -> list[dict[str, Any]]:
             ],
         }
         for pattern in dict.fromkeys(row.pattern for row in table)
+    ]
+
+
+def _blocks(found: dict[str, list[BlockRow]]) -> list[dict[str, Any]]:
+    """The tables of the block patterns as a template draws them."""
+    return [
+        {
+            "pattern": pattern,
+            "rows": [
+                {
+                    "cells": block_cells(pattern, row),
+                    "color": METHOD_COLORS.get(row.row.method, "#666"),
+                }
+                for row in block_rows
+            ],
+        }
+        for pattern, block_rows in found.items()
     ]
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.train import EpochReport
+from experiments.loop import EpochReport
 
 Numbers = dict[str, Any]
 
@@ -26,7 +26,7 @@ class Trial:
 
     Attributes:
       part: "main" for the table; "sweep" for further strengths of SR-STE; "shapes" for the run
-        whose kernels are drawn.
+        whose kernels are drawn; "blocks" for 1xN patterns, "beside" for what is set beside them.
       pattern: such as "2:4".
       method: a row of `experiments.methods.METHODS`.
       lambda_w: strength of the sparse-refined term; 0 where the method has none.
@@ -51,7 +51,7 @@ class Results:
 
     Attributes:
       data: the content of the file. "settings" decides the numbers, "trials" holds one entry a
-        finished trial with its epochs, "step_times" and "shapes" come last.
+        finished trial with its epochs, "step_times", "shapes" and "films" are extra.
     """
 
     def __init__(self, folder: Path, data: Numbers) -> None:
@@ -107,13 +107,19 @@ class Results:
 def epoch_numbers(report: EpochReport) -> Numbers:
     """The numbers of a report, without its state.
 
-    "sad_first" is summed over the layers; epochs that were evaluated have "sad_layers" too.
+    "sad_first" is summed over the layers; epochs that were evaluated have "sad_layers" too. Where
+    masks of blocks are remembered, "sad_used" and "regrown" are there, and "kept_rows" where the
+    epoch was evaluated.
     """
     names = ("epoch", "train_loss", "test", "sad_epoch", "flip_rate", "density")
     numbers: Numbers = {name: getattr(report, name) for name in names}
     numbers["sad_first"] = np.sum(list(report.sad_first.values()), axis=0)
     if report.test:
         numbers["sad_layers"] = report.sad_first
+    if report.blocks:
+        numbers |= {"sad_used": report.blocks["sad"], "regrown": report.blocks["regrown"]}
+        if report.test:
+            numbers["kept_rows"] = report.blocks["kept_rows"]
     return dict(_plain(numbers))
 
 

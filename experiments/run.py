@@ -13,11 +13,11 @@ import numpy as np
 
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Flags, make_job, strength
+from experiments.loop import EpochReport, begin, train
 from experiments.metrics_log import MetricsLog
 from experiments.placement import Placement, make_placement
 from experiments.settings import claim_folder
 from experiments.step import Job, Programs, RunState, TrainState, make_programs
-from experiments.train import EpochReport, begin, train
 
 
 class Run(NamedTuple):

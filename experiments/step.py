@@ -15,7 +15,8 @@ import numpy as np
 import optax
 
 import nmjax
-from experiments.methods import Method, optimizer
+from experiments.block_measures import block_measures
+from experiments.methods import Method, is_blocks, optimizer
 from experiments.seeds import OverSeeds
 from experiments.tasks.task import Batch, Sums, Task, Variables
 from nmjax.sparsify import Masks
@@ -59,12 +60,15 @@ class Topology(NamedTuple):
       epoch: masks at the end of the previous epoch.
       flips: float32 scalar, sum of the flip rates watched in this epoch.
       watched: int32 scalar, how many steps that are.
+      used: masks of 1xN blocks that the method itself remembered at the end of the previous
+        epoch; empty for other patterns, and for methods that remember none.
     """
 
     first: Masks
     epoch: Masks
     flips: jax.Array
     watched: jax.Array
+    used: Masks
 
 
 class RunState(NamedTuple):
@@ -87,12 +91,12 @@ class Programs(NamedTuple):
     Attributes:
       init: seed -> the model's variables.
       begin: (variables, seed, lambda_w) -> TrainState.
-      refresh: TrainState -> TrainState, the sparsifier's, between epochs.
+      refresh: TrainState -> TrainState, the sparsifier's, between steps.
       step: (TrainState, batch) -> TrainState. Gives up its first argument's memory.
       forward: TrainState -> the parameters of the forward pass.
       evaluate: (those parameters, collections, batch) -> sums.
       masks: params -> masks.
-      remember: (masks of the initial weights) -> Topology.
+      remember: (TrainState, masks of the initial weights) -> Topology.
       count_flips: (Topology, masks before a step, masks after it) -> Topology.
       close: (RunState, masks, parameters of the forward pass) -> (RunState, measurements), at the
         end of an epoch.
@@ -152,7 +156,7 @@ def make_programs(job: Job, *, over_seeds: OverSeeds | None = None) -> Programs:
         forward=_jit(_forward, method, over_seeds),
         evaluate=_jit(_evaluate, task, over_seeds),
         masks=_jit(_masks, plan, over_seeds),
-        remember=_jit(_remember, plan, over_seeds),
+        remember=_jit(_remember, job, over_seeds),
         count_flips=_jit(_count_flips, plan, over_seeds),
         close=_jit(_close, job, over_seeds),
         seeds=over_seeds is not None,
@@ -215,7 +219,9 @@ def _step(training: Training, state: TrainState, batch: Batch) -> TrainState:
 
     (loss, collections), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     tx = _optimizer(training, state.lambda_w)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    # None: transformations that need masks compute them from the weights.
+    masks = None if method.masks is None else method.masks(state.sparse)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, masks=masks)
     is_first_bad = ~jnp.isfinite(loss) & (state.bad_step < 0)
     return state._replace(
         params=optax.apply_updates(state.params, updates),
@@ -244,9 +250,16 @@ def _masks(plan: nmjax.Plan, params: Any) -> Masks:
     return nmjax.compute_masks(params, plan)
 
 
-def _remember(plan: nmjax.Plan, first: Masks) -> Topology:
-    del plan
-    return Topology(first, first, jnp.float32(0), jnp.int32(0))
+def _remember(job: Job, state: TrainState, first: Masks) -> Topology:
+    return Topology(first, first, jnp.float32(0), jnp.int32(0), _used(job, state))
+
+
+def _used(job: Job, state: TrainState) -> Masks:
+    """The masks that `block_measures` follows."""
+    if job.method.masks is None or not all(is_blocks(leaf.pattern) for leaf in job.plan.values()):
+        return {}
+    # Copies: a step gives up the memory of the state's own.
+    return {name: jnp.copy(mask) for name, mask in job.method.masks(state.sparse).items()}
 
 
 def _count_flips(plan: nmjax.Plan, topology: Topology, before: Masks, after: Masks) -> Topology:
@@ -266,6 +279,8 @@ def _close(job: Job, state: RunState, masks: Masks, forward: Any) -> tuple[RunSt
         "flip_rate": topology.flips / jnp.maximum(topology.watched, 1),
         "density": nmjax.total_density({name: leaves[name] != 0 for name in job.plan}),
     }
+    used = _used(job, train)
+    measured["blocks"] = block_measures(job.plan, topology.used, used) if used else {}
     train = train._replace(loss_sum=jnp.float32(0))
-    topology = topology._replace(epoch=masks, flips=jnp.float32(0), watched=jnp.int32(0))
+    topology = topology._replace(epoch=masks, flips=jnp.float32(0), watched=jnp.int32(0), used=used)
     return RunState(train, topology), measured

@@ -38,7 +38,7 @@ def step_times(chosen: Mapping[tuple[str, str], Timed], *, rounds: int) -> list[
 
     Returns:
       Pattern, method, median milliseconds, and the median over the rounds of the ratio to dense
-      at the same pattern in the same round: NaN where there is no dense.
+      in the same round: NaN where there is no dense.
     """
     distinct = {timed.programs.step: timed for timed in chosen.values()}
     states = {step: timed.state for step, timed in distinct.items()}
@@ -49,12 +49,13 @@ def step_times(chosen: Mapping[tuple[str, str], Timed], *, rounds: int) -> list[
             states[step] = jax.block_until_ready(step(states[step], timed.batch))
             seconds[step].append(time.perf_counter() - began)
     times = {key: np.array(seconds[timed.programs.step][1:]) for key, timed in chosen.items()}
+    dense = next((taken for (_, method), taken in times.items() if method == "dense"), np.nan)
     return [
         {
             "pattern": pattern,
             "method": method,
             "milliseconds": 1e3 * float(np.median(taken)),
-            "ratio": float(np.median(taken / times.get((pattern, "dense"), np.nan))),
+            "ratio": float(np.median(taken / dense)),
         }
         for (pattern, method), taken in times.items()
     ]

@@ -1,178 +1,14 @@
-"""One training loop for every task and method.
-
-`train` yields a report after each epoch. What it trains is one state, or several that differ in
-their seed only and share every step. Within an epoch nothing waits for the device.
-"""
+"""Trains one network: `python -m experiments.train --help`."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import numpy as np
+import tyro
 
-from experiments.seeds import stack
-from experiments.step import Job, Programs, RunState, TrainState, make_programs
-from experiments.tasks.task import Batch
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """What one epoch measured. Arrays have one entry a seed.
-
-    Attributes:
-      epoch: epochs done.
-      train_loss: mean over the epoch's steps.
-      test: metric -> mean over the test examples; empty where the epoch was not evaluated.
-      sad_first: layer -> mask entries that differ from the initial weights' masks.
-      sad_epoch: mask entries, over all layers, that differ from the previous epoch's.
-      flip_rate: mean over the watched steps of the fraction of mask entries that one step changes.
-      density: fraction of non-zero weights, of the planned leaves, in the forward pass.
-      seconds: that the epoch took, evaluation included.
-      state: where training stands. Its arrays are given up to the next step: save or copy what
-        must last before asking for the next report.
-    """
-
-    epoch: int
-    train_loss: np.ndarray
-    test: dict[str, np.ndarray]
-    sad_first: dict[str, np.ndarray]
-    sad_epoch: np.ndarray
-    flip_rate: np.ndarray
-    density: np.ndarray
-    seconds: float
-    state: RunState = field(repr=False)
-
-
-def train(
-    job: Job,
-    *,
-    seeds: Sequence[int] = (0,),
-    lambda_w: float | None = None,
-    programs: Programs | None = None,
-    start: RunState | None = None,
-    evaluate_every: int = 1,
-    watch_every: int = 16,
-    place: Callable[[Batch], Any] = lambda batch: batch,
-    on_step: Callable[[], None] = lambda: None,
-) -> Iterator[EpochReport]:
-    """Trains, and yields a report after every epoch.
-
-    Args:
-      job: task, plan and method. The recipe is the task's.
-      seeds: of the initial weights and of the order of the data. Several are trained together.
-      lambda_w: strength of the sparse-refined term; None for the recipe's.
-      programs: from `make_programs`, to share their compilation between runs; with an axis of
-        seeds exactly if there are several.
-      start: goes on from this state, the `state` of an earlier report. Given up like those.
-      evaluate_every: epochs between two evaluations. The last epoch is always evaluated.
-      watch_every: steps between two whose mask flips are counted; at least one an epoch is.
-      place: puts a host batch on devices, for example sharded over a mesh.
-      on_step: called after each step is handed to the device.
-
-    Yields:
-      One report an epoch.
-
-    Raises:
-      FloatingPointError: the loss is not finite; says for which seed and at which step.
-      ValueError: `programs` do not fit the number of seeds.
-    """
-    task = job.task
-    programs = programs or make_programs(job, over_seeds=jax.vmap if len(seeds) > 1 else None)
-    if programs.seeds != (len(seeds) > 1):
-        raise ValueError(f"programs with seeds={programs.seeds} were given {len(seeds)} seeds")
-    strength = task.recipe.lambda_w if lambda_w is None else lambda_w
-    state = start if start is not None else begin(programs, seeds, strength)
-    for epoch in range(state.epochs_done(task.steps_per_epoch), task.recipe.epochs):
-        began = time.perf_counter()
-        batches = map(place, _batches(job, seeds, epoch))
-        state = _train_epoch(job, programs, state, batches, watch_every, on_step)
-        forward = programs.forward(state.train)
-        masks = programs.masks(state.train.params)
-        state, measured = programs.close(state, masks, forward)
-        done = epoch + 1
-        is_due = done % evaluate_every == 0 or done == task.recipe.epochs
-        test = evaluate(job, programs, state.train, place) if is_due else {}
-        measured = jax.tree.map(np.atleast_1d, jax.device_get(measured))
-        _check_finite(measured.pop("bad_step"), seeds, epoch, task.steps_per_epoch)
-        seconds = time.perf_counter() - began
-        yield EpochReport(epoch=done, test=test, seconds=seconds, state=state, **measured)
-
-
-def begin(programs: Programs, seeds: Sequence[int], lambda_w: float) -> RunState:
-    """The state of epoch 0; the same for the same seeds."""
-    numbers, strengths = np.asarray(seeds, np.int32), np.full(len(seeds), lambda_w, np.float32)
-    if not programs.seeds:
-        numbers, strengths = numbers[0], strengths[0]
-    variables = programs.init(numbers)
-    train = programs.begin(variables, numbers, strengths)
-    return RunState(train, programs.remember(programs.masks(train.params)))
-
-
-def evaluate(
-    job: Job,
-    programs: Programs,
-    state: TrainState,
-    place: Callable[[Batch], Any] = lambda batch: batch,
-) -> dict[str, np.ndarray]:
-    """Means over the test examples, with the parameters of the forward pass.
-
-    Returns:
-      Metric -> one entry a seed.
-    """
-    forward = programs.forward(state)
-    seeds = np.size(state.step)
-    sums: dict[str, np.ndarray] = {}
-    for batch in job.task.eval_batches():
-        batch = place(stack([batch] * seeds) if programs.seeds else batch)
-        for name, value in programs.evaluate(forward, state.collections, batch).items():
-            sums[name] = sums.get(name, 0) + np.atleast_1d(jax.device_get(value)).astype(float)
-    count = sums.pop("count")
-    return {name: value / count for name, value in sums.items()}
-
-
-def _train_epoch(
-    job: Job,
-    programs: Programs,
-    state: RunState,
-    batches: Iterator[Any],
-    watch_every: int,
-    on_step: Callable[[], None],
-) -> RunState:
-    """All steps of one epoch; counts the mask flips of every `watch_every`-th."""
-    run, topology = programs.refresh(state.train), state.topology
-    every = min(watch_every, job.task.steps_per_epoch)
-    for index, batch in enumerate(batches):
-        is_watched = index % every == every - 1
-        before = programs.masks(run.params) if is_watched else None
-        run = programs.step(run, batch)
-        if is_watched:
-            topology = programs.count_flips(topology, before, programs.masks(run.params))
-        on_step()
-    return RunState(run, topology)
-
-
-def _batches(job: Job, seeds: Sequence[int], epoch: int) -> Iterator[Batch]:
-    streams = [job.task.train_batches(seed, epoch) for seed in seeds]
-    if len(streams) == 1:
-        return streams[0]
-    return map(stack, zip(*streams, strict=True))
-
-
-def _check_finite(
-    bad_steps: np.ndarray, seeds: Sequence[int], epoch: int, steps_per_epoch: int
-) -> None:
-    for seed, step in zip(seeds, bad_steps, strict=True):
-        if step >= 0:
-            raise FloatingPointError(
-                f"the loss of seed {seed} is not finite from step {step} on (epoch {epoch + 1}, "
-                f"{steps_per_epoch} steps each): training stopped. Try a lower learning rate, a "
-                "longer warm-up, or a smaller |lambda_w|"
-            )
+from experiments.flags import Flags
+from experiments.run import finish, open_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,12 +20,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0 if the run is complete, 130 if Ctrl-C stopped it, 1 if it cannot go on.
     """
-    # Imported here because the two modules are built on this one, and `train` needs neither.
-    import tyro
-
-    from experiments.flags import Flags
-    from experiments.run import finish, open_run
-
     try:
         run = open_run(tyro.cli(Flags, args=argv, prog="python -m experiments.train"))
     except (ValueError, FileNotFoundError) as error:

@@ -3,6 +3,8 @@
 from nmjax.blocks import block_mask as block_mask
 from nmjax.cost import Cost as Cost
 from nmjax.cost import cost as cost
+from nmjax.files import load_packed as load_packed
+from nmjax.files import save_packed as save_packed
 from nmjax.layouts import Axes as Axes
 from nmjax.masks import nm_mask as nm_mask
 from nmjax.metrics import RowBalance as RowBalance
@@ -14,6 +16,11 @@ from nmjax.metrics import row_balance as row_balance
 from nmjax.metrics import sad as sad
 from nmjax.metrics import total_density as total_density
 from nmjax.metrics import total_sad as total_sad
+from nmjax.packed_blocks import PackedBlocks as PackedBlocks
+from nmjax.packed_nm import PackedNM as PackedNM
+from nmjax.packing import check_sparse as check_sparse
+from nmjax.packing import pack as pack
+from nmjax.packing import unpack as unpack
 from nmjax.patterns import NM as NM
 from nmjax.patterns import Block1xN as Block1xN
 from nmjax.patterns import parse_pattern as parse_pattern
@@ -25,6 +32,9 @@ from nmjax.schedules import cubic_ramp as cubic_ramp
 from nmjax.schedules import exponential_ramp as exponential_ramp
 from nmjax.schedules import linear_ramp as linear_ramp
 from nmjax.scores import magnitude as magnitude
+from nmjax.sizes import LeafSize as LeafSize
+from nmjax.sizes import Sizes as Sizes
+from nmjax.sizes import sizes as sizes
 from nmjax.soft_blocks import SoftBlocksState as SoftBlocksState
 from nmjax.soft_blocks import soft_uniform_blocks as soft_uniform_blocks
 from nmjax.sparsifiers import OneShotState as OneShotState

@@ -12,7 +12,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -21,6 +20,7 @@ from nmjax.patterns import Block1xN
 from nmjax.ranking import check_real_floating, keep_highest, signed_keys
 from nmjax.scores import BlockScore, block_score
 from nmjax.shards import check_shards
+from nmjax.spans import Span, merge, split
 
 
 def block_mask(
@@ -130,7 +130,7 @@ def split_blocks(w: jax.Array, n: int, axes: Axes) -> jax.Array:
       axes: negative axes of `w`; those not named hold a stack.
 
     Returns:
-      Array (*stack, rows, inputs, block), where a block is in the order (output, *taps).
+      Array (*stack, rows, inputs, block), where a block is in the order (*taps, output).
 
     Raises:
       ValueError: `n` does not divide the outputs, or shards of explicit axes cut blocks.
@@ -144,15 +144,10 @@ def split_blocks(w: jax.Array, n: int, axes: Axes) -> jax.Array:
         )
     positive = tuple(axis % w.ndim for axis in axes.output)
     check_shards(w, n, positive, f"blocks of {n} along axes {axes.output}")
-    order, stack = _order(w.ndim, axes)
-    moved = w.transpose(order)
-    inputs = size_along(w.shape, axes.reduction)
-    taps = size_along(w.shape, axes.taps or ())
-    # In two steps, which explicit sharding follows where it may not follow both at once.
-    merged = moved.reshape(*moved.shape[:stack], outputs, inputs, taps)
-    rows = merged.reshape(*moved.shape[:stack], outputs // n, n, inputs, taps)
-    blocks = rows.swapaxes(-3, -2)
-    return blocks.reshape(*blocks.shape[:-2], n * taps)
+    *stack, taps, inputs, _ = (merged := merge(w, _spans(axes))).shape
+    # The taps in front: jax 0.10 cannot cut a sharded axis that an axis of size 1 follows.
+    blocks = merged.reshape(*stack, taps, inputs, outputs // n, n).swapaxes(-4, -2)
+    return blocks.reshape(*stack, outputs // n, inputs, taps * n)
 
 
 def spread_blocks(flags: jax.Array, shape: tuple[int, ...], n: int, axes: Axes) -> jax.Array:
@@ -167,21 +162,15 @@ def spread_blocks(flags: jax.Array, shape: tuple[int, ...], n: int, axes: Axes) 
     Returns:
       Array of that shape, and of the flags' dtype.
     """
-    order, stack = _order(len(shape), axes)
-    moved = tuple(shape[axis] for axis in order)
+    *stack, rows, inputs = flags.shape
     taps = size_along(shape, axes.taps or ())
-    *_, rows, inputs = flags.shape
-    whole = (*moved[:stack], rows, n, inputs, taps)
-    spread = jnp.broadcast_to(flags[..., :, None, :, None], whole)
-    merged = spread.reshape(*moved[:stack], rows * n, inputs, taps)
-    return merged.reshape(moved).transpose(np.argsort(order))
+    flags = flags.swapaxes(-2, -1)[..., None, :, :, None]
+    merged = jnp.broadcast_to(flags, (*stack, taps, inputs, rows, n))
+    return split(merged.reshape(*stack, taps, inputs, rows * n), shape, _spans(axes))
 
 
-def _order(ndim: int, axes: Axes) -> tuple[list[int], int]:
-    """Non-negative axes in the order (stack, outputs, inputs, taps), and how many are a stack."""
-    named = [axis % ndim for axis in (*axes.output, *axes.reduction, *(axes.taps or ()))]
-    stack = [axis for axis in range(ndim) if axis not in named]
-    return [*stack, *named], len(stack)
+def _spans(axes: Axes) -> tuple[Span, Span, Span]:
+    return axes.taps or (), axes.reduction, axes.output
 
 
 def _named_axes(

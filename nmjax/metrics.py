@@ -59,7 +59,11 @@ def sad(masks_a: Masks, masks_b: Masks) -> dict[str, jax.Array]:
 
 
 def total_sad(masks_a: Masks, masks_b: Masks) -> jax.Array:
-    """SAD summed over the layers, an int32 scalar. Arguments and errors as `sad`."""
+    """SAD summed over the layers, an int32 scalar. Arguments and errors as `sad`.
+
+    An int32 holds up to 2**31 - 1 changes. Where more are possible, add the counts of `sad` up as
+    Python integers.
+    """
     return jnp.sum(jnp.stack(list(sad(masks_a, masks_b).values())), dtype=jnp.int32)
 
 

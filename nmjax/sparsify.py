@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from nmjax.blocks import block_mask
@@ -117,6 +118,7 @@ def planned_leaves(
 
     Raises:
       ValueError: a planned leaf is missing or has another shape; all such leaves are named.
+      TypeError: a planned leaf is not of a real floating dtype; all such leaves are named.
     """
     leaves = named_leaves(params, is_leaf=is_hidden)
     hidden = [name for name, leaf in leaves.items() if is_hidden is not None and is_hidden(leaf)]
@@ -133,6 +135,12 @@ def planned_leaves(
             + "\n".join(complaints)
             + "\nMake the plan from these parameters, or pass the tree that it was made from, "
             "unflattened."
+        )
+    wrong = [name for name in visible if not jnp.issubdtype(leaves[name].dtype, jnp.floating)]
+    if wrong:
+        raise TypeError(
+            "only weights of a real floating dtype can be sparse, but "
+            + ", ".join(f"{name} has dtype {leaves[name].dtype}" for name in wrong)
         )
     return {name: leaves[name] for name in visible}
 

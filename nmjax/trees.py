@@ -8,7 +8,7 @@ them has the same names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -59,3 +59,28 @@ def map_named(
     return jax.tree.map_with_path(
         lambda path, *leaves: function(leaf_name(path), *leaves), tree, *rest, is_leaf=is_leaf
     )
+
+
+def nest(leaves: Mapping[str, Any]) -> Any:
+    """A tree of dicts with these leaves, by name: the inverse of `named_leaves` on such trees.
+
+    Raises:
+      ValueError: a name is that of a leaf, and the beginning of another's.
+
+    >>> nest({"a/kernel": 1, "b/0": 2})
+    {'a': {'kernel': 1}, 'b': {'0': 2}}
+    """
+    if leaves.keys() == {""}:
+        return leaves[""]
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *path, key = name.split("/")
+        folder = tree
+        for part in path:
+            folder = folder.setdefault(part, {})
+            if not isinstance(folder, dict):
+                raise ValueError(f"{name!r} lies below another leaf")
+        if key in folder:
+            raise ValueError(f"{name!r} is a leaf and has leaves below it")
+        folder[key] = leaf
+    return tree

@@ -14,44 +14,13 @@ Source: He et al., "Deep residual learning for image recognition", CVPR 2016, Ta
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Stem = Literal["imagenet", "cifar"]
-
-# normal(0, sqrt(2 / (k * k * C_out))), not truncated.
-_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-# uniform(-1/sqrt(C_in), 1/sqrt(C_in)): the variance of that is 1 / (3 C_in).
-_head_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
-
-
-def _conv(features: int, size: int, stride: int, *, dtype: Any, name: str) -> nn.Conv:
-    # "SAME" would pad a strided convolution on one side only, unlike the original.
-    return nn.Conv(
-        features,
-        (size, size),
-        (stride, stride),
-        padding=size // 2,
-        use_bias=False,
-        kernel_init=_conv_init,
-        dtype=dtype,
-        name=name,
-    )
-
-
-def _norm(train: bool, *, dtype: Any, name: str, zero: bool = False) -> nn.BatchNorm:
-    init = nn.initializers.zeros if zero else nn.initializers.ones
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        scale_init=init,
-        dtype=dtype,
-        name=name,
-    )
+from experiments.models.conv_norm import Stem, check_stem, make_conv, make_head, make_norm
 
 
 class BasicBlock(nn.Module):
@@ -74,14 +43,14 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps (batch, height, width, in) to (batch, height/stride, width/stride, features)."""
-        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, train, dtype=self.dtype)
+        conv, norm = partial(make_conv, dtype=self.dtype), partial(make_norm, dtype=self.dtype)
         y = conv(self.features, 3, self.stride, name="conv1")(x)
-        y = nn.relu(norm(name="norm1")(y))
+        y = nn.relu(norm(train, name="norm1")(y))
         y = conv(self.features, 3, 1, name="conv2")(y)
-        y = norm(name="norm2", zero=self.zero_init_last)(y)
+        y = norm(train, name="norm2", zero=self.zero_init_last)(y)
         if x.shape != y.shape:
             x = conv(y.shape[-1], 1, self.stride, name="shortcut")(x)
-            x = norm(name="shortcut_norm")(x)
+            x = norm(train, name="shortcut_norm")(x)
         return nn.relu(x + y)
 
 
@@ -105,16 +74,16 @@ class BottleneckBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps (batch, height, width, in) to (batch, height/stride, width/stride, 4 features)."""
-        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, train, dtype=self.dtype)
+        conv, norm = partial(make_conv, dtype=self.dtype), partial(make_norm, dtype=self.dtype)
         y = conv(self.features, 1, 1, name="conv1")(x)
-        y = nn.relu(norm(name="norm1")(y))
+        y = nn.relu(norm(train, name="norm1")(y))
         y = conv(self.features, 3, self.stride, name="conv2")(y)
-        y = nn.relu(norm(name="norm2")(y))
+        y = nn.relu(norm(train, name="norm2")(y))
         y = conv(self.features * self.expansion, 1, 1, name="conv3")(y)
-        y = norm(name="norm3", zero=self.zero_init_last)(y)
+        y = norm(train, name="norm3", zero=self.zero_init_last)(y)
         if x.shape != y.shape:
             x = conv(y.shape[-1], 1, self.stride, name="shortcut")(x)
-            x = norm(name="shortcut_norm")(x)
+            x = norm(train, name="shortcut_norm")(x)
         return nn.relu(x + y)
 
 
@@ -155,14 +124,13 @@ class ResNet(nn.Module):
                     name=f"stage{stage + 1}_block{index + 1}",
                 )(x, train)
         x = x.mean(axis=(1, 2), dtype=jnp.float32)
-        return nn.Dense(self.num_classes, kernel_init=_head_init, name="head")(x)
+        return make_head(self.num_classes)(x)
 
     def _apply_stem(self, x: jax.Array, train: bool) -> jax.Array:
-        if self.stem not in ("imagenet", "cifar"):
-            raise ValueError(f"stem must be 'imagenet' or 'cifar', got {self.stem!r}")
+        check_stem(self.stem)
         size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        x = _conv(self.width, size, stride, dtype=self.dtype, name="stem")(x)
-        x = nn.relu(_norm(train, dtype=self.dtype, name="stem_norm")(x))
+        x = make_conv(self.width, size, stride, dtype=self.dtype, name="stem")(x)
+        x = nn.relu(make_norm(train, dtype=self.dtype, name="stem_norm")(x))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         return x

@@ -22,7 +22,7 @@ import numpy as np
 from experiments.data import images
 from experiments.data.epochs import Reading, eval_epoch, steps_per_epoch, train_epoch
 from experiments.data.records import Record, decode, open_images
-from experiments.models.resnet import make_resnet
+from experiments.models.image_networks import make_image_network
 from experiments.tasks.classification import classification_task
 from experiments.tasks.task import Batch, Recipe, Task
 
@@ -46,7 +46,8 @@ def cifar10_task(
     """Makes the CIFAR-10 task.
 
     Args:
-      model: one of `experiments.models.resnet.RESNETS`; gets the stem for small images.
+      model: one of `experiments.models.image_networks.IMAGE_NETWORKS`; gets the stem for small
+        images.
       recipe: hyper-parameters; its batch size is that of the batches.
       data_dir: folder of prepared data sets; see `open_images`.
       dtype: the network computes in.
@@ -65,7 +66,7 @@ def cifar10_task(
     )
     return classification_task(
         name="cifar10",
-        model=make_resnet(model, 10, stem="cifar", dtype=dtype),
+        model=make_image_network(model, 10, stem="cifar", dtype=dtype),
         input_shape=(32, 32, 3),
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
         eval_batches=partial(

@@ -46,7 +46,7 @@ def classification_task(
         "label" (batch,) int32.
       eval_batches: `() -> batches`, the same plus "valid" (batch,), 0 where padded.
       steps_per_epoch: how many batches `train_batches` yields.
-      recipe: default hyper-parameters.
+      recipe: default hyper-parameters; its label smoothing acts on the training loss.
       keep_dense: path rules of layers that stay dense.
 
     Returns:
@@ -67,7 +67,8 @@ def classification_task(
             rngs={"dropout": key},
         )
         # A collection that the module only reads is not among the updated ones.
-        return cross_entropy(logits, batch["label"]).mean(), {**collections, **updated}
+        losses = cross_entropy(logits, batch["label"], smoothing=recipe.label_smoothing)
+        return losses.mean(), {**collections, **updated}
 
     def evaluate(params: Any, collections: Variables, batch: Batch) -> Sums:
         logits: Any = model.apply({"params": params, **collections}, batch["image"], train=False)
@@ -86,14 +87,19 @@ def classification_task(
     )
 
 
-def cross_entropy(logits: Array, labels: Array) -> jax.Array:
+def cross_entropy(logits: Array, labels: Array, *, smoothing: float = 0.0) -> jax.Array:
     """Returns -log softmax(logits)[label] of each example, in float32.
 
     Args:
       logits: (batch, classes), any floating dtype.
       labels: (batch,) integers in [0, classes).
+      smoothing: share of the target that is spread over all classes, the label's among them.
     """
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    logits = logits.astype(jnp.float32)
+    if smoothing == 0:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
 
 
 def classification_sums(logits: Array, labels: Array, valid: Array) -> Sums:

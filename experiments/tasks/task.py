@@ -1,7 +1,7 @@
 """What a task is: data, model, loss, metric and recipe, in the form the training loop takes.
 
 A task is one file in this folder with a constructor that returns a `Task`. The loop in
-`experiments.train` knows nothing else about it, so a translation task and a classification
+`experiments.loop` knows nothing else about it, so a translation task and a classification
 task run through the same code.
 """
 
@@ -29,8 +29,12 @@ class Recipe:
       learning_rate: peak learning rate; linear warm-up from 0, then cosine to 0, per step.
       warmup_epochs: length of the warm-up.
       momentum: of SGD, without Nesterov.
-      weight_decay: coupled (added to the gradient), on every parameter.
+      weight_decay: coupled (added to the gradient).
+      decay_vectors: whether weight decay also acts on parameters with one axis: biases and the
+        scales of normalisations.
       lambda_w: strength of the sparse-refined term.
+      label_smoothing: share of the target that is spread over all classes, in training.
+      ramp: when gradual pruning begins and ends, as fractions of the epochs.
     """
 
     epochs: int = 120
@@ -39,7 +43,10 @@ class Recipe:
     warmup_epochs: float = 5.0
     momentum: float = 0.9
     weight_decay: float = 5e-5
+    decay_vectors: bool = True
     lambda_w: float = 2e-4
+    label_smoothing: float = 0.0
+    ramp: tuple[float, float] = (10 / 250, 180 / 250)
 
 
 @dataclass(frozen=True)

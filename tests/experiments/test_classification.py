@@ -25,7 +25,7 @@ class Small(nn.Module):
         return nn.Dense(3)(x)
 
 
-def make_task(model):
+def make_task(model, **recipe):
     return classification_task(
         name="small",
         model=model,
@@ -33,7 +33,7 @@ def make_task(model):
         train_batches=lambda seed, epoch: iter(()),
         eval_batches=lambda: iter(()),
         steps_per_epoch=1,
-        recipe=Recipe(),
+        recipe=Recipe(**recipe),
         keep_dense=("^Dense_0/",),
     )
 
@@ -43,6 +43,28 @@ BATCH = {
     "label": np.arange(6, dtype=np.int32) % 3,
     "valid": np.array([1, 1, 1, 1, 0, 0], np.int32),
 }
+
+
+def test_smoothing_spreads_a_share_of_the_target_over_all_classes():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((5, 4)).astype(np.float32), np.array([0, 1, 2, 3, 0])
+    logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    own = -logs[np.arange(5), labels]
+    for share in (0.0, 0.1, 1.0):
+        expected = (1 - share) * own - share * logs.mean(axis=1)
+        np.testing.assert_allclose(
+            cross_entropy(logits, labels, smoothing=share), expected, rtol=1e-5
+        )
+
+
+def test_the_recipes_smoothing_acts_in_training_and_not_in_evaluation():
+    plain, smooth = make_task(Small()), make_task(Small(), label_smoothing=0.5)
+    variables = plain.init(jax.random.key(0))
+    arguments = variables.pop("params"), variables, BATCH
+    losses = [task.loss(*arguments, jax.random.key(1))[0] for task in (plain, smooth)]
+    assert losses[0] != losses[1]
+    sums = [task.evaluate(*arguments)["loss"] for task in (plain, smooth)]
+    assert sums[0] == sums[1]
 
 
 def test_loss_updates_statistics_and_keeps_other_collections():

@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 
 from experiments import compare as module
+from experiments.block_findings import block_tables
 from experiments.compare import Comparison, Flags, compare, main
 from experiments.findings import rows
-from experiments.report import table_cells
+from experiments.report import block_cells, table_cells
 from tests.experiments.tiny import compile_little, tiny_task  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_little")
@@ -26,6 +27,7 @@ def _tiny(monkeypatch):
 
 def flags(folder, **given):
     settings = {"patterns": ("2:4", "1:8"), "seeds": (0, 1), "shapes": "", "runs_dir": folder}
+    settings["block_patterns"] = ()
     return Flags(**{**settings, **given})
 
 
@@ -41,7 +43,7 @@ def whole(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_task", lambda flags: tiny_task(epochs=flags.epochs or 2))
         patch.setattr(module, "TIMED_STEPS", 2)
-        given = flags(tmp_path_factory.mktemp("runs"))
+        given = flags(tmp_path_factory.mktemp("runs"), block_patterns=("1x4@0.75",))
         return given, *run(given)
 
 
@@ -50,7 +52,9 @@ def test_every_trial_is_there(whole):
     assert status == 0
     titles = [(t["part"], t["pattern"], t["method"]) for t in data["trials"]]
     expected = [("main", p, m) for p in given.patterns for m in given.methods]
-    assert titles == expected + [("sweep", "1:8", "sr_ste")] * 3
+    expected += [("sweep", "1:8", "sr_ste")] * 3 + [("beside", "1:4", "sr_ste")]
+    expected += [("blocks", p, m) for p in given.block_patterns for m in given.block_methods]
+    assert titles == expected
     assert all(len(t["epochs"]) == 2 and not t["error"] for t in data["trials"])
 
 
@@ -81,7 +85,7 @@ def test_the_table_on_the_console_is_that_of_the_file(whole):
 
 def test_sparse_methods_keep_what_the_pattern_says(whole):
     data = whole[-1]
-    for row in rows(data):
+    for row in [*rows(data), *rows(data, "blocks")]:
         expected = 1.0 if row.method == "dense" else data["settings"]["density"][row.pattern]
         assert row.density.mean == pytest.approx(expected)
 
@@ -90,6 +94,27 @@ def test_dense_is_the_same_whatever_pattern_watches_it(whole):
     data = whole[-1]
     dense = [t for t in data["trials"] if t["method"] == "dense"]
     assert dense[0]["epochs"][-1]["test"] == dense[1]["epochs"][-1]["test"]
+
+
+def test_blocks_are_in_the_table_and_on_the_page(whole):
+    given, _, text, data = whole
+    page = (given.folder / "report.html").read_text()
+    assert '<section id="blocks">' in page
+    for pattern, table in block_tables(data).items():
+        assert [row.row.method for row in table][:2] == ["dense", "sr_ste"]
+        for row in table:
+            for cell in block_cells(pattern, row):
+                assert cell in page
+                assert cell.replace(" ± ", "±") in text
+    films = data["films"]
+    assert set(films) == {f"{p} {m}" for p in given.block_patterns for m in given.block_methods}
+    for name, film in films.items():
+        assert [moment["epoch"] for moment in film] == [1, 2]
+        kept = [row.count("1") for row in film[-1]["rows"]]
+        assert {len(row) for row in film[-1]["rows"]} == {16}
+        assert sum(kept) == 16
+        entry = next(t for t in data["trials"] if name == f"{t['pattern']} {t['method']}")
+        assert entry["epochs"][-1]["kept_rows"][film[-1]["layer"]][0] == kept
 
 
 def test_step_times_are_relative_to_dense(whole):
@@ -139,7 +164,10 @@ def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
     given = {"methods": ("ste",), "patterns": ("2:4",)}
     run(flags(tmp_path, **given))
     arguments = ["--runs-dir", str(tmp_path), "--methods", "ste", "--patterns", "2:4", "--resume"]
-    assert main([*arguments, "--epochs", "3", "--seeds", "0", "1", "--shapes", ""]) == 1
+    assert (
+        main([*arguments, "--epochs", "3", "--seeds", "0", "1", "--shapes", "", "--block-patterns"])
+        == 1
+    )
     assert "made with another recipe" in capsys.readouterr().err
 
 
@@ -157,6 +185,8 @@ def test_a_trial_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkey
 def test_unknown_methods_and_patterns_are_errors(tmp_path, capsys):
     assert main(["--methods", "magic", "--runs-dir", str(tmp_path)]) == 1
     assert "no method is called 'magic'" in capsys.readouterr().err
+    assert main(["--methods", "subp", "--runs-dir", str(tmp_path)]) == 1
+    assert "cannot take 2:4" in capsys.readouterr().err
     assert main(["--patterns", "4:2", "--runs-dir", str(tmp_path)]) == 1
     assert "1 <= n <= m" in capsys.readouterr().err
 

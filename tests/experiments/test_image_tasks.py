@@ -1,11 +1,14 @@
 """CIFAR-10 and ImageNet from small data sets in the real on-disk format."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 import nmjax
 from experiments.data.records import MissingDatasetError
+from experiments.flags import Flags, make_job
 from experiments.tasks import cifar10, imagenet2012
 from experiments.tasks.task import Recipe
 from tests.experiments.prepared import cifar10_examples, imagenet2012_examples, prepare
@@ -88,6 +91,34 @@ def test_imagenet_task_has_the_recipe_of_the_paper(imagenet_folder):
         "stem/kernel",
         "head/kernel",
     }
+
+
+def test_blocks_on_imagenet_train_by_the_recipe_and_with_the_dense_layers_of_subp(imagenet_folder):
+    recipe = imagenet2012.BLOCK_RECIPE
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (250, 512, 0.1)
+    assert (recipe.warmup_epochs, recipe.momentum, recipe.label_smoothing) == (0, 0.9, 0.1)
+    assert (recipe.weight_decay, recipe.decay_vectors, recipe.lambda_w) == (1e-4, False, 2e-4)
+    assert [round(share * recipe.epochs, 9) for share in recipe.ramp] == [10, 180]
+    flags = Flags(
+        task="imagenet2012",
+        model="mobilenet_v1",
+        pattern="1x16@0.5390625",
+        method="subp",
+        batch_size=2,
+        data_dir=imagenet_folder,
+    )
+    job = make_job(flags)
+    assert job.task.recipe == dataclasses.replace(recipe, batch_size=2)
+    assert len(job.plan) == 13
+    plan = make_job(dataclasses.replace(flags, model="resnet18")).plan
+    assert len(plan) == 16
+    assert plan.dense["stage2_block1/shortcut/kernel"] == "excluded by '/shortcut/'"
+    changed = dataclasses.replace(flags, label_smoothing=0.2, ramp=(0.1, 0.5), decay_vectors=True)
+    recipe = make_job(changed).task.recipe
+    assert (recipe.label_smoothing, recipe.ramp, recipe.decay_vectors) == (0.2, (0.1, 0.5), True)
+    assert make_job(dataclasses.replace(flags, pattern="2:4", method="ste")).task.recipe == (
+        dataclasses.replace(imagenet2012.RECIPE, batch_size=2)
+    )
 
 
 @pytest.mark.parametrize(

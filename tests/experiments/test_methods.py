@@ -1,5 +1,7 @@
 """Methods: rows, schedules, what each trains."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,11 @@ import optax
 import pytest
 
 import nmjax
-from experiments.methods import METHODS, Method, find_row, learning_rate
+import nmjax.trees
+from experiments.loop import train
+from experiments.methods import METHODS, Method, check_fits, find_row, learning_rate, optimizer
 from experiments.step import Job, plan_of
 from experiments.tasks.task import Recipe
-from experiments.train import train
 from tests.experiments.tiny import STEPS, compile_little, tiny_task  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_little")
@@ -62,6 +65,72 @@ def test_one_shot_keeps_its_mask_and_what_it_exports_satisfies_the_pattern():
         kernel = np.asarray(exported[name.split("/")[0]]["kernel"])
         groups = (kernel != 0).reshape(4, 4, -1).sum(axis=1)
         assert (groups == 1).all()
+
+
+def trained(method, pattern, epochs=6):
+    """The states after each epoch."""
+    task = tiny_task(epochs=epochs)
+    plan = plan_of(task, pattern)
+    job = Job(task, plan, METHODS[method].build(plan, task.recipe, STEPS))
+    return [jax.device_get(report.state.train) for report in train(job)]
+
+
+def row_counts(mask):
+    """Blocks of 4 outputs kept in each row."""
+    blocks = np.asarray(mask)[:, ::4]
+    np.testing.assert_array_equal(np.repeat(blocks, 4, axis=1), mask)
+    return blocks.sum(axis=0)
+
+
+def test_one_by_n_keeps_the_blocks_of_a_layer_that_are_largest_wherever_they_are():
+    states = trained("one_by_n", "1x4@0.75")
+    before = nmjax.trees.named_leaves(states[2].params)
+    for name, mask in states[-1].sparse.masks.items():
+        sizes = np.abs(before[name]).reshape(16, 4, 4).sum(axis=2)
+        kept = np.asarray(mask)[:, ::4]
+        assert kept.sum() == 16
+        assert sizes[kept].min() > sizes[~kept].max()
+    assert any(len(set(row_counts(mask))) > 1 for mask in states[-1].sparse.masks.values())
+
+
+@pytest.mark.parametrize("method", ["subp", "subp_l1"])
+def test_subp_follows_the_recipes_ramp_and_keeps_rows_equal(method):
+    epochs, sparsity = 25, 0.75
+    states = trained(method, "1x4@0.75", epochs)
+    begin, end = 1, 18  # 10/250 and 180/250 of 25 epochs
+    for epoch, state in enumerate(states):
+        done = np.clip((epoch - begin) / (end - begin), 0, 1) ** 3
+        kept = 16 - int(sparsity * 16) + int(np.floor(sparsity * (1 - done) * 16 + 1e-6))
+        for mask in state.sparse.masks.values():
+            np.testing.assert_array_equal(row_counts(mask), kept)
+    for state in states[end:]:
+        jax.tree.map(np.testing.assert_array_equal, state.sparse.masks, states[-1].sparse.masks)
+
+
+def test_the_two_rankings_of_subp_differ():
+    masks = [trained(name, "1x4@0.75")[-1].sparse.masks for name in ("subp", "subp_l1")]
+    assert nmjax.total_sad(*masks) > 0
+
+
+def test_methods_of_blocks_refuse_other_patterns():
+    check_fits("subp", "1x16@0.5")
+    check_fits("ste", "2:4")
+    with pytest.raises(ValueError, match="'subp' prunes blocks and cannot take 2:4"):
+        check_fits("subp", "2:4")
+
+
+def test_weight_decay_can_leave_vectors_alone():
+    params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    method = METHODS["dense"].build(None, RECIPE, 4)
+    for decay_vectors, moved in ((True, ["kernel", "scale"]), (False, ["kernel"])):
+        recipe = dataclasses.replace(
+            RECIPE, warmup_epochs=0, weight_decay=0.1, decay_vectors=decay_vectors
+        )
+        tx = optimizer(method, recipe, 4, 0.0)
+        updates, _ = tx.update(nothing, tx.init(params), params, masks=None)
+        assert [name for name, update in updates.items() if update.any()] == moved
+        np.testing.assert_allclose(updates["kernel"], -0.2 * 0.1, rtol=1e-6)
 
 
 def test_only_the_strength_tells_the_signs_of_sr_ste_apart():

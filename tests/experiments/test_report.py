@@ -12,8 +12,11 @@ from experiments.reasons import reasons
 from experiments.report import table_cells, write_report
 
 METHODS = ("dense", "one_shot", "ste", "sr_ste", "sr_ste_negative")
+BLOCK_METHODS = ("one_by_n", "subp_l1", "subp")
 LEVELS = {"dense": 0.96, "one_shot": 0.9, "ste": 0.89, "sr_ste": 0.92, "sr_ste_negative": 0.6}
+LEVELS |= {"one_by_n": 0.8, "subp_l1": 0.86, "subp": 0.85}
 SADS = {"dense": 20, "one_shot": 20, "ste": 40, "sr_ste": 30, "sr_ste_negative": 45}
+KEPT = {"one_by_n": [1, 3, 2, 2], "subp_l1": [2, 2, 2, 2], "subp": [2, 2, 2, 2]}
 
 
 def trial(part, pattern, method, lambda_w, rng, seeds=4):
@@ -22,7 +25,7 @@ def trial(part, pattern, method, lambda_w, rng, seeds=4):
     for epoch in (1, 2, 3, 4):
         noise = 0.002 * rng.standard_normal(seeds)
         accuracy = (LEVELS[method] - 0.1 * (4 - epoch) + noise).tolist()
-        sad = (SADS[method] * epoch // 4 + rng.integers(0, 3, seeds)).tolist()
+        sad = (SADS.get(method, 30) * epoch // 4 + rng.integers(0, 3, seeds)).tolist()
         epochs.append(
             {
                 "epoch": epoch,
@@ -38,6 +41,11 @@ def trial(part, pattern, method, lambda_w, rng, seeds=4):
         )
         if epoch % 2 == 0:
             epochs[-1]["sad_layers"] = {"a/kernel": sad, "b/kernel": sad}
+        if part == "blocks":
+            epochs[-1] |= {"sad_used": sad, "regrown": [4 - epoch] * seeds}
+            if epoch % 2 == 0:
+                kept = {"a/kernel": [2, 2], "b/kernel": KEPT[method]}
+                epochs[-1]["kept_rows"] = {layer: [rows] * seeds for layer, rows in kept.items()}
     return {
         "part": part,
         "pattern": pattern,
@@ -61,13 +69,23 @@ def data():
     ]
     trials += [trial("sweep", "1:2", "sr_ste", value, rng) for value in (2e-4, 0.2)]
     trials += [trial("shapes", "2:8/kernel", "sr_ste", 0.02, rng)]
+    trials += [
+        trial("blocks", pattern, method, 0.0, rng)
+        for pattern in ("1x4@0.5", "1x8@0.75")
+        for method in BLOCK_METHODS
+    ]
     weights = {"a/kernel": 64, "b/kernel": 128}
-    patterns = ["2:4", "1:2", "2:8/kernel"]
+    patterns = ["2:4", "1:2", "2:8/kernel", "1x4@0.5", "1x8@0.75"]
+    film = [
+        {"epoch": epoch, "layer": "b/kernel", "rows": ["1" * 8, "1" * kept + "0" * (8 - kept)]}
+        for epoch, kept in ((2, 8), (4, 4))
+    ]
     codes = [["".join(rng.choice(["0", "1"], 9)) for _ in range(4)] for _ in range(4)]
     return {
         "settings": {
             "task": "digits",
             "patterns": ["2:4", "1:2"],
+            "block_patterns": ["1x4@0.5", "1x8@0.75"],
             "seeds": [0, 1, 2, 3],
             "recipe": {
                 "epochs": 4,
@@ -77,14 +95,17 @@ def data():
                 "momentum": 0.9,
                 "weight_decay": 5e-5,
                 "lambda_w": 0.02,
+                "ramp": [0.04, 0.72],
             },
             "steps_per_epoch": 10,
             "parameters": 500,
             "weights": dict.fromkeys(patterns, weights),
-            "density": {"2:4": 0.5, "1:2": 0.5, "2:8/kernel": 0.25},
+            "blocks": {p: {"a/kernel": 4, "b/kernel": 8} for p in patterns[3:]},
+            "density": dict(zip(patterns, (0.5, 0.5, 0.25, 0.5, 0.25), strict=True)),
         },
         "machine": {"processor": "<b>made up</b>", "jax": "0"},
         "trials": trials,
+        "films": {f"1x8@0.75 {method}": film for method in BLOCK_METHODS},
         "shapes": {"layer": "a/kernel", "kernels": codes},
         "examples": {"images": rng.random((3, 8, 8)).tolist(), "labels": [1, 2, 3]},
         "step_times": [
@@ -162,6 +183,7 @@ def test_page_of_whole_results(data, tmp_path):
     for row in rows(data):
         assert table_cells(row)[1] in page
     names = {"examples", "curves", "seeds", "layer_sad", "sad_over_time", "sweep", "shapes"}
+    names |= {"block_curves", "block_changes", "block_masks", "balance"}
     assert {picture.name for picture in draw_all(data)} == names
     assert {path.stem for path in tmp_path.glob("*.svg")} == names
     assert page.count("data:image/svg+xml") == len(names)
@@ -169,16 +191,21 @@ def test_page_of_whole_results(data, tmp_path):
     assert "<b>made up" not in page
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 6, 9, 11])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 6, 9, 11, 14, 16, 18])
 def test_page_of_partial_results(data, tmp_path, count):
     partial = copy.deepcopy(data)
     partial["trials"] = partial["trials"][:count]
-    for name in ("step_times", "shapes", "examples"):
+    for name in ("step_times", "shapes", "films", "examples"):
         del partial[name]
     page = write_report(partial, tmp_path).read_text()
     for section in ("summary", "run", "table", "paper", "sad", "strength", "machine"):
         assert f'<section id="{section}">' in page
-    assert len(re.findall(r'<span class="dot"', page)) == min(count, 10)
+    blocks = [t for t in partial["trials"] if t["part"] == "blocks"]
+    # Each block pattern is set beside dense, and 1x4@0.5 beside SR-STE at 2:4 and 1:2.
+    beside = {"1x4@0.5": 3, "1x8@0.75": 1}
+    shown = len(blocks) + sum(beside[pattern] for pattern in {t["pattern"] for t in blocks})
+    assert len(re.findall(r'<span class="dot"', page)) == min(count, 10) + shown
+    assert ('<section id="blocks">' in page) == bool(blocks)
 
 
 def test_pictures_are_the_same_for_the_same_results(data):

@@ -137,6 +137,29 @@ def test_several_devices_and_seeds_compute_the_same(whole):
         assert ours["density"] == theirs["density"] * 2
 
 
+def test_blocks_are_in_the_lines_of_a_run_that_was_stopped_and_resumed(tmp_path, monkeypatch):
+    flags = ["--method", "subp", "--pattern", "1x4@0.5", "--epochs", "5", "--batch-size", "40"]
+    flags += ["--log-every", "0", "--runs-dir", str(tmp_path), "--name"]
+    assert main([*flags, "whole"]) == 0
+    save = Checkpoints.save
+
+    def stop(self, epoch, state):
+        save(self, epoch, state)
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stop)
+        assert main([*flags, "stopped"]) == 130
+    assert main([*flags, "stopped", "--resume"]) == 0
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    blocks = [line["blocks"] for line in metrics(tmp_path / "whole")]
+    assert blocks[-1]["kept_rows"]["block3/conv2/kernel"] == [[16] * 8]
+    # With five epochs the ramp ends with the second; some blocks go, none come back.
+    assert [entry["regrown"] for entry in blocks] == [[0]] * 5
+    assert blocks[0]["sad"] == [0] != blocks[1]["sad"]
+
+
 def test_cifar10_from_disk(tmp_path, capsys):
     train, test = cifar10_examples(70), cifar10_examples(23, seed=1)
     prepare("cifar10", tmp_path, {"train": train, "test": test})
@@ -166,6 +189,9 @@ def test_cifar10_from_disk(tmp_path, capsys):
         (["--devices", "2"], "a batch of 25 does not split evenly over 2 devices"),
         (["--devices", "99"], "devices must be from 1 to the 8 there are"),
         (["--keep-dense", "nothing"], "nothing"),
+        (["--method", "subp"], "'subp' prunes blocks and cannot take 2:4"),
+        (["--method", "subp", "--pattern", "1x4@0.5/layer"], "uniform"),
+        (["--pattern", "1x5@0.5"], "16 outputs are not a multiple of 5"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(tmp_path, capsys, flags, message):
@@ -181,6 +207,7 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, capsys, flags, message):
     ("flags", "message"),
     [
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--ramp", "0.5", "0.1"], "ramp must be two rising fractions of the epochs"),
         (["--seeds", "1", "1"], "seeds must be different"),
         (["--task", "mnist"], "imagenet2012"),
         (["--lamda-w", "1"], "--lambda-w"),
@@ -205,6 +232,7 @@ def test_help_explains_every_flag():
 
 def test_help_states_the_recipes_as_they_are():
     from experiments.tasks.cifar10 import RECIPE as CIFAR10
+    from experiments.tasks.imagenet2012 import BLOCK_RECIPE as BLOCKS
     from experiments.tasks.imagenet2012 import RECIPE as IMAGENET
 
     digits, text = make_task(Flags()).recipe, re.sub(r"\s+", " ", Flags.__doc__)
@@ -216,6 +244,10 @@ def test_help_states_the_recipes_as_they_are():
     assert {recipe.momentum for recipe in recipes} == {0.9}
     assert [recipe.weight_decay for recipe in recipes] == [5e-5, 5e-4, 5e-5]
     assert [recipe.warmup_epochs for recipe in recipes] == [60 / 24, 5, 5]
+    assert "250 epochs, batches of 512, no warm-up, weight decay 1e-4" in text
+    assert (BLOCKS.epochs, BLOCKS.batch_size, BLOCKS.weight_decay) == (250, 512, 1e-4)
+    assert {recipe.label_smoothing for recipe in recipes} == {0}
+    assert [recipe.ramp[1] for recipe in recipes] == [0.4, 0.72, 0.72]
 
 
 def test_a_line_cut_off_while_it_was_written_is_left_out(tmp_path):

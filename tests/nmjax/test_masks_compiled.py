@@ -3,13 +3,16 @@
 import math
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import nmjax
 from nmjax.masks import nm_mask
 
 COLLECTIVES = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
@@ -147,6 +150,32 @@ def test_equal_masks_in_one_program_are_one_computation(n, m):
 
     w = jax.ShapeDtypeStruct((8 * m, 16), "float32")
     assert operations(twice, w, w) == operations(once, w, w)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:16"])
+def test_asking_twice_for_the_masks_is_as_good_as_handing_them_over(pattern):
+    module, x = nn.MultiHeadDotProductAttention(4), jnp.ones((2, 8, 32))
+    params = module.init(jax.random.key(0), x)["params"]
+    plan = nmjax.make_plan(params, pattern)
+    tx = optax.chain(nmjax.add_sparse_refined(plan, 0.1), optax.sgd(0.1, momentum=0.9))
+
+    def step(params, opt_state, masks):
+        def loss(params):
+            sparse = nmjax.sparsify(params, plan, masks)
+            return module.apply({"params": sparse}, x).sum()
+
+        extra = {} if masks is None else {"masks": masks}
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params, **extra)
+        return optax.apply_updates(params, updates), opt_state
+
+    def asking_twice(params, opt_state):
+        return step(params, opt_state, None)
+
+    def handing_over(params, opt_state):
+        return step(params, opt_state, nmjax.compute_masks(params, plan))
+
+    state = params, tx.init(params)
+    assert operations(asking_twice, *state) == operations(handing_over, *state)
 
 
 def operations(f, *arguments):

@@ -138,46 +138,40 @@ def test_errors_name_the_leaf():
             nmjax.flip_rate(*pair)
 
 
-# Blocks
-
-BLOCK_PARAMS = {
-    "conv": {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 10, 24))},
-    "stack": {
-        "kernel": jax.random.normal(jax.random.key(1), (2, 10, 16)),
-        "bias": np.ones((2, 16)),
+STACK, ROWS, INPUTS, N = 2, 3, 5, 4
+BLOCK_PLAN = nmjax.make_plan(
+    {
+        "conv": {"kernel": jnp.zeros((3, 3, INPUTS, ROWS * N))},
+        "other": {"kernel": jnp.zeros((8, 4))},
     },
-    "matrix": {"kernel": jax.random.normal(jax.random.key(2), (8, 16))},
-}
+    f"1x{N}@0.5",
+    rules={"other": "2:4"},
+)
 
 
-@pytest.mark.parametrize("pattern", ["1x8@0.35", "1x8@0.35/layer"])
-def test_blocks_per_row_are_counted_row_by_row(pattern):
-    plan = nmjax.make_plan(BLOCK_PARAMS, pattern, rules={"matrix": "2:4"})
-    masks = nmjax.compute_masks(BLOCK_PARAMS, plan)
-    counts = jax.jit(nmjax.blocks_per_row, static_argnums=1)(masks, plan)
-    assert counts.keys() == {"conv/kernel", "stack/kernel"}  # Groups have no rows of blocks.
-    conv, stack = (np.asarray(masks[f"{name}/kernel"]) for name in ("conv", "stack"))
-    expected = conv.any((0, 1)).reshape(10, 3, 8).any(-1).sum(0)
-    np.testing.assert_array_equal(counts["conv/kernel"], expected)
-    expected = stack.reshape(2, 10, 2, 8).any(-1).sum(1)
-    np.testing.assert_array_equal(counts["stack/kernel"], expected)
-    for name, (fewest, most) in nmjax.row_balance(masks, plan).items():
-        assert (fewest, most) == (counts[name].min(), counts[name].max())
-        assert (fewest == most) == plan[name].pattern.uniform
+def block_masks(flags):
+    """Masks of a stack of convolutions (stack, 3, 3, in, out), and of a layer of groups."""
+    spread = np.repeat(flags.transpose(0, 2, 1), N, axis=-1)[:, None, None]
+    conv = np.broadcast_to(spread, (STACK, 3, 3, INPUTS, ROWS * N))
+    return {"conv/kernel": jnp.asarray(conv), "other/kernel": jnp.ones((8, 4), bool)}
 
 
-def test_blocks_regrown_were_dropped_before():
-    plan = nmjax.make_plan(BLOCK_PARAMS, "1x8@0.5", include="conv")
-    before = nmjax.compute_masks(BLOCK_PARAMS, plan)
-    changed = jax.tree.map(lambda w: w + 2 * np.sin(9 * w), BLOCK_PARAMS)
-    after = nmjax.compute_masks(changed, plan)
-    a, b = (np.asarray(m["conv/kernel"])[0, 0, :, ::8] for m in (before, after))
-    assert (b & ~a).sum() > 0
-    assert nmjax.blocks_regrown(before, after, plan) == {"conv/kernel": (b & ~a).sum()}
-    assert nmjax.blocks_regrown(after, after, plan) == {"conv/kernel": 0}
+@given(*(hnp.arrays(bool, (STACK, ROWS, INPUTS)) for _ in range(2)))
+def test_blocks_of_each_row(before, after):
+    masks = block_masks(after)
+    counts = nmjax.blocks_per_row(masks, BLOCK_PLAN)
+    assert list(counts) == ["conv/kernel"]
+    np.testing.assert_array_equal(counts["conv/kernel"], after.sum(axis=-1))
+    fewest, most = nmjax.row_balance(masks, BLOCK_PLAN)["conv/kernel"]
+    assert (fewest, most) == (after.sum(axis=-1).min(), after.sum(axis=-1).max())
+    regrown = nmjax.blocks_regrown(block_masks(before), masks, BLOCK_PLAN)
+    assert {name: int(count) for name, count in regrown.items()} == {
+        "conv/kernel": sum(
+            now and not then for now, then in zip(after.flat, before.flat, strict=True)
+        )
+    }
 
 
-def test_blocks_need_their_masks():
-    plan = nmjax.make_plan(BLOCK_PARAMS, "1x8@0.5", include="conv")
-    with pytest.raises(ValueError, match=r"no masks of the planned leaves \['conv/kernel'\]"):
-        nmjax.blocks_per_row({}, plan)
+def test_a_missing_mask_of_blocks_is_named():
+    with pytest.raises(ValueError, match="conv/kernel"):
+        nmjax.blocks_per_row({}, BLOCK_PLAN)

@@ -41,7 +41,7 @@ def test_equals_the_formula_between_its_ends(data):
 @pytest.mark.parametrize(("begin", "end"), [(0, 1), (10, 180), (0, 7), (12345, 9876543)])
 def test_exactly_0_and_1_outside_and_never_falling(ramp_and_formula, begin, end):
     make, _ = ramp_and_formula
-    steps = np.unique(np.append(np.linspace(0, 2 * end, 999).astype(int), [begin, end, end + 1]))
+    steps = np.unique([*np.linspace(0, 2 * end, 999).astype(int).tolist(), begin, end, end + 1])
     values = np.asarray(jax.vmap(make(begin, end))(jnp.asarray(steps)))
     assert (values[steps <= begin] == 0).all()
     assert (values[steps >= end] == 1).all()

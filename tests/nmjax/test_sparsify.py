@@ -271,3 +271,13 @@ def test_masks_that_do_not_fit(function):
 def test_lambda_that_is_no_scalar():
     with pytest.raises(ValueError, match="lambda_w must be a scalar"):
         nmjax.sparsify(PARAMS, PLAN, lambda_w=jnp.ones(3))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "complex64"])
+def test_weights_that_are_no_real_floats_are_named(dtype):
+    params = {"first": jnp.ones((8, 4)), "second": jnp.ones((8, 4))}
+    plan = nmjax.make_plan(params, "2:4")
+    changed = {**params, "second": params["second"].astype(dtype)}
+    for function in (nmjax.compute_masks, nmjax.sparsify, nmjax.prune):
+        with pytest.raises(TypeError, match=f"but second has dtype {dtype}"):
+            function(changed, plan)

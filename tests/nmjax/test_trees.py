@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
-from nmjax.trees import map_named, named_leaves
+from nmjax.trees import map_named, named_leaves, nest
 
 
 @jax.tree_util.register_dataclass
@@ -146,3 +146,24 @@ def test_names_are_the_same_with_boxes_and_without():
     assert isinstance(params["kernel"], nn.LogicallyPartitioned)
     assert named_leaves(params).keys() == named_leaves(nn.unbox(params)).keys()
     assert all(isinstance(leaf, jax.Array) for leaf in named_leaves(params).values())
+
+
+# From names to trees
+
+
+@pytest.mark.parametrize(
+    "tree", [{}, {"a": 1}, {"a": {"b": {"c": 1}, "d": 2}, "e": 3}, {"": {"a": 1, "": 2}}, 5]
+)
+def test_nest_undoes_named_leaves(tree):
+    assert nest(named_leaves(tree)) == tree
+
+
+def test_nest_makes_dicts_of_everything():
+    assert nest(named_leaves({"a": [1, (2, 3)]})) == {"a": {"0": 1, "1": {"0": 2, "1": 3}}}
+    assert nest({"a//b": 1}) == {"a": {"": {"b": 1}}}
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("a/b/c", "a"), ("", "/a")])
+def test_a_leaf_has_no_leaves_below_it(names):
+    with pytest.raises(ValueError, match=r"lies below another leaf|has leaves below it"):
+        nest(dict.fromkeys(names, 1))

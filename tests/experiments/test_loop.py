@@ -6,21 +6,19 @@ import optax
 import pytest
 
 import nmjax
-from experiments.methods import METHODS
+from experiments.loop import train
+from experiments.methods import METHODS, Method, learning_rate
 from experiments.seeds import across_cores, one_by_one
 from experiments.step import Job, make_programs, plan_of
-from experiments.train import train
 from nmjax.trees import named_leaves
 from tests.experiments.tiny import STEPS, compile_little, tiny_task  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_little")
 
-PATTERN = "1:4"
-
 
 def make_job(method, **task):
     task = tiny_task(**task)
-    plan = plan_of(task, PATTERN)
+    plan = plan_of(task, "1x4@0.75" if METHODS[method].blocks_only else "1:4")
     return Job(task, plan, METHODS[method].build(plan, task.recipe, task.steps_per_epoch))
 
 
@@ -153,6 +151,66 @@ def test_what_a_report_measures():
 def test_only_some_epochs_are_evaluated_and_always_the_last():
     evaluated = [r.epoch for r in train(make_job("dense", epochs=5), evaluate_every=2) if r.test]
     assert evaluated == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("method", "seeds"), [("one_by_n", (0, 1)), ("subp", (0, 1)), ("subp", (0,))]
+)
+def test_what_a_report_measures_of_blocks(method, seeds):
+    job = make_job(method, epochs=5)
+    masks = [{name: np.ones((16, 16), bool) for name in job.plan}]
+    for report in train(job, seeds=seeds):
+        now = jax.device_get(report.state.train.sparse.masks)
+        masks.append({name: mask.reshape(-1, 16, 16)[0] for name, mask in now.items()})
+        before, after = ({n: m[:, ::4].T for n, m in pair.items()} for pair in masks[-2:])
+        assert report.blocks["sad"][0] == nmjax.total_sad(*masks[-2:])
+        assert report.blocks["regrown"][0] == sum((after[n] & ~before[n]).sum() for n in after)
+        for name, kept in report.blocks["kept_rows"].items():
+            assert kept.shape == (len(seeds), 4)
+            np.testing.assert_array_equal(kept[0], after[name].sum(axis=1))
+    assert report.density == pytest.approx(0.25)
+
+
+def test_methods_without_block_masks_report_no_blocks():
+    assert last(train(make_job("one_shot", epochs=2))).blocks == {}
+    assert last(train(make_job("sr_ste", epochs=1))).blocks == {}
+
+
+@pytest.mark.parametrize(("every", "expected"), [(None, [0, 5, 10]), (4, [0, 4, 8, 12])])
+def test_a_method_says_how_often_it_is_refreshed(every, expected):
+    """Its state lists the steps at which it was, whichever epoch they fall into."""
+    task = tiny_task(epochs=3)
+    sparsifier = nmjax.Sparsifier(
+        init=lambda params, key: {"steps": np.full(9, -1, np.int32), "count": np.int32(0)},
+        refresh=lambda state, params, step: {
+            "steps": state["steps"].at[state["count"]].set(step),
+            "count": state["count"] + 1,
+        },
+        apply=lambda params, state: params,
+    )
+    method = Method(sparsifier, lambda lambda_w: optax.identity(), refresh_every=every)
+    report = last(train(Job(task, plan_of(task, "2:4"), method)))
+    steps = report.state.train.sparse["steps"]
+    assert [step for step in steps.tolist() if step >= 0] == expected
+
+
+def test_the_pull_acts_on_the_blocks_that_are_out():
+    """Two steps from one state that differ in lambda_w differ by lr * lambda_w * ~mask * w."""
+    job, lambda_w = make_job("subp", epochs=6), 0.5
+    programs = make_programs(job)
+    reports = train(job, programs=programs)
+    state = jax.device_get([next(reports) for _ in range(5)][-1].state.train)
+    batch = next(iter(job.task.train_batches(0, 5)))
+    rate = learning_rate(job.task.recipe, STEPS)(state.step)
+    without, pulled = (
+        named_leaves(programs.step(state._replace(lambda_w=np.float32(strength)), batch).params)
+        for strength in (0.0, lambda_w)
+    )
+    for name, w in named_leaves(state.params).items():
+        out = ~state.sparse.masks[name] if name in job.plan else np.zeros_like(w)
+        expected = -rate * lambda_w * out * w
+        np.testing.assert_allclose(pulled[name] - without[name], expected, atol=1e-6)
+        assert name not in job.plan or np.abs(expected).max() > 1e-4
 
 
 def task_masks(job):

@@ -1,0 +1,61 @@
+"""Cost of a refresh of all block masks of ResNet-50: `python -m experiments.benchmarks.blocks`.
+
+SUBP does it once an epoch. The plan is the paper's 2.0 G one: 66/128 of the blocks of 32 outputs
+dropped, with the layers kept dense that SUBP keeps dense. The peak counts weights, old and new
+masks, and what XLA holds in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import nmjax
+from experiments.benchmarks.timing import interleaved_medians, print_table, write_results
+from experiments.models.image_networks import dense_for_blocks, make_image_network
+
+PATTERN = nmjax.Block1xN(32, 66 / 128)
+SCORES = ("l1", "bpar")
+
+
+def measure(score: str, rounds: int) -> dict[str, Any]:
+    """Seconds and bytes of one jitted refresh in the middle of the ramp."""
+    network = make_image_network("resnet50", 1000)
+    x = jnp.zeros((1, 224, 224, 3))
+    init = jax.jit(lambda key: network.init(key, x, train=False)["params"])
+    params = init(jax.random.key(0))
+    plan = nmjax.make_plan(params, PATTERN, exclude=dense_for_blocks("resnet50"))
+    subp = nmjax.soft_uniform_blocks(plan, nmjax.cubic_ramp(10, 180), score=score)
+    first, step = subp.init(params, jax.random.key(1)), jnp.int32(120)
+    compiled = jax.jit(subp.refresh).lower(first, params, step).compile()
+    state = compiled(first, params, step)
+    times = interleaved_medians({"refresh": compiled}, state, params, step, rounds=rounds)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return {
+        "score": score,
+        "pattern": str(PATTERN),
+        "leaves": len(plan),
+        "weights": sum(leaf.weights for leaf in plan.values()),
+        "seconds": times["refresh"],
+        "temporary_MiB": memory.temp_size_in_bytes / 2**20,
+        "peak_MiB": (memory.temp_size_in_bytes + held) / 2**20,
+    }
+
+
+def main() -> None:
+    """Prints the table and writes it to results/."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="timed refreshes of each score")
+    rounds = parser.parse_args().rounds
+    rows = [measure(score, rounds) for score in SCORES]
+    print_table("One refresh of the block masks of ResNet-50", rows)
+    print(f"written to {write_results(f'blocks-{jax.default_backend()}', rows)}")
+
+
+if __name__ == "__main__":
+    main()

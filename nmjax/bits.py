@@ -1,0 +1,72 @@
+"""What packed formats are made of: bits of weights, strings of small integers, exact counts."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def as_bits(w: jax.Array) -> jax.Array:
+    """Floating point numbers as unsigned integers of the same width.
+
+    XLA's CPU compiler copies bfloat16 through float32, which quiets NaNs and flushes denormals;
+    integers it leaves alone. Call this, and `from_bits`, outside of any `jax.jit` of one's own:
+    within one computation the compiler turns the copies of integers into copies of numbers again.
+
+    Raises:
+      TypeError: a number does not fill whole bytes.
+    """
+    bits = jnp.finfo(w.dtype).bits
+    if bits % 8:
+        raise TypeError(f"cannot pack weights of dtype {w.dtype}: {bits} bits are no whole bytes")
+    return lax.bitcast_convert_type(w, np.dtype(f"uint{bits}"))
+
+
+def from_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Undoes `as_bits`."""
+    return lax.bitcast_convert_type(bits, dtype)
+
+
+def index_dtype(size: int) -> np.dtype:
+    """The narrowest unsigned integers that count up to size - 1."""
+    return np.min_scalar_type(max(size - 1, 0))
+
+
+def pack_bits(x: jax.Array, width: int) -> jax.Array:
+    """Joins integers along the last axis but one into bytes, the least significant bit first.
+
+    Args:
+      x: (*stack, count, lanes), integers below 2 ** width, or booleans of width 1.
+      width: bits of each.
+
+    Returns:
+      uint8 (*stack, bytes, lanes); unused bits of the last byte are zero.
+
+    >>> pack_bits(jnp.array([[1], [2], [3]]), 2).tolist()  # 0b11_10_01
+    [[57]]
+    """
+    shifts = np.arange(width, dtype=np.uint8)[:, None]
+    bits = (x[..., :, None, :] >> shifts.astype(x.dtype)) & 1 if width != 1 else x
+    joined = bits.reshape(*x.shape[:-2], x.shape[-2] * width, x.shape[-1])
+    return jnp.packbits(joined, axis=-2, bitorder="little")
+
+
+def unpack_bits(packed: jax.Array, width: int, count: int, xp: ModuleType = jnp) -> jax.Array:
+    """Undoes `pack_bits`, as the narrowest unsigned integers, with jax.numpy or with NumPy."""
+    *stack, _, lanes = packed.shape
+    bits = xp.unpackbits(packed, axis=-2, count=count * width, bitorder="little")
+    dtype = index_dtype(2**width)
+    shifts = np.arange(width, dtype=dtype)[:, None]
+    places = bits.reshape(*stack, count, width, lanes).astype(dtype)
+    return (places << shifts).sum(axis=-2, dtype=dtype)
+
+
+def exactly(flags: jax.Array, n: int, axis: int) -> jax.Array:
+    """Flags of which exactly n are True along an axis: the first n of more, else filled up."""
+    spare = n - jnp.minimum(flags.sum(axis=axis, keepdims=True), n)
+    first = flags & (flags.cumsum(axis=axis) <= n)
+    return first | (~flags & ((~flags).cumsum(axis=axis) <= spare))

@@ -1,0 +1,42 @@
+"""The main job with its defaults, as `make train` runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.findings import find_row_of, rows
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, "-m", "experiments.compare", "--runs-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert (folder / "digits" / "report.html").stat().st_size > 100_000
+    return json.loads((folder / "digits" / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_every_trial_ends_at_its_density(data):
+    assert len(data["settings"]["seeds"]) >= 5
+    for trial in data["trials"]:
+        assert not trial["error"]
+        expected = (
+            1.0 if trial["method"] == "dense" else data["settings"]["density"][trial["pattern"]]
+        )
+        assert trial["epochs"][-1]["density"] == pytest.approx([expected] * len(trial["seeds"]))
+
+
+@pytest.mark.slow
+def test_the_networks_learn_and_the_methods_separate(data):
+    table = rows(data)
+    assert min(row.metric.mean for row in table if row.pattern == "2:4") > 0.9
+    refined, plain = (find_row_of(table, "1:16", name) for name in ("sr_ste", "ste"))
+    gap = refined.metric.minus(plain.metric)
+    assert gap.verdict() == "higher"
+    assert refined.sad.minus(plain.sad).verdict() == "lower"

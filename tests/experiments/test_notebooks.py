@@ -1,0 +1,35 @@
+"""The notebooks run from top to bottom and end in pictures."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def run(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": FOLDER}}
+    ).execute()
+    return notebook
+
+
+def outputs(notebook, kind):
+    """Everything of one MIME type that the cells show."""
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return [output.data[kind] for output in shown if kind in output.get("data", {})]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_pictures(path):
+    notebook = run(path)
+    assert len(outputs(notebook, "image/png")) >= 2
+    assert any("<table>" in html for html in outputs(notebook, "text/html"))
+
+
+def test_there_is_a_quickstart():
+    assert FOLDER / "quickstart.ipynb" in NOTEBOOKS

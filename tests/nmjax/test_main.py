@@ -1,0 +1,156 @@
+"""The command line, from checkpoint to packed file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nmjax
+from nmjax.__main__ import main
+from nmjax.tensor_files import write_tensors
+from nmjax.trees import named_leaves
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "stem": {"kernel": RNG.normal(size=(3, 3, 3, 8)).astype("float32")},
+    "body": {"kernel": RNG.normal(size=(16, 8)).astype("float32"), "bias": np.zeros(8, "float32")},
+    "head": {"kernel": RNG.normal(size=(8, 4)).astype("float32")},
+}
+PLAN = nmjax.make_plan(PARAMS, "2:4", exclude="stem")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A dense checkpoint, a pruned one, and where to write."""
+    dense, pruned = tmp_path / "dense.safetensors", tmp_path / "pruned.npz"
+    write_tensors(dense, named_leaves(PARAMS), {})
+    np.savez(pruned, **named_leaves(nmjax.prune(PARAMS, PLAN)))
+    return str(dense), str(pruned), str(tmp_path / "packed.safetensors")
+
+
+def run(capsys, *arguments):
+    status = main(arguments)
+    out, err = capsys.readouterr()
+    assert status == (1 if err else 0), err
+    return out, err
+
+
+def test_pruned_weights_are_packed(files, capsys):
+    _, pruned, out = files
+    text, _ = run(capsys, "pack", pruned, "--pattern", "2:4", "--exclude", "stem", "--out", out)
+    loaded = nmjax.load_packed(out)
+    jax.tree.map(np.testing.assert_array_equal, nmjax.unpack(loaded), nmjax.prune(PARAMS, PLAN))
+    assert str(nmjax.sizes(loaded)) in text
+    assert f"{Path(out).stat().st_size:,} bytes" in text
+
+
+def test_weights_that_are_not_sparse_are_refused_by_name(files, capsys):
+    dense, _, out = files
+    command = ("pack", dense, "--pattern", "2:4", "--exclude", "stem", "--out", out)
+    _, err = run(capsys, *command)
+    assert "body/kernel (16, 8): 32 of 32 groups keep more than 2:4" in err
+    assert "head/kernel (8, 4): 8 of 8 groups keep more than 2:4" in err
+    assert "--prune" in err
+    assert not Path(out).exists()
+    run(capsys, *command, "--prune")
+    loaded = nmjax.unpack(nmjax.load_packed(out))
+    jax.tree.map(np.testing.assert_array_equal, loaded, nmjax.prune(PARAMS, PLAN))
+
+
+def test_layers_that_do_not_divide(files, capsys):
+    dense, _, out = files
+    command = ("pack", dense, "--pattern", "2:4", "--prune", "--out", out)
+    _, err = run(capsys, *command)
+    assert "stem/kernel (3, 3, 3, 8): 3 inputs are not a multiple of 4" in err
+    run(capsys, *command, "--dense-if-indivisible")
+    assert set(nmjax.sizes(nmjax.load_packed(out)).leaves) == set(named_leaves(PARAMS))
+
+
+def test_rules(files, capsys):
+    dense, _, out = files
+    rules = ("--rule", "head=1x4@0.5", "--rule", "stem=dense")
+    run(capsys, "pack", dense, "--pattern", "1:8", *rules, "--prune", "--out", out)
+    patterns = {
+        name: leaf.pattern for name, leaf in nmjax.sizes(nmjax.load_packed(out)).leaves.items()
+    }
+    assert patterns == {
+        "body/bias": "dense",
+        "body/kernel": "1:8",
+        "head/kernel": "1x4@0.5",
+        "stem/kernel": "dense",
+    }
+    _, err = run(capsys, "plan", dense, "--pattern", "1:8", "--rule", "head")
+    assert "RULE=PATTERN" in err
+
+
+def test_plan_says_what_and_why_not(files, capsys):
+    text, _ = run(capsys, "plan", files[0], "--pattern", "2:4")
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert "3 inputs are not a multiple of 4" in text
+    assert "bias" in rows["body/bias"]
+    plan = nmjax.make_plan(PARAMS, "2:4", on_indivisible="dense")
+    assert str(plan) in text
+    assert str(nmjax.sizes(nmjax.pack(PARAMS, plan))) in text
+
+
+def test_info(files, capsys):
+    dense, _, out = files
+    text, _ = run(capsys, "info", dense)
+    assert text.splitlines()[0].split() == ["tensor", "shape", "dtype", "bytes", "zeros"]
+    assert text.splitlines()[2].split() == ["body/bias", "8", "float32", "32", "100.0%"]
+    run(capsys, "pack", dense, "--pattern", "2:4", "--exclude", "stem", "--prune", "--out", out)
+    text, _ = run(capsys, "info", out)
+    assert str(nmjax.sizes(nmjax.load_packed(out))) in text
+
+
+def test_64_bit_weights_keep_their_bits(tmp_path, capsys):
+    params = {"a": {"kernel": RNG.normal(size=(8, 4))}, "step": np.int64(2**40)}
+    np.savez(tmp_path / "x.npz", **named_leaves(params))
+    out = str(tmp_path / "y")
+    run(capsys, "pack", str(tmp_path / "x.npz"), "--pattern", "2:4", "--prune", "--out", out)
+    assert not jax.config.jax_enable_x64
+    with jax.enable_x64(True):
+        loaded = nmjax.unpack(nmjax.load_packed(out))
+        assert loaded["a"]["kernel"].dtype == jnp.float64
+        kept = np.asarray(loaded["a"]["kernel"])
+        np.testing.assert_array_equal(kept, np.where(kept != 0, params["a"]["kernel"], 0))
+        assert (kept != 0).sum() == 16
+        assert loaded["step"] == 2**40
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("info", "nothing"),
+        ("plan", "nothing", "--pattern", "2:4"),
+        ("plan", "DENSE", "--pattern", "4:2"),
+        ("plan", "DENSE", "--pattern", "2:4", "--exclude", "typo"),
+        ("plan", "DENSE", "--pattern", "2:4", "--subtree", "params"),
+        ("pack", "DENSE", "--pattern", "2:4", "--prune", "--exclude", "stem", "--out", "no/where"),
+    ],
+)
+def test_errors_are_one_message(files, capsys, arguments):
+    _, err = run(capsys, *(files[0] if a == "DENSE" else a for a in arguments))
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+
+
+def test_unknown_commands_exit_with_usage(capsys):
+    for arguments in ([], ["unpack"], ["pack", "x", "--pattern", "2:4"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+    assert "usage: python -m nmjax" in capsys.readouterr().err
+
+
+def test_as_a_program(files):
+    command = [sys.executable, "-m", "nmjax", "info", files[0]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "body/kernel" in done.stdout
+    done = subprocess.run([*command[:-1], "nothing"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: " in done.stderr
