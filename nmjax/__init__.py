@@ -27,6 +27,7 @@ from nmjax.patterns import parse_pattern as parse_pattern
 from nmjax.plans import LeafPlan as LeafPlan
 from nmjax.plans import Plan as Plan
 from nmjax.plans import make_plan as make_plan
+from nmjax.rearrange import rearrange_filters as rearrange_filters
 from nmjax.schedules import cosine_ramp as cosine_ramp
 from nmjax.schedules import cubic_ramp as cubic_ramp
 from nmjax.schedules import exponential_ramp as exponential_ramp

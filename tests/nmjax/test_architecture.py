@@ -24,6 +24,7 @@ FLOORS = {
         "path_rules",
         "spans",
         "bits",
+        "channels",
         "tensor_files",
         "ranking",
         "scores",
@@ -33,7 +34,7 @@ FLOORS = {
     ),
     2: ("masks", "blocks", "plans"),
     3: ("sparsify", "packed_nm", "packed_blocks"),
-    4: ("sparsifiers", "transforms", "metrics", "cost", "packing", "kernels"),
+    4: ("sparsifiers", "rearrange", "transforms", "metrics", "cost", "packing", "kernels"),
     5: (
         "soft_blocks",
         "matmul",
@@ -64,7 +65,7 @@ PUBLIC += ["add_sparse_refined", "Sparsifier", "straight_through", "one_shot", "
 PUBLIC += ["pack", "unpack", "PackedNM", "PackedBlocks", "check_sparse", "sizes"]
 PUBLIC += ["save_packed", "load_packed"]
 PUBLIC += ["soft_uniform_blocks", "cubic_ramp", "linear_ramp", "cosine_ramp", "exponential_ramp"]
-PUBLIC += ["blocks_per_row", "row_balance", "blocks_regrown"]
+PUBLIC += ["rearrange_filters", "blocks_per_row", "row_balance", "blocks_regrown"]
 PUBLIC += ["sad", "total_sad", "flip_rate", "density", "total_density", "cost"]
 
 # What `import nmjax` must not bring along: optional packages, and heavy parts of this one.
