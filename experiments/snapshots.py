@@ -6,10 +6,10 @@ import jax
 import numpy as np
 
 import nmjax
-from experiments.block_measures import block_flags
 from experiments.results import Numbers
 from experiments.step import Job, RunState
 from experiments.tasks.task import Task
+from nmjax.blocks import split_blocks
 
 
 def example_images(task: Task, count: int = 12) -> Numbers:
@@ -56,5 +56,11 @@ def block_masks(job: Job, state: RunState) -> Numbers:
     if np.ndim(state.train.step):
         masks = {name: mask[0] for name, mask in masks.items()}
     layer = max(reversed(list(masks)), key=lambda name: masks[name].size)
-    flags = np.asarray(block_flags(job.plan, {layer: masks[layer]})[layer]).astype(int)
+    flags = block_flags(job.plan[layer], masks[layer]).astype(int)
     return {"layer": layer, "rows": ["".join(map(str, row)) for row in flags]}
+
+
+def block_flags(leaf: nmjax.LeafPlan, mask: jax.Array) -> np.ndarray:
+    """Which blocks of a layer stay, booleans (rows, inputs)."""
+    # All weights of a block share its fate, so that any of them tells it.
+    return np.asarray(split_blocks(mask, leaf.pattern.n, leaf.axes)[..., 0])

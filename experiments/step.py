@@ -15,7 +15,6 @@ import numpy as np
 import optax
 
 import nmjax
-from experiments.block_measures import block_measures
 from experiments.methods import Method, is_blocks, optimizer
 from experiments.seeds import OverSeeds
 from experiments.tasks.task import Batch, Sums, Task, Variables
@@ -255,7 +254,7 @@ def _remember(job: Job, state: TrainState, first: Masks) -> Topology:
 
 
 def _used(job: Job, state: TrainState) -> Masks:
-    """The masks that `block_measures` follows."""
+    """The masks of blocks that a method remembers."""
     if job.method.masks is None or not all(is_blocks(leaf.pattern) for leaf in job.plan.values()):
         return {}
     # Copies: a step gives up the memory of the state's own.
@@ -280,7 +279,16 @@ def _close(job: Job, state: RunState, masks: Masks, forward: Any) -> tuple[RunSt
         "density": nmjax.total_density({name: leaves[name] != 0 for name in job.plan}),
     }
     used = _used(job, train)
-    measured["blocks"] = block_measures(job.plan, topology.used, used) if used else {}
+    measured["blocks"] = _block_changes(job.plan, topology.used, used) if used else {}
     train = train._replace(loss_sum=jnp.float32(0))
     topology = topology._replace(epoch=masks, flips=jnp.float32(0), watched=jnp.int32(0), used=used)
     return RunState(train, topology), measured
+
+
+def _block_changes(plan: nmjax.Plan, before: Masks, after: Masks) -> Measured:
+    """Mask entries that differ, blocks that are back, and blocks kept after in each row."""
+    return {
+        "sad": nmjax.total_sad(before, after),
+        "regrown": sum(nmjax.blocks_regrown(before, after, plan).values()),
+        "kept_rows": nmjax.blocks_per_row(after, plan),
+    }

@@ -1,6 +1,7 @@
 """nmjax: N:M structured sparsity from scratch in JAX."""
 
 from nmjax.blocks import block_mask as block_mask
+from nmjax.channels import find_channels as find_channels
 from nmjax.cost import Cost as Cost
 from nmjax.cost import cost as cost
 from nmjax.files import load_packed as load_packed
@@ -24,10 +25,13 @@ from nmjax.packing import unpack as unpack
 from nmjax.patterns import NM as NM
 from nmjax.patterns import Block1xN as Block1xN
 from nmjax.patterns import parse_pattern as parse_pattern
+from nmjax.permute import Channels as Channels
+from nmjax.permute import l1_order as l1_order
+from nmjax.permute import permute_channels as permute_channels
+from nmjax.permute import sort_channels as sort_channels
 from nmjax.plans import LeafPlan as LeafPlan
 from nmjax.plans import Plan as Plan
 from nmjax.plans import make_plan as make_plan
-from nmjax.rearrange import rearrange_filters as rearrange_filters
 from nmjax.schedules import cosine_ramp as cosine_ramp
 from nmjax.schedules import cubic_ramp as cubic_ramp
 from nmjax.schedules import exponential_ramp as exponential_ramp

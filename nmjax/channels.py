@@ -11,60 +11,69 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.extend import core
 
+from nmjax.layouts import layout
+from nmjax.permute import Channels, LeafAxis
+from nmjax.trees import named_leaves
+
 Label = int
 Labels = tuple[Label, ...]
-LeafAxis = tuple[int, int]
 
 
-class Channels(NamedTuple):
-    """Axes that must be permuted together, and may be.
+def find_channels(forward: Callable[..., Any], variables: Any, *inputs: Any) -> list[Channels]:
+    """Finds the channels of a network whose order is free, for `nmjax.sort_channels`.
 
-    Attributes:
-      size: how many channels.
-      axes: (position of a leaf in tree order, axis of it), all of that size.
-    """
-
-    size: int
-    axes: tuple[LeafAxis, ...]
-
-
-def tied_channels(forward: Callable[..., Any], params: Any, *inputs: Any) -> list[Channels]:
-    """Finds the channels whose order is free.
+    Sort the channels of a trained network, then take its masks and fine-tune. That is meant for
+    patterns whose blocks compete within the layer (`uniform=False`): rows of small filters then
+    drop more. Where every row drops the same number, large filters lose: they choose inputs among
+    themselves, while next to small ones they had chosen alone.
 
     Args:
-      forward: the network's forward pass, `forward(params, *inputs)`; it is traced and not run.
-      params: every array that follows the channels, running statistics included; arrays or
+      forward: the network's forward pass as in evaluation, `forward(variables, *inputs)`; it is
+        traced and not run.
+      variables: every array that follows the channels, running statistics included; arrays or
         ShapeDtypeStructs.
       *inputs: its inputs. The order along their axes, and along those of the outputs, is fixed.
 
     Returns:
-      One entry for each set of channels, in the order of its first leaf.
+      One entry for each set of channels, in tree order. Writers are the leaves whose outputs they
+      are by name and shape, as `nmjax.make_plan` tells them; sets without a writer are left out.
 
     >>> import jax.numpy as jnp
-    >>> params = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}
-    >>> forward = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
-    >>> tied_channels(forward, params, jnp.ones((1, 3)))
-    [Channels(size=8, axes=((0, 1), (1, 0)))]
+    >>> variables = {"first": jnp.ones((3, 8)), "second": jnp.ones((8, 2))}
+    >>> forward = lambda variables, x: jnp.tanh(x @ variables["first"]) @ variables["second"]
+    >>> find_channels(forward, variables, jnp.ones((1, 3)))
+    [Channels(writers=(('first', -1),), followers=(('second', -2),))]
     """
-    closed = jax.make_jaxpr(forward)(params, *inputs)
+    closed = jax.make_jaxpr(forward)(variables, *inputs)
     trace = _Trace()
-    arguments = [trace.fresh(v.aval.shape) for v in closed.jaxpr.invars]
-    leaves = arguments[: len(jax.tree.leaves(params))]
+    arguments = [trace.fresh(_shape(v)) for v in closed.jaxpr.invars]
+    leaves = dict(zip(named_leaves(variables), map(_shape, closed.jaxpr.invars), strict=False))
     trace.fix(*arguments[len(leaves) :])
     trace.fix(*trace.run(closed.jaxpr, arguments))
-    found: dict[Label, list[LeafAxis]] = {}
-    for leaf, labels in enumerate(leaves):
-        for axis, label in enumerate(labels):
-            if not trace.is_fixed(label):
-                found.setdefault(trace.root(label), []).append((leaf, axis))
-    shapes = [v.aval.shape for v in closed.jaxpr.invars]
-    sets = [(shapes[axes[0][0]][axes[0][1]], tuple(axes)) for axes in found.values()]
-    return [Channels(size, axes) for size, axes in sets if size > 1]
+    tied: dict[Label, list[LeafAxis]] = {}
+    for (name, shape), labels in zip(leaves.items(), arguments, strict=False):
+        for i, label in enumerate(labels):
+            if not trace.is_fixed(label) and shape[i] > 1:
+                tied.setdefault(trace.root(label), []).append((name, i - len(shape)))
+    written = {(name, axis) for name in leaves for axis in _output_axes(name, leaves)}
+    found = [
+        Channels(
+            tuple(axis for axis in axes if axis in written),
+            tuple(axis for axis in axes if axis not in written),
+        )
+        for axes in tied.values()
+    ]
+    return [channels for channels in found if channels.writers]
+
+
+def _output_axes(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    axes = layout(name, shapes)
+    return () if isinstance(axes, str) else axes.output
 
 
 class _Trace:

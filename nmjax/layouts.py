@@ -8,6 +8,7 @@ Libraries name and shape the same matrix differently. What is known here:
 | `kernel`, `w` | Flax, NNX, Haiku: Conv | (*spatial, in, out) | -2, at each tap |
 | `query/kernel`, `key/kernel`, `value/kernel` | Flax attention | (in, heads, head) | -3 |
 | `out/kernel` | Flax attention | (heads, head, out) | -3 and -2 together |
+| `kernel` | Flax: DenseGeneral with a bias of several axes | (*in, *out) | all of in together |
 | `weight` | Equinox, PyTorch: Linear | (out, in) | -1 |
 | `weight` | Equinox, PyTorch: Conv2d | (out, in, height, width) | -3, at each tap |
 | any other name | plain JAX, `x @ w` | (in, out) | -2 |
@@ -140,7 +141,7 @@ def _no_weight(parent: str, leaf: str, shape: Shape) -> str | None:
 def _by_name(name: str, shapes: Mapping[str, Shape]) -> Axes | None:
     leaf, ndim = name.lower().rpartition("/")[-1], len(shapes[name])
     if leaf in _FLAX_WEIGHTS:
-        return DENSE._replace(taps=_taps(name, shapes))
+        return _several_outputs(name, shapes) or DENSE._replace(taps=_taps(name, shapes))
     if leaf.startswith("weight"):
         return {2: LINEAR_OUT_IN, 4: CONV_OUT_IN}.get(ndim)
     return DENSE if ndim == 2 else None
@@ -153,12 +154,33 @@ def _taps(name: str, shapes: Mapping[str, Shape]) -> tuple[int, ...] | None:
     four axes are taken for a 2-D convolution, and three or five tell nothing.
     """
     shape = shapes[name]
-    parent = name.rpartition("/")[0]
-    for bias in _BIASES:
-        stacked = len(shapes.get("/".join(filter(None, (parent, bias))), ())) - 1
-        if 0 <= stacked <= len(shape) - 2:
-            return tuple(range(stacked - len(shape), -2))
+    stacked = len(_bias(name, shapes)) - 1
+    if 0 <= stacked <= len(shape) - 2:
+        return tuple(range(stacked - len(shape), -2))
     return {2: (), 4: CONV_2D.taps}.get(len(shape))
+
+
+def _several_outputs(name: str, shapes: Mapping[str, Shape]) -> Axes | None:
+    """The axes of a layer whose outputs fill several axes, as its bias shows; None for others.
+
+    Behind the axes of a stack, which both have, the bias has the last axes of the kernel.
+    """
+    shape, bias = shapes[name], _bias(name, shapes)
+    if bias == (*shape[: len(bias) - 1], shape[-1]):  # A stack of layers with one output axis.
+        return None
+    for stacked in range(len(bias) - 1):
+        outputs = len(bias) - stacked
+        if stacked + outputs < len(shape) and bias == (*shape[:stacked], *shape[-outputs:]):
+            reduction = tuple(range(stacked - len(shape), -outputs))
+            return Axes(reduction, tuple(range(-outputs, 0)))
+    return None
+
+
+def _bias(name: str, shapes: Mapping[str, Shape]) -> Shape:
+    """The shape of the bias beside a kernel; empty if there is none."""
+    parent = name.rpartition("/")[0]
+    names = ("/".join(filter(None, (parent, bias))) for bias in _BIASES)
+    return next((shapes[bias] for bias in names if bias in shapes), ())
 
 
 def _attention(name: str, shapes: Mapping[str, Shape]) -> Axes | None:

@@ -191,6 +191,7 @@ def test_unknown_methods_and_patterns_are_errors(tmp_path, capsys):
     assert "1 <= n <= m" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_digits_end_to_end(tmp_path, monkeypatch):
     from experiments.flags import make_task
 

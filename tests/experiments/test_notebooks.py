@@ -24,6 +24,7 @@ def outputs(notebook, kind):
     return [output.data[kind] for output in shown if kind in output.get("data", {})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_shows_pictures(path):
     notebook = run(path)

@@ -137,6 +137,7 @@ def test_several_devices_and_seeds_compute_the_same(whole):
         assert ours["density"] == theirs["density"] * 2
 
 
+@pytest.mark.slow
 def test_blocks_are_in_the_lines_of_a_run_that_was_stopped_and_resumed(tmp_path, monkeypatch):
     flags = ["--method", "subp", "--pattern", "1x4@0.5", "--epochs", "5", "--batch-size", "40"]
     flags += ["--log-every", "0", "--runs-dir", str(tmp_path), "--name"]

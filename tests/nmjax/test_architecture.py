@@ -24,7 +24,6 @@ FLOORS = {
         "path_rules",
         "spans",
         "bits",
-        "channels",
         "tensor_files",
         "ranking",
         "scores",
@@ -32,9 +31,9 @@ FLOORS = {
         "shards",
         "straight_through",
     ),
-    2: ("masks", "blocks", "plans"),
-    3: ("sparsify", "packed_nm", "packed_blocks"),
-    4: ("sparsifiers", "rearrange", "transforms", "metrics", "cost", "packing", "kernels"),
+    2: ("masks", "blocks", "plans", "permute"),
+    3: ("sparsify", "channels", "packed_nm", "packed_blocks"),
+    4: ("sparsifiers", "transforms", "metrics", "cost", "packing", "kernels"),
     5: (
         "soft_blocks",
         "matmul",
@@ -65,7 +64,8 @@ PUBLIC += ["add_sparse_refined", "Sparsifier", "straight_through", "one_shot", "
 PUBLIC += ["pack", "unpack", "PackedNM", "PackedBlocks", "check_sparse", "sizes"]
 PUBLIC += ["save_packed", "load_packed"]
 PUBLIC += ["soft_uniform_blocks", "cubic_ramp", "linear_ramp", "cosine_ramp", "exponential_ramp"]
-PUBLIC += ["rearrange_filters", "blocks_per_row", "row_balance", "blocks_regrown"]
+PUBLIC += ["Channels", "find_channels", "l1_order", "permute_channels", "sort_channels"]
+PUBLIC += ["blocks_per_row", "row_balance", "blocks_regrown"]
 PUBLIC += ["sad", "total_sad", "flip_rate", "density", "total_density", "cost"]
 
 # What `import nmjax` must not bring along: optional packages, and heavy parts of this one.

@@ -199,6 +199,7 @@ def load(path):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_forged_files(good, tmp_path):
     rng, path = np.random.default_rng(RNG_SEED), tmp_path / "x"
     path.write_bytes(good)

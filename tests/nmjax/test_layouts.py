@@ -80,6 +80,26 @@ def test_linen_conv_1d_and_grouped():
         assert not tap[:4, 8:].any()
 
 
+@pytest.mark.parametrize("inputs", [(16,), (4, 8)])
+@pytest.mark.parametrize("outputs", [(2, 8), (3, 2, 5)])
+def test_linen_dense_general_with_several_output_axes(inputs, outputs):
+    axes = tuple(range(-len(inputs), 0))
+    layer = nn.DenseGeneral(outputs, axis=axes)
+    x = jax.random.normal(KEY, inputs)
+    params = {"layer": layer.init(KEY, x)["params"]}
+    weights = matrix(lambda x: layer.apply({"params": pruned(params, "2:4")["layer"]}, x), x)
+    assert_groups(weights, "2:4")
+    stacked = jax.tree.map(lambda w: jnp.stack([w] * 6), params)
+    assert nmjax.make_plan(stacked, "2:4")["layer/kernel"].reduction_axes == tuple(
+        range(-len(inputs) - len(outputs), -len(outputs))
+    )
+
+
+def test_a_stack_of_dense_layers_is_no_dense_general():
+    shapes = {"kernel": (8, 8, 16), "bias": (8, 16)}  # Or one layer with outputs (8, 16).
+    assert layout("kernel", shapes).reduction == (-2,)
+
+
 def test_linen_transposed_conv():
     x = jnp.ones((1, 1, 16))  # One input pixel reaches one tap of each of 3 x 3 output pixels.
     conv = nn.ConvTranspose(5, (3, 3), padding="VALID")
