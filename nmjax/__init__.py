@@ -1,6 +1,7 @@
 """nmjax: N:M structured sparsity from scratch in JAX."""
 
 from nmjax.blocks import block_mask as block_mask
+from nmjax.channels import find_channels as find_channels
 from nmjax.cost import Cost as Cost
 from nmjax.cost import cost as cost
 from nmjax.files import load_packed as load_packed

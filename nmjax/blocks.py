@@ -8,6 +8,7 @@ one block, and the blocks of the same N outputs are a row of blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -75,19 +76,27 @@ def block_mask(
     w = lax.stop_gradient(jnp.asarray(w))
     pattern = Block1xN(n, sparsity, uniform)
     axes = _named_axes(w.ndim, reduction_axes, output_axes, tap_axes)
+    return _mask(w, kept, pattern, axes, block_score(score))
+
+
+@partial(jax.jit, static_argnames=("pattern", "axes", "score"), inline=True)
+def _mask(
+    w: jax.Array, kept: ArrayLike | None, pattern: Block1xN, axes: Axes, score: BlockScore
+) -> jax.Array:
+    """The mask as one computation also outside `jax.jit`."""
     scores = score_blocks(w, pattern.n, axes, score)
     if kept is None:
         rows, inputs = scores.shape[-2:]
-        kept = pattern.kept_blocks(inputs if uniform else rows * inputs)
-    return spread_blocks(keep_blocks(scores, kept, uniform=uniform), w.shape, pattern.n, axes)
+        kept = pattern.kept_blocks(inputs if pattern.uniform else rows * inputs)
+    flags = keep_blocks(scores, kept, uniform=pattern.uniform)
+    return spread_blocks(flags, w.shape, pattern.n, axes)
 
 
-def score_blocks(w: jax.Array, n: int, axes: Axes, score: str | BlockScore) -> jax.Array:
+def score_blocks(w: jax.Array, n: int, axes: Axes, score: BlockScore) -> jax.Array:
     """The score of each block, (*stack, rows, inputs). Arguments and errors as `block_mask`."""
     check_real_floating("weights", w.dtype)
-    function = block_score(score)
     blocks = split_blocks(w, n, axes)
-    scores = function(blocks)
+    scores = score(blocks)
     if scores.shape != blocks.shape[:-1]:
         raise ValueError(
             f"score must give one importance for each block: blocks have shape {blocks.shape}, "
@@ -108,11 +117,8 @@ def keep_blocks(scores: jax.Array, kept: ArrayLike, *, uniform: bool = True) -> 
     Returns:
       Boolean array of the scores' shape, True = kept.
     """
-    competing = scores if uniform else scores.reshape(*scores.shape[:-2], -1)
-    if competing.shape[-1] == 0:
-        return jnp.ones(scores.shape, bool)
-    flags = keep_highest(competing, signed_keys, kept, competing.ndim - 1)
-    return flags.reshape(scores.shape)
+    competing = (scores.ndim - 1,) if uniform else (scores.ndim - 2, scores.ndim - 1)
+    return keep_highest(scores, signed_keys, kept, competing)
 
 
 def split_blocks(w: jax.Array, n: int, axes: Axes) -> jax.Array:

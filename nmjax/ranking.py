@@ -1,4 +1,4 @@
-"""Scores in order: integers that sort like floating point numbers, and the n highest of an axis.
+"""Scores in order: integers that sort like floating point numbers, and the n highest of them.
 
 Compared as integers, NaN, infinities, -0.0 and denormal numbers need no special case, and nothing
 is sorted, gathered or rolled.
@@ -6,6 +6,7 @@ is sorted, gathered or rolled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -17,18 +18,20 @@ from jax.typing import ArrayLike
 ToKeys = Callable[[jax.Array], jax.Array]
 
 
-def keep_highest(values: jax.Array, to_keys: ToKeys, n: ArrayLike, axis: int) -> jax.Array:
+def keep_highest(
+    values: jax.Array, to_keys: ToKeys, n: ArrayLike, axes: int | tuple[int, ...]
+) -> jax.Array:
     """Keeps all keys above the n-th highest, and the first so many of those equal to it.
 
     Bisects the integers for the n-th highest key, then for the last tie that fits: about 40 passes
-    whatever the size of the axis is.
+    however many values compete.
 
     Args:
       values: any shape.
       to_keys: turns values, or slices of them, into signed integers to be compared; worked out
         again in each pass, so that nothing is stored.
-      n: how many stay along `axis`, 0 <= n <= size; may be traced.
-      axis: where to count, not negative.
+      n: how many stay along `axes`, 0 <= n <= their size; may be traced.
+      axes: along which values compete, not negative; the first in order is the last to vary.
 
     Returns:
       Boolean array of the values' shape.
@@ -36,21 +39,23 @@ def keep_highest(values: jax.Array, to_keys: ToKeys, n: ArrayLike, axis: int) ->
     >>> keep_highest(jnp.array([3.0, 1.0, 3.0, 3.0]), signed_keys, 2, 0).tolist()
     [True, False, True, False]
     """
+    axes = (axes,) if isinstance(axes, int) else axes
 
     def count(flags: jax.Array) -> jax.Array:
-        return jnp.sum(flags, axis=axis, keepdims=True, dtype=jnp.int32)
+        return jnp.sum(flags, axis=axes, keepdims=True, dtype=jnp.int32)
 
-    position = index(values, axis)
-    first = jnp.max(to_keys(values), axis=axis, keepdims=True)  # Shape, dtype and sharding of one.
-    lowest = lax.full_like(first, jnp.iinfo(first.dtype).min)
-    threshold = _largest(
-        lambda t: count(to_keys(values) >= t) >= n, lowest, bits=8 * first.dtype.itemsize
-    )
+    position: jax.Array | int = 0
+    for axis in axes:
+        position = position * values.shape[axis] + index(values, axis)
+    keys = to_keys(values)
+    bits = 8 * keys.dtype.itemsize
+    lowest = lax.full_like(count(keys > 0), jnp.iinfo(keys.dtype).min, dtype=keys.dtype)
+    threshold = _largest(lambda t: count(to_keys(values) >= t) >= n, lowest, bits)
     ties_kept = n - count(to_keys(values) > threshold)
     end = _largest(
         lambda end: count((to_keys(values) == threshold) & (position < end)) <= ties_kept,
-        lax.full_like(first, 0, dtype=jnp.int32),
-        bits=values.shape[axis].bit_length(),
+        lax.full_like(lowest, 0, dtype=jnp.int32),
+        math.prod(values.shape[axis] for axis in axes).bit_length(),
     )
     keys = to_keys(values)
     return (keys > threshold) | ((keys == threshold) & (position < end))

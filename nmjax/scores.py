@@ -17,8 +17,8 @@ from jax import lax
 Score = Callable[[jax.Array], jax.Array]
 BlockScore = Callable[[jax.Array], jax.Array]
 
-# Similarities of the blocks of one row that are held at a time, unless a single row has more.
-_SIMILARITIES = 2**23
+# Similarities that are held at a time, unless a single row has more: as many as a cache holds.
+_SIMILARITIES = 2**20
 
 
 def magnitude(w: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import pytest
 from experiments.models.channels import network_channels
 from experiments.models.mobilenet import MobileNetV1
 from experiments.models.resnet import BasicBlock, BottleneckBlock, ResNet
+from nmjax.channels import find_channels
 from nmjax.permute import l1_order, permute_channels, sort_channels
 from nmjax.trees import map_named, named_leaves
 
@@ -46,6 +47,19 @@ def test_any_order_leaves_the_function_as_it_is(name):
     before, after = named_leaves(variables), named_leaves(permuted)
     kernels = [name for name in before if name.endswith("kernel")]
     assert not [name for name in kernels if np.array_equal(before[name], after[name])]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_traced_network_tells_the_same_channels(name):
+    network, x = NETWORKS[name], jnp.zeros((1, 32, 32, 3))
+    variables = jax.eval_shape(lambda: dict(network.init(jax.random.key(1), x, train=False)))
+    found = find_channels(lambda v, x: network.apply(v, x, train=False), variables, x)
+
+    def as_sets(groups):
+        return {(frozenset(c.writers), frozenset(c.followers)) for c in groups}
+
+    assert as_sets(found) == as_sets(network_channels(variables))
+    assert len(found) == len(network_channels(variables))
 
 
 def test_other_networks_are_refused():

@@ -32,7 +32,7 @@ FLOORS = {
         "straight_through",
     ),
     2: ("masks", "blocks", "plans", "permute"),
-    3: ("sparsify", "packed_nm", "packed_blocks"),
+    3: ("sparsify", "channels", "packed_nm", "packed_blocks"),
     4: ("sparsifiers", "transforms", "metrics", "cost", "packing", "kernels"),
     5: (
         "soft_blocks",
@@ -64,7 +64,7 @@ PUBLIC += ["add_sparse_refined", "Sparsifier", "straight_through", "one_shot", "
 PUBLIC += ["pack", "unpack", "PackedNM", "PackedBlocks", "check_sparse", "sizes"]
 PUBLIC += ["save_packed", "load_packed"]
 PUBLIC += ["soft_uniform_blocks", "cubic_ramp", "linear_ramp", "cosine_ramp", "exponential_ramp"]
-PUBLIC += ["Channels", "l1_order", "permute_channels", "sort_channels"]
+PUBLIC += ["Channels", "find_channels", "l1_order", "permute_channels", "sort_channels"]
 PUBLIC += ["blocks_per_row", "row_balance", "blocks_regrown"]
 PUBLIC += ["sad", "total_sad", "flip_rate", "density", "total_density", "cost"]
 

@@ -56,12 +56,8 @@ def brute_force(w, n, sparsity, axes, order, uniform):
 def cases(draw):
     """Weights in any layout: which axes are stack, outputs, inputs and taps is drawn too."""
     n = draw(st.sampled_from([1, 2, 3, 4]))
-    roles = [
-        "output",
-        "reduction",
-        *draw(st.lists(st.sampled_from(["output", "reduction", "taps", "stack"]), max_size=3)),
-    ]
-    roles = draw(st.permutations(roles))
+    more = st.lists(st.sampled_from(["output", "reduction", "taps", "stack"]), max_size=3)
+    roles = draw(st.permutations(["output", "reduction", *draw(more)]))
     shape = [draw(st.integers(1, 3)) for _ in roles]
     outputs = draw(st.permutations([i for i, role in enumerate(roles) if role == "output"]))
     shape[outputs[-1]] *= n
@@ -196,14 +192,15 @@ def test_jit_vmap_and_no_gradient(score):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P()], ids=str)
-@pytest.mark.parametrize("score", ["l1", "bpar"])
-def test_eight_devices_mask_as_one(axis_type, spec, score):
+@pytest.mark.parametrize(("score", "uniform"), [("l1", True), ("l1", False), ("bpar", True)])
+def test_eight_devices_mask_as_one(axis_type, spec, score, uniform):
     w = jax.random.normal(jax.random.key(2), (16, 64))
     mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
     with jax.set_mesh(mesh):
         sharded = jax.device_put(w, NamedSharding(mesh, spec))
-        mask = jax.jit(lambda w: block_mask(w, 4, 0.5, score))(sharded)
-    np.testing.assert_array_equal(jax.device_get(mask), block_mask(w, 4, 0.5, score))
+        mask = jax.jit(lambda w: block_mask(w, 4, 0.5, score, uniform=uniform))(sharded)
+    alone = block_mask(w, 4, 0.5, score, uniform=uniform)
+    np.testing.assert_array_equal(jax.device_get(mask), alone)
 
 
 def test_no_communication_where_shards_hold_whole_rows():

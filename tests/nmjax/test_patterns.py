@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmjax import NM, parse_pattern
+from nmjax import NM, Block1xN, parse_pattern
 
 
 @st.composite
@@ -154,3 +154,106 @@ def test_an_equal_pattern_as_a_static_argument_does_not_compile_again():
     assert len(traces) == 1
     kept(1.0, NM(1, 4))
     assert len(traces) == 2
+
+
+# Blocks
+
+
+@st.composite
+def blocks(draw):
+    sparsity = draw(st.floats(0, 1, exclude_max=True, allow_subnormal=False))
+    return Block1xN(draw(st.integers(1, 1024)), sparsity, draw(st.booleans()))
+
+
+@given(blocks())
+def test_blocks_as_text_there_and_back(pattern):
+    assert parse_pattern(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("1x16@0.5", Block1xN(16, 0.5)),
+        (" 1 x 32 @ .25 ", Block1xN(32, 0.25)),
+        ("1X4@0", Block1xN(4, 0)),
+        ("1x4@1e-3", Block1xN(4, 0.001)),
+        ("1x4@0.5/row", Block1xN(4, 0.5)),
+        ("1x4@0.5/layer", Block1xN(4, 0.5, uniform=False)),
+    ],
+)
+def test_text_of_blocks_that_parses(text, pattern):
+    assert parse_pattern(text) == pattern
+
+
+@pytest.mark.parametrize(
+    "text", ["1x16", "2x16@0.5", "1x@0.5", "1x4@", "1x4@50%", "1x4@0.5/filter"]
+)
+def test_text_of_blocks_that_does_not_parse(text):
+    with pytest.raises(ValueError, match="cannot read") as error:
+        parse_pattern(text)
+    assert '"1x16@0.5"' in str(error.value)
+
+
+@given(blocks(), st.integers(0, 300), st.integers(0, 20))
+def test_blocks_and_weights_that_stay(pattern, inputs, rows):
+    outputs = rows * pattern.n
+    dropped = (
+        rows * math.floor(pattern.sparsity * inputs)
+        if pattern.uniform
+        else math.floor(pattern.sparsity * (rows * inputs))
+    )
+    assert pattern.kept(inputs, outputs) == inputs * outputs - dropped * pattern.n
+    assert pattern.misfit(inputs, outputs) is None
+    assert pattern.density == 1 - pattern.sparsity
+
+
+def test_what_does_not_fit():
+    assert Block1xN(16, 0.5).misfit(5, 24) == "24 outputs are not a multiple of 16"
+    assert NM(2, 4).misfit(6, 5) == "6 inputs are not a multiple of 4"
+    assert NM(2, 4).misfit(8, 5) is None
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_blocks_of_no_outputs(n):
+    with pytest.raises(ValueError, match=f"got n={n}"):
+        Block1xN(n, 0.5)
+
+
+@pytest.mark.parametrize("sparsity", [1, 1.0, -0.1, float("nan"), float("inf"), 50])
+def test_sparsity_outside_of_0_to_1(sparsity):
+    with pytest.raises(ValueError, match=f"0 <= sparsity < 1, got {sparsity}") as error:
+        Block1xN(16, sparsity)
+    assert ("did you mean 0.5?" in str(error.value)) == (sparsity == 50)
+
+
+@pytest.mark.parametrize("bad", [True, "0.5", None, np.array([0.5, 0.5]), 0.5j])
+def test_what_is_no_sparsity(bad):
+    with pytest.raises(TypeError, match="sparsity must be a Python number"):
+        Block1xN(16, bad)
+
+
+def test_other_wrong_types_of_blocks():
+    with pytest.raises(TypeError, match="n must be a Python integer"):
+        Block1xN(16.0, 0.5)
+    with pytest.raises(TypeError, match="uniform must be True or False"):
+        Block1xN(16, 0.5, uniform=1)
+    with pytest.raises(TypeError, match="inject_hyperparams pass the pattern as text"):
+        jax.jit(lambda s: Block1xN(16, s).density)(0.5)
+
+
+def test_numpy_numbers_become_python_ones():
+    pattern = Block1xN(np.int64(16), np.float32(0.5))
+    assert (type(pattern.n), type(pattern.sparsity)) == (int, float)
+    assert pattern == Block1xN(16, 0.5)
+    assert str(pattern) == "1x16@0.5"
+
+
+def test_blocks_are_values():
+    pattern = Block1xN(16, 0.5)
+    assert not callable(pattern)
+    assert hash(pattern) == hash(Block1xN(16, 0.5))
+    assert pattern != Block1xN(16, 0.5, uniform=False)
+    assert pickle.loads(pickle.dumps(copy.deepcopy(pattern))) == pattern
+    assert parse_pattern(pattern) is pattern
+    with pytest.raises(AttributeError):
+        pattern.n = 3

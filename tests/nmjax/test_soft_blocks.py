@@ -248,6 +248,76 @@ def test_other_keys_draw_other_blocks():
     )
 
 
+def test_v2_is_final_even_where_kept_weights_are_zero():
+    """Scores of kept zeros tie with those of dropped blocks; what is dropped still ranks last."""
+    subp = nmjax.soft_uniform_blocks(PLAN, RAMP, score="l1")
+    state, refresh = subp.init(PARAMS, KEY), jax.jit(subp.refresh)
+    for epoch in (100, 180):
+        state = refresh(state, drift(PARAMS, epoch), epoch)
+    after = refresh(state, jax.tree.map(jnp.zeros_like, PARAMS), 200)
+    assert_same(after.masks, state.masks)
+
+
+def test_in_v2_dropped_blocks_return_only_by_being_drawn():
+    """Dropped weights that have become the largest: V1 takes them back by rank, V2 does not."""
+    params = {"kernel": jnp.ones((20, 2)) + jnp.arange(20.0)[:, None]}
+    plan = nmjax.make_plan(params, "1x2@0.5")
+    grown = {"kernel": params["kernel"].at[:10].add(1000)}
+    returned = {}
+    for variant in ("v1", "v2"):
+        subp = nmjax.soft_uniform_blocks(plan, nmjax.linear_ramp(0, 1), score="l1", variant=variant)
+        state = subp.refresh(subp.init(params, KEY), params, 5)
+        after = subp.refresh(state, grown, 6)
+        returned[variant] = nmjax.blocks_regrown(state.masks, after.masks, plan)["kernel"].item()
+    assert returned == {"v1": 10, "v2": 0}
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "inputs"), [(0.05, 7), (1 / 3, 10), (0.29, 100), (0.7, 10), (0.999, 100)]
+)
+def test_all_stay_before_the_ramp_and_the_pattern_holds_after_it(sparsity, inputs):
+    """Products with a fraction of float64 that float32 does not have leave no block over."""
+    params = {"kernel": jax.random.normal(KEY, (inputs, 4))}
+    plan = nmjax.make_plan(params, nmjax.Block1xN(2, sparsity))
+    subp = nmjax.soft_uniform_blocks(plan, nmjax.linear_ramp(5, 9), score="l1")
+    state, refresh = subp.init(params, KEY), jax.jit(subp.refresh)
+    counts = []
+    for step in (5, 7, 9):
+        state = refresh(state, params, step)
+        counts.append(int(state.masks["kernel"].sum()))
+    assert counts[0] == 4 * inputs
+    assert counts[0] >= counts[1] >= counts[2] == plan["kernel"].kept
+
+
+def test_layers_stacked_by_a_scan_are_masked_one_by_one():
+    w = jax.random.normal(KEY, (3, 16, 8))
+    stacked = {"layer": {"kernel": w, "bias": jnp.zeros((3, 8))}}
+    plan = nmjax.make_plan(stacked, "1x4@0.5")
+    subp = nmjax.soft_uniform_blocks(plan, RAMP, score="bpar")
+    state = jax.jit(subp.refresh)(subp.init(stacked, KEY), stacked, 200)
+    for layer, mask in zip(w, state.masks["layer/kernel"], strict=True):
+        np.testing.assert_array_equal(mask, nmjax.block_mask(layer, 4, 0.5, "bpar"))
+
+
+def test_layers_and_epochs_draw_differently():
+    params = {n: {"kernel": jnp.ones((64, 8))} for n in "ab"}  # Equal scores: only chance decides.
+    plan = nmjax.make_plan(params, "1x8@0.75")
+    subp = nmjax.soft_uniform_blocks(plan, nmjax.linear_ramp(0, 10), variant="v1")
+    refresh = jax.jit(subp.refresh)
+    first = refresh(subp.init(params, KEY), params, 5)
+    second = refresh(first, params, 5)
+    assert (first.masks["a/kernel"] != first.masks["b/kernel"]).any()
+    assert (first.masks["a/kernel"] != second.masks["a/kernel"]).any()
+
+
+def test_nothing_is_fetched_to_the_host():
+    subp = nmjax.soft_uniform_blocks(PLAN, RAMP)
+    refresh, step = jax.jit(subp.refresh), jnp.int32(50)
+    state = refresh(subp.init(PARAMS, KEY), PARAMS, step)
+    with jax.transfer_guard("disallow"):
+        refresh(state, PARAMS, step)
+
+
 def test_a_layer_of_another_pattern_is_named():
     plan = nmjax.make_plan(PARAMS, "1x4@0.5", rules={"dense": "2:4"})
     with pytest.raises(ValueError, match=r"dense/kernel \(32, 16\): 2:4"):

@@ -21,6 +21,7 @@ def make_params(key=KEY):
 
 PARAMS = make_params()
 PLAN = nmjax.make_plan(PARAMS, "2:4")
+BLOCKS = nmjax.make_plan(PARAMS, "1x2@0.5")
 MASKS = nmjax.compute_masks(PARAMS, PLAN)
 USER_MASKS = {name: np.asarray(~mask) for name, mask in MASKS.items()}
 
@@ -32,6 +33,11 @@ SPARSIFIERS = {
     "one_shot": nmjax.one_shot(PLAN),
     "one_shot later": nmjax.one_shot(PLAN, at_step=3),
     "one_shot with masks": nmjax.one_shot(PLAN, masks=USER_MASKS),
+    "one_shot with blocks": nmjax.one_shot(BLOCKS),
+    "soft_uniform_blocks": nmjax.soft_uniform_blocks(BLOCKS, nmjax.linear_ramp(2, 8)),
+    "soft_uniform_blocks by size": nmjax.soft_uniform_blocks(
+        BLOCKS, nmjax.linear_ramp(2, 8), score="l1", variant="v1", soft=False
+    ),
 }
 
 
