@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -126,20 +127,30 @@ def test_blocks_return_as_often_as_in_sampling_without_replacement(temperature):
     def draw(key):
         return subp.refresh(subp.init(params, key), params, 0).masks["kernel"][:, 0]
 
-    often = jax.vmap(draw)(jax.random.split(KEY, draws)).mean(axis=0)
+    often = jax.jit(jax.vmap(draw))(jax.random.split(KEY, draws)).mean(axis=0)
     logits = sizes[3:] / np.linalg.norm(sizes[3:]) / temperature
     expected = inclusion(np.exp(logits), 2)
     deviation = np.sqrt(expected * (1 - expected) / draws)
     np.testing.assert_array_equal(often[:3], 1)
     assert np.max(np.abs(often[3:] - expected) / deviation) < 4.5
-    # Without the normalised scores it would be another distribution, and this test would tell.
-    uniform = np.full(5, 0.4)
-    assert np.max(np.abs(uniform - expected) / deviation) > 20
+    # What mistakes would give is far from it.
+    chances = np.exp(logits) / np.exp(logits).sum()
+    wrong = {
+        "uniform": np.full(5, 2 / 5),
+        "scores not normalised": inclusion(np.exp(sizes[3:] / temperature), 2),
+        "normalised over the row": inclusion(
+            np.exp(sizes[3:] / np.linalg.norm(sizes) / temperature), 2
+        ),
+        "scores as probabilities": inclusion(sizes[3:], 2),
+        "with replacement": 1 - (1 - chances) ** 2,
+    }
+    for mistake, other in wrong.items():
+        assert np.max(np.abs(other - expected) / deviation) > 9, mistake
 
 
 def test_the_exported_network_is_exactly_uniform():
     subp = nmjax.soft_uniform_blocks(PLAN, RAMP)
-    state = subp.refresh(subp.init(PARAMS, KEY), PARAMS, 180)
+    state = jax.jit(subp.refresh)(subp.init(PARAMS, KEY), PARAMS, 180)
     exported = nmjax.prune(PARAMS, PLAN, state.masks)
     assert_same(exported, subp.apply(PARAMS, state))
     nmjax.check_sparse(exported, PLAN)
@@ -152,7 +163,7 @@ def test_the_exported_network_is_exactly_uniform():
 @pytest.mark.parametrize("soft", [True, False])
 def test_gradient_reaches_dropped_weights_if_soft(soft):
     subp = nmjax.soft_uniform_blocks(PLAN, RAMP, soft=soft)
-    state = subp.refresh(subp.init(PARAMS, KEY), PARAMS, 180)
+    state = jax.jit(subp.refresh)(subp.init(PARAMS, KEY), PARAMS, 180)
 
     def loss(params):
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(subp.apply(params, state)))
@@ -166,7 +177,7 @@ def test_gradient_reaches_dropped_weights_if_soft(soft):
 
 def test_the_pull_is_on_the_weights_that_the_state_drops():
     subp = nmjax.soft_uniform_blocks(PLAN, RAMP)
-    state = subp.refresh(subp.init(PARAMS, KEY), PARAMS, 140)
+    state = jax.jit(subp.refresh)(subp.init(PARAMS, KEY), PARAMS, 140)
     tx = nmjax.add_sparse_refined(PLAN, 0.5)
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, _ = tx.update(zero, tx.init(PARAMS), PARAMS, masks=state.masks)
@@ -204,8 +215,9 @@ def test_seeds_under_vmap_are_seeds_one_by_one():
         return subp.refresh(state, params, 150)
 
     together = jax.jit(jax.vmap(final))(params, keys)
+    one = jax.jit(final)
     for i in range(3):
-        alone = final(jax.tree.map(lambda w, i=i: w[i], params), keys[i])
+        alone = one(jax.tree.map(lambda w, i=i: w[i], params), keys[i])
         assert_same(jax.tree.map(lambda x, i=i: x[i], together), alone)
 
 
@@ -233,19 +245,44 @@ def test_eight_devices_draw_as_one(axis_type, score):
 def test_narrow_weights(dtype):
     params = make_params(dtype)
     subp = nmjax.soft_uniform_blocks(PLAN, RAMP)
-    state = subp.refresh(subp.init(params, KEY), params, 100)
+    state = jax.jit(subp.refresh)(subp.init(params, KEY), params, 100)
     assert len(kept_in_rows(state, PLAN)) == 1
     chex.assert_trees_all_equal_dtypes(subp.apply(params, state), params)
 
 
 def test_other_keys_draw_other_blocks():
     subp = nmjax.soft_uniform_blocks(PLAN, RAMP)
-    states = [subp.refresh(subp.init(PARAMS, key), PARAMS, 150) for key in jax.random.split(KEY)]
+    refresh = jax.jit(subp.refresh)
+    states = [refresh(subp.init(PARAMS, key), PARAMS, 150) for key in jax.random.split(KEY)]
     assert nmjax.total_sad(states[0].masks, states[1].masks) > 0
-    assert_same(
-        subp.refresh(subp.init(PARAMS, KEY), PARAMS, 150).masks,
-        subp.refresh(subp.init(PARAMS, KEY), PARAMS, 150).masks,
-    )
+    again = refresh(subp.init(PARAMS, jax.random.split(KEY)[0]), PARAMS, 150)
+    assert_same(again.masks, states[0].masks)
+
+
+def through_numpy(state, path):
+    leaves, structure = jax.tree.flatten(state)
+    np.savez(path / "state.npz", *leaves)
+    with np.load(path / "state.npz") as read:
+        return jax.tree.unflatten(structure, [jnp.asarray(read[name]) for name in read.files])
+
+
+def through_orbax(state, path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path / "state", jax.eval_shape(lambda: state))
+
+
+@pytest.mark.parametrize("round_trip", [through_numpy, through_orbax])
+def test_a_restored_state_draws_as_the_saved_one_would(round_trip, tmp_path):
+    subp = nmjax.soft_uniform_blocks(PLAN, RAMP)
+    refresh = jax.jit(subp.refresh)
+    state = refresh(subp.init(PARAMS, KEY), PARAMS, 120)
+    restored = round_trip(state, tmp_path)
+    assert type(restored) is nmjax.SoftBlocksState
+    chex.assert_trees_all_equal_dtypes(restored, state)
+    assert_same(restored, state)
+    assert_same(refresh(restored, PARAMS, 150), refresh(state, PARAMS, 150))
 
 
 def test_v2_is_final_even_where_kept_weights_are_zero():
