@@ -1,0 +1,154 @@
+"""What goes into a kernel: a packed weight as one matrix for each tap, and how a window moves.
+
+Packed arrays have the same layout whatever axes the weight had, so every kernel sees one form:
+(*taps, inputs, outputs). Sizes that may be a shard's are read off the arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nmjax.layouts import Shape
+from nmjax.packed_blocks import PackedBlocks
+from nmjax.packed_nm import PackedNM
+from nmjax.patterns import NM
+from nmjax.plans import LeafPlan
+
+Packed = PackedNM | PackedBlocks
+Activation = Literal["relu"] | None
+Padding = Literal["SAME", "VALID"] | int | Sequence[int | tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution's kernel moves, one entry for each spatial axis.
+
+    Attributes:
+      strides: output steps, in pixels of the input.
+      padding: zeros put before and after.
+      dilation: distance of the kernel's taps, in pixels of the input.
+    """
+
+    strides: Shape
+    padding: tuple[tuple[int, int], ...]
+    dilation: Shape
+
+    def output(self, spatial: Shape, taps: Shape) -> Shape:
+        """Sizes of the output for an input of these sizes."""
+        return tuple(
+            (size + sum(padding) - dilation * (tap - 1) - 1) // stride + 1
+            for size, tap, stride, padding, dilation in zip(
+                spatial, taps, self.strides, self.padding, self.dilation, strict=True
+            )
+        )
+
+
+def as_window(
+    spatial: Shape,
+    taps: Shape,
+    strides: int | Sequence[int],
+    padding: Padding,
+    dilation: int | Sequence[int],
+) -> Window:
+    """The window that a user describes.
+
+    Raises:
+      ValueError: not one entry for each spatial axis; a stride or dilation below 1; padding that
+        is negative or unknown; a kernel that reaches beyond the padded image.
+    """
+    rank = len(spatial)
+    strides, dilation = _per_axis("strides", strides, rank), _per_axis("dilation", dilation, rank)
+    if min(*strides, *dilation) < 1:
+        raise ValueError(f"strides {strides} and dilation {dilation} must be at least 1")
+    if isinstance(padding, str):
+        reach = [(tap - 1) * step + 1 for tap, step in zip(taps, dilation, strict=True)]
+        pads = lax.padtype_to_pads(spatial, reach, strides, padding)
+    else:
+        sides = _per_axis("padding", padding, rank)
+        pads = [(side, side) if isinstance(side, int) else tuple(side) for side in sides]
+    window = Window(strides, tuple((int(low), int(high)) for low, high in pads), dilation)
+    if min(min(pad) for pad in window.padding) < 0:
+        raise ValueError(f"padding {window.padding} must not be negative")
+    if min(window.output(spatial, taps)) < 1:
+        raise ValueError(
+            f"a kernel of {taps} taps, dilation {dilation}, does not fit into an image of "
+            f"{spatial} with padding {window.padding}"
+        )
+    return window
+
+
+def _per_axis(name: str, given: Any, rank: int) -> tuple[Any, ...]:
+    entries = tuple(given) if isinstance(given, Sequence) else (given,) * rank
+    if len(entries) != rank:
+        raise ValueError(f"{name} has {len(entries)} entries, expected one for each of {rank} axes")
+    return entries
+
+
+def outputs_of(packed: Packed) -> int:
+    """How many outputs the arrays hold: within `jax.shard_map`, those of the shard."""
+    if isinstance(packed, PackedNM):
+        return packed.values.shape[-1]
+    n = packed.leaf_plan.pattern.n
+    if packed.row_pointers is not None:
+        return (packed.row_pointers.shape[-1] - 1) * n
+    return packed.indices.shape[-2] * n
+
+
+def inputs_of(packed: Packed) -> int:
+    """How many inputs a tap has."""
+    pattern = packed.leaf_plan.pattern
+    if isinstance(pattern, NM):
+        return packed.values.shape[-3] * pattern.m
+    return packed.leaf_plan.inputs
+
+
+def taps_of(packed: Packed) -> Shape:
+    """Sizes of the taps' axes; for N:M, whose taps are a stack, all axes of the stack."""
+    if isinstance(packed, PackedNM):
+        return packed.values.shape[:-3]
+    return tuple(packed.leaf_plan.shape[axis] for axis in packed.leaf_plan.tap_axes)
+
+
+def kernel_taps(packed: Packed) -> Shape:
+    """Sizes of a convolution kernel's spatial axes, also where its taps count as inputs."""
+    pattern = packed.leaf_plan.pattern
+    return reduction_shape(packed)[1:] if pattern.taps == "with inputs" else taps_of(packed)
+
+
+def as_matrices(packed: Packed) -> Packed:
+    """The same arrays as the weight (*taps, inputs, outputs) of the sizes that they hold."""
+    plan = packed.leaf_plan
+    taps = taps_of(packed)
+    tap_axes = tuple(range(-2 - len(taps), -2)) if isinstance(packed, PackedBlocks) else ()
+    shape = (*taps, inputs_of(packed), outputs_of(packed))
+    return dataclasses.replace(
+        packed, leaf_plan=LeafPlan(plan.pattern, (-2,), (-1,), shape, tap_axes)
+    )
+
+
+def output_shape(packed: Packed) -> Shape:
+    """The outputs' axes; where the arrays are a shard of them, the first axis is the cut one."""
+    plan = packed.leaf_plan
+    full = tuple(plan.shape[axis] for axis in plan.output_axes)
+    return (outputs_of(packed) // math.prod(full[1:]), *full[1:])
+
+
+def reduction_shape(packed: Packed) -> Shape:
+    """The inputs' axes; where the arrays are a shard of them, the first axis is the cut one."""
+    plan = packed.leaf_plan
+    full = tuple(plan.shape[axis] for axis in plan.reduction_axes)
+    return (inputs_of(packed) // math.prod(full[1:]), *full[1:])
+
+
+def result_dtype(x: jax.Array, packed: Packed) -> np.dtype:
+    """Dtype of the product: what JAX promotes the operands to."""
+    return jnp.promote_types(x.dtype, packed.dtype)
