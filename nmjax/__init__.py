@@ -6,6 +6,7 @@ from nmjax.cost import Cost as Cost
 from nmjax.cost import cost as cost
 from nmjax.files import load_packed as load_packed
 from nmjax.files import save_packed as save_packed
+from nmjax.kernels.library import backends as backends
 from nmjax.layouts import Axes as Axes
 from nmjax.masks import nm_mask as nm_mask
 from nmjax.matmul import packed_conv as packed_conv

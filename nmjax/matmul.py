@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from nmjax.kernels import reference
+from nmjax.kernels import ffi, plain, reference
+from nmjax.kernels.choice import choose, why_unsupported
+from nmjax.kernels.library import load_library
 from nmjax.kernels.operands import (
     Activation,
     Packed,
     Padding,
+    Window,
     as_window,
     kernel_taps,
     output_shape,
@@ -23,6 +28,7 @@ from nmjax.kernels.operands import (
 from nmjax.packing import is_packed
 
 Implementation = Literal["xla", "ffi"] | None
+Way = Literal["ffi", "ffi only", "gather", "row by row", "dense"]
 
 
 def packed_matmul(
@@ -78,12 +84,9 @@ def packed_matmul(
             f"weight {packed.shape}"
         )
     batch = x.shape[: x.ndim - len(inputs)]
-    y = reference.matmul(
-        x.reshape(math.prod(batch), math.prod(inputs)),
-        packed,
-        _flat_bias(bias, packed),
-        activation,
-    )
+    rows = x.reshape(math.prod(batch), math.prod(inputs))
+    way = _way(rows, packed, rows.shape[0], implementation)
+    y = _multiply(way, activation, rows, packed, _flat_bias(bias, packed))
     return y.reshape(*batch, *output_shape(packed))
 
 
@@ -132,8 +135,101 @@ def packed_conv(
     batch, spatial = x.shape[: -1 - len(taps)], x.shape[-1 - len(taps) : -1]
     window = as_window(spatial, taps, strides, padding, dilation)
     images = x.reshape(math.prod(batch), *spatial, inputs)
-    y = reference.conv(images, packed, window, _flat_bias(bias, packed), activation)
+    pixels = images.shape[0] * math.prod(window.output(spatial, taps))
+    way = _way(images, packed, pixels, implementation)
+    y = _convolve(way, window, activation, images, packed, _flat_bias(bias, packed))
     return y.reshape(*batch, *y.shape[1:])
+
+
+def _way(x: jax.Array, packed: Packed, batch: int, implementation: Implementation) -> Way:
+    if implementation == "xla":
+        return "dense"
+    if implementation is None:
+        return choose(x, packed, batch).name
+    obstacle = load_library().reason or why_unsupported(x, packed)
+    if obstacle:
+        raise ValueError(f'implementation="ffi" cannot multiply {packed.shape}: {obstacle}')
+    return "ffi only"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply(
+    way: Way, activation: Activation, x: jax.Array, packed: Packed, bias: jax.Array | None
+) -> jax.Array:
+    return _on_platform(way, _MATMULS, x, packed, bias, activation=activation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _convolve(
+    way: Way,
+    window: Window,
+    activation: Activation,
+    x: jax.Array,
+    packed: Packed,
+    bias: jax.Array | None,
+) -> jax.Array:
+    return _on_platform(way, _CONVS, x, packed, bias, activation=activation, window=window)
+
+
+_MATMULS = {
+    "dense": reference.matmul,
+    "gather": plain.gather_matmul,
+    "row by row": plain.row_by_row_matmul,
+    "ffi": ffi.matmul,
+}
+_CONVS = {"dense": reference.conv, "ffi": ffi.conv}
+
+
+def _on_platform(
+    way: Way, ways: dict[str, Any], x: jax.Array, packed: Packed, bias: Any, **settings: Any
+) -> jax.Array:
+    """What was chosen for CPUs runs there only; the weight is unpacked elsewhere."""
+    if way == "dense" or way == "ffi only":
+        return ways[way.removesuffix(" only")](x, packed, bias=bias, **settings)
+    return lax.platform_dependent(
+        x,
+        packed,
+        bias,
+        cpu=lambda x, packed, bias: ways[way](x, packed, bias=bias, **settings),
+        default=lambda x, packed, bias: ways["dense"](x, packed, bias=bias, **settings),
+    )
+
+
+def _multiply_forward(way: Way, activation: Activation, *operands: Any) -> tuple[Any, Any]:
+    y = _multiply(way, activation, *operands)
+    return y, (operands, y)
+
+
+def _multiply_backward(way: Way, activation: Activation, saved: Any, g: jax.Array) -> Any:
+    del way
+    return _backward(reference.matmul, activation, saved, g)
+
+
+def _convolve_forward(
+    way: Way, window: Window, activation: Activation, *operands: Any
+) -> tuple[Any, Any]:
+    y = _convolve(way, window, activation, *operands)
+    return y, (operands, y)
+
+
+def _convolve_backward(
+    way: Way, window: Window, activation: Activation, saved: Any, g: jax.Array
+) -> Any:
+    del way
+    return _backward(partial(reference.conv, window=window), activation, saved, g)
+
+
+def _backward(linear: Any, activation: Activation, saved: Any, g: jax.Array) -> Any:
+    """Through the definition, which is linear: XLA drops its forward product."""
+    (x, packed, bias), y = saved
+    if activation == "relu":
+        g = jnp.where(y > 0, g, jnp.zeros_like(g))
+    _, pull = jax.vjp(lambda x, packed, bias: linear(x, packed, bias=bias), x, packed, bias)
+    return pull(g)
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
+_convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _check(packed: Any, activation: Any, implementation: Any) -> None:

@@ -1,0 +1,97 @@
+"""Which implementation is fastest, and why: from the platform, the pattern and the batch.
+
+Every threshold was measured against XLA's dense product (`experiments.benchmarks.packed`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nmjax.kernels.library import load_library
+from nmjax.kernels.operands import Packed, inputs_of, taps_of
+from nmjax.packed_nm import PackedNM
+from nmjax.patterns import NM
+
+# Above these densities XLA's dense product is faster than the kernels.
+BLOCK_DENSITY = 0.7
+GROUP_DENSITY = 0.5
+
+_FEW_ROWS = 8
+
+
+class Choice(NamedTuple):
+    """An implementation, and the reason for it in words."""
+
+    name: Literal["ffi", "gather", "row by row", "dense"]
+    reason: str
+
+
+def choose(x: jax.Array, packed: Packed, batch: int) -> Choice:
+    """The fastest way on CPUs; elsewhere the weight is unpacked.
+
+    Args:
+      x: the input, of which only the dtype matters.
+      packed: the weight.
+      batch: rows of x, or output pixels of all images.
+    """
+    obstacle = why_not_ffi(x, packed)
+    density = density_of(packed)
+    if obstacle is None:
+        limit = GROUP_DENSITY if isinstance(packed, PackedNM) else BLOCK_DENSITY
+        if density <= limit:
+            return Choice("ffi", f"{load_library().instruction_set}, {density:.1%} kept")
+        return Choice("dense", f"{density:.1%} kept: above {limit:.0%} the dense product is faster")
+    if isinstance(packed, PackedNM) or packed.row_pointers is not None or taps_of(packed):
+        return Choice("dense", obstacle)
+    if batch <= _FEW_ROWS and density <= 0.5:
+        return Choice("gather", f"{obstacle}; {batch} rows")
+    if density <= 0.1 or (packed.leaf_plan.pattern.n >= 64 and density <= 0.25):
+        return Choice("row by row", f"{obstacle}; {density:.1%} kept")
+    return Choice("dense", obstacle)
+
+
+def why_not_ffi(x: jax.Array, packed: Packed) -> str | None:
+    """Why the compiled kernels do not take these operands, or None."""
+    library = load_library()
+    if library.instruction_set is None:
+        return f"no compiled kernels: {library.reason}"
+    if not library.is_fast:
+        return "no AVX2 here"
+    return why_unsupported(x, packed)
+
+
+def why_unsupported(x: jax.Array, packed: Packed) -> str | None:
+    """Why the compiled kernels cannot take these operands on any machine, or None."""
+    dtypes = (jnp.float32, jnp.bfloat16)
+    if x.dtype not in dtypes or packed.dtype not in dtypes:
+        return f"kernels multiply float32 and bfloat16, not {x.dtype} by {packed.dtype}"
+    pattern = packed.leaf_plan.pattern
+    if isinstance(pattern, NM):
+        if packed.values.ndim != 3:
+            return "kernels multiply N:M matrices, not convolutions"
+        if pattern.m > 32 or pattern.n == pattern.m:
+            return f"kernels take groups of 2 to 32, not {pattern}"
+        return None
+    if pattern.n % 4:
+        return f"kernels take blocks of a multiple of 4 outputs, not {pattern.n}"
+    if len(taps_of(packed)) > 2:
+        return "kernels take up to two spatial axes"
+    return None
+
+
+def density_of(packed: Packed) -> float:
+    """Fraction of the weights that is stored."""
+    dense = math.prod((*taps_of(packed), inputs_of(packed)))
+    if isinstance(packed, PackedNM):
+        return packed.leaf_plan.pattern.density
+    n = packed.leaf_plan.pattern.n
+    rows = (
+        packed.indices.shape[-2]
+        if packed.row_pointers is None
+        else packed.row_pointers.shape[-1] - 1
+    )
+    return packed.values.size / max(dense * rows * n, 1)

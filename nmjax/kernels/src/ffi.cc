@@ -1,0 +1,132 @@
+// What XLA calls: decodes and checks arguments, and picks the kernels for this machine.
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+
+#include "drivers.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace nmjax {
+namespace {
+
+namespace ffi = xla::ffi;
+
+const Kernels* pick_kernels() {
+  const Kernels* best = portable_kernels();
+#ifdef NMJAX_X86
+  __builtin_cpu_init();
+  const char* wanted = std::getenv("NMJAX_KERNELS_ISA");
+  const auto take = [&](const Kernels* kernels, bool runs) {
+    if (runs && std::strcmp(best->name, wanted ? wanted : "") != 0) best = kernels;
+  };
+  take(avx2_kernels(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  take(avx512_kernels(), avx512);
+  take(avx512_bf16_kernels(), avx512 && __builtin_cpu_supports("avx512bf16"));
+#endif
+  return best;
+}
+
+const Kernels& kernels() {
+  static const Kernels* const picked = pick_kernels();
+  return *picked;
+}
+
+std::optional<Type> type_of(const ffi::AnyBuffer& buffer) {
+  if (buffer.element_type() == ffi::F32) return Type::kF32;
+  if (buffer.element_type() == ffi::BF16) return Type::kBF16;
+  return std::nullopt;
+}
+
+ffi::Error as_error(Outcome outcome) {
+  switch (outcome) {
+    case Outcome::kGood:
+      return ffi::Error::Success();
+    case Outcome::kIndexOutOfRange:
+      return ffi::Error::InvalidArgument("nmjax: a packed weight has an index out of range");
+    case Outcome::kOutOfMemory:
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "nmjax: no memory for scratch space");
+    case Outcome::kTooLarge:
+      return ffi::Error::InvalidArgument("nmjax: an image is too large for 32-bit offsets");
+  }
+  return ffi::Error::Internal("nmjax: unknown outcome");
+}
+
+ffi::Error refuse(const char* what) {
+  return ffi::Error::InvalidArgument(std::string("nmjax: ") + what);
+}
+
+// x (images, height, width, inputs), y (images, height, width, outputs).
+ffi::Error blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
+                  ffi::AnyBuffer indices, ffi::AnyBuffer row_pointers, ffi::AnyBuffer bias,
+                  ffi::Result<ffi::AnyBuffer> y, int64_t n, bool relu,
+                  ffi::Span<const int64_t> window) {
+  const auto in = x.dimensions(), out = y->dimensions();
+  if (in.size() != 4 || out.size() != 4 || window.size() != 8) return refuse("four axes expected");
+  const auto x_type = type_of(x), value_type = type_of(values), y_type = type_of(*y);
+  if (!x_type || !value_type || !y_type) return refuse("float32 or bfloat16 expected");
+  const Window moves{{window[0], window[1]}, {window[2], window[3]}, {window[4], window[5]},
+                     {window[6], window[7]}};
+  Blocks weight;
+  weight.values = {values.untyped_data(), *value_type};
+  weight.indices = indices.untyped_data();
+  weight.index_bytes = ffi::ByteWidth(indices.element_type());
+  weight.n = n;
+  weight.taps = moves.taps[0] * moves.taps[1];
+  weight.inputs = in[3];
+  weight.rows = out[3] / n;
+  const bool uniform = row_pointers.element_count() == 0;
+  const int64_t count = indices.element_count();
+  weight.row_pointers = uniform ? nullptr : row_pointers.typed_data<int32_t>();
+  weight.kept = uniform ? count / std::max<int64_t>(weight.rows, 1) : count;
+  if (weight.rows * n != out[3] || (uniform && weight.rows * weight.kept != count) ||
+      static_cast<int64_t>(values.element_count()) != count * n * weight.taps ||
+      (bias.element_count() != 0 && static_cast<int64_t>(bias.element_count()) != out[3])) {
+    return refuse("arrays of a packed weight do not fit each other");
+  }
+  if (!uniform) {
+    if (static_cast<int64_t>(row_pointers.element_count()) != weight.rows + 1 ||
+        weight.row_pointers[0] != 0 || weight.row_pointers[weight.rows] != count) {
+      return refuse("row pointers do not span the blocks");
+    }
+    for (int64_t row = 0; row < weight.rows; ++row) {
+      if (weight.end(row) < weight.begin(row)) return refuse("row pointers descend");
+    }
+  }
+  if (y->element_count() == 0) return ffi::Error::Success();
+  const Finish finish{bias.element_count() ? bias.typed_data<float>() : nullptr, relu,
+                      {y->untyped_data(), *y_type}};
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const ParallelFor parallel = [&](int64_t tasks, const Task& task) {
+    return parallel_for(pool, threads, tasks, task);
+  };
+  const auto work = [&](int64_t) {
+    const Grid grid = make_grid(in[0], {in[1], in[2]}, {out[1], out[2]}, in[3], out[3], moves);
+    return multiply_blocks(kernels(), weight, finish, {x.untyped_data(), *x_type}, grid, threads,
+                           parallel);
+  };
+  return as_error(run(work, 0));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_blocks, blocks,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // values
+                                  .Arg<ffi::AnyBuffer>()  // indices
+                                  .Arg<ffi::AnyBuffer>()  // row pointers; empty if uniform
+                                  .Arg<ffi::AnyBuffer>()  // bias, float32; empty if none
+                                  .Ret<ffi::AnyBuffer>()  // y
+                                  .Attr<int64_t>("n")
+                                  .Attr<bool>("relu")
+                                  .Attr<ffi::Span<const int64_t>>("window"));
+
+extern "C" const char* nmjax_instruction_set() { return kernels().name; }
+extern "C" int nmjax_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
+
+}  // namespace nmjax

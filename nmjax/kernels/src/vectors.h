@@ -1,0 +1,161 @@
+// Vectors of float32 for the instruction set that this file is compiled for.
+//
+// Everything here, and in whatever includes it, lives in a namespace of that instruction set, and
+// nothing of the standard library is instantiated: the linker keeps one copy of an inline function,
+// and a copy with AVX-512 in it must not be the one that an older machine runs.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "tasks.h"
+
+namespace nmjax::NMJAX_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+template <typename V>
+inline V load(const void* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename V>
+inline void store(void* to, V v) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+inline Vector relu(Vector v) { return v < 0 ? Vector{} : v; }  // NaN stays
+
+inline float widen(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+inline uint16_t narrow(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  if (f != f) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline Vector widen(Halves bf16) {
+  const Integers bits = __builtin_convertvector(bf16, Integers) << 16;
+  return reinterpret_cast<Vector>(bits);
+}
+
+inline Halves narrow(Vector v) {
+  Integers bits = reinterpret_cast<Integers>(v);
+  const Integers rounded = bits + 0x7fff + (bits >> 16 & 1);
+  bits = v == v ? rounded : bits | 0x400000;
+  return __builtin_convertvector(bits >> 16 & 0xffff, Halves);
+}
+
+// kLanes numbers, from float32 or bfloat16.
+inline Vector load_numbers(Tensor from, int64_t at) {
+  if (from.type == Type::kF32) return load<Vector>(static_cast<const float*>(from.data) + at);
+  return widen(load<Halves>(static_cast<const uint16_t*>(from.data) + at));
+}
+
+inline float load_number(Tensor from, int64_t at) {
+  if (from.type == Type::kF32) return static_cast<const float*>(from.data)[at];
+  return widen(static_cast<const uint16_t*>(from.data)[at]);
+}
+
+inline void store_numbers(Tensor to, int64_t at, Vector v) {
+  if (to.type == Type::kF32) {
+    store(static_cast<float*>(to.data) + at, v);
+  } else {
+    store(static_cast<uint16_t*>(to.data) + at, narrow(v));
+  }
+}
+
+inline void store_number(Tensor to, int64_t at, float f) {
+  if (to.type == Type::kF32) {
+    static_cast<float*>(to.data)[at] = f;
+  } else {
+    static_cast<uint16_t*>(to.data)[at] = narrow(f);
+  }
+}
+
+// Of small loops over registers, which the compiler must know apart early.
+#define NMJAX_UNROLL _Pragma("GCC unroll 16")
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Makes rows columns.
+#if defined(__AVX512F__)
+inline void transpose(Vector (&rows)[16]) {
+  __m512 t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    rows[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    rows[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    rows[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+#elif defined(__AVX2__)
+inline void transpose(Vector (&rows)[8]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+#else
+inline void transpose(Vector (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float f = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = f;
+    }
+  }
+}
+#endif
+
+}  // namespace nmjax::NMJAX_ISA
