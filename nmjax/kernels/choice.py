@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nmjax.kernels.library import load_library
-from nmjax.kernels.operands import Packed, inputs_of, taps_of
+from nmjax.kernels.operands import Packed, inputs_of, kernel_taps, outputs_of, taps_of
 from nmjax.packed_nm import PackedNM
 from nmjax.patterns import NM
 
@@ -71,10 +71,12 @@ def why_unsupported(x: jax.Array, packed: Packed) -> str | None:
         return f"kernels multiply float32 and bfloat16, not {x.dtype} by {packed.dtype}"
     pattern = packed.leaf_plan.pattern
     if isinstance(pattern, NM):
-        if packed.values.ndim != 3:
+        if kernel_taps(packed):
             return "kernels multiply N:M matrices, not convolutions"
         if pattern.m > 32 or pattern.n == pattern.m:
             return f"kernels take groups of 2 to 32, not {pattern}"
+        if outputs_of(packed) % 16:
+            return f"kernels take a multiple of 16 outputs, not {outputs_of(packed)}"
         return None
     if pattern.n % 4:
         return f"kernels take blocks of a multiple of 4 outputs, not {pattern.n}"

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import jax
 
-from nmjax.kernels.build import LIBRARY, include_folder
-
-HANDLERS = ("nmjax_blocks",)
+HANDLERS = ("nmjax_blocks", "nmjax_groups")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,9 @@ def load_library() -> Library:
     """Loads the kernels and registers them with XLA, once; never raises."""
     if os.environ.get("NMJAX_DISABLE_FFI"):
         return Library(None, "switched off by NMJAX_DISABLE_FFI")
-    path = Path(os.environ.get("NMJAX_KERNELS_LIBRARY", LIBRARY))
+    from nmjax.kernels import build  # Here, so that it can be run as a module.
+
+    path = Path(os.environ.get("NMJAX_KERNELS_LIBRARY", build.LIBRARY))
     if not path.exists():
         return Library(
             None,
@@ -64,7 +64,8 @@ def load_library() -> Library:
     try:
         library = ctypes.CDLL(str(path))
         # A library of newer headers than XLA's own would keep the whole CPU backend from starting.
-        built, running = library.nmjax_ffi_version(), _running_version()
+        built = library.nmjax_ffi_version()
+        running = _version(build.include_folder() / "xla/ffi/api/c_api.h")
         if built // 1000 != running // 1000 or built > running:
             return Library(
                 None,
@@ -80,9 +81,9 @@ def load_library() -> Library:
         return Library(None, f"{path} does not load: {error}")
 
 
-def _running_version() -> int:
+def _version(header: Path) -> int:
     """The FFI's version of the installed XLA, major * 1000 + minor."""
-    text = (include_folder() / "xla/ffi/api/c_api.h").read_text()
+    text = header.read_text()
     parts = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
     major, minor = (int(part.group(1)) if part else 0 for part in parts)
     return major * 1000 + minor

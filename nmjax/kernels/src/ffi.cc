@@ -5,6 +5,7 @@
 #include <string>
 
 #include "drivers.h"
+#include "panel_plan.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace nmjax {
@@ -111,7 +112,60 @@ ffi::Error blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
   return as_error(run(work, 0));
 }
 
+// x (batch, inputs), y (batch, outputs).
+ffi::Error groups(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
+                  ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
+                  int64_t m, bool relu) {
+  const auto in = x.dimensions(), out = y->dimensions(), kept = values.dimensions();
+  if (in.size() != 2 || out.size() != 2 || kept.size() != 3) return refuse("matrices expected");
+  const auto x_type = type_of(x), value_type = type_of(values), y_type = type_of(*y);
+  if (!x_type || !value_type || !y_type) return refuse("float32 or bfloat16 expected");
+  Groups weight;
+  weight.values = {values.untyped_data(), *value_type};
+  weight.codes = codes.typed_data();
+  weight.groups = kept[0];
+  weight.n = kept[1];
+  weight.m = m;
+  weight.outputs = kept[2];
+  int64_t bits = 0;
+  while (int64_t{1} << bits < m) ++bits;
+  const bool bitmask = m < weight.n * bits;
+  weight.width = bitmask ? 0 : bits;
+  const int64_t bytes = ceil_div(weight.groups * (bitmask ? m : weight.n * bits), 8);
+  if (m < 2 || m > 32 || weight.n < 1 || weight.n >= m || weight.outputs % 16 != 0) {
+    return refuse("groups of 2 to 32 and a multiple of 16 outputs expected");
+  }
+  if (in[1] != weight.groups * m || out[0] != in[0] || out[1] != weight.outputs ||
+      static_cast<int64_t>(codes.element_count()) != bytes * weight.outputs ||
+      (bias.element_count() != 0 && static_cast<int64_t>(bias.element_count()) != out[1])) {
+    return refuse("arrays of a packed weight do not fit each other");
+  }
+  if (y->element_count() == 0) return ffi::Error::Success();
+  const Finish finish{bias.element_count() ? bias.typed_data<float>() : nullptr, relu,
+                      {y->untyped_data(), *y_type}};
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const ParallelFor parallel = [&](int64_t tasks, const Task& task) {
+    return parallel_for(pool, threads, tasks, task);
+  };
+  const auto work = [&](int64_t) {
+    return multiply_groups(kernels(), weight, finish, {x.untyped_data(), *x_type}, in[0], threads,
+                           parallel);
+  };
+  return as_error(run(work, 0));
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_groups, groups,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()         // x
+                                  .Arg<ffi::AnyBuffer>()         // values
+                                  .Arg<ffi::Buffer<ffi::U8>>()   // codes
+                                  .Arg<ffi::AnyBuffer>()         // bias, float32; empty if none
+                                  .Ret<ffi::AnyBuffer>()         // y
+                                  .Attr<int64_t>("m")
+                                  .Attr<bool>("relu"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_blocks, blocks,
                               ffi::Ffi::Bind()

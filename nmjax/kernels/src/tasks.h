@@ -84,7 +84,8 @@ struct VectorTask {
   int64_t row_begin, row_end;
 };
 
-// A weight of N:M groups, outputs last: values (groups, n, outputs), codes (bytes, outputs).
+// A weight of N:M groups, outputs last: values (groups, n, outputs), codes (bytes, outputs). The
+// outputs fill whole vectors, and n and m are at most 32.
 struct Groups {
   Tensor values;
   const uint8_t* codes;
@@ -99,8 +100,9 @@ struct GroupVectorTask {
   const float* x;  // (batch, inputs)
   int64_t batch;
   int64_t begin, end;
-  float* sums;    // batch * (end - begin)
-  float* tables;  // lanes * batch * 8
+  // Scratch, aligned to 64 bytes.
+  float* sums;    // 8 * (end - begin)
+  float* tables;  // 8 * 4 * 16
 };
 
 // Outputs [begin, end) of a group-sparse weight times panels of float32.
@@ -109,13 +111,13 @@ struct GroupPanelTask {
   const Finish* finish;
   const Panels* panels;
   int64_t begin, end;
-  int64_t groups_at_once;
-  // Scratch, as in PanelTask.
-  float* sums;
+  int64_t groups_at_once;  // whose pixels fit into the cache
+  // Scratch, aligned to 64 bytes.
+  float* sums;  // outputs, each of sums_stride pixels
   int64_t sums_stride;
-  int32_t* offsets;
-  float* weights;
-  float* transposed;
+  int32_t* offsets;   // lanes * (groups_at_once * n + lanes)
+  float* weights;     // the same
+  float* transposed;  // lanes * (outputs + lanes)
 };
 
 struct Kernels {
@@ -124,11 +126,11 @@ struct Kernels {
   int64_t tile;   // pixels that one pass over a panel computes
   bool multiplies_bf16;
   void (*pack)(const PackTask&);
-  // These return false if an index is out of range; nothing outside the arrays is touched.
+  // False if an index is out of range; nothing outside the arrays is touched.
   bool (*blocks_times_panels)(const PanelTask&);
   bool (*blocks_times_vectors)(const VectorTask&);
-  bool (*groups_times_panels)(const GroupPanelTask&);
-  bool (*groups_times_vectors)(const GroupVectorTask&);
+  void (*groups_times_panels)(const GroupPanelTask&);
+  void (*groups_times_vectors)(const GroupVectorTask&);
 };
 
 const Kernels* portable_kernels();
