@@ -23,10 +23,10 @@ train: $(READY)  ## the main job: compare methods on scikit-learn's digits (unde
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: $(READY)  ## the default tests (under 10 minutes on two cores)
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-test-slow: $(READY)  ## the tests that take minutes each
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test-slow: $(READY)  ## the tests that take minutes, and those of random cases with many more
+	$(BIN)/python -m pytest --hypothesis-profile=thorough -m "slow or hypothesis" $(ARGS)
 
 lint: $(READY)  ## ruff
 	$(BIN)/python -m ruff check .

@@ -182,7 +182,7 @@ def test_a_stack_is_no_matrix():
 def test_a_layer_computes_the_same_with_scipy():
     layer = nn.Dense(16, use_bias=False)
     x = normal((5, 24))
-    params = layer.init(jax.random.key(0), x)["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
     plan = nmjax.make_plan(params, "1x8@0.5")
     bsr = to_bsr(nmjax.pack(params, plan)["kernel"])
     matrix = scipy.sparse.bsr_matrix((bsr.data, bsr.indices, bsr.indptr), bsr.shape)

@@ -49,8 +49,10 @@ def assert_same_bits(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(bits_of(x), bits_of(y)), a, b)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [*((p, "float32") for p in PATTERNS), *((p, d) for p in PATTERNS[::4] for d in DTYPES[1:])],
+)
 def test_unpack_of_pack_is_prune(pattern, dtype):
     """Against masks applied to bits: XLA's own selection quiets NaNs of narrow dtypes."""
     params = make_params(dtype)

@@ -222,7 +222,7 @@ def test_both_groupings_agree_where_a_filter_has_one_tap(name, shape):
 
 def test_both_groupings_agree_for_attention():
     attention = nn.MultiHeadDotProductAttention(2, qkv_features=8)
-    params = attention.init(jax.random.key(0), normal((1, 3, 8)))["params"]
+    params = jax.jit(attention.init)(jax.random.key(0), normal((1, 3, 8)))["params"]
     channel, kernel = (
         nmjax.compute_masks(params, make_plan(params, pattern)) for pattern in ("2:4", "2:4/kernel")
     )

@@ -30,6 +30,7 @@ PARAMS = make_params()
 PLAN = nmjax.make_plan(PARAMS, "1x4@0.5")
 
 
+@jax.jit
 def drift(params, epoch):
     """Other weights than before, as training would leave them."""
     keys = jax.random.split(jax.random.fold_in(KEY, epoch), len(jax.tree.leaves(params)))
@@ -303,8 +304,9 @@ def test_in_v2_dropped_blocks_return_only_by_being_drawn():
     returned = {}
     for variant in ("v1", "v2"):
         subp = nmjax.soft_uniform_blocks(plan, nmjax.linear_ramp(0, 1), score="l1", variant=variant)
-        state = subp.refresh(subp.init(params, KEY), params, 5)
-        after = subp.refresh(state, grown, 6)
+        refresh = jax.jit(subp.refresh)
+        state = refresh(subp.init(params, KEY), params, 5)
+        after = refresh(state, grown, 6)
         returned[variant] = nmjax.blocks_regrown(state.masks, after.masks, plan)["kernel"].item()
     assert returned == {"v1": 10, "v2": 0}
 
@@ -401,9 +403,10 @@ def test_training_ends_sparse():
         tx.init(params),
         loss(params, subp.init(params, KEY)),
     )
+    refresh = jax.jit(subp.refresh)
     for count in range(200):
         if count % 10 == 0:
-            state = jax.jit(subp.refresh)(state, params, count)
+            state = refresh(state, params, count)
         params, opt_state = step(params, opt_state, state)
     assert kept_in_rows(state, plan) == {16}
     assert loss(params, state) < 0.05 * first
