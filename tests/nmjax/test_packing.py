@@ -96,6 +96,17 @@ def test_given_masks_win():
     assert_same_bits(nmjax.unpack(traced), nmjax.prune(PARAMS, PLAN, masks))
 
 
+def test_packed_leaves_are_not_packed_again():
+    packed = nmjax.pack(PARAMS, PLAN)
+    with pytest.raises(ValueError, match=r"packed already: .*dense/kernel.*nmjax.unpack"):
+        nmjax.pack(packed, PLAN)
+    rest = nmjax.make_plan(PARAMS, "2:4", include="attention")
+    part = nmjax.make_plan(PARAMS, "2:4", include="dense")
+    both = nmjax.pack(nmjax.pack(PARAMS, rest), part)
+    assert isinstance(both["attention"]["out"]["kernel"], PackedNM)
+    assert isinstance(both["dense"]["kernel"], PackedNM)
+
+
 def test_numpy_parameters():
     packed = nmjax.pack(jax.tree.map(np.asarray, PARAMS), PLAN)
     assert_same_bits(nmjax.unpack(packed), nmjax.prune(PARAMS, PLAN))

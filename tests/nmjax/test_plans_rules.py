@@ -248,3 +248,14 @@ def test_a_filter_that_cannot_be_flattened():
         params | {"d": {"kernel": normal((8, 4))}}, "2:4/kernel", rules={"conv": "1:4"}
     )
     assert patterns_of(plan) == {"conv/kernel": "1:4", "d/kernel": "2:4/kernel"}
+
+
+@pytest.mark.parametrize("argument", ["rules", "axes"])
+def test_what_maps_no_rules(argument):
+    with pytest.raises(TypeError, match=rf"{argument}= is a mapping with path rules as keys"):
+        make_plan({"kernel": jnp.ones((8, 4))}, "2:4", **{argument: ["kernel"]})
+
+
+def test_a_tree_without_leaves():
+    with pytest.raises(ValueError, match="the parameter tree has no leaves"):
+        make_plan({}, "2:4")

@@ -189,23 +189,6 @@ def test_the_pull_is_on_the_weights_that_the_state_drops():
         np.testing.assert_allclose(updates[layer]["kernel"], expected, rtol=1e-6)
 
 
-def test_many_epochs_compile_once_and_keep_types():
-    subp, traces = nmjax.soft_uniform_blocks(PLAN, RAMP), 0
-
-    @jax.jit
-    def refresh(state, params, step):
-        nonlocal traces
-        traces += 1
-        return subp.refresh(state, params, step)
-
-    state = jax.jit(subp.init)(PARAMS, KEY)
-    before = jax.tree.map(jax.typeof, state)
-    for epoch in (0, 10, 90, 180):
-        state = refresh(state, PARAMS, jnp.int32(epoch))
-    assert traces == 1
-    assert jax.tree.map(jax.typeof, state) == before
-
-
 def test_seeds_under_vmap_are_seeds_one_by_one():
     subp = nmjax.soft_uniform_blocks(PLAN, RAMP, score="l1")
     keys = jax.random.split(KEY, 3)
@@ -366,6 +349,12 @@ def test_a_layer_of_another_pattern_is_named():
         nmjax.soft_uniform_blocks(plan, RAMP)
 
 
+def test_a_score_in_the_plan_is_not_overlooked():
+    plan = nmjax.make_plan(PARAMS, "1x4@0.5", score=jnp.square)
+    with pytest.raises(ValueError, match=r"ranked by score=, not by the plan's score .*square"):
+        nmjax.soft_uniform_blocks(plan, RAMP)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -398,11 +387,8 @@ def test_training_ends_sparse():
         updates, opt_state = tx.update(grads, opt_state, params, masks=state.masks)
         return optax.apply_updates(params, updates), opt_state
 
-    state, opt_state, first = (
-        subp.init(params, KEY),
-        tx.init(params),
-        loss(params, subp.init(params, KEY)),
-    )
+    state, opt_state = subp.init(params, KEY), tx.init(params)
+    first = loss(params, state)
     refresh = jax.jit(subp.refresh)
     for count in range(200):
         if count % 10 == 0:
