@@ -39,6 +39,7 @@ bench: $(READY)  ## the benchmarks; writes experiments/benchmarks/results/*.json
 	$(BIN)/python -m experiments.benchmarks.masks
 	$(BIN)/python -m experiments.benchmarks.train_step
 	$(BIN)/python -m experiments.benchmarks.blocks
+	$(BIN)/python -m experiments.benchmarks.packed
 
 clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

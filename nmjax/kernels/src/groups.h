@@ -40,14 +40,15 @@ inline void load_positions(const Groups& g, int64_t group, int64_t output, Posit
     }
     return;
   }
-  Integers mask{};
+  Bits mask{};
   for (int64_t i = 0; i < g.m; ++i) {
-    mask |= load_code(code_at(g, group * g.m + i, 1), output, 1) << static_cast<int32_t>(i);
+    const Integers bit = load_code(code_at(g, group * g.m + i, 1), output, 1);
+    mask |= reinterpret_cast<Bits>(bit) << static_cast<uint32_t>(i);
   }
   for (int64_t i = 0; i < g.n; ++i) {
-    const Integers lowest = mask & -mask;
+    const Bits lowest = mask & -mask;
     // Its logarithm: the exponent of a float, exact for one bit; the sign bit is the highest.
-    const Vector power = __builtin_convertvector(lowest, Vector);
+    const Vector power = __builtin_convertvector(reinterpret_cast<Integers>(lowest), Vector);
     const Integers at = (reinterpret_cast<Integers>(power) >> 23 & 0xff) - 127;
     positions.of[i] = at < 0 ? Integers{} : at;
     mask ^= lowest;
@@ -96,12 +97,12 @@ constexpr int kPlaces = 8;
 inline Integers load_places(const Groups& g, int64_t place, int64_t count, int64_t output) {
   const int64_t bytes = (count * g.width + 7) / 8;
   const uint8_t* row = g.codes + place / kPlaces * g.width * g.outputs + output;
-  Integers codes = load_bytes(row);
+  Bits codes = reinterpret_cast<Bits>(load_bytes(row));
   for (int64_t byte = 1; byte < bytes; ++byte) {
     row += g.outputs;
-    codes |= load_bytes(row) << static_cast<int32_t>(8 * byte);
+    codes |= reinterpret_cast<Bits>(load_bytes(row)) << static_cast<uint32_t>(8 * byte);
   }
-  return codes;
+  return reinterpret_cast<Integers>(codes);
 }
 
 template <typename Value>

@@ -25,6 +25,7 @@ constexpr int kLanes = 4;
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));  // what may overflow
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
@@ -79,16 +80,18 @@ inline Integers load_bytes(const uint8_t* from) {
 #endif
 }
 
-inline Vector widen(Halves bf16) { return reinterpret_cast<Vector>(integers(bf16) << 16); }
+inline Vector widen(Halves bf16) {
+  return reinterpret_cast<Vector>(reinterpret_cast<Bits>(integers(bf16)) << 16);
+}
 
 inline Halves narrow(Vector v) {
-  Integers bits = reinterpret_cast<Integers>(v);
-  const Integers rounded = bits + 0x7fff + (bits >> 16 & 1);
-  bits = v == v ? rounded : bits | 0x400000;
+  Bits bits = reinterpret_cast<Bits>(v);
+  const Bits rounded = bits + 0x7fff + (bits >> 16 & 1);
+  bits = (v == v ? rounded : bits | 0x400000) >> 16;
 #if defined(__AVX512F__)
-  return reinterpret_cast<Halves>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits >> 16)));
+  return reinterpret_cast<Halves>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits)));
 #else
-  return __builtin_convertvector(bits >> 16 & 0xffff, Halves);
+  return __builtin_convertvector(bits, Halves);
 #endif
 }
 
