@@ -105,7 +105,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         "pattern": case.pattern,
         **{f"{name}_ms": time * 1e3 for name, time in seconds.items()},
         "speedup": fastest / seconds["packed"],
-        "chosen": choose(case.x, packed, batch).name,
+        "chosen": choose(case.x.dtype, packed, batch).name,
     }
 
 
