@@ -97,7 +97,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         else partial(nmjax.packed_matmul, implementation="ffi")
     )
     functions["packed"] = lambda: sparse(case.x, packed)
-    seconds = interleaved_medians(functions, rounds=rounds)
+    seconds = interleaved_medians(functions, rounds=rounds, at_least=0.01)
     fastest = min(time for name, time in seconds.items() if name != "packed")
     batch = case.x.size // case.x.shape[-1]
     return {
