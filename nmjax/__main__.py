@@ -13,11 +13,13 @@ import numpy as np
 
 from nmjax.checkpoints import read_checkpoint
 from nmjax.files import FORMAT, load_packed, save_packed
-from nmjax.packing import check_sparse, pack
+from nmjax.kernels.choice import choose
+from nmjax.packing import check_sparse, is_packed, pack
 from nmjax.plans import Plan, make_plan
 from nmjax.sizes import sizes
 from nmjax.tables import text_table
 from nmjax.tensor_files import NOTE, read_note, read_tensors
+from nmjax.trees import named_leaves
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +76,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _info(arguments: argparse.Namespace) -> None:
     tensors, metadata = read_tensors(arguments.file)
     if read_note(metadata).get("format") == FORMAT:
-        print(sizes(load_packed(arguments.file)))
+        packed = load_packed(arguments.file)
+        print(sizes(packed))
+        print(f"\n{text_table(('leaf', 'one row is multiplied by', 'because'), _products(packed))}")
     else:
         rows = [
             (name, "x".join(map(str, x.shape)), str(x.dtype), f"{x.nbytes:,}", f"{_zeros(x):.1%}")
@@ -124,6 +128,16 @@ def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: An
         rules=rules,
         on_indivisible=on_indivisible,
     )
+
+
+def _products(packed: Any) -> list[tuple[str, str, str]]:
+    """How `nmjax.packed_matmul` would compute each packed leaf on this machine."""
+    rows: list[tuple[str, str, str]] = []
+    for name, leaf in named_leaves(packed, is_leaf=is_packed).items():
+        if is_packed(leaf):
+            way = choose(leaf.dtype, leaf, 1)
+            rows.append((name, way.name, way.reason))
+    return rows
 
 
 def _zeros(x: np.ndarray) -> float:

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from nmjax.cost import Cost
 from nmjax.cost import cost as cost_of_function
+from nmjax.packed_linen import packed_apply as packed_apply
 from nmjax.patterns import Pattern, parse_pattern
 from nmjax.plans import Plan, make_plan
 from nmjax.sparsify import sparsify as sparsify_params

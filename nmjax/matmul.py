@@ -145,8 +145,8 @@ def _way(x: jax.Array, packed: Packed, batch: int, implementation: Implementatio
     if implementation == "xla":
         return "dense"
     if implementation is None:
-        return choose(x, packed, batch).name
-    obstacle = load_library().reason or why_unsupported(x, packed)
+        return choose(x.dtype, packed, batch).name
+    obstacle = load_library().reason or why_unsupported(x.dtype, packed)
     if obstacle:
         raise ValueError(f'implementation="ffi" cannot multiply {packed.shape}: {obstacle}')
     return "ffi only"

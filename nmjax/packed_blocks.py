@@ -55,10 +55,10 @@ class PackedBlocks:
 
     @property
     def shape(self) -> Shape:
-        """Shape of the weight, axes in front of the planned ones included."""
+        """Shape of the weight: axes in front of the planned ones included, axes sliced off not."""
         planned, stack = self.leaf_plan.shape, _stack(self)
         in_front = len(stack) - len(stack_axes(len(planned), _spans(self.leaf_plan)))
-        return (*stack[:in_front], *planned)
+        return (*stack[: max(in_front, 0)], *planned[max(-in_front, 0) :])
 
     @property
     def dtype(self) -> np.dtype:

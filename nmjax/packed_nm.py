@@ -50,11 +50,11 @@ class PackedNM:
 
     @property
     def shape(self) -> Shape:
-        """Shape of the weight, axes in front of the planned ones included."""
+        """Shape of the weight: axes in front of the planned ones included, axes sliced off not."""
         planned = self.leaf_plan.shape
         stack = self.values.shape[:-3]
         in_front = len(stack) - len(stack_axes(len(planned), _spans(self.leaf_plan)))
-        return (*stack[:in_front], *planned)
+        return (*stack[: max(in_front, 0)], *planned[max(-in_front, 0) :])
 
     @property
     def dtype(self) -> np.dtype:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nmjax.kernels.library import load_library
 from nmjax.kernels.operands import Packed, inputs_of, kernel_taps, outputs_of, taps_of
@@ -30,15 +30,15 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(x: jax.Array, packed: Packed, batch: int) -> Choice:
+def choose(dtype: np.dtype, packed: Packed, batch: int) -> Choice:
     """The fastest way on CPUs; elsewhere the weight is unpacked.
 
     Args:
-      x: the input, of which only the dtype matters.
+      dtype: of the input.
       packed: the weight.
       batch: rows of x, or output pixels of all images.
     """
-    obstacle = why_not_ffi(x, packed)
+    obstacle = why_not_ffi(dtype, packed)
     density = density_of(packed)
     if obstacle is None:
         limit = GROUP_DENSITY if isinstance(packed, PackedNM) else BLOCK_DENSITY
@@ -54,21 +54,21 @@ def choose(x: jax.Array, packed: Packed, batch: int) -> Choice:
     return Choice("dense", obstacle)
 
 
-def why_not_ffi(x: jax.Array, packed: Packed) -> str | None:
+def why_not_ffi(dtype: np.dtype, packed: Packed) -> str | None:
     """Why the compiled kernels do not take these operands, or None."""
     library = load_library()
     if library.instruction_set is None:
         return f"no compiled kernels: {library.reason}"
     if not library.is_fast:
         return "no AVX2 here"
-    return why_unsupported(x, packed)
+    return why_unsupported(dtype, packed)
 
 
-def why_unsupported(x: jax.Array, packed: Packed) -> str | None:
+def why_unsupported(dtype: np.dtype, packed: Packed) -> str | None:
     """Why the compiled kernels cannot take these operands on any machine, or None."""
     dtypes = (jnp.float32, jnp.bfloat16)
-    if x.dtype not in dtypes or packed.dtype not in dtypes:
-        return f"kernels multiply float32 and bfloat16, not {x.dtype} by {packed.dtype}"
+    if dtype not in dtypes or packed.dtype not in dtypes:
+        return f"kernels multiply float32 and bfloat16, not {dtype} by {packed.dtype}"
     pattern = packed.leaf_plan.pattern
     if isinstance(pattern, NM):
         if kernel_taps(packed):

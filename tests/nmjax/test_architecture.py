@@ -44,8 +44,9 @@ FLOORS = {
         "torch_layout",
         "plots",
     ),
-    6: ("linen", "__main__"),
-    7: ("__init__",),
+    6: ("packed_linen",),
+    7: ("linen", "__main__"),
+    8: ("__init__",),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 
@@ -62,7 +63,7 @@ PUBLIC = [
 PUBLIC += ["make_plan", "Plan", "LeafPlan", "compute_masks", "sparsify", "prune"]
 PUBLIC += ["add_sparse_refined", "Sparsifier", "straight_through", "one_shot", "dense"]
 PUBLIC += ["pack", "unpack", "PackedNM", "PackedBlocks", "check_sparse", "sizes"]
-PUBLIC += ["save_packed", "load_packed", "packed_matmul", "packed_conv"]
+PUBLIC += ["save_packed", "load_packed", "packed_matmul", "packed_conv", "backends"]
 PUBLIC += ["soft_uniform_blocks", "cubic_ramp", "linear_ramp", "cosine_ramp", "exponential_ramp"]
 PUBLIC += ["Channels", "find_channels", "l1_order", "permute_channels", "sort_channels"]
 PUBLIC += ["blocks_per_row", "row_balance", "blocks_regrown"]
@@ -130,7 +131,7 @@ def test_the_root_defines_nothing():
     [
         n
         for n in LIBRARY
-        if n.split(".")[1] not in ("linen", "plots", "tensor_files", "checkpoints")
+        if n.split(".")[1] not in ("linen", "packed_linen", "plots", "tensor_files", "checkpoints")
     ],
 )
 def test_core_files_import_nothing_optional(name):

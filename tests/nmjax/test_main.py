@@ -105,6 +105,9 @@ def test_info(files, capsys):
     run(capsys, "pack", dense, "--pattern", "2:4", "--exclude", "stem", "--prune", "--out", out)
     text, _ = run(capsys, "info", out)
     assert str(nmjax.sizes(nmjax.load_packed(out))) in text
+    ways = [line.split()[:2] for line in text.split("because")[1].splitlines() if "/kernel" in line]
+    assert {way for _, way in ways} <= {"ffi", "dense"}
+    assert "body/kernel" in {name for name, _ in ways}
 
 
 def test_64_bit_weights_keep_their_bits(tmp_path, capsys):

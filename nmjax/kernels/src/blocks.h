@@ -245,7 +245,7 @@ template <int kW, int kV, int kB, int kU, typename Value, typename Index>
 inline void multiply_vectors(const Value* w, const Index* indices, int64_t count, const float* x,
                              int64_t batch, float* sums) {
   typedef float Lanes __attribute__((vector_size(kW * 4)));
-  typedef int32_t Bits __attribute__((vector_size(kW * 4)));
+  typedef uint32_t Wide __attribute__((vector_size(kW * 4)));
   typedef uint16_t Short __attribute__((vector_size(kW * 2)));
   Lanes sum[kU][kB][kV] = {};
   const auto add = [&](int u, int64_t k) {
@@ -257,7 +257,7 @@ inline void multiply_vectors(const Value* w, const Index* indices, int64_t count
         weights = load<Lanes>(from);
       } else {
         weights = reinterpret_cast<Lanes>(
-            __builtin_convertvector(load<Short>(from), Bits) << 16);
+            __builtin_convertvector(load<Short>(from), Wide) << 16);
       }
       NMJAX_UNROLL for (int b = 0; b < kB; ++b) sum[u][b][v] += inputs[b] * weights;
     }

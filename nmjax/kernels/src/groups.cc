@@ -6,8 +6,8 @@ namespace nmjax {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 8;
-constexpr int64_t kStrip = 1024;      // outputs whose sums stay in the first-level cache
-constexpr int64_t kGroupVectors = 8;  // vectors of pixels that one pass over a panel computes
+constexpr int64_t kStrip = 4096;    // outputs whose sums stay in the first-level cache
+constexpr int64_t kFeatures = 64;   // whose pixels stay there
 
 Outcome multiply_few_rows(const Kernels& kernels, const Groups& groups, const Finish& finish,
                           Tensor x, int64_t batch, int64_t threads, const ParallelFor& parallel) {
@@ -26,7 +26,7 @@ Outcome multiply_few_rows(const Kernels& kernels, const Groups& groups, const Fi
     const int64_t begin = i * strip, end = std::min(begin + strip, groups.outputs);
     kernels.groups_times_vectors({&groups, &finish, rows, batch, begin, end,
                                   sums.get<float>(kRowsAtOnce * (end - begin)),
-                                  tables.get<float>(kRowsAtOnce * 4 * 16)});
+                                  tables.get<float>(kRowsAtOnce * 8 * 16)});
     return Outcome::kGood;
   });
 }
@@ -44,9 +44,9 @@ Outcome multiply_outputs(const Kernels& kernels, const Groups& groups, const Fin
   task.groups_at_once = groups_at_once;
   task.sums_stride = odd_lines(panels.count + panels.outputs);
   task.sums = sums.get<float>((end - begin) * task.sums_stride);
-  const int64_t places = kernels.lanes * (groups_at_once * groups.n + 2 * kernels.lanes);
-  task.offsets = offsets.get<int32_t>(places);
-  task.weights = weights.get<float>(places);
+  task.places = ceil_div(groups_at_once * groups.n, kernels.lanes) * kernels.lanes;
+  task.offsets = offsets.get<int32_t>((end - begin) * task.places);
+  task.weights = weights.get<float>((end - begin) * task.places);
   task.transposed = transposed.get<float>(kernels.lanes * (end - begin + 2 * kernels.lanes));
   kernels.groups_times_panels(task);
   return Outcome::kGood;
@@ -63,13 +63,12 @@ Outcome multiply_groups(const Kernels& kernels, const Groups& groups, const Fini
   }
   const Grid grid = make_grid(1, {1, batch}, {1, batch}, inputs, groups.outputs,
                               {{1, 1}, {1, 1}, {0, 0}, {1, 1}});
-  int64_t vectors = 1;
-  while (vectors < kGroupVectors && vectors * kernels.lanes < batch) vectors *= 2;
-  const PanelPlan plan(grid, inputs, Type::kF32, vectors * kernels.lanes);
+  int64_t tile = kernels.lanes;
+  while (tile < kernels.group_tile && tile < batch) tile *= 2;
+  const PanelPlan plan(grid, inputs, Type::kF32, tile);
   if (plan.stride * inputs > INT32_MAX) return Outcome::kTooLarge;
-  const int64_t features = envi("FEAT", 1024);
-  const int64_t groups_at_once = std::clamp<int64_t>(features / groups.m, 1, groups.groups);
-  int64_t outputs = std::min<int64_t>(envi("OUTS", 128), groups.outputs);
+  const int64_t groups_at_once = ceil_div(kFeatures, 8 * groups.m) * 8;
+  int64_t outputs = std::min<int64_t>(128, groups.outputs);
   while (threads > 1 && outputs > 32 && ceil_div(groups.outputs, outputs) < 4 * threads) {
     outputs = ceil_div(outputs / 2, 16) * 16;
   }

@@ -20,8 +20,8 @@ inline Code code_at(const Groups& g, int64_t index, int64_t width) {
 }
 
 inline Integers load_code(const Code& code, int64_t output, int64_t width) {
-  const Integers low = __builtin_convertvector(load<Bytes>(code.low + output), Integers);
-  const Integers high = __builtin_convertvector(load<Bytes>(code.high + output), Integers);
+  const Integers low = load_bytes(code.low + output);
+  const Integers high = load_bytes(code.high + output);
   return ((low | high << 8) >> code.shift) & ((1 << width) - 1);
 }
 
@@ -40,14 +40,15 @@ inline void load_positions(const Groups& g, int64_t group, int64_t output, Posit
     }
     return;
   }
-  Integers mask{};
+  Bits mask{};
   for (int64_t i = 0; i < g.m; ++i) {
-    mask |= load_code(code_at(g, group * g.m + i, 1), output, 1) << static_cast<int32_t>(i);
+    const Integers bit = load_code(code_at(g, group * g.m + i, 1), output, 1);
+    mask |= reinterpret_cast<Bits>(bit) << static_cast<uint32_t>(i);
   }
   for (int64_t i = 0; i < g.n; ++i) {
-    const Integers lowest = mask & -mask;
+    const Bits lowest = mask & -mask;
     // Its logarithm: the exponent of a float, exact for one bit; the sign bit is the highest.
-    const Vector power = __builtin_convertvector(lowest, Vector);
+    const Vector power = __builtin_convertvector(reinterpret_cast<Integers>(lowest), Vector);
     const Integers at = (reinterpret_cast<Integers>(power) >> 23 & 0xff) - 127;
     positions.of[i] = at < 0 ? Integers{} : at;
     mask ^= lowest;
@@ -88,58 +89,86 @@ inline void fill_tables(const float* x, int64_t batch, int64_t inputs, int64_t f
   }
 }
 
-// sums (kB rows) += values of kU kept places of kLanes outputs; tables[u] is x of that group.
-template <int kB, int kU>
-inline void add_places(const Tensor& values, int64_t at, int64_t stride, const Integers* index,
-                       const float* const* tables, float* sums, int64_t width) {
-  Vector sum[kB];
-  NMJAX_UNROLL for (int b = 0; b < kB; ++b) sum[b] = load<Vector>(sums + b * width);
+// Kept values are counted through a column, in places. Eight codes of up to four bits fill whole
+// bytes, so places are taken eight at a time.
+constexpr int kPlaces = 8;
+
+// The codes of places [place, place + count) of kLanes outputs, the first one lowest.
+inline Integers load_places(const Groups& g, int64_t place, int64_t count, int64_t output) {
+  const int64_t bytes = (count * g.width + 7) / 8;
+  const uint8_t* row = g.codes + place / kPlaces * g.width * g.outputs + output;
+  Bits codes = reinterpret_cast<Bits>(load_bytes(row));
+  for (int64_t byte = 1; byte < bytes; ++byte) {
+    row += g.outputs;
+    codes |= reinterpret_cast<Bits>(load_bytes(row)) << static_cast<uint32_t>(8 * byte);
+  }
+  return reinterpret_cast<Integers>(codes);
+}
+
+template <typename Value>
+inline Vector load_value(const Value* from) {
+  if constexpr (sizeof(Value) == 4) {
+    return load<Vector>(from);
+  } else {
+    return widen(load<Halves>(from));
+  }
+}
+
+// sums (kB rows) += the values of kU places x what their indices find in tables.
+template <int kB, int kU, typename Value>
+inline void add_places(const Value* values, int64_t stride, Integers codes, int32_t width,
+                       const float* const* tables, float* sums, int64_t sums_stride) {
+  const Integers mask = ((1 << width) - 1) + Integers{};
+  constexpr int kChains = kB == 1 && kU > 1 ? 2 : 1;  // of additions that wait for each other
+  Vector sum[kChains][kB] = {};
+  NMJAX_UNROLL for (int b = 0; b < kB; ++b) sum[0][b] = load<Vector>(sums + b * sums_stride);
   NMJAX_UNROLL for (int u = 0; u < kU; ++u) {
-    const Vector w = load_numbers(values, at + u * stride);
-    NMJAX_UNROLL for (int b = 0; b < kB; ++b) sum[b] += w * look_up(tables[u] + b * kTable, index[u]);
+    const Vector w = load_value(values + u * stride);
+    const Integers index = codes & mask;
+    codes >>= width;
+    NMJAX_UNROLL for (int b = 0; b < kB; ++b) {
+      sum[u % kChains][b] += w * look_up(tables[u] + b * kTable, index);
+    }
   }
-  NMJAX_UNROLL for (int b = 0; b < kB; ++b) store(sums + b * width, sum[b]);
+  NMJAX_UNROLL for (int b = 0; b < kB; ++b) {
+    if (kChains == 2) sum[0][b] += sum[kChains - 1][b];
+    store(sums + b * sums_stride, sum[0][b]);
+  }
 }
 
-// Groups whose codes of four places share a byte, such as 2:4 and 1:4.
-template <int kB>
-inline void add_bytes_of_four(const GroupVectorTask& task, const float* x, float* sums) {
+// Positions of up to four bits.
+template <int kB, typename Value>
+inline void add_short_codes(const GroupVectorTask& task, const float* x, float* sums) {
   const Groups& g = *task.groups;
-  const int64_t inputs = g.groups * g.m, width = task.end - task.begin;
-  const int64_t places = g.groups * g.n;
-  float* tables = task.tables;
-  for (int64_t place = 0; place < places; place += 4) {
-    const int64_t count = least(4, places - place);
-    const float* table[4];
-    for (int64_t u = 0; u < 4; ++u) {
-      const int64_t group = (place + (u < count ? u : 0)) / g.n;
-      float* mine = tables + u * kB * kTable;
-      if (u == 0 || (place + u) % g.n == 0 || u >= count) {
-        fill_tables(x, kB, inputs, group * g.m, g.m, mine);
-        table[u] = mine;
-      } else {
-        table[u] = table[u - 1];
-      }
+  const int64_t outputs = task.end - task.begin, places = g.groups * g.n;
+  const Value* values = static_cast<const Value*>(g.values.data) + task.begin;
+  for (int64_t place = 0; place < places; place += kPlaces, values += kPlaces * g.outputs) {
+    const int64_t count = least(kPlaces, places - place);
+    const float* tables[kPlaces];
+    int64_t filled = -1;
+    for (int64_t u = 0; u < count; ++u) {
+      const int64_t group = (place + u) / g.n;
+      float* table = task.tables + u * kB * kTable;
+      if (group != filled) fill_tables(x, kB, g.groups * g.m, group * g.m, g.m, table);
+      tables[u] = group == filled ? tables[u - 1] : table;
+      filled = group;
     }
-    const uint8_t* codes = g.codes + place / 4 * g.outputs;
-    for (int64_t o = 0; o < width; o += kLanes) {
-      // Look-ups see the lowest bits only, and tables repeat, so what is above them may stay.
-      const Integers code =
-          __builtin_convertvector(load<Bytes>(codes + task.begin + o), Integers);
-      const Integers index[4] = {code & 3, code >> 2 & 3, code >> 4 & 3, code >> 6 & 3};
-      const int64_t at = place * g.outputs + task.begin + o;
-      if (count == 4) {
-        add_places<kB, 4>(g.values, at, g.outputs, index, table, sums + o, width);
-      } else {
-        for (int64_t u = 0; u < count; ++u) {
-          add_places<kB, 1>(g.values, at + u * g.outputs, g.outputs, index + u, table + u,
-                            sums + o, width);
-        }
+    for (int64_t o = 0; o < outputs; o += kLanes) {
+      const Integers codes = load_places(g, place, count, task.begin + o);
+      if (count == kPlaces) {
+        add_places<kB, kPlaces>(values + o, g.outputs, codes, g.width, tables, sums + o, outputs);
+        continue;
+      }
+      for (int64_t u = 0; u < count; ++u) {
+        add_places<kB, 1>(values + u * g.outputs + o, g.outputs,
+                          codes >> static_cast<int32_t>(u * g.width), g.width, tables + u,
+                          sums + o, outputs);
       }
     }
   }
 }
 
+// Bitmasks, and positions of more bits.
 template <int kB>
 inline void add_groups(const GroupVectorTask& task, const float* x, float* sums) {
   const Groups& g = *task.groups;
@@ -150,17 +179,15 @@ inline void add_groups(const GroupVectorTask& task, const float* x, float* sums)
       Positions positions;
       load_positions(g, group, task.begin + o, positions);
       for (int64_t i = 0; i < g.n; ++i) {
-        const int64_t at = (group * g.n + i) * g.outputs + task.begin + o;
-        if (g.m <= kTable) {
-          const float* table = task.tables;
-          add_places<kB, 1>(g.values, at, 0, &positions.of[i], &table, sums + o, width);
-          continue;
-        }
-        const Vector w = load_numbers(g.values, at);
+        const Vector w = load_numbers(g.values, (group * g.n + i) * g.outputs + task.begin + o);
         for (int b = 0; b < kB; ++b) {
-          const float* from = x + b * inputs + group * g.m;
           Vector chosen;
-          for (int lane = 0; lane < kLanes; ++lane) chosen[lane] = from[positions.of[i][lane]];
+          if (g.m <= kTable) {
+            chosen = look_up(task.tables + b * kTable, positions.of[i]);
+          } else {
+            const float* from = x + b * inputs + group * g.m;
+            for (int lane = 0; lane < kLanes; ++lane) chosen[lane] = from[positions.of[i][lane]];
+          }
           float* sum = sums + b * width + o;
           store(sum, load<Vector>(sum) + w * chosen);
         }
@@ -175,8 +202,13 @@ inline void groups_times_rows(const GroupVectorTask& task, int64_t row) {
   const float* x = task.x + row * g.groups * g.m;
   const int64_t width = task.end - task.begin;
   for (int64_t i = 0; i < kB * width; i += kLanes) store(task.sums + i, Vector{});
-  g.width == 2 && g.m == 4 ? add_bytes_of_four<kB>(task, x, task.sums)
-                           : add_groups<kB>(task, x, task.sums);
+  if (g.width == 0 || g.width > 4) {
+    add_groups<kB>(task, x, task.sums);
+  } else if (g.values.type == Type::kF32) {
+    add_short_codes<kB, float>(task, x, task.sums);
+  } else {
+    add_short_codes<kB, uint16_t>(task, x, task.sums);
+  }
   for (int b = 0; b < kB; ++b) {
     for (int64_t o = 0; o < width; o += kLanes) {
       Vector y = load<Vector>(task.sums + b * width + o);
@@ -197,50 +229,79 @@ inline void groups_times_vectors(const GroupVectorTask& task) {
 
 // Many rows: pixels of panels fill the vectors, an output's values are broadcast one by one.
 
-constexpr int kGroupVectors = 8;
-constexpr int kGroupTile = kGroupVectors * kLanes;
+// Vectors of pixels, for two outputs, that stay in registers.
+constexpr int kGroupVectors = kLanes == 16 ? 8 : 4;
 
-template <int kV>
-inline void add_output(float* sums, const float* w, const int32_t* offsets, int64_t count,
-                       const float* x) {
-  Vector sum[kV];
-  NMJAX_UNROLL for (int v = 0; v < kV; ++v) sum[v] = load<Vector>(sums + v * kLanes);
-  for (int64_t k = 0; k < count; ++k) {
-    const float* pixels = x + offsets[k];
+// sums (kO outputs, kV vectors of pixels) += places x pixels; the outputs' places lie `room` apart.
+template <int kV, int kO>
+inline void add_outputs(float* sums, int64_t sums_stride, const float* w, const int32_t* offsets,
+                        int64_t room, int64_t count, const float* x) {
+  Vector sum[kO][kV];
+  NMJAX_UNROLL for (int o = 0; o < kO; ++o) {
     NMJAX_UNROLL for (int v = 0; v < kV; ++v) {
-      sum[v] += w[k] * load<Vector>(pixels + v * kLanes);
+      sum[o][v] = load<Vector>(sums + o * sums_stride + v * kLanes);
     }
   }
-  NMJAX_UNROLL for (int v = 0; v < kV; ++v) store(sums + v * kLanes, sum[v]);
+  for (int64_t k = 0; k < count; ++k) {
+    NMJAX_UNROLL for (int o = 0; o < kO; ++o) {
+      const float* pixels = x + offsets[o * room + k];
+      NMJAX_UNROLL for (int v = 0; v < kV; ++v) {
+        sum[o][v] += w[o * room + k] * load<Vector>(pixels + v * kLanes);
+      }
+    }
+  }
+  NMJAX_UNROLL for (int o = 0; o < kO; ++o) {
+    NMJAX_UNROLL for (int v = 0; v < kV; ++v) {
+      store(sums + o * sums_stride + v * kLanes, sum[o][v]);
+    }
+  }
 }
 
-// Values and offsets of groups [first, last), output by output: places apart by `room`.
+// Values and offsets of groups [first, last) of kLanes outputs, `room` apart, into the scratch.
 inline void decode_groups(const GroupPanelTask& task, int64_t output, int64_t first, int64_t last,
-                          int64_t room) {
+                          int64_t room, int64_t to) {
   const Groups& g = *task.groups;
   const int32_t stride = static_cast<int32_t>(task.panels->stride);
-  Vector values[kLanes];
-  Vector offsets[kLanes];
+  Vector values[kLanes], offsets[kLanes];
   int64_t filled = 0, done = 0;
   const auto flush = [&] {
     for (int64_t i = filled; i < kLanes; ++i) values[i] = offsets[i] = Vector{};
     transpose(values);
     transpose(offsets);
     for (int lane = 0; lane < kLanes; ++lane) {
-      store(task.weights + lane * room + done, values[lane]);
-      store(task.offsets + lane * room + done, offsets[lane]);
+      store(task.weights + to + lane * room + done, values[lane]);
+      store(task.offsets + to + lane * room + done, offsets[lane]);
     }
     done += filled;
     filled = 0;
   };
-  for (int64_t group = first; group < last; ++group) {
-    Positions positions;
-    load_positions(g, group, output, positions);
-    for (int64_t i = 0; i < g.n; ++i) {
-      values[filled] = load_numbers(g.values, (group * g.n + i) * g.outputs + output);
-      const Integers at = (positions.of[i] + static_cast<int32_t>(group * g.m)) * stride;
-      offsets[filled] = reinterpret_cast<Vector>(at);
-      if (++filled == kLanes) flush();
+  const auto add = [&](int64_t place, int64_t group, Integers position) {
+    values[filled] = load_numbers(g.values, place * g.outputs + output);
+    const Integers at = (position + static_cast<int32_t>(group * g.m)) * stride;
+    offsets[filled] = reinterpret_cast<Vector>(at);
+    if (++filled == kLanes) flush();
+  };
+  if (g.width > 0 && g.width <= 4) {
+    const Integers mask = ((1 << g.width) - 1) + Integers{};
+    const Integers most = static_cast<int32_t>(g.m - 1) + Integers{};
+    int64_t group = first, member = 0;
+    for (int64_t place = first * g.n; place < last * g.n; place += kPlaces) {
+      const int64_t count = least(kPlaces, last * g.n - place);
+      Integers codes = load_places(g, place, count, output);
+      for (int64_t u = 0; u < count; ++u, codes >>= g.width) {
+        const Integers position = codes & mask;
+        add(place + u, group, position > most ? most : position);
+        if (++member == g.n) {
+          member = 0;
+          ++group;
+        }
+      }
+    }
+  } else {
+    for (int64_t group = first; group < last; ++group) {
+      Positions positions;
+      load_positions(g, group, output, positions);
+      for (int64_t i = 0; i < g.n; ++i) add(group * g.n + i, group, positions.of[i]);
     }
   }
   if (filled) flush();
@@ -257,29 +318,29 @@ inline void groups_times_panels(const GroupPanelTask& task) {
       store(task.sums + o * task.sums_stride + p, start);
     }
   }
-  const int64_t room = (task.groups_at_once * g.n + kLanes - 1) / kLanes * kLanes;
+  // Some features of one panel stay in the first-level cache while all outputs use them.
+  const int64_t room = task.places;
   for (int64_t first = 0; first < g.groups; first += task.groups_at_once) {
     const int64_t last = least(first + task.groups_at_once, g.groups);
-    const int64_t count = (last - first) * g.n;
     for (int64_t o = 0; o < outputs; o += kLanes) {
-      decode_groups(task, task.begin + o, first, last, room);
-      int64_t at = 0;
-      for (int64_t p = 0; p < panels.count; p += panels.outputs, at += panels.size) {
-        const float* x = static_cast<const float*>(panels.data.data) + at;
-        const int64_t left = least(panels.outputs, panels.count - p);
-        for (int lane = 0; lane < kLanes; ++lane) {
-          float* sums = task.sums + (o + lane) * task.sums_stride + p;
-          const float* w = task.weights + lane * room;
-          const int32_t* offsets = task.offsets + lane * room;
-          if (left > 4 * kLanes) {
-            add_output<8>(sums, w, offsets, count, x);
-          } else if (left > 2 * kLanes) {
-            add_output<4>(sums, w, offsets, count, x);
-          } else if (left > kLanes) {
-            add_output<2>(sums, w, offsets, count, x);
-          } else {
-            add_output<1>(sums, w, offsets, count, x);
-          }
+      decode_groups(task, task.begin + o, first, last, room, o * room);
+    }
+    int64_t at = 0;
+    for (int64_t p = 0; p < panels.count; p += panels.outputs, at += panels.size) {
+      const float* x = static_cast<const float*>(panels.data.data) + at;
+      const int64_t left = least(panels.outputs, panels.count - p), count = (last - first) * g.n;
+      for (int64_t o = 0; o < outputs; o += 2) {  // There are whole vectors of them.
+        float* sums = task.sums + o * task.sums_stride + p;
+        const float* w = task.weights + o * room;
+        const int32_t* offsets = task.offsets + o * room;
+        if (kGroupVectors == 8 && left > 4 * kLanes) {
+          add_outputs<kGroupVectors, 2>(sums, task.sums_stride, w, offsets, room, count, x);
+        } else if (left > 2 * kLanes) {
+          add_outputs<4, 2>(sums, task.sums_stride, w, offsets, room, count, x);
+        } else if (left > kLanes) {
+          add_outputs<2, 2>(sums, task.sums_stride, w, offsets, room, count, x);
+        } else {
+          add_outputs<1, 2>(sums, task.sums_stride, w, offsets, room, count, x);
         }
       }
     }

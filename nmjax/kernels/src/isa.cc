@@ -14,6 +14,7 @@ const Kernels* NMJAX_JOIN(NMJAX_ISA, _kernels)() {
       NMJAX_TEXT(NMJAX_ISA),
       NMJAX_ISA::kLanes,
       NMJAX_ISA::kTile,
+      NMJAX_ISA::kGroupVectors * NMJAX_ISA::kLanes,
 #if defined(__AVX512BF16__)
       true,
 #else

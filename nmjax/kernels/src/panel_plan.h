@@ -15,7 +15,6 @@ namespace nmjax {
 constexpr int64_t kLine = 16;                       // float32 numbers in a cache line
 constexpr int64_t kPixelsAtOnce = 256;  // that share the reading of a weight
 
-inline int64_t envi(const char*n,int64_t d){const char*e=getenv(n);return e?atoll(e):d;}
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Room for so many numbers in an odd number of cache lines: rows whose distance is a power of two

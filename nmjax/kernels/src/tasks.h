@@ -102,7 +102,7 @@ struct GroupVectorTask {
   int64_t begin, end;
   // Scratch, aligned to 64 bytes.
   float* sums;    // 8 * (end - begin)
-  float* tables;  // 8 * 4 * 16
+  float* tables;  // 8 * 8 * 16
 };
 
 // Outputs [begin, end) of a group-sparse weight times panels of float32.
@@ -112,10 +112,11 @@ struct GroupPanelTask {
   const Panels* panels;
   int64_t begin, end;
   int64_t groups_at_once;  // whose pixels fit into the cache
+  int64_t places;          // room for their kept values, in whole vectors
   // Scratch, aligned to 64 bytes.
   float* sums;  // outputs, each of sums_stride pixels
   int64_t sums_stride;
-  int32_t* offsets;   // lanes * (groups_at_once * n + lanes)
+  int32_t* offsets;   // outputs * places
   float* weights;     // the same
   float* transposed;  // lanes * (outputs + lanes)
 };
@@ -123,7 +124,8 @@ struct GroupPanelTask {
 struct Kernels {
   const char* name;
   int64_t lanes;  // float32 numbers in a vector
-  int64_t tile;   // pixels that one pass over a panel computes
+  int64_t tile;   // pixels that one pass over a panel computes for blocks
+  int64_t group_tile;  // and for groups, at most
   bool multiplies_bf16;
   void (*pack)(const PackTask&);
   // False if an index is out of range; nothing outside the arrays is touched.

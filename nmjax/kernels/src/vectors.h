@@ -25,6 +25,7 @@ constexpr int kLanes = 4;
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));  // what may overflow
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
@@ -57,16 +58,41 @@ inline uint16_t narrow(float f) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// __builtin_convertvector, for which g++ 12 needs many instructions.
+inline Integers integers(Halves from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Integers>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(from)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Integers>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(from)));
+#else
+  return __builtin_convertvector(from, Integers);
+#endif
+}
+
+// kLanes bytes from memory.
+inline Integers load_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Integers>(_mm512_cvtepu8_epi32(load<__m128i>(from)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Integers>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+  return __builtin_convertvector(load<Bytes>(from), Integers);
+#endif
+}
+
 inline Vector widen(Halves bf16) {
-  const Integers bits = __builtin_convertvector(bf16, Integers) << 16;
-  return reinterpret_cast<Vector>(bits);
+  return reinterpret_cast<Vector>(reinterpret_cast<Bits>(integers(bf16)) << 16);
 }
 
 inline Halves narrow(Vector v) {
-  Integers bits = reinterpret_cast<Integers>(v);
-  const Integers rounded = bits + 0x7fff + (bits >> 16 & 1);
-  bits = v == v ? rounded : bits | 0x400000;
-  return __builtin_convertvector(bits >> 16 & 0xffff, Halves);
+  Bits bits = reinterpret_cast<Bits>(v);
+  const Bits rounded = bits + 0x7fff + (bits >> 16 & 1);
+  bits = (v == v ? rounded : bits | 0x400000) >> 16;
+#if defined(__AVX512F__)
+  return reinterpret_cast<Halves>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits)));
+#else
+  return __builtin_convertvector(bits, Halves);
+#endif
 }
 
 // kLanes numbers, from float32 or bfloat16.

@@ -1,0 +1,124 @@
+"""What the public products accept, refuse and choose."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nmjax
+from nmjax.kernels import choice
+from nmjax.kernels.library import Library
+
+PARAMS = {
+    "dense": {"kernel": jnp.ones((16, 32))},
+    "conv": {"kernel": jnp.ones((3, 3, 16, 32))},
+}
+
+
+def pack(pattern):
+    packed = nmjax.pack(PARAMS, nmjax.make_plan(PARAMS, pattern))
+    return packed["dense"]["kernel"], packed["conv"]["kernel"]
+
+
+DENSE, CONV = pack("1x4@0.75")
+X, IMAGES = jnp.ones((2, 16)), jnp.ones((1, 5, 5, 16))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: nmjax.packed_matmul(X, jnp.ones((16, 32))), TypeError, "nmjax.pack"),
+        (lambda: nmjax.packed_matmul(X.astype(int), DENSE), TypeError, "floating"),
+        (lambda: nmjax.packed_matmul(X[:, :8], DENSE), ValueError, r"\(2, 8\).*\(16,\)"),
+        (lambda: nmjax.packed_matmul(X, CONV), ValueError, "packed_conv"),
+        (lambda: nmjax.packed_matmul(X, DENSE, jnp.ones(31)), ValueError, r"\(31,\).*\(32,\)"),
+        (lambda: nmjax.packed_matmul(X, DENSE, activation="gelu"), ValueError, "gelu"),
+        (lambda: nmjax.packed_matmul(X, DENSE, implementation="cuda"), ValueError, "cuda"),
+        (lambda: nmjax.packed_conv(IMAGES, DENSE), ValueError, "packed_matmul"),
+        (lambda: nmjax.packed_conv(IMAGES[..., :8], CONV), ValueError, "16 channels"),
+        (lambda: nmjax.packed_conv(X, CONV), ValueError, "2 spatial axes"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, strides=(1, 2, 1)), ValueError, "3 entries"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, strides=0), ValueError, "at least 1"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, padding=-1), ValueError, "negative"),
+        (
+            lambda: nmjax.packed_conv(IMAGES[:, :2], CONV, padding="VALID"),
+            ValueError,
+            "does not fit",
+        ),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.parametrize(("pattern", "words"), [("1x2@0.75", "multiple of 4"), ("1:64", "2 to 32")])
+def test_what_kernels_cannot_take_is_said(pattern, words):
+    params = {"kernel": jnp.ones((64, 32))}
+    packed = nmjax.pack(params, nmjax.make_plan(params, pattern))["kernel"]
+    if nmjax.backends()["ffi"].startswith("ready"):
+        with pytest.raises(ValueError, match=words):
+            nmjax.packed_matmul(jnp.ones((1, 64)), packed, implementation="ffi")
+    np.testing.assert_allclose(
+        nmjax.packed_matmul(jnp.ones((1, 64)), packed), jnp.ones((1, 64)) @ nmjax.unpack(packed)
+    )
+
+
+def chosen(monkeypatch, library, pattern, batch, dtype=jnp.float32):
+    monkeypatch.setattr(choice, "load_library", lambda: library)
+    params = {"kernel": jnp.ones((64, 128), dtype)}
+    packed = nmjax.pack(params, nmjax.make_plan(params, pattern))["kernel"]
+    return choice.choose(jnp.dtype(dtype), packed, batch)
+
+
+FAST, NONE = Library("avx2"), Library(None, "not built")
+
+
+@pytest.mark.parametrize(
+    ("library", "pattern", "batch", "name"),
+    [
+        (FAST, "1x16@0.75", 256, "ffi"),
+        (FAST, "1x16@0.1", 256, "dense"),
+        (FAST, "1x2@0.75", 256, "dense"),
+        (FAST, "1:16", 1, "ffi"),
+        (FAST, "3:4", 1, "dense"),
+        (Library("portable"), "1x16@0.75", 256, "dense"),
+        (NONE, "1x16@0.75", 4, "gather"),
+        (NONE, "1x16@0.75", 256, "dense"),
+        (NONE, "1x16@0.95", 256, "row by row"),
+        (NONE, "1x64@0.75", 256, "row by row"),
+        (NONE, "1x16@0.75/layer", 4, "dense"),
+        (NONE, "2:4", 1, "dense"),
+    ],
+)
+def test_choice(monkeypatch, library, pattern, batch, name):
+    assert chosen(monkeypatch, library, pattern, batch).name == name
+
+
+def test_the_reason_is_in_words(monkeypatch):
+    assert "above" in chosen(monkeypatch, FAST, "1x16@0.1", 256).reason
+    assert "not built" in chosen(monkeypatch, NONE, "2:4", 1).reason
+    assert "float16" in chosen(monkeypatch, FAST, "2:4", 1, jnp.float16).reason
+
+
+@pytest.mark.parametrize("way", ["gather", "row by row", "dense"])
+def test_every_way_in_plain_xla_is_the_same_product(monkeypatch, way):
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 128)), jnp.float32)}
+    packed = nmjax.pack(params, nmjax.make_plan(params, "1x16@0.75"))["kernel"]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(9, 64)), jnp.float32)
+    monkeypatch.setattr("nmjax.matmul.choose", lambda *_: choice.Choice(way, ""))
+    y = nmjax.packed_matmul(x, packed, jnp.ones(128), activation="relu")
+    expected = np.maximum(np.asarray(x, np.float64) @ np.asarray(nmjax.unpack(packed)) + 1, 0)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32, jnp.bfloat16])
+def test_dtypes_promote_as_in_jax(dtype):
+    y = nmjax.packed_matmul(X.astype(dtype), DENSE)
+    assert y.dtype == jnp.promote_types(dtype, jnp.float32)
+
+
+def test_other_platforms_get_the_unpacked_product():
+    packed = DENSE
+    text = jax.jit(nmjax.packed_matmul).trace(X, packed).lower(lowering_platforms=("cuda",))
+    assert "nmjax_blocks" not in text.as_text()
