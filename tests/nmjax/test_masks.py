@@ -69,8 +69,13 @@ def test_equals_brute_force(case):
     np.testing.assert_array_equal(mask, brute_force(magnitude, n, m, axis))
 
 
-@pytest.mark.parametrize(("n", "m"), PATTERNS)
-@pytest.mark.parametrize("axis", [-1, -2, (-2, -1), (-1, -2)])
+@pytest.mark.parametrize(
+    ("n", "m", "axis"),
+    [
+        *((n, m, -2) for n, m in PATTERNS),
+        *((n, m, axis) for n, m in PATTERNS[2::5] for axis in (-1, (-2, -1), (-1, -2))),
+    ],
+)
 def test_every_pattern_on_ties(n, m, axis):
     rng = np.random.default_rng(m)
     w = with_ties(rng, (2, 2 * m, 3 * m if m <= 16 else m))
@@ -89,9 +94,10 @@ def test_large_groups(n, m):
 @pytest.mark.parametrize("m", [*range(1, 18), 23, 31, 32, 33, 39, 64])
 def test_every_group_size_keeps_exactly_n(m):
     w = jnp.asarray(np.random.default_rng(m).integers(-2, 3, (m, 64)), "float32")
-    for n in {1, m // 3 + 1, m}:
-        np.testing.assert_array_equal(nm_mask(w, n, m, 0).sum(axis=0), n)
-        np.testing.assert_array_equal(nm_mask(w, n, m, 0), brute_force(np.abs(w), n, m, 0))
+    for n in {1, m // 3 + 1}:
+        mask = np.asarray(nm_mask(w, n, m, 0))
+        np.testing.assert_array_equal(mask.sum(axis=0), n)
+        np.testing.assert_array_equal(mask, brute_force(np.abs(w), n, m, 0))
 
 
 def neighbours(rng, shape):
