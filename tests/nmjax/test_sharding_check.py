@@ -80,7 +80,11 @@ def cases(draw):
     }[kind]
     entries, left = [], ["data", "model"]
     for size in shape:
-        options = [(), *((name,) for name in left), *([("data", "model")] if len(left) == 2 else [])]
+        options = [
+            (),
+            *((name,) for name in left),
+            *([("data", "model")] if len(left) == 2 else []),
+        ]
         entry = draw(st.sampled_from(options))
         if size % math.prod(MESH.shape[name] for name in entry):
             entry = ()
