@@ -106,10 +106,10 @@ def test_what_is_refused_is_what_devices_hold_in_part(case):
     for mesh in (MESH, EXPLICIT, ABSTRACT):
         try:
             nmjax.check_sharding(params, plan, {"kernel": NamedSharding(mesh, spec)})
-        except ValueError as error:
-            assert cut, error
-        else:
-            assert not cut
+            refused = False
+        except ValueError:
+            refused = True
+        assert refused == cut
 
 
 @given(
@@ -201,7 +201,7 @@ def test_what_cannot_be_a_sharding():
     plan = nmjax.make_plan(params, "2:4")
     with pytest.raises(ValueError, match=r"kernel \(12, 8\): it cannot be split so: .*8"):
         nmjax.check_sharding(params, plan, P(("data", "model")), mesh=MESH)
-    with pytest.raises(ValueError, match="kernel: .* says nothing without a mesh"):
+    with pytest.raises(ValueError, match=r"kernel: .* says nothing without a mesh"):
         nmjax.check_sharding(params, plan, P("data"))
     with pytest.raises(TypeError, match="kernel: expected a sharding or a PartitionSpec, got 3"):
         nmjax.check_sharding(params, plan, {"kernel": 3})
