@@ -40,6 +40,7 @@ from nmjax.schedules import cubic_ramp as cubic_ramp
 from nmjax.schedules import exponential_ramp as exponential_ramp
 from nmjax.schedules import linear_ramp as linear_ramp
 from nmjax.scores import magnitude as magnitude
+from nmjax.sharding import check_sharding as check_sharding
 from nmjax.sizes import LeafSize as LeafSize
 from nmjax.sizes import Sizes as Sizes
 from nmjax.sizes import sizes as sizes

@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
+
+
+def holds_whole(sizes: Sequence[int], shards: Sequence[int], m: int) -> bool:
+    """Whether no shard boundary falls inside one of the runs of m that axes are cut into.
+
+    The boundaries of an axis lie, in the flattened axes, at every multiple of one shard's length
+    times the sizes of the axes behind it; m has to divide that.
+
+    Args:
+      sizes: of the axes that are taken together, the last one varying fastest.
+      shards: into how many parts each is split.
+      m: how many consecutive entries belong together.
+
+    >>> holds_whole([8], [2], 4), holds_whole([12], [2], 4)
+    (True, False)
+    >>> holds_whole([2, 6], [1, 2], 4)  # The first group is all but two of the first six.
+    False
+    """
+    return all(
+        count == 1 or size // count * math.prod(sizes[j + 1 :]) % m == 0
+        for j, (size, count) in enumerate(zip(sizes, shards, strict=True))
+    )
 
 
 def check_shards(w: jax.Array, m: int, axes: tuple[int, ...], what: str) -> None:
@@ -21,16 +44,15 @@ def check_shards(w: jax.Array, m: int, axes: tuple[int, ...], what: str) -> None
     """
     sharding = jax.typeof(w).sharding
     shards = [
-        math.prod(sharding.mesh.shape[name] for name in _names(sharding.spec[a])) for a in axes
+        math.prod(sharding.mesh.shape[name] for name in mesh_axes(sharding.spec[a])) for a in axes
     ]
-    size = math.prod(w.shape[a] for a in axes)
-    if any(count > 1 for count in shards[1:]) or size // shards[0] % m:
+    if not holds_whole([w.shape[a] for a in axes], shards, m):
         raise ValueError(
             f"{what} of {jax.typeof(w)} reach across shards; shard other "
             f"axes, or let every shard hold a multiple of {m}, or use jax.reshard first"
         )
 
 
-def _names(partition: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def mesh_axes(partition: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Mesh axes that one entry of a PartitionSpec names."""
     return (partition,) if isinstance(partition, str) else tuple(partition or ())

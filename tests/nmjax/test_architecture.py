@@ -33,7 +33,7 @@ FLOORS = {
     ),
     2: ("masks", "blocks", "plans", "permute"),
     3: ("sparsify", "channels", "packed_nm", "packed_blocks"),
-    4: ("sparsifiers", "transforms", "metrics", "cost", "packing", "kernels"),
+    4: ("sparsifiers", "transforms", "metrics", "cost", "packing", "sharding", "kernels"),
     5: (
         "soft_blocks",
         "matmul",
