@@ -1,4 +1,4 @@
-"""The command line: `python -m nmjax info | plan | pack`."""
+"""The command line: `python -m nmjax info | plan | pack | bench`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from nmjax.checkpoints import read_checkpoint
 from nmjax.files import FORMAT, load_packed, save_packed
 from nmjax.kernels.choice import choose
+from nmjax.layer_times import layer_times
 from nmjax.packing import check_sparse, is_packed, pack
 from nmjax.plans import Plan, make_plan
 from nmjax.sizes import sizes
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with jax.enable_x64(True):  # What a checkpoint holds in 64 bits is not narrowed.
             arguments.run(arguments)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m nmjax", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="info | plan | pack")
+    commands = parser.add_subparsers(required=True, metavar="info | plan | pack | bench")
     info = commands.add_parser("info", help="what is in a packed file, or a safetensors file")
     info.add_argument("file", type=Path)
     info.set_defaults(run=_info)
@@ -50,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
         "--prune", action="store_true", help="drop what the pattern does not keep, by magnitude"
     )
     packing.set_defaults(run=_pack)
+    bench = commands.add_parser("bench", help="times packed layers here against dense ones")
+    bench.add_argument("file", type=Path, help="what pack wrote")
+    bench.add_argument("--batch", type=int, default=1, help="rows, or images; default 1")
+    bench.add_argument("--side", type=int, default=14, help="pixels along an image; default 14")
+    bench.add_argument(
+        "--threads", type=_numbers, default=(1,), help='such as "1,2"; default one thread'
+    )
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -111,6 +120,14 @@ def _pack(arguments: argparse.Namespace) -> None:
     save_packed(arguments.out, packed)
     print(sizes(packed))
     print(f"\n{arguments.out}: {arguments.out.stat().st_size:,} bytes")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    print(layer_times(arguments.file, arguments.batch, arguments.side, arguments.threads))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: Any) -> Plan:

@@ -25,7 +25,7 @@ from nmjax.kernels.operands import (
     reduction_shape,
     taps_of,
 )
-from nmjax.packing import is_packed
+from nmjax.packing import is_packed, unpack_leaf
 
 Implementation = Literal["xla", "ffi"] | None
 Way = Literal["ffi", "ffi only", "gather", "row by row", "dense"]
@@ -139,6 +139,37 @@ def packed_conv(
     way = _way(images, packed, pixels, implementation)
     y = _convolve(way, window, activation, images, packed, _flat_bias(bias, packed))
     return y.reshape(*batch, *y.shape[1:])
+
+
+def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
+    """Unpacks, once and for all, the weights that every product would have to unpack.
+
+    Those are the ones for which nothing faster than the dense product is known on this platform.
+    Do it before serving: `packed_matmul` unpacks them in each call.
+
+    Args:
+      packed: a tree with packed leaves.
+      rows: how many a product multiplies at a time: the batch, times the pixels of an output.
+
+    Returns:
+      The same tree; the leaves concerned are dense, with zeros.
+
+    >>> import nmjax
+    >>> params = {"kernel": jnp.ones((8, 6))}
+    >>> packed = nmjax.pack(params, nmjax.make_plan(params, "7:8"))
+    >>> unpack_slow(packed)["kernel"].shape
+    (8, 6)
+    """
+
+    def is_slow(leaf: Any) -> bool:
+        if not is_packed(leaf):
+            return False
+        on_cpu = jax.default_backend() == "cpu"
+        return not on_cpu or choose(leaf.dtype, leaf, rows).name == "dense"
+
+    return jax.tree.map(
+        lambda leaf: unpack_leaf(leaf) if is_slow(leaf) else leaf, packed, is_leaf=is_packed
+    )
 
 
 def _way(x: jax.Array, packed: Packed, batch: int, implementation: Implementation) -> Way:

@@ -122,3 +122,15 @@ def test_other_platforms_get_the_unpacked_product():
     packed = DENSE
     text = jax.jit(nmjax.packed_matmul).trace(X, packed).lower(lowering_platforms=("cuda",))
     assert "nmjax_blocks" not in text.as_text()
+
+
+def test_weights_without_a_fast_product_are_unpacked_once(monkeypatch):
+    params = {"a": jax.random.normal(jax.random.key(0), (32, 16)), "b": jnp.ones(3)}
+    slow = nmjax.pack(params, nmjax.make_plan(params, "3:4", include=["a"]))
+    ready = nmjax.unpack_slow(slow)
+    np.testing.assert_array_equal(ready["a"], nmjax.unpack(slow)["a"])
+    fast = nmjax.pack(params, nmjax.make_plan(params, "1x16@0.9", include=["a"]))
+    if nmjax.backends()["ffi"].startswith("ready: avx"):
+        assert nmjax.unpack_slow(fast)["a"] is fast["a"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert nmjax.unpack_slow(fast)["a"].shape == (32, 16)
