@@ -13,7 +13,7 @@ import numpy as np
 
 from nmjax.checkpoints import read_checkpoint
 from nmjax.files import FORMAT, load_packed, save_packed
-from nmjax.kernels.choice import choose
+from nmjax.kernels.choice import choose, expected_speedup
 from nmjax.layer_times import layer_times
 from nmjax.packing import check_sparse, is_packed, pack
 from nmjax.plans import Plan, make_plan
@@ -86,8 +86,7 @@ def _info(arguments: argparse.Namespace) -> None:
     tensors, metadata = read_tensors(arguments.file)
     if read_note(metadata).get("format") == FORMAT:
         packed = load_packed(arguments.file)
-        print(sizes(packed))
-        print(f"\n{text_table(('leaf', 'one row is multiplied by', 'because'), _products(packed))}")
+        print(f"{sizes(packed)}\n\n{_products(packed)}")
     else:
         rows = [
             (name, "x".join(map(str, x.shape)), str(x.dtype), f"{x.nbytes:,}", f"{_zeros(x):.1%}")
@@ -104,7 +103,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     params = read_checkpoint(arguments.checkpoint, arguments.subtree)
     plan = _make_plan(params, arguments, on_indivisible="dense")
     print(plan)
-    print(f"\n{sizes(jax.eval_shape(lambda params: pack(params, plan), params))}")
+    packed = jax.eval_shape(lambda params: pack(params, plan), params)
+    print(f"\n{sizes(packed)}\n\n{_products(packed)}")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -147,14 +147,19 @@ def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: An
     )
 
 
-def _products(packed: Any) -> list[tuple[str, str, str]]:
-    """How `nmjax.packed_matmul` would compute each packed leaf on this machine."""
-    rows: list[tuple[str, str, str]] = []
+def _products(packed: Any) -> str:
+    """How `nmjax.packed_matmul` would compute each packed leaf on this machine, as a table."""
+    rows: list[tuple[str, str, str, str]] = []
     for name, leaf in named_leaves(packed, is_leaf=is_packed).items():
         if is_packed(leaf):
-            way = choose(leaf.dtype, leaf, 1)
-            rows.append((name, way.name, way.reason))
-    return rows
+            way, speedup = choose(leaf.dtype, leaf, 1), expected_speedup(leaf.dtype, leaf)
+            rows.append((name, way.name, f"{speedup:.1f}" if speedup else "?", way.reason))
+    header = ("leaf", "one row is multiplied by", "speed-up", "because")
+    return (
+        f"{text_table(header, rows, right=(2,))}\n"
+        "speed-up: over the dense product, as measured with 256 rows on one thread with AVX-512; "
+        "`python -m nmjax bench` measures here."
+    )
 
 
 def _zeros(x: np.ndarray) -> float:

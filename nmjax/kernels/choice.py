@@ -22,6 +22,11 @@ GROUP_DENSITY = 0.5
 
 _FEW_ROWS = 8
 
+# Density and speed-up over the faster of XLA's and PyTorch's dense product: 256 rows of float32,
+# one thread of an AVX-512 machine (experiments/benchmarks/results/packed-cpu.json).
+_BLOCK_SPEEDUPS = ((0.05, 13.4), (0.1, 8.3), (0.125, 6.9), (0.25, 3.9), (0.5, 2.0))
+_GROUP_SPEEDUPS = ((1 / 16, 4.5), (1 / 8, 2.8), (1 / 4, 1.8), (1 / 2, 1.0))
+
 
 class Choice(NamedTuple):
     """An implementation, and the reason for it in words."""
@@ -52,6 +57,23 @@ def choose(dtype: np.dtype, packed: Packed, batch: int) -> Choice:
     if density <= 0.1 or (packed.leaf_plan.pattern.n >= 64 and density <= 0.25):
         return Choice("row by row", f"{obstacle}; {density:.1%} kept")
     return Choice("dense", obstacle)
+
+
+def expected_speedup(dtype: np.dtype, packed: Packed) -> float | None:
+    """How much faster than the dense product to expect on a CPU with AVX-512, many rows at a time.
+
+    Interpolated between densities that were measured. Few rows gain more, since the dense weight
+    has to be read for them; `python -m nmjax bench` measures.
+
+    Returns:
+      A ratio; 1.0 where the dense product is taken; None where nobody has measured.
+    """
+    name = choose(dtype, packed, 256).name
+    if name != "ffi":
+        return 1.0 if name == "dense" else None
+    measured = _GROUP_SPEEDUPS if isinstance(packed, PackedNM) else _BLOCK_SPEEDUPS
+    densities, speedups = np.log(np.array(measured)).T
+    return float(np.exp(np.interp(np.log(density_of(packed)), densities, speedups)))
 
 
 def why_not_ffi(dtype: np.dtype, packed: Packed) -> str | None:

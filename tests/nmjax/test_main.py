@@ -95,6 +95,9 @@ def test_plan_says_what_and_why_not(files, capsys):
     plan = nmjax.make_plan(PARAMS, "2:4", on_indivisible="dense")
     assert str(plan) in text
     assert str(nmjax.sizes(nmjax.pack(PARAMS, plan))) in text
+    products = text.split("because")[1].splitlines()
+    assert {line.split()[0] for line in products if "/kernel" in line} == set(plan)
+    assert "nmjax bench" in products[-1]
 
 
 def test_info(files, capsys):

@@ -1,5 +1,8 @@
 """What the public products accept, refuse and choose."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +96,27 @@ FAST, NONE = Library("avx2"), Library(None, "not built")
 )
 def test_choice(monkeypatch, library, pattern, batch, name):
     assert chosen(monkeypatch, library, pattern, batch).name == name
+
+
+def test_expected_speedups_are_those_that_were_measured(monkeypatch):
+    file = Path(__file__).parents[2] / "experiments/benchmarks/results/packed-cpu.json"
+    rows = json.loads(file.read_text())["results"]["1 threads"]
+    measured = {
+        row["pattern"]: row["speedup"]
+        for row in rows
+        if row["work"] in (
+            "matmul 256 x 4096 x 4096 float32", "matmul 256 x 1024 x 1024 float32"
+        ) and "layer" not in row["pattern"]
+    }  # fmt: skip
+    assert len(measured) == 9
+    monkeypatch.setattr(choice, "load_library", lambda: FAST)
+    params = {"kernel": jnp.ones((320, 128))}
+    for pattern, speedup in measured.items():
+        packed = nmjax.pack(params, nmjax.make_plan(params, pattern))["kernel"]
+        expected = choice.expected_speedup(jnp.dtype(jnp.float32), packed)
+        assert 0.85 < expected / speedup < 1.18, (pattern, expected, speedup)
+    monkeypatch.setattr(choice, "load_library", lambda: NONE)
+    assert choice.expected_speedup(jnp.dtype(jnp.float32), packed) == 1.0
 
 
 def test_the_reason_is_in_words(monkeypatch):
