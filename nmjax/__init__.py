@@ -59,3 +59,4 @@ from nmjax.straight_through import prune_sr_ste as prune_sr_ste
 from nmjax.straight_through import prune_ste as prune_ste
 from nmjax.transforms import AddSparseRefinedState as AddSparseRefinedState
 from nmjax.transforms import add_sparse_refined as add_sparse_refined
+from nmjax.transposable import transposable_mask as transposable_mask

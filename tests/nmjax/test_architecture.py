@@ -32,7 +32,7 @@ FLOORS = {
         "timing",
         "straight_through",
     ),
-    2: ("masks", "blocks", "plans", "permute"),
+    2: ("masks", "transposable", "blocks", "plans", "permute"),
     3: ("sparsify", "channels", "packed_nm", "packed_blocks"),
     4: ("sparsifiers", "transforms", "metrics", "cost", "packing", "sharding", "kernels"),
     5: (
@@ -66,7 +66,7 @@ PUBLIC += ["make_plan", "Plan", "LeafPlan", "compute_masks", "sparsify", "prune"
 PUBLIC += ["add_sparse_refined", "Sparsifier", "straight_through", "one_shot", "dense"]
 PUBLIC += ["pack", "unpack", "PackedNM", "PackedBlocks", "check_sparse", "sizes"]
 PUBLIC += ["save_packed", "load_packed", "packed_matmul", "packed_conv", "backends"]
-PUBLIC += ["unpack_slow", "check_sharding"]
+PUBLIC += ["unpack_slow", "check_sharding", "transposable_mask"]
 PUBLIC += ["soft_uniform_blocks", "cubic_ramp", "linear_ramp", "cosine_ramp", "exponential_ramp"]
 PUBLIC += ["Channels", "find_channels", "l1_order", "permute_channels", "sort_channels"]
 PUBLIC += ["blocks_per_row", "row_balance", "blocks_regrown"]
