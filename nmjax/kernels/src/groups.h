@@ -232,22 +232,20 @@ inline void groups_times_vectors(const GroupVectorTask& task) {
 // Vectors of pixels, for two outputs, that stay in registers.
 constexpr int kGroupVectors = kLanes == 16 ? 8 : 4;
 
-// sums (kO outputs, kV vectors of pixels) += places x pixels; the outputs' places lie `room` apart.
+// sums (kO outputs, kV vectors of pixels) += places x pixels; a place has kLanes outputs.
 template <int kV, int kO>
 inline void add_outputs(float* sums, int64_t sums_stride, const float* w, const int32_t* offsets,
-                        int64_t room, int64_t count, const float* x) {
+                        int64_t count, const float* x) {
   Vector sum[kO][kV];
   NMJAX_UNROLL for (int o = 0; o < kO; ++o) {
     NMJAX_UNROLL for (int v = 0; v < kV; ++v) {
       sum[o][v] = load<Vector>(sums + o * sums_stride + v * kLanes);
     }
   }
-  for (int64_t k = 0; k < count; ++k) {
+  for (int64_t k = 0; k < count; ++k, w += kLanes, offsets += kLanes) {
     NMJAX_UNROLL for (int o = 0; o < kO; ++o) {
-      const float* pixels = x + offsets[o * room + k];
-      NMJAX_UNROLL for (int v = 0; v < kV; ++v) {
-        sum[o][v] += w[o * room + k] * load<Vector>(pixels + v * kLanes);
-      }
+      const float* pixels = x + offsets[o];
+      NMJAX_UNROLL for (int v = 0; v < kV; ++v) sum[o][v] += w[o] * load<Vector>(pixels + v * kLanes);
     }
   }
   NMJAX_UNROLL for (int o = 0; o < kO; ++o) {
@@ -257,29 +255,16 @@ inline void add_outputs(float* sums, int64_t sums_stride, const float* w, const 
   }
 }
 
-// Values and offsets of groups [first, last) of kLanes outputs, `room` apart, into the scratch.
+// Values and offsets of groups [first, last) of kLanes outputs, place by place.
 inline void decode_groups(const GroupPanelTask& task, int64_t output, int64_t first, int64_t last,
-                          int64_t room, int64_t to) {
+                          float* weights, int32_t* offsets) {
   const Groups& g = *task.groups;
   const int32_t stride = static_cast<int32_t>(task.panels->stride);
-  Vector values[kLanes], offsets[kLanes];
-  int64_t filled = 0, done = 0;
-  const auto flush = [&] {
-    for (int64_t i = filled; i < kLanes; ++i) values[i] = offsets[i] = Vector{};
-    transpose(values);
-    transpose(offsets);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      store(task.weights + to + lane * room + done, values[lane]);
-      store(task.offsets + to + lane * room + done, offsets[lane]);
-    }
-    done += filled;
-    filled = 0;
-  };
   const auto add = [&](int64_t place, int64_t group, Integers position) {
-    values[filled] = load_numbers(g.values, place * g.outputs + output);
-    const Integers at = (position + static_cast<int32_t>(group * g.m)) * stride;
-    offsets[filled] = reinterpret_cast<Vector>(at);
-    if (++filled == kLanes) flush();
+    store(weights, load_numbers(g.values, place * g.outputs + output));
+    store(offsets, (position + static_cast<int32_t>(group * g.m)) * stride);
+    weights += kLanes;
+    offsets += kLanes;
   };
   if (g.width > 0 && g.width <= 4) {
     const Integers mask = ((1 << g.width) - 1) + Integers{};
@@ -304,7 +289,6 @@ inline void decode_groups(const GroupPanelTask& task, int64_t output, int64_t fi
       for (int64_t i = 0; i < g.n; ++i) add(group * g.n + i, group, positions.of[i]);
     }
   }
-  if (filled) flush();
 }
 
 inline void groups_times_panels(const GroupPanelTask& task) {
@@ -319,11 +303,12 @@ inline void groups_times_panels(const GroupPanelTask& task) {
     }
   }
   // Some features of one panel stay in the first-level cache while all outputs use them.
-  const int64_t room = task.places;
+  const int64_t room = task.groups_at_once * g.n;
   for (int64_t first = 0; first < g.groups; first += task.groups_at_once) {
     const int64_t last = least(first + task.groups_at_once, g.groups);
     for (int64_t o = 0; o < outputs; o += kLanes) {
-      decode_groups(task, task.begin + o, first, last, room, o * room);
+      decode_groups(task, task.begin + o, first, last, task.weights + o * room,
+                    task.offsets + o * room);
     }
     int64_t at = 0;
     for (int64_t p = 0; p < panels.count; p += panels.outputs, at += panels.size) {
@@ -331,16 +316,17 @@ inline void groups_times_panels(const GroupPanelTask& task) {
       const int64_t left = least(panels.outputs, panels.count - p), count = (last - first) * g.n;
       for (int64_t o = 0; o < outputs; o += 2) {  // There are whole vectors of them.
         float* sums = task.sums + o * task.sums_stride + p;
-        const float* w = task.weights + o * room;
-        const int32_t* offsets = task.offsets + o * room;
+        const int64_t vector = o / kLanes * kLanes * room + o % kLanes;
+        const float* w = task.weights + vector;
+        const int32_t* offsets = task.offsets + vector;
         if (kGroupVectors == 8 && left > 4 * kLanes) {
-          add_outputs<kGroupVectors, 2>(sums, task.sums_stride, w, offsets, room, count, x);
+          add_outputs<kGroupVectors, 2>(sums, task.sums_stride, w, offsets, count, x);
         } else if (left > 2 * kLanes) {
-          add_outputs<4, 2>(sums, task.sums_stride, w, offsets, room, count, x);
+          add_outputs<4, 2>(sums, task.sums_stride, w, offsets, count, x);
         } else if (left > kLanes) {
-          add_outputs<2, 2>(sums, task.sums_stride, w, offsets, room, count, x);
+          add_outputs<2, 2>(sums, task.sums_stride, w, offsets, count, x);
         } else {
-          add_outputs<1, 2>(sums, task.sums_stride, w, offsets, room, count, x);
+          add_outputs<1, 2>(sums, task.sums_stride, w, offsets, count, x);
         }
       }
     }
