@@ -114,8 +114,12 @@ inline Vector load_value(const Value* from) {
   }
 }
 
+// Values that no cache holds are asked for this many bytes ahead: they lie in kPlaces rows, more
+// than the hardware follows by itself. Within a cache that would only cost.
+constexpr int64_t kBytesAhead = 1024, kCached = 8 << 20;
+
 // sums (kB rows) += the values of kU places x what their indices find in tables.
-template <int kB, int kU, typename Value>
+template <int kB, int kU, bool kFar, typename Value>
 inline void add_places(const Value* values, int64_t stride, Integers codes, int32_t width,
                        const float* const* tables, float* sums, int64_t sums_stride) {
   const Integers mask = ((1 << width) - 1) + Integers{};
@@ -124,6 +128,7 @@ inline void add_places(const Value* values, int64_t stride, Integers codes, int3
   NMJAX_UNROLL for (int b = 0; b < kB; ++b) sum[0][b] = load<Vector>(sums + b * sums_stride);
   NMJAX_UNROLL for (int u = 0; u < kU; ++u) {
     const Vector w = load_value(values + u * stride);
+    if (kFar) __builtin_prefetch(values + u * stride + kBytesAhead / sizeof(Value), 0, 0);
     const Integers index = codes & mask;
     codes >>= width;
     NMJAX_UNROLL for (int b = 0; b < kB; ++b) {
@@ -142,6 +147,9 @@ inline void add_short_codes(const GroupVectorTask& task, const float* x, float* 
   const Groups& g = *task.groups;
   const int64_t outputs = task.end - task.begin, places = g.groups * g.n;
   const Value* values = static_cast<const Value*>(g.values.data) + task.begin;
+  const bool far = places * g.outputs * static_cast<int64_t>(sizeof(Value)) > kCached;
+  const auto add =
+      far ? add_places<kB, kPlaces, true, Value> : add_places<kB, kPlaces, false, Value>;
   for (int64_t place = 0; place < places; place += kPlaces, values += kPlaces * g.outputs) {
     const int64_t count = least(kPlaces, places - place);
     const float* tables[kPlaces];
@@ -156,13 +164,13 @@ inline void add_short_codes(const GroupVectorTask& task, const float* x, float* 
     for (int64_t o = 0; o < outputs; o += kLanes) {
       const Integers codes = load_places(g, place, count, task.begin + o);
       if (count == kPlaces) {
-        add_places<kB, kPlaces>(values + o, g.outputs, codes, g.width, tables, sums + o, outputs);
+        add(values + o, g.outputs, codes, g.width, tables, sums + o, outputs);
         continue;
       }
       for (int64_t u = 0; u < count; ++u) {
-        add_places<kB, 1>(values + u * g.outputs + o, g.outputs,
-                          codes >> static_cast<int32_t>(u * g.width), g.width, tables + u,
-                          sums + o, outputs);
+        add_places<kB, 1, false>(values + u * g.outputs + o, g.outputs,
+                                 codes >> static_cast<int32_t>(u * g.width), g.width, tables + u,
+                                 sums + o, outputs);
       }
     }
   }
@@ -245,7 +253,9 @@ inline void add_outputs(float* sums, int64_t sums_stride, const float* w, const 
   for (int64_t k = 0; k < count; ++k, w += kLanes, offsets += kLanes) {
     NMJAX_UNROLL for (int o = 0; o < kO; ++o) {
       const float* pixels = x + offsets[o];
-      NMJAX_UNROLL for (int v = 0; v < kV; ++v) sum[o][v] += w[o] * load<Vector>(pixels + v * kLanes);
+      NMJAX_UNROLL for (int v = 0; v < kV; ++v) {
+        sum[o][v] += w[o] * load<Vector>(pixels + v * kLanes);
+      }
     }
   }
   NMJAX_UNROLL for (int o = 0; o < kO; ++o) {
