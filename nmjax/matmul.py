@@ -23,6 +23,7 @@ from nmjax.kernels.operands import (
     kernel_taps,
     output_shape,
     reduction_shape,
+    stack_of,
     taps_of,
 )
 from nmjax.packing import is_packed, unpack_leaf
@@ -73,7 +74,7 @@ def packed_matmul(
     inputs = reduction_shape(packed)
     x = jnp.asarray(x)
     _check_floating(x)
-    if taps_of(packed):
+    if taps_of(packed) or stack_of(packed):
         raise ValueError(
             f"a weight of shape {packed.shape} is not one matrix: use nmjax.packed_conv for a "
             "convolution, and jax.vmap or jax.lax.scan for a stack of layers"
@@ -126,6 +127,11 @@ def packed_conv(
     taps = kernel_taps(packed)
     if not taps:
         raise ValueError(f"a weight of shape {packed.shape} has no taps: use nmjax.packed_matmul")
+    if stack_of(packed):
+        raise ValueError(
+            f"a weight of shape {packed.shape} is not one kernel: use jax.vmap or jax.lax.scan for "
+            "a stack of layers"
+        )
     inputs = reduction_shape(packed)[0]
     if x.ndim <= len(taps) or x.shape[-1] != inputs:
         raise ValueError(
