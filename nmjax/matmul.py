@@ -43,8 +43,10 @@ def packed_matmul(
     """X times a packed weight, without unpacking it where that is faster.
 
     Differentiable in `x`, the packed values and `bias`, so that kept weights can be fine-tuned
-    packed. Under `jax.vmap` over `x` the new axis joins the batch. Inside `jax.shard_map` the
-    arrays of `packed` may be a shard of its outputs; the result is then that shard's.
+    packed, in reverse mode. Under `jax.vmap` over `x` the new axis joins the batch. Inside
+    `jax.shard_map` the arrays of `packed` may be a shard of its outputs; the result is then that
+    shard's. The compiler cannot split a compiled kernel: outside `jax.shard_map`, operands sharded
+    over explicit axes of a mesh take the unpacked product, and over automatic axes are gathered.
 
     Args:
       x: (..., *reduction axes of the weight), floating.
@@ -179,11 +181,14 @@ def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
 
 
 def _way(x: jax.Array, packed: Packed, batch: int, implementation: Implementation) -> Way:
-    if implementation == "xla":
+    cut = any(any(jax.typeof(operand).sharding.spec) for operand in jax.tree.leaves((x, packed)))
+    if implementation == "xla" or (cut and implementation is None):
         return "dense"
     if implementation is None:
         return choose(x.dtype, packed, batch).name
     obstacle = load_library().reason or why_unsupported(x.dtype, packed)
+    if cut:
+        obstacle = "it or x is sharded over explicit axes of a mesh; use jax.shard_map"
     if obstacle:
         raise ValueError(f'implementation="ffi" cannot multiply {packed.shape}: {obstacle}')
     return "ffi only"
