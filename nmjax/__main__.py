@@ -50,11 +50,18 @@ def _parser() -> argparse.ArgumentParser:
     packing.add_argument(
         "--prune", action="store_true", help="drop what the pattern does not keep, by magnitude"
     )
+    packing.add_argument(
+        "--dense-if-indivisible",
+        action="store_true",
+        help="leave a layer dense whose size the pattern does not divide, as plan always does",
+    )
     packing.set_defaults(run=_pack)
     bench = commands.add_parser("bench", help="times packed layers here against dense ones")
     bench.add_argument("file", type=Path, help="what pack wrote")
-    bench.add_argument("--batch", type=int, default=1, help="rows, or images; default 1")
-    bench.add_argument("--side", type=int, default=14, help="pixels along an image; default 14")
+    bench.add_argument("--batch", type=_positive, default=1, help="rows, or images; default 1")
+    bench.add_argument(
+        "--side", type=_positive, default=14, help="pixels along an image; default 14"
+    )
     bench.add_argument(
         "--threads", type=_numbers, default=(1,), help='such as "1,2"; default one thread'
     )
@@ -74,11 +81,6 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="RULE=PATTERN",
         help='another pattern, or "dense", for the leaves that a regular expression matches',
-    )
-    parser.add_argument(
-        "--dense-if-indivisible",
-        action="store_true",
-        help="leave a layer dense whose size the pattern does not divide",
     )
 
 
@@ -126,8 +128,14 @@ def _bench(arguments: argparse.Namespace) -> None:
     print(layer_times(arguments.file, arguments.batch, arguments.side, arguments.threads))
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
+    return tuple(map(_positive, text.split(",")))
 
 
 def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: Any) -> Plan:

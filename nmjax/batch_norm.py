@@ -95,17 +95,19 @@ def _fed_norms(
         run: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
         layer = context.module
-        result = run(*args, **kwargs)
         if context.method_name != "__call__" or layer.scope is None:
-            return result
+            return run(*args, **kwargs)
         path = tuple(layer.scope.path)
-        if isinstance(layer, _LAYERS):
-            outputs.append((result, path))
-        elif isinstance(layer, nn.BatchNorm) and args:
+        if isinstance(layer, nn.BatchNorm) and args:
+            # Before it runs, since Flax's own complaint would be about a collection.
+            _check_evaluates(layer, path, *args[1:], **kwargs)
             fed = next((path for output, path in outputs if output is args[0]), None)
             if fed is not None:
-                _check_evaluates(layer, path, kwargs)
+                _check_axis(layer, path)
                 pairs[fed] = _Norm(path, layer.epsilon, args[0].dtype)
+        result = run(*args, **kwargs)
+        if isinstance(layer, _LAYERS):
+            outputs.append((result, path))
         return result
 
     def trace(variables: Any) -> Any:
@@ -116,15 +118,18 @@ def _fed_norms(
     return pairs
 
 
-def _check_evaluates(norm: nn.BatchNorm, path: Path, kwargs: dict[str, Any]) -> None:
-    averages = nn.merge_param(
-        "use_running_average", norm.use_running_average, kwargs.get("use_running_average")
-    )
-    if not averages:
+def _check_evaluates(
+    norm: nn.BatchNorm, path: Path, use_running_average: bool | None = None, **_: Any
+) -> None:
+    """Raises ValueError if a call with these arguments is one of training."""
+    if not nn.merge_param("use_running_average", norm.use_running_average, use_running_average):
         raise ValueError(
             f"{'/'.join(path)} uses the statistics of the batch, as in training; pass what makes "
             "the module evaluate, such as train=False"
         )
+
+
+def _check_axis(norm: nn.BatchNorm, path: Path) -> None:
     if norm.axis not in (-1, (-1,)):
         raise ValueError(f"{'/'.join(path)} normalises axis {norm.axis}; only -1 can be folded")
 

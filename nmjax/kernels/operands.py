@@ -118,6 +118,13 @@ def taps_of(packed: Packed) -> Shape:
     return tuple(packed.leaf_plan.shape[axis] for axis in packed.leaf_plan.tap_axes)
 
 
+def stack_of(packed: Packed) -> Shape:
+    """Sizes of the axes in front of a weight of blocks; N:M does not tell them from taps."""
+    if isinstance(packed, PackedNM):
+        return ()
+    return packed.indices.shape[: -2 if packed.row_pointers is None else -1]
+
+
 def kernel_taps(packed: Packed) -> Shape:
     """Sizes of a convolution kernel's spatial axes, also where its taps count as inputs."""
     pattern = packed.leaf_plan.pattern

@@ -24,7 +24,7 @@ class Network(nn.Module):
         y = nn.Conv(16, (3, 3), use_bias=False, dtype=self.dtype, name="conv")(x)
         y = nn.BatchNorm(name="norm", dtype=self.dtype)(y, use_running_average=not train)
         y = nn.Conv(16, (3, 3), feature_group_count=4, dtype=self.dtype, name="grouped")(nn.relu(y))
-        y = nn.BatchNorm(not train, epsilon=0.1, use_scale=False, name="unscaled")(y)
+        y = nn.BatchNorm(epsilon=0.1, use_scale=False, name="unscaled")(y, not train)
         y = nn.Dense(16, use_bias=False, name="dense")(nn.relu(x + y))
         return nn.BatchNorm(not train, use_bias=False, name="unshifted")(y)
 
@@ -132,8 +132,14 @@ def test_what_cannot_be_folded():
 
     network = Network()
     variables = variables_of(network, X)
-    with pytest.raises(ValueError, match=r"norm uses the statistics of the batch.*train=False"):
-        fold_batch_norm(network, variables, X, train=True, mutable=["batch_stats"])
+    for how in ({}, {"mutable": ["batch_stats"]}):
+        with pytest.raises(
+            ValueError, match=r"first uses the statistics of the batch.*train=False"
+        ):
+            fold_batch_norm(network, variables, X, train=True, **how)
+    rows = nn.Sequential([nn.Dense(16), evaluated(axis=1)])
+    with pytest.raises(ValueError, match="layers_1 normalises axis 1"):
+        fold_batch_norm(rows, variables_of(rows, X), X)
     with pytest.raises(ValueError, match="used elsewhere too, one of Dense_0"):
         fold_batch_norm(Reused(), variables_of(Reused(), X), X)
     with pytest.raises(ValueError, match="of Dense takes the output"):

@@ -145,12 +145,25 @@ def test_errors_are_one_message(files, capsys, arguments):
     assert "Traceback" not in err
 
 
-def test_unknown_commands_exit_with_usage(capsys):
-    for arguments in ([], ["unpack"], ["pack", "x", "--pattern", "2:4"]):
-        with pytest.raises(SystemExit) as exit_:
-            main(arguments)
-        assert exit_.value.code == 2
-    assert "usage: python -m nmjax" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "info | plan | pack | bench"),
+        ("unpack", "unpack"),
+        ("pack x --pattern 2:4", "--out"),
+        ("plan x --pattern 2:4 --dense-if-indivisible", "--dense-if-indivisible"),
+        ("bench x --batch 0", "'0' is no positive integer"),
+        ("bench x --side -1", "--side"),
+        ("bench x --threads 1,two", "'two' is no positive integer"),
+    ],
+)
+def test_unknown_commands_exit_with_usage(capsys, arguments, words):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    assert exit_.value.code == 2
+    usage, said = capsys.readouterr().err.rsplit("error: ", 1)
+    assert usage.startswith("usage: python -m nmjax")
+    assert words in said
 
 
 def test_as_a_program(files):

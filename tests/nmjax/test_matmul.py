@@ -55,6 +55,19 @@ def test_bad_input(call, error, words):
         call()
 
 
+@pytest.mark.parametrize("implementation", [None, "xla", "ffi"])
+@pytest.mark.parametrize("pattern", ["2:4", "1x16@0.5", "1x16@0.5/layer"])
+def test_a_stack_of_layers_is_no_operand(implementation, pattern):
+    stacks = jax.tree.map(lambda w: jnp.ones((3, *w.shape)), PARAMS)
+    plan = nmjax.make_plan(PARAMS, pattern)
+    packed = nmjax.pack(stacks, plan)
+    with pytest.raises(ValueError, match=r"\(3, 16, 32\) is not one matrix.*vmap"):
+        nmjax.packed_matmul(X, packed["dense"]["kernel"], implementation=implementation)
+    if pattern != "2:4":
+        with pytest.raises(ValueError, match=r"\(3, 3, 3, 16, 32\) is not one kernel.*vmap"):
+            nmjax.packed_conv(IMAGES, packed["conv"]["kernel"], implementation=implementation)
+
+
 @pytest.mark.parametrize(("pattern", "words"), [("1x2@0.75", "multiple of 4"), ("1:64", "2 to 32")])
 def test_what_kernels_cannot_take_is_said(pattern, words):
     params = {"kernel": jnp.ones((64, 32))}
