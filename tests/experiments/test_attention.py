@@ -13,20 +13,25 @@ X = RNG.standard_normal((2, 5, 8)).astype(np.float32)
 MEMORY = RNG.standard_normal((2, 7, 8)).astype(np.float32)
 
 
-@pytest.mark.parametrize("mask", [None, RNG.random((2, 1, 5, 7)) < 0.7])
-def test_it_is_flaxs_with_the_same_parameters(mask):
-    theirs = nn.MultiHeadDotProductAttention(num_heads=2)
-    variables = theirs.init(jax.random.key(0), X, MEMORY)
-    shown = jnp.ones((1, 1, 1, 7), bool) if mask is None else jnp.asarray(mask)
-    ours = Attention(8, 2)
+@pytest.fixture(scope="module")
+def flaxs():
+    module = nn.MultiHeadDotProductAttention(num_heads=2)
+    return module, jax.jit(module.init)(jax.random.key(0), X, MEMORY)
 
-    def attend(variables):
-        memory = ours.apply(variables, MEMORY, method="keys_values")
-        return ours.apply(variables, X, memory, shown)
 
-    np.testing.assert_allclose(
-        attend(variables), theirs.apply(variables, X, MEMORY, mask=mask), atol=1e-5
-    )
+@jax.jit
+def attend(variables, mask):
+    module = Attention(8, 2)
+    memory = module.apply(variables, MEMORY, method="keys_values")
+    return module.apply(variables, X, memory, mask)
+
+
+def test_it_is_flaxs_with_the_same_parameters(flaxs):
+    module, variables = flaxs
+    for share in (1.0, 0.7):
+        mask = RNG.random((2, 1, 5, 7)) < share
+        expected = jax.jit(module.apply)(variables, X, MEMORY, mask=mask)
+        np.testing.assert_allclose(attend(variables, mask), expected, atol=1e-5)
 
 
 def test_masks():
@@ -35,11 +40,8 @@ def test_masks():
     np.testing.assert_array_equal(padding_mask(tokens, 0)[:, 0, 0], [[1, 1, 0], [1, 0, 0]])
 
 
-def test_a_query_that_sees_nothing_stays_finite():
-    module = Attention(8, 2)
-    variables = nn.MultiHeadDotProductAttention(num_heads=2).init(jax.random.key(0), X, MEMORY)
-    memory = module.apply(variables, MEMORY, method="keys_values")
-    assert jnp.isfinite(module.apply(variables, X, memory, jnp.zeros((2, 1, 1, 7), bool))).all()
+def test_a_query_that_sees_nothing_stays_finite(flaxs):
+    assert jnp.isfinite(attend(flaxs[1], np.zeros((2, 1, 5, 7), bool))).all()
 
 
 def test_positions_are_the_papers_up_to_the_order_of_channels():

@@ -10,6 +10,9 @@ import pytest
 
 from experiments.models.decoding import beam_search, draw
 from experiments.models.transformer import Decoder, Size, Transformer
+from tests.experiments.tiny import compile_little  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("compile_little")
 
 PADDING, BEGIN, END, VOCABULARY, LENGTH = 0, 1, 2, 6, 4
 WORDS = range(3, VOCABULARY)
@@ -17,9 +20,9 @@ SOURCE = np.array([[3, 4, 5, 2], [5, 5, 2, 0], [4, 2, 0, 0]], np.int32)
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(compile_little):  # noqa: F811
     network = Transformer(Size(16, 32, 2, 1), VOCABULARY)
-    variables = network.init(jax.random.key(3), SOURCE, SOURCE)
+    variables = jax.jit(network.init)(jax.random.key(3), SOURCE, SOURCE)
     # Sharper than at the start, so that sequences differ in more than their length.
     return network, jax.tree.map(lambda leaf: 3 * leaf, variables)
 
@@ -164,18 +167,23 @@ def test_drawing_follows_the_models_distribution():
 def test_at_a_low_temperature_drawing_takes_the_likeliest():
     network = Decoder(Size(16, 32, 2, 1), VOCABULARY)
     prompt = np.array([[3, 4], [5, 5]], np.int32)
-    variables = network.init(jax.random.key(0), prompt)
-    memory = network.apply(variables, 2, 6, method="begin")
-    drawn = draw(
-        lambda *now: network.apply(variables, *now, method="step"),
-        memory,
-        jnp.asarray(prompt),
-        length=4,
-        key=jax.random.key(0),
-        temperature=1e-6,
-    )
-    tokens = prompt
-    for _ in range(4):
-        following = np.argmax(network.apply(variables, tokens)[:, -1], axis=1)
-        tokens = np.concatenate([tokens, following[:, None]], axis=1)
-    np.testing.assert_array_equal(drawn, tokens[:, 2:])
+    variables = jax.jit(network.init)(jax.random.key(0), prompt)
+
+    @jax.jit
+    def run(prompt):
+        memory = network.apply(variables, 2, 6, method="begin")
+        return draw(
+            lambda *now: network.apply(variables, *now, method="step"),
+            memory,
+            prompt,
+            length=4,
+            key=jax.random.key(0),
+            temperature=1e-6,
+        )
+
+    apply = jax.jit(network.apply)
+    tokens = np.zeros((2, 6), np.int32)
+    tokens[:, :2] = prompt
+    for place in range(2, 6):
+        tokens[:, place] = np.argmax(apply(variables, tokens)[:, place - 1], axis=1)
+    np.testing.assert_array_equal(run(prompt), tokens[:, 2:])
