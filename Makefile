@@ -9,7 +9,8 @@ READY  := $(VENV)/.ready
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-$(READY): requirements.txt pyproject.toml
+# The kernels are compiled by the installation.
+$(READY): requirements.txt pyproject.toml hatch_build.py $(wildcard nmjax/kernels/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(READY)

@@ -41,6 +41,7 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
       TypeError: `module` is not a linen module; from the function, a module of another class reads
         a packed leaf itself.
 
+    >>> import jax.numpy as jnp
     >>> import nmjax
     >>> model = nn.Dense(16)
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
