@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import jax
@@ -69,6 +70,9 @@ class Task:
       steps_per_epoch: length of `train_batches(...)`.
       recipe: default hyper-parameters.
       keep_dense: path rules (regular expressions) of layers that stay dense.
+      train_rows: `(*, seed, epoch, first_step, rows) -> iterator of host batches`: those of
+        `train_batches(seed, epoch)` from a step on, and of each the rows of a slice. For tasks
+        that can leave the others unread; None: they are made and dropped.
     """
 
     name: str
@@ -80,3 +84,11 @@ class Task:
     steps_per_epoch: int
     recipe: Recipe
     keep_dense: tuple[str, ...] = ()
+    train_rows: Callable[..., Iterator[Batch]] | None = None
+
+    def read(self, seed: int, epoch: int, first_step: int, rows: slice) -> Iterator[Batch]:
+        """The batches of an epoch from a step on, and of each the given rows."""
+        if self.train_rows is not None:
+            return self.train_rows(seed=seed, epoch=epoch, first_step=first_step, rows=rows)
+        batches = islice(self.train_batches(seed, epoch), first_step, None)
+        return ({name: values[rows] for name, values in batch.items()} for batch in batches)
