@@ -151,17 +151,21 @@ class Checkpoints:
                 f"the checkpoint {path} does not fit this run: {'; '.join(differences[:4])}. Give "
                 "the flags it was made with, or another --name"
             )
-        stored = read(state=ocp.args.StandardRestore(self._placement.like(target)))
+        stored = read(state=ocp.args.StandardRestore(self._destination(target)))
         sums = jax.device_get(self._checksums(stored["state"]))
         wrong = np.flatnonzero(sums != jax.device_get(stored["checksums"]))
         if wrong.size:
             names = list(named_leaves(like))
             raise DamagedError(f"{names[wrong[0]]} is not what was written")
-        unpack = jax.jit(
-            lambda packed: from_stored(packed, like),
-            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self._placement.like(like)),
-        )
-        return unpack(stored["state"])
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._placement.like(like))
+        return jax.jit(partial(from_stored, like=like), out_shardings=shardings)(stored["state"])
+
+    def _destination(self, target: Any) -> Any:
+        """The shapes to read, and where to."""
+        if self._placement.layout is not None:
+            return self._placement.like(target)
+        # NumPy's arrays: any others go to the devices they were written from.
+        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
 
     def _put_aside(self, steps: int) -> Path:
         aside = self.folder / f"damaged-{steps}"
@@ -222,7 +226,7 @@ def _differences(stored: Any, expected: Any, name: str = "") -> Iterator[str]:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 @contextmanager

@@ -244,7 +244,7 @@ def test_numbers_that_changed_on_disk_are_noticed(tmp_path, capsys, monkeypatch)
         restored = restore(steps, args=args)
         if steps == 2 and "state" in args:
             layer = restored["state"]["state"].params["layer"]
-            layer["kernel"] = layer["kernel"].at[3, 5].add(1e-4)
+            layer["kernel"][3, 5] += 1e-4
         return restored
 
     monkeypatch.setattr(store._manager, "restore", restore_changed)
@@ -274,21 +274,16 @@ def test_a_half_written_checkpoint_is_none_and_goes(tmp_path):
 def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path):
     """Writing fails in the background: the system refuses files that large, as a full disk does."""
     saved_twice(tmp_path)
-    store, large = (
-        Checkpoints(tmp_path, keep=1),
-        {"noise": jax.random.bits(jax.random.key(0), 10**6)},
-    )
+    store = Checkpoints(tmp_path, keep=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
     try:
-        with pytest.raises(OSError, match=r"could not be written .* steps 1, 2 are whole") as error:
-            store.save(3, large)
+        store.save(3, {"noise": jax.random.bits(jax.random.key(0), (10**6,))})
+        with pytest.raises(OSError, match=r"File too large.* steps 1, 2 are whole; make room"):
             store.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "File too large" in str(error.value)
-    with pytest.raises(OSError, match="could not be written"):
-        store.close()
+    store.close()
     store = Checkpoints(tmp_path, keep=1)
     assert store.restore(LIKE)[0] == 2
     save(store, 3, make_state(step=3))
