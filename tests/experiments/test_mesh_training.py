@@ -135,10 +135,6 @@ def test_the_first_state_is_the_same_on_any_mesh():
     job = make_job("sr_ste")
     programs = make_programs(job)
     split = make_programs(job, layout=place(job, "fsdp").layout)
-    masks = [
-        nmjax.compute_masks(p.init(np.int32(3))["params"], job.plan) for p in (programs, split)
-    ]
-    assert nmjax.total_sad(*jax.device_get(masks)) == 0
     kernels = [p.init(np.int32(3))["params"]["middle"]["kernel"] for p in (programs, split)]
     np.testing.assert_array_equal(*kernels)
     assert kernels[1].addressable_shards[0].data.shape == (16, 4)
