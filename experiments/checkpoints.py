@@ -1,86 +1,232 @@
-"""Training states on disk, through orbax."""
+"""Training states on disk, through orbax: written in the background, read onto any mesh."""
 
 from __future__ import annotations
 
+import math
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from experiments.placement import HERE, Placement
+from experiments.stored_state import checksums, from_stored, to_stored
+from nmjax.trees import named_leaves
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or is not what was written."""
 
 
 class Checkpoints:
-    """The last few states of one run, by epoch.
+    """States of one run, by the number of optimizer steps done.
 
     A checkpoint appears when it is complete or not at all, so that a killed run leaves the
-    earlier ones whole. One process writes; a run over several hosts is not supported.
+    earlier ones whole. Every process of a run opens the same folder, and calls the same methods.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
-        """Opens the folder, making it if needed.
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        keep_best: int = 0,
+        about: Mapping[str, str] | None = None,
+        placement: Placement = HERE,
+    ) -> None:
+        """Opens the folder, making it if needed; what a killed run left half written is removed.
 
         Args:
-          folder: of the checkpoints, one sub-folder an epoch.
-          keep: how many to keep.
+          folder: of the checkpoints, one sub-folder each.
+          keep: how many of the newest to keep.
+          keep_best: how many of the highest scores to keep as well.
+          about: what a checkpoint must agree in to be read, for example the plan.
+          placement: of states that are read.
         """
-        self._folder = folder.absolute()
-        # Written before `save` returns: the next training step reuses the memory of the state.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self.folder = folder.absolute()
+        self._about = dict(about or {})
+        self._placement = placement
+        rules: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
+        if keep_best:
+            rules.append(policies.BestN(get_metric_fn=_score, n=keep_best))
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=_score if keep_best else None,
+                preservation_policy=policies.AnyPreservationPolicy(rules),
+                cleanup_tmp_directories=True,
+            ),
+            item_names=("state", "about"),
+        )
+        self._to_stored = jax.jit(to_stored)
+        self._checksums = jax.jit(checksums)
 
     def latest(self) -> int | None:
-        """The epochs behind the newest checkpoint; None if there is none."""
+        """The steps behind the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, epoch: int, state: Any) -> None:
-        """Writes a state, a pytree of arrays, and drops the oldest beyond those to keep.
+    def save(self, steps: int, state: Any, *, score: float = -math.inf) -> None:
+        """Begins to write a state, and drops those beyond the ones to keep once it is written.
 
-        Ctrl-C waits until that is done.
-        """
-        with _interrupt_afterwards():
-            self._manager.save(epoch, args=ocp.args.StandardSave(jax.device_get(state)))
-
-    def restore(self, epoch: int, make_state: Callable[[], Any]) -> Any:
-        """Reads the state of an epoch.
+        Returns when the state has been copied: the next training step may have its memory. Waits
+        for the checkpoint before, if that is still being written. Ctrl-C waits for the return.
 
         Args:
-          epoch: of a checkpoint that is there, such as `latest()`.
-          make_state: makes a state of the same structure; is only traced.
-
-        Returns:
-          The state, on the default device.
+          steps: done, not those of a checkpoint that is there.
+          state: a pytree of arrays.
+          score: for `keep_best`.
 
         Raises:
-          ValueError: if what is stored is of another structure or of other shapes.
+          OSError: this or the checkpoint before could not be written; the earlier ones are whole.
         """
-        like = jax.eval_shape(make_state)
-        hollow = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
-        try:
-            stored = self._manager.restore(epoch, args=ocp.args.StandardRestore(hollow))
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"the checkpoint {self._folder / str(epoch)} does not fit this run: {error}"
-            ) from error
-        for (path, leaf), expected in zip(
-            jax.tree.leaves_with_path(stored), jax.tree.leaves(like), strict=True
-        ):
-            if (leaf.shape, leaf.dtype) != (expected.shape, expected.dtype):
-                raise ValueError(
-                    f"the checkpoint {self._folder / str(epoch)} does not fit this run: "
-                    f"{jax.tree_util.keystr(path)} is {leaf.dtype}{leaf.shape}, "
-                    f"expected {expected.dtype}{expected.shape}"
+        stored = self._to_stored(state)
+        about = {**self._about, "leaves": _leaves(stored["state"])}
+        with _interrupt_afterwards(), self._telling_what_is_left():
+            self._manager.save(
+                steps,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(stored), about=ocp.args.JsonSave(about)
+                ),
+                metrics={"score": score},
+            )
+
+    def wait(self) -> None:
+        """Returns when everything is written; raises what `save` raises."""
+        with self._telling_what_is_left():
+            self._manager.wait_until_finished()
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """Reads the newest checkpoint that is whole; says which ones are not, and puts them aside.
+
+        Args:
+          like: a tree of shapes and dtypes of the state.
+
+        Returns:
+          Steps done and the state, placed; None if no checkpoint is there.
+
+        Raises:
+          ValueError: if what is stored is of another model, plan or pattern, or if there are
+            checkpoints and none is whole.
+        """
+        found = sorted(self._manager.all_steps(), reverse=True)
+        for steps in found:
+            try:
+                return steps, self._read(steps, like)
+            except DamagedError as error:
+                aside = self._put_aside(steps)
+                print(
+                    f"warning: the checkpoint {self.folder / str(steps)} is damaged: {error}; it "
+                    f"is now {aside.name}, and the one before is used",
+                    file=sys.stderr,
                 )
-        return jax.tree.map(jnp.asarray, stored)
+        if found:
+            raise ValueError(
+                f"no checkpoint in {self.folder} is whole; move the run's folder away to begin anew"
+            )
+        return None
 
     def close(self) -> None:
-        """Releases the folder."""
-        self._manager.close()
+        """Waits, as `wait` does, and releases the folder."""
+        with self._telling_what_is_left():
+            self._manager.close()
+
+    def _read(self, steps: int, like: Any) -> Any:
+        path = self.folder / str(steps)
+        read = partial(_read_item, self._manager, steps)
+        about = read(about=ocp.args.JsonRestore())
+        target = jax.eval_shape(to_stored, like)
+        expected = {**self._about, "leaves": _leaves(target["state"])}
+        differences = list(_differences(about, expected))
+        if differences:
+            raise ValueError(
+                f"the checkpoint {path} does not fit this run: {'; '.join(differences[:4])}. Give "
+                "the flags it was made with, or another --name"
+            )
+        stored = read(state=ocp.args.StandardRestore(self._destination(target)))
+        sums = jax.device_get(self._checksums(stored["state"]))
+        wrong = np.flatnonzero(sums != jax.device_get(stored["checksums"]))
+        if wrong.size:
+            names = list(named_leaves(like))
+            raise DamagedError(f"{names[wrong[0]]} is not what was written")
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._placement.like(like))
+        return jax.jit(partial(from_stored, like=like), out_shardings=shardings)(stored["state"])
+
+    def _destination(self, target: Any) -> Any:
+        """The shapes to read, and where to."""
+        if self._placement.layout is not None:
+            return self._placement.like(target)
+        # NumPy's arrays: any others go to the devices they were written from.
+        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
+
+    def _put_aside(self, steps: int) -> Path:
+        aside = self.folder / f"damaged-{steps}"
+        multihost_utils.sync_global_devices("every process has tried to read")
+        if jax.process_index() == 0:
+            number = 0
+            while aside.exists():
+                number += 1
+                aside = aside.with_name(f"damaged-{steps}-{number}")
+            (self.folder / str(steps)).rename(aside)
+        multihost_utils.sync_global_devices("put aside")
+        self._manager.reload()
+        return aside
+
+    @contextmanager
+    def _telling_what_is_left(self) -> Iterator[None]:
+        """Adds to an error of writing what the folder still holds."""
+        try:
+            yield
+        except Exception as error:
+            whole = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+            raise OSError(
+                f"a checkpoint could not be written to {self.folder}: {_first_line(error)}. Those "
+                f"of steps {', '.join(map(str, whole)) or 'none'} are whole; make room, then go on "
+                "with --resume"
+            ) from error
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
+
+
+def _read_item(manager: ocp.CheckpointManager, steps: int, **item: Any) -> Any:
+    """Reads one item of a checkpoint; whatever goes wrong means that it is damaged."""
+    try:
+        restored = manager.restore(steps, args=ocp.args.Composite(**item))
+    except Exception as error:  # Orbax and tensorstore raise many kinds.
+        raise DamagedError(_first_line(error)) from error
+    return restored[next(iter(item))]
+
+
+def _leaves(state: Any) -> dict[str, str]:
+    """Shape and dtype of every array, as text."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named_leaves(state).items()}
+
+
+def _differences(stored: Any, expected: Any, name: str = "") -> Iterator[str]:
+    """What two nested dicts of text differ in."""
+    if not isinstance(stored, dict) or not isinstance(expected, dict):
+        if stored != expected:
+            yield f"{name} is {stored or 'not there'}, expected {expected or 'nothing'}"
+        return
+    for key in dict.fromkeys([*expected, *stored]):
+        yield from _differences(
+            stored.get(key), expected.get(key), f"{name} {key}" if name else str(key)
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 @contextmanager

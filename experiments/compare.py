@@ -220,7 +220,7 @@ class Comparison:
             lambda_w=trial.lambda_w,
             programs=programs,
             evaluate_every=self.evaluate_every,
-            on_step=on_step,
+            on_step=lambda steps, state: on_step(),
         )
         try:
             for report in reports:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
+from experiments.economy import in_auto_axes, in_bfloat16, with_remat
 from experiments.methods import check_fits, find_row, is_blocks
+from experiments.placement import Placement, make_placement
 from experiments.step import Job, plan_of
 from experiments.tasks.task import Recipe, Task
 
@@ -29,7 +33,7 @@ class Flags:
     """Trains a network on a task, dense or sparse from scratch, and keeps the run on disk.
 
     Writes runs/NAME/metrics.jsonl (one line an epoch), settings.json, plan.txt and checkpoints/.
-    Ctrl-C leaves every finished epoch readable; --resume goes on from the last one.
+    Ctrl-C leaves every finished epoch readable; --resume goes on from the last checkpoint.
 
     Attributes:
       task: what to train on. The digits ship with scikit-learn, the number names with num2words,
@@ -75,8 +79,25 @@ class Flags:
       ramp: when gradual pruning begins and ends, as fractions of the epochs. None for the
         recipe's: 0.04 and 0.72, of 250 epochs the published 10 and 180; in digits 0.04 and 0.4.
       seeds: of the initial weights and the order of the data. Several train together.
-      dtype: the network computes in; parameters are float32. digits: float32 only.
+      dtype: the network computes in; parameters are float32, and masks come from those.
+      accumulate: parts that a step takes its batch in, one after the other, to need less memory.
+        Gradients are averaged over them; batch statistics are each part's own.
+      remat: compute again in the backward pass what is neither a matrix product nor a convolution,
+        to need less memory.
       devices: share each batch. None for all accelerators, or one CPU.
+      mesh: of devices, instead of their number, such as data=4,model=2.
+      axis_types: of the mesh's axes.
+      layout: how the mesh splits parameters. data: not at all; fsdp: the last axis over the axes
+        of the batch; tensor: the last axis over the mesh's last. What does not split evenly is
+        whole on every device; the folder's layout.txt shows it.
+      shard: how parameters are split that match a regular expression, REGEX=AXES with an entry for
+        each of the trailing axes, such as 'out/kernel=model,*'. First match wins, before --layout.
+      batch_axes: of the mesh, that split each batch. By default the first.
+      distributed: this is one process of several, and the cluster (Slurm, Open MPI, Kubernetes,
+        TPU) knows the others. A run's folder must be on a disk that all of them share.
+      coordinator: HOST:PORT of process 0, where the cluster does not know it.
+      processes: how many there are, with --coordinator.
+      process: which one this is, from 0, with --coordinator.
       data_dir: folder of prepared data sets. None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
       workers: processes that read images; 0 reads in this one.
       threads: that read images, in each process.
@@ -84,8 +105,12 @@ class Flags:
       name: of this run's folder. None for TASK-MODEL-METHOD-PATTERN.
       resume: go on from the newest checkpoint of this name, if there is one. The result is that
         of a run never interrupted.
-      checkpoint_every: epochs between two checkpoints. The last epoch always has one.
+      checkpoint_every: epochs between two checkpoints. The last epoch always has one, and SIGTERM
+        makes one at once.
+      checkpoint_steps: optimizer steps between two more checkpoints within epochs; 0 for none.
       keep_checkpoints: how many of the newest to keep.
+      keep_best: how many of the best to keep besides, by test accuracy, or by test loss where there
+        is none.
       evaluate_every: epochs between two evaluations. The last epoch is always evaluated.
       log_every: steps between two lines of progress within an epoch; 0 for none.
     """
@@ -112,7 +137,18 @@ class Flags:
     ramp: tuple[float, float] | None = None
     seeds: tuple[int, ...] = (0,)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    accumulate: int = 1
+    remat: bool = False
     devices: int | None = None
+    mesh: str | None = None
+    axis_types: Literal["auto", "explicit"] = "auto"
+    layout: Literal["data", "fsdp", "tensor"] = "data"
+    shard: tuple[str, ...] = ()
+    batch_axes: tuple[str, ...] = ()
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
     data_dir: Path | None = None
     workers: int = 0
     threads: int = 8
@@ -120,14 +156,17 @@ class Flags:
     name: str | None = None
     resume: bool = False
     checkpoint_every: int = 1
+    checkpoint_steps: int = 0
     keep_checkpoints: int = 2
+    keep_best: int = 1
     evaluate_every: int = 1
     log_every: int = 100
 
     def __post_init__(self) -> None:
         """Refuses numbers that mean nothing."""
         at_least = dict.fromkeys(("checkpoint_every", "keep_checkpoints", "evaluate_every"), 1)
-        at_least |= dict.fromkeys(("workers", "threads", "log_every"), 0)
+        at_least |= dict.fromkeys(("workers", "threads", "log_every", "keep_best"), 0)
+        at_least |= {"accumulate": 1, "checkpoint_steps": 0}
         if self.epochs is not None:
             at_least["epochs"] = 1
         for name, low in at_least.items():
@@ -164,7 +203,29 @@ def make_job(flags: Flags) -> Job:
         raise ValueError(f"method {flags.method!r} has no sparse-refined term: drop --lambda-w")
     task = make_task(flags)
     plan = plan_of(task, flags.pattern)
-    return Job(task, plan, row.build(plan, task.recipe, task.steps_per_epoch))
+    method = row.build(plan, task.recipe, task.steps_per_epoch)
+    return Job(task, plan, method, flags.accumulate)
+
+
+def make_run_placement(flags: Flags, job: Job) -> Placement:
+    """Where the run goes.
+
+    Raises:
+      ValueError: a flag asks for what there is not, or cuts groups or blocks.
+    """
+    return make_placement(
+        jax.eval_shape(job.task.init, jax.random.key(0))["params"],
+        job.plan,
+        seeds=len(flags.seeds),
+        batch_size=job.task.recipe.batch_size,
+        devices=flags.devices,
+        mesh=flags.mesh,
+        axis_type=AxisType.Explicit if flags.axis_types == "explicit" else AxisType.Auto,
+        preset=flags.layout,
+        rules=flags.shard,
+        batch_axes=flags.batch_axes,
+        accumulate=flags.accumulate,
+    )
 
 
 def strength(flags: Flags, recipe: Recipe) -> float:
@@ -177,7 +238,9 @@ def make_task(flags: Flags) -> Task:
     task = _task(flags)
     if flags.keep_dense is not None:
         task = dataclasses.replace(task, keep_dense=flags.keep_dense)
-    return task
+    if flags.remat:
+        task = with_remat(task)
+    return in_auto_axes(task) if flags.axis_types == "explicit" else task
 
 
 def _task(flags: Flags) -> Task:
@@ -215,15 +278,16 @@ def _task(flags: Flags) -> Task:
 def _digits(flags: Flags) -> Task:
     from experiments.tasks.digits import digits_task
 
-    if flags.model_name != DEFAULT_MODELS["digits"] or flags.dtype != "float32":
+    if flags.model_name != DEFAULT_MODELS["digits"]:
         raise ValueError(
-            "digits is trained with the model small_resnet in float32 only, got "
-            f"{flags.model_name} in {flags.dtype}"
+            f"digits is trained with the model small_resnet only, got {flags.model_name}"
         )
     # These two decide the rest of its recipe.
     given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
     task = digits_task(**{name: value for name, value in given.items() if value is not None})
-    return dataclasses.replace(task, recipe=_changed(task.recipe, flags))
+    task = dataclasses.replace(task, recipe=_changed(task.recipe, flags))
+    # Its network has no dtype of its own, as the others have.
+    return in_bfloat16(task) if flags.dtype == "bfloat16" else task
 
 
 def _of_tokens(flags: Flags) -> Task:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.placement import HERE, Placement
 from experiments.seeds import one_seed, stack
 from experiments.step import Job, Programs, RunState, TrainState, make_programs
 from experiments.tasks.task import Batch, Task
@@ -60,8 +61,8 @@ def train(
     start: RunState | None = None,
     evaluate_every: int = 1,
     watch_every: int = 16,
-    place: Callable[[Batch], Any] = lambda batch: batch,
-    on_step: Callable[[], None] = lambda: None,
+    placement: Placement = HERE,
+    on_step: Callable[[int, RunState], None] = lambda steps, state: None,
 ) -> Iterator[EpochReport]:
     """Trains, and yields a report after every epoch.
 
@@ -70,12 +71,13 @@ def train(
       seeds: of the initial weights and of the order of the data. Several are trained together.
       lambda_w: strength of the sparse-refined term; None for the recipe's.
       programs: from `make_programs`, to share their compilation between runs; with an axis of
-        seeds exactly if there are several.
-      start: goes on from this state, the `state` of an earlier report. Given up like those.
+        seeds exactly if there are several, and with the placement's layout.
+      start: goes on from this state, which a report or `on_step` gave. Given up like those.
       evaluate_every: epochs between two evaluations. The last epoch is always evaluated.
       watch_every: steps between two whose mask flips are counted; at least one an epoch is.
-      place: puts a host batch on devices, for example sharded over a mesh.
-      on_step: called after each step is handed to the device.
+      placement: over devices and processes.
+      on_step: called after each step is handed to the device, with the number of steps done and
+        the state, of which the same holds as of a report's.
 
     Yields:
       One report an epoch.
@@ -90,16 +92,18 @@ def train(
         raise ValueError(f"programs with seeds={programs.seeds} were given {len(seeds)} seeds")
     strength = task.recipe.lambda_w if lambda_w is None else lambda_w
     state = start if start is not None else begin(programs, seeds, strength)
-    for epoch in range(state.epochs_done(task.steps_per_epoch), task.recipe.epochs):
+    first_epoch, first_step = divmod(state.steps_done(), task.steps_per_epoch)
+    for epoch in range(first_epoch, task.recipe.epochs):
         began = time.perf_counter()
-        batches = map(place, _batches(job, seeds, epoch))
-        state = _train_epoch(job, programs, state, epoch, batches, watch_every, on_step)
+        first = first_step if epoch == first_epoch else 0
+        batches = map(placement.put_train, _batches(job, seeds, epoch, first, placement.rows))
+        state = _train_epoch(job, programs, state, epoch, first, batches, watch_every, on_step)
         forward = programs.forward(state.train)
         masks = programs.masks(state.train.params)
         state, measured = programs.close(state, masks, forward)
         done = epoch + 1
         is_due = done % evaluate_every == 0 or done == task.recipe.epochs
-        test = evaluate(job, programs, state.train, place) if is_due else {}
+        test = evaluate(job, programs, state.train, placement) if is_due else {}
         measured = jax.device_get(measured)
         if not programs.seeds:
             measured = one_seed(measured)
@@ -122,7 +126,7 @@ def evaluate(
     job: Job,
     programs: Programs,
     state: TrainState,
-    place: Callable[[Batch], Any] = lambda batch: batch,
+    placement: Placement = HERE,
 ) -> dict[str, np.ndarray]:
     """Means over the test examples and scores of the predictions, of the sparse parameters.
 
@@ -134,7 +138,7 @@ def evaluate(
     sums: dict[str, np.ndarray] = {}
     batches, predictions = [], []
     for batch in job.task.eval_batches():
-        placed = place(stack([batch] * seeds) if programs.seeds else batch)
+        placed = placement.put_eval(stack([batch] * seeds) if programs.seeds else batch)
         for name, value in programs.evaluate(forward, state.collections, placed).items():
             sums[name] = sums.get(name, 0) + np.atleast_1d(jax.device_get(value)).astype(float)
         if programs.predict is not None:
@@ -165,15 +169,16 @@ def _train_epoch(
     programs: Programs,
     state: RunState,
     epoch: int,
+    first: int,
     batches: Iterator[Any],
     watch_every: int,
-    on_step: Callable[[], None],
+    on_step: Callable[[int, RunState], None],
 ) -> RunState:
-    """All steps of one epoch; counts the mask flips of every `watch_every`-th."""
+    """The steps of one epoch from `first` on; counts the flips of every `watch_every`-th."""
     run, topology = state
     steps = job.task.steps_per_epoch
     every, refresh_every = min(watch_every, steps), job.method.refresh_every or steps
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(batches, first):
         if (epoch * steps + index) % refresh_every == 0:
             run = programs.refresh(run)
         is_watched = index % every == every - 1
@@ -181,12 +186,14 @@ def _train_epoch(
         run = programs.step(run, batch)
         if is_watched:
             topology = programs.count_flips(topology, before, programs.masks(run.params))
-        on_step()
+        on_step(epoch * steps + index + 1, RunState(run, topology))
     return RunState(run, topology)
 
 
-def _batches(job: Job, seeds: Sequence[int], epoch: int) -> Iterator[Batch]:
-    streams = [job.task.train_batches(seed, epoch) for seed in seeds]
+def _batches(
+    job: Job, seeds: Sequence[int], epoch: int, first_step: int, rows: slice
+) -> Iterator[Batch]:
+    streams = [job.task.read(seed, epoch, first_step, rows) for seed in seeds]
     if len(streams) == 1:
         return streams[0]
     return map(stack, zip(*streams, strict=True))

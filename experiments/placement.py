@@ -1,70 +1,162 @@
-"""Where states and batches lie: one device, or copies of the state and a share of each batch."""
+"""How a run is spread over devices and processes: what each of them holds and reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh
 
+import nmjax
+from experiments.layout import Layout, Preset, make_layout, parse_mesh
 from experiments.seeds import OverSeeds, fastest
 from experiments.tasks.task import Batch
 
 
 class Placement(NamedTuple):
-    """How a run is spread over devices.
+    """Where a run's arrays go.
 
     Attributes:
       over_seeds: for `make_programs`; None for a single seed.
-      put_state: places a `RunState`.
-      put_batch: places a host batch.
+      layout: over a mesh; None for one device.
+      rows: of each training batch, those that this process needs.
+      batch_size: examples in a training batch, over all processes.
     """
 
-    over_seeds: OverSeeds | None
-    put_state: Callable[[Any], Any]
-    put_batch: Callable[[Batch], Any]
+    over_seeds: OverSeeds | None = None
+    layout: Layout | None = None
+    rows: slice = slice(None)
+    batch_size: int = 0
+
+    def put_train(self, batch: Batch) -> Any:
+        """Places the rows of a training batch that this process has."""
+        if self.layout is None:
+            return batch
+        axis, sharding = self._axis, self.layout.batch_sharding(self.batch_size, self._axis)
+
+        def put(rows: np.ndarray) -> jax.Array:
+            shape = (*rows.shape[:axis], self.batch_size, *rows.shape[axis + 1 :])
+            return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+        return {name: put(rows) for name, rows in batch.items()}
+
+    def put_eval(self, batch: Batch) -> Any:
+        """Places a batch that every process has in full; of any size."""
+        if self.layout is None:
+            return batch
+        examples = next(iter(batch.values())).shape[self._axis]
+        sharding = self.layout.batch_sharding(examples, self._axis)
+        return {
+            name: jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+            for name, values in batch.items()
+        }
+
+    def like(self, shapes: Any) -> Any:
+        """A tree of shapes, with the shardings that arrays of a training state have here."""
+        return shapes if self.layout is None else self.layout.place_like(shapes)
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Within it the mesh is JAX's current one, which Explicit axes need."""
+        return nullcontext() if self.layout is None else jax.set_mesh(self.layout.mesh)
+
+    @property
+    def _axis(self) -> int:
+        """Of the examples in a batch: behind that of the seeds, where there is one."""
+        return 0 if self.over_seeds is None else 1
 
 
-def make_placement(devices: int | None, seeds: int, batch_size: int) -> Placement:
+# Everything on JAX's default device.
+HERE = Placement()
+
+
+def make_placement(
+    params: Any,
+    plan: nmjax.Plan,
+    *,
+    seeds: int = 1,
+    batch_size: int,
+    devices: int | None = None,
+    mesh: str | None = None,
+    axis_type: AxisType = AxisType.Auto,
+    preset: Preset = "data",
+    rules: tuple[str, ...] = (),
+    batch_axes: tuple[str, ...] = (),
+    accumulate: int = 1,
+) -> Placement:
     """Decides where a run goes.
 
-    With several devices, each holds the whole state and an equal share of every batch (data
-    parallelism); the compiler adds the one sum of gradients that this needs, so the
-    sparse-refined term is still added once. Batch statistics are those of the whole batch.
+    Each batch is split over the mesh; the compiler adds the one sum of gradients that this needs,
+    so the sparse-refined term is still added once. Batch statistics are those of the whole batch.
 
     Args:
-      devices: how many; None for all accelerators, or one CPU.
+      params: a tree of shapes, of one seed.
+      plan: of these parameters.
       seeds: trained together.
-      batch_size: examples a step, over all devices.
+      batch_size: examples a step, over all devices and processes.
+      devices: how many, instead of a mesh; None for all accelerators, or one CPU. Several make
+        the mesh "data=N".
+      mesh: such as "data=4,model=2".
+      axis_type: of the mesh's axes.
+      preset: of the layout, see `make_layout`.
+      rules: of the layout.
+      batch_axes: mesh axes that split each batch; by default the first.
+      accumulate: parts that a step takes a batch in, one after the other.
 
     Raises:
-      ValueError: if there are not as many devices, or they do not divide the batch.
+      ValueError: there are not as many devices, they do not split the batch, shards cut groups or
+        blocks, or a rule does not fit.
     """
-    present = len(jax.devices())
+    over_seeds = jax.vmap if seeds > 1 else None
+    made = _mesh(devices, mesh, axis_type)
+    if batch_size % accumulate:
+        raise ValueError(f"a batch of {batch_size} does not split evenly into {accumulate} parts")
+    if made is None:
+        if rules or batch_axes or preset != "data":
+            raise ValueError("a layout needs devices to split parameters over: give a --mesh")
+        return Placement(fastest(seeds) if seeds > 1 else None, batch_size=batch_size)
+    if seeds > 1 and axis_type == AxisType.Explicit:
+        raise ValueError("several seeds train together on Auto axes only: drop --axis-types")
+    layout = make_layout(made, params, preset=preset, rules=rules, batch_axes=batch_axes)
+    shards = layout.batch_shards
+    if batch_size // accumulate % shards:
+        parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        raise ValueError(
+            f"a batch of {batch_size}{parts} does not split evenly over {shards} devices"
+        )
+    nmjax.check_sharding(params, plan, _by_leaf(layout, params))
+    return Placement(over_seeds, layout, _own_rows(layout, batch_size), batch_size)
+
+
+def _mesh(devices: int | None, mesh: str | None, axis_type: AxisType) -> Mesh | None:
+    if mesh is not None:
+        if devices is not None:
+            raise ValueError(f"--mesh {mesh} says how many devices: drop --devices {devices}")
+        return parse_mesh(mesh, axis_type)
+    present = jax.device_count()
     if devices is None:
-        devices = 1 if jax.default_backend() == "cpu" else present
+        alone = jax.default_backend() == "cpu" and jax.process_count() == 1
+        devices = 1 if alone else present
     if not 1 <= devices <= present:
         raise ValueError(f"devices must be from 1 to the {present} there are, got {devices}")
-    if batch_size % devices:
-        raise ValueError(f"a batch of {batch_size} does not split evenly over {devices} devices")
     if devices == 1:
-        return Placement(fastest(seeds) if seeds > 1 else None, _as_it_is, _as_it_is)
-    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
-    whole = NamedSharding(mesh, PartitionSpec())
-    # Behind the axis of seeds, where there is one.
-    axis = 1 if seeds > 1 else 0
-    shared = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+        return None
+    if devices < present and jax.process_count() > 1:
+        raise ValueError(f"several processes need all of their {present} devices, got {devices}")
+    return jax.make_mesh((devices,), ("data",), (axis_type,), devices=jax.devices()[:devices])
 
-    def put_batch(batch: Batch) -> Any:
-        # Evaluation batches may be of any size; one that does not split is copied to all.
-        splits = all(values.shape[axis] % devices == 0 for values in batch.values())
-        return jax.device_put(batch, shared if splits else whole)
 
-    return Placement(
-        jax.vmap if seeds > 1 else None, lambda state: jax.device_put(state, whole), put_batch
+def _by_leaf(layout: Layout, params: Any) -> Mapping[str, Any]:
+    shardings: Mapping[str, Any] = jax.tree.map(
+        lambda leaf: leaf.sharding, layout.place_like(params)
     )
+    return shardings
 
 
-def _as_it_is(tree: Any) -> Any:
-    return tree
+def _own_rows(layout: Layout, batch_size: int) -> slice:
+    """The rows of a batch that this process's devices hold: in a row, as a mesh lays them out."""
+    held = layout.batch_sharding(batch_size).addressable_devices_indices_map((batch_size,))
+    parts = [index[0].indices(batch_size) for index in held.values() if index is not None]
+    return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))

@@ -5,19 +5,27 @@
 
 from __future__ import annotations
 
+import math
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from experiments.checkpoints import Checkpoints
-from experiments.flags import Flags, make_job, strength
+from experiments.flags import Flags, make_job, make_run_placement, strength
+from experiments.folder_lock import FolderLock
 from experiments.loop import EpochReport, begin, train
 from experiments.metrics_log import MetricsLog
-from experiments.placement import Placement, make_placement
+from experiments.placement import Placement
+from experiments.processes import is_first
 from experiments.settings import claim_folder
 from experiments.step import Job, Programs, RunState, TrainState, make_programs
+from experiments.stopping import Preempted, Preemption
+
+COMPLETE, INTERRUPTED, PREEMPTED = 0, 130, 143
 
 
 class Run(NamedTuple):
@@ -27,9 +35,10 @@ class Run(NamedTuple):
       flags: of the command line.
       job: task, plan and method.
       programs: the jitted functions.
-      placement: over devices.
+      placement: over devices and processes.
+      lock: on the run's folder; None in all processes but the first.
       checkpoints: open.
-      epochs_done: epochs behind `state`.
+      steps_done: optimizer steps behind `state`.
       state: to go on from.
     """
 
@@ -37,8 +46,9 @@ class Run(NamedTuple):
     job: Job
     programs: Programs
     placement: Placement
+    lock: FolderLock | None
     checkpoints: Checkpoints
-    epochs_done: int
+    steps_done: int
     state: RunState
 
 
@@ -47,47 +57,77 @@ def open_run(flags: Flags) -> Run:
 
     Raises:
       MissingDatasetError: if the data set has not been prepared.
-      ValueError: if a flag asks for what there is not, or the folder holds another run.
+      ValueError: if a flag asks for what there is not, or the folder is in use or holds another
+        run.
     """
     job = make_job(flags)
-    recipe = job.task.recipe
-    placement = make_placement(flags.devices, len(flags.seeds), recipe.batch_size)
-    claim_folder(flags, job)
-    programs = make_programs(job, over_seeds=placement.over_seeds)
+    placement = make_run_placement(flags, job)
+    lock = None
+    if is_first():
+        lock = FolderLock(flags.folder)
+        claim_folder(flags, job, placement)
+    multihost_utils.sync_global_devices("the first process has the folder")
+    programs = make_programs(job, over_seeds=placement.over_seeds, layout=placement.layout)
+    checkpoints = Checkpoints(
+        flags.folder / "checkpoints",
+        keep=flags.keep_checkpoints,
+        keep_best=flags.keep_best,
+        about={name: str(leaf.pattern) for name, leaf in job.plan.items()},
+        placement=placement,
+    )
+    first_state = partial(begin, programs, flags.seeds, strength(flags, job.task.recipe))
+    with placement.active():
+        found = checkpoints.restore(jax.eval_shape(first_state))
+        steps, state = (0, first_state()) if found is None else found
+    return Run(flags, job, programs, placement, lock, checkpoints, steps, state)
 
-    def first_state() -> RunState:
-        return begin(programs, flags.seeds, strength(flags, recipe))
 
-    checkpoints = Checkpoints(flags.folder / "checkpoints", keep=flags.keep_checkpoints)
-    done = checkpoints.latest()
-    state = first_state() if done is None else checkpoints.restore(done, first_state)
-    return Run(flags, job, programs, placement, checkpoints, done or 0, placement.put_state(state))
-
-
-def finish(run: Run) -> bool:
-    """Trains the epochs that are left, printing and keeping a line for each.
+def finish(run: Run) -> int:
+    """Trains what is left, printing and keeping a line for each epoch.
 
     Returns:
-      True if the run is complete, False if Ctrl-C stopped it.
+      `COMPLETE`, `INTERRUPTED` by Ctrl-C, or `PREEMPTED` by SIGTERM.
 
     Raises:
       FloatingPointError: if the loss stops being finite.
+      OSError: if a checkpoint or a line cannot be written.
     """
-    print(_opening(run))
+    _say(_opening(run))
+    status = COMPLETE
     try:
-        _train(run)
+        with Preemption() as preemption, run.placement.active():
+            _train(run, preemption)
     except KeyboardInterrupt:
-        print(f"\nstopped; --resume goes on from epoch {run.checkpoints.latest() or 0}")
-        return False
+        status = INTERRUPTED
+    except Preempted:
+        status = PREEMPTED
     finally:
         run.checkpoints.close()
-    return True
+        if run.lock is not None:
+            run.lock.release()
+    if status != COMPLETE:
+        epochs = _epochs(run.checkpoints.latest() or 0, run.job.task.steps_per_epoch)
+        _say(f"\nstopped; --resume goes on from {epochs}")
+    return status
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, preemption: Preemption) -> None:
     flags, recipe, per_epoch = run.flags, run.job.task.recipe, run.job.task.steps_per_epoch
     log = MetricsLog(flags.folder)
-    log.keep_until(run.epochs_done)
+    if is_first():
+        log.keep_until(run.steps_done // per_epoch)
+    is_asked = False
+
+    def on_step(steps: int, state: RunState) -> None:
+        nonlocal is_asked
+        is_asked = preemption.asked(steps)
+        if steps % per_epoch == 0:
+            return  # The epoch is closed first.
+        if is_asked or (flags.checkpoint_steps and steps % flags.checkpoint_steps == 0):
+            run.checkpoints.save(steps, state)
+        if is_asked:
+            raise Preempted
+
     reports = train(
         run.job,
         seeds=flags.seeds,
@@ -95,14 +135,36 @@ def _train(run: Run) -> None:
         programs=_telling(run) if flags.log_every else run.programs,
         start=run.state,
         evaluate_every=flags.evaluate_every,
-        place=run.placement.put_batch,
+        placement=run.placement,
+        on_step=on_step,
     )
     for report in reports:
         # The line comes first: an epoch that has a checkpoint always has its line.
-        log.append(report, per_epoch)
-        if report.epoch % flags.checkpoint_every == 0 or report.epoch == recipe.epochs:
-            run.checkpoints.save(report.epoch, report.state)
-        print(_epoch_line(report, recipe.epochs), flush=True)
+        if is_first():
+            log.append(report, per_epoch)
+        is_last = report.epoch == recipe.epochs
+        if is_asked or is_last or report.epoch % flags.checkpoint_every == 0:
+            run.checkpoints.save(report.epoch * per_epoch, report.state, score=_score(report))
+        _say(_epoch_line(report, recipe.epochs))
+        if is_asked and not is_last:
+            raise Preempted
+
+
+def _score(report: EpochReport) -> float:
+    """What makes a checkpoint the best: accuracy where there is one, else a low loss."""
+    if "accuracy" in report.test:
+        return float(report.test["accuracy"].mean())
+    return -float(report.test["loss"].mean()) if report.test else -math.inf
+
+
+def _say(text: str) -> None:
+    if is_first():
+        print(text, flush=True)
+
+
+def _epochs(steps: int, per_epoch: int) -> str:
+    epochs, rest = divmod(steps, per_epoch)
+    return f"epoch {epochs}" + (f", step {rest}" if rest else "")
 
 
 def _opening(run: Run) -> str:
@@ -111,11 +173,13 @@ def _opening(run: Run) -> str:
     kept = sum(leaf.kept for leaf in job.plan.values())
     lambda_w = strength(flags, job.task.recipe)
     term = f", lambda_w {lambda_w:.3g}" if lambda_w else ""
+    epochs, steps = divmod(run.steps_done, job.task.steps_per_epoch)
+    rest = f" and {steps} steps" if steps else ""
     return (
         f"{flags.task}, {flags.model_name}, {flags.method}{term}: {flags.pattern} keeps {kept:,} "
         f"of {weights:,} weights in {len(job.plan)} leaves\n"
-        f"{run.epochs_done} of {job.task.recipe.epochs} epochs done, {job.task.steps_per_epoch} "
-        f"steps each; everything goes to {flags.folder}"
+        f"{epochs} of {job.task.recipe.epochs} epochs{rest} done, {job.task.steps_per_epoch} steps "
+        f"each; everything goes to {flags.folder}"
     )
 
 
@@ -134,22 +198,21 @@ def _telling(run: Run) -> Programs:
     To know them it waits for the device, which also keeps batches from piling up there.
     """
     task, every = run.job.task, run.flags.log_every
-    steps, began = run.epochs_done * task.steps_per_epoch, time.perf_counter()
+    steps, began, counted = run.steps_done, time.perf_counter(), 0
 
     def step(state: TrainState, batch: Any) -> TrainState:
-        nonlocal steps, began
+        nonlocal steps, began, counted
         if steps % task.steps_per_epoch == 0:
-            began = time.perf_counter()
+            began, counted = time.perf_counter(), 0
         state = run.programs.step(state, batch)
         epoch, within = divmod(steps, task.steps_per_epoch)
-        steps, within = steps + 1, within + 1
+        steps, within, counted = steps + 1, within + 1, counted + 1
         if within % every == 0 and within < task.steps_per_epoch:
             loss = np.mean(jax.device_get(state.loss_sum)) / within
-            speed = within * task.recipe.batch_size / (time.perf_counter() - began)
-            print(
+            speed = counted * task.recipe.batch_size / (time.perf_counter() - began)
+            _say(
                 f"  epoch {epoch + 1}, step {within}/{task.steps_per_epoch}: loss {loss:.4f}, "
-                f"{speed:,.0f} examples/s",
-                flush=True,
+                f"{speed:,.0f} examples/s"
             )
         return state
 

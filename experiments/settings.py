@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from experiments.flags import Flags
+from experiments.placement import Placement
 from experiments.step import Job
 
 # Flags that change how fast a run goes and what it leaves behind, but, rounding aside, not what
@@ -21,6 +22,16 @@ from experiments.step import Job
 _FREE_FLAGS = frozenset(
     [
         "devices",
+        "mesh",
+        "axis_types",
+        "layout",
+        "shard",
+        "batch_axes",
+        "distributed",
+        "coordinator",
+        "processes",
+        "process",
+        "remat",
         "data_dir",
         "workers",
         "threads",
@@ -28,15 +39,17 @@ _FREE_FLAGS = frozenset(
         "name",
         "resume",
         "checkpoint_every",
+        "checkpoint_steps",
         "keep_checkpoints",
+        "keep_best",
         "evaluate_every",
         "log_every",
     ]
 )
 
 
-def claim_folder(flags: Flags, job: Job) -> None:
-    """Makes the run's folder, with settings and plan, or finds it as an earlier run left it.
+def claim_folder(flags: Flags, job: Job, placement: Placement) -> None:
+    """Makes the run's folder, with settings, plan and layout, or finds what an earlier run left.
 
     Raises:
       ValueError: if another run is there; with `resume`, if that differs in what decides the
@@ -61,6 +74,7 @@ def claim_folder(flags: Flags, job: Job) -> None:
     flags.folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=2) + "\n")
     (flags.folder / "plan.txt").write_text(f"{job.plan}\n")
+    (flags.folder / "layout.txt").write_text(f"{placement.layout or 'one device'}\n")
 
 
 def _check_same(stored: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:

@@ -6,7 +6,7 @@ Each is written for one state and jitted once; several seeds share them by a lea
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 import nmjax
+from experiments.layout import Layout
 from experiments.methods import Method, is_blocks, optimizer
 from experiments.seeds import OverSeeds
 from experiments.tasks.task import Batch, Sums, Task, Variables
@@ -22,7 +23,8 @@ from nmjax.sparsify import Masks
 from nmjax.trees import named_leaves
 
 Measured = dict[str, Any]
-Training = tuple[Task, Method]
+# The last: parts of a batch that are taken one after the other.
+Training = tuple[Task, Method, int]
 
 
 class TrainState(NamedTuple):
@@ -79,9 +81,9 @@ class RunState(NamedTuple):
     train: TrainState
     topology: Topology
 
-    def epochs_done(self, steps_per_epoch: int) -> int:
-        """How many epochs lie behind this state."""
-        return int(np.ravel(self.train.step)[0]) // steps_per_epoch
+    def steps_done(self) -> int:
+        """How many optimizer steps lie behind this state."""
+        return int(np.ravel(jax.device_get(self.train.step))[0])
 
 
 class Programs(NamedTuple):
@@ -124,11 +126,14 @@ class Job(NamedTuple):
       task: data, model, loss, metric, recipe.
       plan: which leaves are sparse; for dense training: whose topology is watched.
       method: from `experiments.methods`.
+      accumulate: parts that a step takes its batch in, one after the other, to need less memory.
+        Gradients are averaged over them; batch statistics are each part's own.
     """
 
     task: Task
     plan: nmjax.Plan
     method: Method
+    accumulate: int = 1
 
 
 def plan_of(task: Task, pattern: str) -> nmjax.Plan:
@@ -137,39 +142,45 @@ def plan_of(task: Task, pattern: str) -> nmjax.Plan:
     return nmjax.make_plan(variables["params"], pattern, exclude=task.keep_dense)
 
 
-def make_programs(job: Job, *, over_seeds: OverSeeds | None = None) -> Programs:
+def make_programs(
+    job: Job, *, over_seeds: OverSeeds | None = None, layout: Layout | None = None
+) -> Programs:
     """Jits the functions of a run.
 
     What depends on the task, plan or method only is shared, compilation included, with programs
-    made earlier for the same one and the same `over_seeds`.
+    made earlier for the same one, the same `over_seeds` and the same `layout`.
 
     Args:
       job: task, plan and method.
       over_seeds: None for a single state; otherwise what makes a function of one state a function
         of many, such as `jax.vmap` or `experiments.seeds.fastest(...)`.
+      layout: where results lie; None for the default device.
     """
-    task, plan, method = job
+    task, plan, method, accumulate = job
+    training = (task, method, accumulate)
+    jit = partial(_jit, over_seeds, layout)
     return Programs(
-        init=_jit(_init, task, over_seeds),
-        begin=_jit(_begin, (task, method), over_seeds),
-        refresh=_jit(_refresh, method, over_seeds),
-        step=_jit(_step, (task, method), over_seeds, donate=0),
-        forward=_jit(_forward, method, over_seeds),
-        evaluate=_jit(_evaluate, task, over_seeds),
-        predict=None if task.predict is None else _jit(_predict, task, over_seeds),
-        masks=_jit(_masks, plan, over_seeds),
-        remember=_jit(_remember, job, over_seeds),
-        count_flips=_jit(_count_flips, plan, over_seeds),
-        close=_jit(_close, job, over_seeds),
+        init=jit(_init, task),
+        begin=jit(_begin, training),
+        refresh=jit(_refresh, method),
+        step=jit(_step, training, donate=0),
+        forward=jit(_forward, method),
+        evaluate=jit(_evaluate, task),
+        predict=None if task.predict is None else jit(_predict, task),
+        masks=jit(_masks, plan),
+        remember=jit(_remember, job),
+        count_flips=jit(_count_flips, plan),
+        close=jit(_close, job),
         seeds=over_seeds is not None,
     )
 
 
 @lru_cache(maxsize=256)
 def _jit(
+    over_seeds: OverSeeds | None,
+    layout: Layout | None,
     function: Callable[..., Any],
     fixed: Any,
-    over_seeds: OverSeeds | None,
     *,
     donate: int | None = None,
 ) -> Callable[..., Any]:
@@ -180,7 +191,12 @@ def _jit(
         return function(fixed, *args)
 
     many = one if over_seeds is None else over_seeds(one)
-    return jax.jit(many, donate_argnums=donate)
+
+    @wraps(function)
+    def placed(*args: Any) -> Any:
+        return many(*args) if layout is None else layout.constrain(many(*args))
+
+    return jax.jit(placed, donate_argnums=donate)
 
 
 def _init(task: Task, seed: jax.Array) -> Variables:
@@ -190,7 +206,7 @@ def _init(task: Task, seed: jax.Array) -> Variables:
 def _begin(
     training: Training, variables: Variables, seed: jax.Array, lambda_w: jax.Array
 ) -> TrainState:
-    _, method = training
+    _, method, _ = training
     params = variables["params"]
     sparse_key = jax.random.fold_in(jax.random.key(seed), 1)
     return TrainState(
@@ -212,21 +228,35 @@ def _refresh(method: Method, state: TrainState) -> TrainState:
 
 
 def _step(training: Training, state: TrainState, batch: Batch) -> TrainState:
-    task, method = training
+    task, method, parts = training
     key = jax.random.fold_in(jax.random.key(state.seed), state.step + 2)
-
-    def loss_of(params: Any) -> tuple[jax.Array, Any]:
-        sparse = method.sparsifier.apply(params, state.sparse)
-        return task.loss(sparse, state.collections, batch, key)
-
-    (loss, collections), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     tx = _optimizer(training, state.lambda_w)
     # None: transformations that need masks compute them from the weights.
     masks = None if method.masks is None else method.masks(state.sparse)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, masks=masks)
+
+    def learn(kept: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, jax.Array]:
+        params, collections, opt_state = kept
+
+        def loss_of(params: Any) -> tuple[jax.Array, Any]:
+            sparse = method.sparsifier.apply(params, state.sparse)
+            return task.loss(sparse, collections, *part)
+
+        (loss, collections), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params, masks=masks)
+        return (optax.apply_updates(params, updates), collections, opt_state), loss
+
+    kept = state.params, state.collections, state.opt_state
+    if parts == 1:
+        kept, loss = learn(kept, (batch, key))
+    else:
+        kept, losses = jax.lax.scan(
+            learn, kept, (_deal(batch, parts), jax.random.split(key, parts))
+        )
+        loss = losses.mean()
+    params, collections, opt_state = kept
     is_first_bad = ~jnp.isfinite(loss) & (state.bad_step < 0)
     return state._replace(
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         collections=collections,
         opt_state=opt_state,
         step=state.step + 1,
@@ -235,9 +265,21 @@ def _step(training: Training, state: TrainState, batch: Batch) -> TrainState:
     )
 
 
+def _deal(batch: Batch, parts: int) -> Batch:
+    """Deals the examples out like cards, so that each device keeps its own: (parts, ...)."""
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), batch
+    )
+
+
 def _optimizer(training: Training, lambda_w: jax.Array) -> optax.GradientTransformationExtraArgs:
-    task, method = training
-    return optimizer(method, task.recipe, task.steps_per_epoch, lambda_w)
+    task, method, parts = training
+    tx = optimizer(method, task.recipe, task.steps_per_epoch, lambda_w)
+    if parts == 1:
+        return tx
+    steps = optax.MultiSteps(tx, parts)
+    # Not `steps.gradient_transformation()`, which does not pass masks on.
+    return optax.GradientTransformationExtraArgs(steps.init, steps.update)
 
 
 def _forward(method: Method, state: TrainState) -> Any:

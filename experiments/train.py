@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import tyro
 
 from experiments.flags import Flags
+from experiments.processes import join_processes
 from experiments.run import finish, open_run
 
 
@@ -18,16 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: flags; None for those of the command line.
 
     Returns:
-      The exit status: 0 if the run is complete, 130 if Ctrl-C stopped it, 1 if it cannot go on.
+      The exit status: 0 if the run is complete, 130 if Ctrl-C stopped it, 143 if SIGTERM did, 1 if
+      it cannot go on.
     """
+    flags = tyro.cli(Flags, args=argv, prog="python -m experiments.train")
     try:
-        run = open_run(tyro.cli(Flags, args=argv, prog="python -m experiments.train"))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    try:
-        return 0 if finish(run) else 130
-    except FloatingPointError as error:
+        join_processes(flags.distributed, flags.coordinator, flags.processes, flags.process)
+        return finish(open_run(flags))
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import grain
@@ -49,6 +50,7 @@ def train_epoch(
     seed: int,
     epoch: int,
     first_step: int = 0,
+    rows: slice = slice(None),
     reading: Reading = Reading(),
 ) -> Iterator[Batch]:
     """Yields the batches of one epoch, in an order and with augmentations of its own.
@@ -64,15 +66,13 @@ def train_epoch(
       seed: of the run, not negative.
       epoch: which epoch of the run, from 0.
       first_step: batches to leave out at the start, without reading them.
+      rows: of each batch; the others are not read, for other processes may.
       reading: threads and processes.
     """
     both = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    batches = (
-        grain.MapDataset.source(records)
-        .seed(both)
-        .shuffle()
-        .random_map(transform)
-        .batch(batch_size, drop_remainder=True)
+    examples = grain.MapDataset.source(records).seed(both).shuffle().random_map(transform)
+    batches = grain.MapDataset.range(len(records) // batch_size).map(
+        partial(_batch_rows, examples, batch_size, rows)
     )
     return _read(batches[first_step:], reading)
 
@@ -120,6 +120,12 @@ def pad_batch(batch: Batch, batch_size: int) -> Batch:
         for name, values in batch.items()
     }
     return {**padded, "valid": (np.arange(batch_size) < count).astype(np.int32)}
+
+
+def _batch_rows(examples: Any, batch_size: int, rows: slice, index: int) -> Batch:
+    # What is not asked for is not read.
+    chosen = [examples[index * batch_size + row] for row in range(batch_size)[rows]]
+    return {name: np.stack([example[name] for example in chosen]) for name in chosen[0]}
 
 
 def _read(batches: Any, reading: Reading) -> Iterator[Batch]:

@@ -69,6 +69,7 @@ def cifar10_task(
         model=make_image_network(model, 10, stem="cifar", dtype=dtype),
         input_shape=(32, 32, 3),
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
+        train_rows=epochs,
         eval_batches=partial(
             eval_epoch, test, eval_example, batch_size=recipe.batch_size, reading=reading
         ),

@@ -29,6 +29,7 @@ def classification_task(
     steps_per_epoch: int,
     recipe: Recipe,
     keep_dense: tuple[str, ...] = (),
+    train_rows: Callable[..., Iterator[Batch]] | None = None,
 ) -> Task:
     """Makes the task of classifying images with a Flax linen module.
 
@@ -48,6 +49,7 @@ def classification_task(
       steps_per_epoch: how many batches `train_batches` yields.
       recipe: default hyper-parameters; its label smoothing acts on the training loss.
       keep_dense: path rules of layers that stay dense.
+      train_rows: as `Task` has it.
 
     Returns:
       The task.
@@ -84,6 +86,7 @@ def classification_task(
         steps_per_epoch=steps_per_epoch,
         recipe=recipe,
         keep_dense=keep_dense,
+        train_rows=train_rows,
     )
 
 

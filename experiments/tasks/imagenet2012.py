@@ -140,6 +140,7 @@ def imagenet2012_task(
         model=make_image_network(model, 1000, dtype=dtype),
         input_shape=(_SIZE, _SIZE, 3),
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
+        train_rows=epochs,
         eval_batches=partial(
             eval_epoch, held_out, eval_example, batch_size=recipe.batch_size, reading=reading
         ),

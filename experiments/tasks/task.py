@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import jax
@@ -155,6 +156,9 @@ class Task:
       identity: name -> fingerprint of what else decides the result, such as a vocabulary: a run
         is only resumed where these are the same.
       compared: what `experiments.compare` trains by default.
+      train_rows: `(*, seed, epoch, first_step, rows) -> iterator of host batches`: those of
+        `train_batches(seed, epoch)` from a step on, and of each the rows of a slice. For tasks
+        that can leave the others unread; None: they are made and dropped.
     """
 
     name: str
@@ -174,3 +178,11 @@ class Task:
     notes: tuple[str, ...] = ()
     identity: tuple[tuple[str, str], ...] = ()
     compared: Compared = Compared()
+    train_rows: Callable[..., Iterator[Batch]] | None = None
+
+    def read(self, seed: int, epoch: int, first_step: int, rows: slice) -> Iterator[Batch]:
+        """The batches of an epoch from a step on, and of each the given rows."""
+        if self.train_rows is not None:
+            return self.train_rows(seed=seed, epoch=epoch, first_step=first_step, rows=rows)
+        batches = islice(self.train_batches(seed, epoch), first_step, None)
+        return ({name: values[rows] for name, values in batch.items()} for batch in batches)

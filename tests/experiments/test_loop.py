@@ -89,6 +89,29 @@ def test_continuing_from_a_state_equals_never_stopping():
         np.testing.assert_array_equal(rest[-1].sad_first[name], value)
 
 
+@pytest.mark.parametrize("method", ["sr_ste", pytest.param("subp", marks=pytest.mark.slow)])
+def test_continuing_from_the_middle_of_an_epoch_equals_never_stopping(method):
+    job, stop = make_job(method), 2 * STEPS + 3
+
+    class StopError(Exception):
+        pass
+
+    def keep(steps, state):
+        nonlocal kept
+        assert steps == state.steps_done()
+        if steps == stop:
+            kept = jax.device_get(state)
+            raise StopError
+
+    kept = None
+    with pytest.raises(StopError):
+        last(train(job, on_step=keep, watch_every=2))
+    *_, rest = train(job, start=kept, watch_every=2)
+    *_, whole = train(job, watch_every=2)
+    rest, whole = ({**vars(report), "seconds": 0} for report in (rest, whole))
+    jax.tree.map(np.testing.assert_array_equal, rest, whole)
+
+
 def test_a_loss_that_is_not_finite_stops_with_seed_and_step():
     job = make_job("ste", scale=float("inf"))
     with pytest.raises(FloatingPointError, match=r"seed 7 .* from step 0 on \(epoch 1"):

@@ -1,51 +1,91 @@
 """Where batches and states lie, on eight simulated devices."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from experiments.placement import make_placement
+import nmjax
+from experiments.placement import HERE, make_placement
 
 BATCH = {"image": np.arange(24.0).reshape(12, 2), "label": np.arange(12)}
+PARAMS = {"a": {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}}
+PLAN = nmjax.make_plan(PARAMS, "2:4")
+
+
+def place(batch_size, **options):
+    return make_placement(PARAMS, PLAN, batch_size=batch_size, **options)
 
 
 def test_one_cpu_is_the_default_and_leaves_everything_where_it_is():
-    placement = make_placement(None, seeds=1, batch_size=7)
+    placement = place(7)
     assert placement.over_seeds is None
-    assert placement.put_batch(BATCH) is BATCH
-    assert make_placement(None, seeds=3, batch_size=7).over_seeds is not None
+    assert placement.layout is None
+    for here in (placement, HERE):
+        assert here.put_train(BATCH) is BATCH
+        assert here.put_eval(BATCH) is BATCH
+        assert here.like(PARAMS) is PARAMS
+        assert np.arange(7)[placement.rows].tolist() == list(range(7))
+    assert place(7, seeds=3).over_seeds is not None
 
 
 def test_each_device_has_a_share_of_the_batch_and_the_whole_state():
-    placement = make_placement(4, seeds=1, batch_size=12)
-    batch = placement.put_batch(BATCH)
-    shards = batch["image"].addressable_shards
-    assert [shard.data.shape for shard in shards] == [(3, 2)] * 4
-    np.testing.assert_array_equal(batch["image"], BATCH["image"])
-    state = placement.put_state({"w": np.ones((8, 8))})
-    assert [shard.data.shape for shard in state["w"].addressable_shards] == [(8, 8)] * 4
+    placement = place(12, devices=4)
+    for batch in (placement.put_train(BATCH), placement.put_eval(BATCH)):
+        shards = batch["image"].addressable_shards
+        assert [shard.data.shape for shard in shards] == [(3, 2)] * 4
+        np.testing.assert_array_equal(batch["image"], BATCH["image"])
+    (leaf,) = jax.tree.leaves(placement.like(PARAMS))
+    assert leaf.sharding.is_fully_replicated
+    assert len(leaf.sharding.device_set) == 4
+
+
+def test_a_mesh_of_several_axes_splits_batches_over_the_first_or_those_named():
+    mesh = {"mesh": "data=2,model=4"}
+    batch = place(16, **mesh).put_eval(BATCH)
+    assert {shard.data.shape for shard in batch["label"].addressable_shards} == {(6,)}
+    batch = place(16, **mesh, batch_axes=("model",)).put_eval(BATCH)
+    assert {shard.data.shape for shard in batch["label"].addressable_shards} == {(3,)}
+    placement = place(16, **mesh, batch_axes=("data", "model"), preset="fsdp")
+    assert placement.layout.batch_shards == 8
+    assert placement.layout.sharding("x/a/kernel", (16, 8)).shard_shape((16, 8)) == (16, 1)
 
 
 def test_the_axis_of_seeds_is_not_split():
-    placement = make_placement(4, seeds=2, batch_size=12)
-    batch = placement.put_batch({name: np.stack([a, a]) for name, a in BATCH.items()})
+    placement = place(12, devices=4, seeds=2)
+    batch = placement.put_train({name: np.stack([a, a]) for name, a in BATCH.items()})
     assert {shard.data.shape for shard in batch["label"].addressable_shards} == {(2, 3)}
     assert placement.over_seeds is jax.vmap
 
 
 def test_an_evaluation_batch_that_does_not_split_is_copied():
-    batch = make_placement(8, seeds=1, batch_size=16).put_batch(BATCH)
+    batch = place(16, devices=8).put_eval(BATCH)
     assert {shard.data.shape for shard in batch["label"].addressable_shards} == {(12,)}
 
 
 @pytest.mark.parametrize(
-    ("devices", "message"),
+    ("options", "message"),
     [
-        (0, "devices must be from 1 to the 8 there are, got 0"),
-        (9, "devices must be from 1 to the 8 there are, got 9"),
-        (8, "a batch of 12 does not split evenly over 8 devices"),
+        ({"devices": 0}, "devices must be from 1 to the 8 there are, got 0"),
+        ({"devices": 9}, "devices must be from 1 to the 8 there are, got 9"),
+        ({"devices": 8}, "a batch of 12 does not split evenly over 8 devices"),
+        ({"devices": 4, "accumulate": 2}, "a batch of 12 in 2 parts does not split evenly over 4"),
+        ({"accumulate": 5}, "a batch of 12 does not split evenly into 5 parts"),
+        ({"mesh": "data=3"}, "of 3 devices, which does not divide the 8 there are"),
+        ({"mesh": "data=4", "devices": 4}, "drop --devices 4"),
+        ({"rules": ("kernel=data",)}, "give a --mesh"),
+        ({"preset": "fsdp"}, "give a --mesh"),
+        (
+            {"mesh": "data=2,model=4", "seeds": 2, "axis_type": AxisType.Explicit},
+            "drop --axis-types",
+        ),
+        (
+            {"mesh": "data=1,model=8", "rules": ("kernel=model,*",)},
+            "a/kernel .16, 8.: mesh axis 'model' splits axis -2 into 8 shards of 2, which cuts",
+        ),
     ],
 )
-def test_impossible_numbers_of_devices(devices, message):
+def test_what_cannot_be_placed(options, message):
     with pytest.raises(ValueError, match=message):
-        make_placement(devices, seeds=1, batch_size=12)
+        place(12, **options)

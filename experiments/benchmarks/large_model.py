@@ -1,0 +1,250 @@
+"""What 2:4 training of a 7-billion-parameter Transformer asks of a mesh, by compilation alone.
+
+    python -m experiments.benchmarks.large_model
+
+Nothing is computed and no array is made: the training step is lowered from shapes and compiled for
+64 simulated devices, dense and with SR-STE. The table counts the collectives in the compiled
+program (one in the loop over the layers counts once) and the bytes that a device needs. The
+compiler is that for CPUs, which keeps float32 copies of what other devices multiply in bfloat16;
+the two sides are compared under the same compiler.
+
+The decoder is the usual one: RMS norms, causal attention, a gated feed-forward layer, blocks in a
+scan with remat. Weights and AdamW's moments are float32 and split over both axes of the mesh;
+a layer's weights are pruned and rounded to bfloat16 where they lie, and only then gathered over
+"data" for use, so that masks need no communication and what is gathered is no larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import nmjax
+from experiments.benchmarks.timing import print_table, write_results
+
+Params = dict[str, Any]
+
+# How each kernel lies on ("data", "model"): (axes at rest, axes in use), behind the axis of layers.
+LAYOUT = {
+    "query": (P("data", "model"), P(None, "model")),
+    "key": (P("data", "model"), P(None, "model")),
+    "value": (P("data", "model"), P(None, "model")),
+    "out": (P("model", "data"), P("model", None)),
+    "gate": (P("data", "model"), P(None, "model")),
+    "up": (P("data", "model"), P(None, "model")),
+    "down": (P("model", "data"), P("model", None)),
+}
+LAMBDA_W = 2e-4
+ACTIVATIONS = P("data", None, None)
+COLLECTIVES = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(?:-start)?\("
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The sizes of a decoder; those of Llama 7B by default."""
+
+    layers: int = 32
+    width: int = 4096
+    hidden: int = 11008
+    heads: int = 32
+    vocabulary: int = 32000
+
+    def kernels(self) -> dict[str, tuple[int, int]]:
+        """Name -> (inputs, outputs) of each kernel of a block."""
+        d, h = self.width, self.hidden
+        square = dict.fromkeys(("query", "key", "value", "out"), (d, d))
+        return {**square, "gate": (d, h), "up": (d, h), "down": (h, d)}
+
+    def shapes(self, mesh: Mesh) -> Params:
+        """The parameters as float32 shapes with shardings."""
+
+        def shape(spec: P, *sizes: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+        blocks: Params = {
+            name: {"kernel": shape(P(None, *LAYOUT[name][0]), self.layers, *sizes)}
+            for name, sizes in self.kernels().items()
+        }
+        for name in ("attention_norm", "forward_norm"):
+            blocks[name] = {"scale": shape(P(), self.layers, self.width)}
+        return {
+            "embedding": shape(P(None, "model"), self.vocabulary, self.width),
+            "blocks": blocks,
+            "norm": {"scale": shape(P(), self.width)},
+            "head": {"kernel": shape(P("data", "model"), self.width, self.vocabulary)},
+        }
+
+
+def loss(model: Decoder, plan: nmjax.Plan | None, params: Params, tokens: jax.Array) -> jax.Array:
+    """Mean cross entropy of the next token, computed in bfloat16.
+
+    Args:
+      model: sizes.
+      plan: of the kernels of one block; None for dense.
+      params: float32.
+      tokens: (sequences, length + 1) integers.
+    """
+    x = params["embedding"].astype(jnp.bfloat16)[tokens[:, :-1]]
+
+    def block(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+        if plan is not None:
+            # With the pull here, a mask lives no longer than its layer's turn in the loop.
+            weights = nmjax.sparsify(weights, plan, lambda_w=LAMBDA_W)
+        return _block(model, weights, x), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(block), _constrain(x, ACTIVATIONS), params["blocks"])
+    logits = _normalise(x, params["norm"]) @ _gather(params["head"], P(None, "model"))
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), tokens[:, 1:]
+    )
+    return losses.mean()
+
+
+def _block(model: Decoder, weights: Params, x: jax.Array) -> jax.Array:
+    w = {name: _gather(weights[name], in_use) for name, (_, in_use) in LAYOUT.items()}
+    normed = _normalise(x, weights["attention_norm"])
+    heads = (*x.shape[:2], model.heads, model.width // model.heads)
+    query, key, value = ((normed @ w[name]).reshape(heads) for name in ("query", "key", "value"))
+    attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    x = _constrain(x + attended.reshape(x.shape) @ w["out"], ACTIVATIONS)
+    normed = _normalise(x, weights["forward_norm"])
+    hidden = jax.nn.silu(normed @ w["gate"]) * (normed @ w["up"])
+    return _constrain(x + hidden @ w["down"], ACTIVATIONS)
+
+
+def _normalise(x: jax.Array, weights: Params) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+    return (wide * scale * weights["scale"]).astype(x.dtype)
+
+
+def _gather(weights: Params, in_use: P) -> jax.Array:
+    return _constrain(weights["kernel"].astype(jnp.bfloat16), in_use)
+
+
+def _constrain(x: jax.Array, spec: P) -> jax.Array:
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, spec)
+    return constrained
+
+
+def compile_step(
+    model: Decoder, mesh: Mesh, pattern: str | None, *, sequences: int, length: int
+) -> jax.stages.Compiled:
+    """Compiles a training step from shapes.
+
+    Args:
+      model: sizes.
+      mesh: with axes "data", over which sequences are split, and "model".
+      pattern: of SR-STE; None for dense.
+      sequences: in a batch.
+      length: of each, in tokens.
+
+    Raises:
+      ValueError: shards cut groups.
+    """
+    params = model.shapes(mesh)
+    plan = None
+    if pattern is not None:
+        # One block's kernels; the same plan fits the stack of all blocks.
+        block = {
+            name: {"kernel": jax.ShapeDtypeStruct(sizes, jnp.float32)}
+            for name, sizes in model.kernels().items()
+        }
+        plan = nmjax.make_plan(block, pattern)
+        nmjax.check_sharding(params["blocks"], plan)
+    tx = optax.adamw(3e-4)
+
+    def step(params: Params, state: Any, tokens: jax.Array) -> tuple[Params, Any]:
+        grads = jax.grad(loss, argnums=2)(model, plan, params, tokens)
+        # Gradients are summed where their weights lie.
+        grads = jax.tree.map(_constrain, grads, specs)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
+    state = optax.tree_map_params(
+        tx,
+        lambda moment, leaf: jax.ShapeDtypeStruct(
+            moment.shape, moment.dtype, sharding=leaf.sharding
+        ),
+        jax.eval_shape(tx.init, params),
+        params,
+    )
+    tokens = jax.ShapeDtypeStruct(
+        (sequences, length + 1), jnp.int32, sharding=NamedSharding(mesh, P("data"))
+    )
+    with jax.set_mesh(mesh):
+        out = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+        lowered = jax.jit(step, donate_argnums=(0, 1), out_shardings=out).lower(
+            params, state, tokens
+        )
+        return lowered.compile()
+
+
+def needs(compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """Collectives of a compiled step, by kind, and bytes of one device."""
+    memory = compiled.memory_analysis()
+    counts = Counter(re.findall(COLLECTIVES, compiled.as_text() or ""))
+    return {
+        "collectives": dict(sorted(counts.items())),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+    }
+
+
+def compare(
+    model: Decoder, mesh: Mesh, pattern: str, *, sequences: int, length: int
+) -> dict[str, Any]:
+    """What a step needs dense and sparse, and the ratio of their peak bytes."""
+    sides = {
+        name: needs(compile_step(model, mesh, chosen, sequences=sequences, length=length))
+        for name, chosen in (("dense", None), ("sparse", pattern))
+    }
+    return {**sides, "ratio": sides["sparse"]["peak_bytes"] / sides["dense"]["peak_bytes"]}
+
+
+def main() -> None:
+    """Prints the table and writes it to results/."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--data", type=int, default=8, help="devices that share the batch")
+    parser.add_argument("--model", type=int, default=8, help="devices that share each layer")
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--length", type=int, default=2048)
+    flags = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", flags.data * flags.model)
+    mesh = jax.make_mesh((flags.data, flags.model), ("data", "model"), (AxisType.Auto,) * 2)
+    model = Decoder()
+    found = compare(model, mesh, flags.pattern, sequences=flags.sequences, length=flags.length)
+    rows = [
+        {
+            "step": name,
+            "collectives": sum(found[name]["collectives"].values()),
+            **{
+                f"{kind} MB": found[name][f"{kind}_bytes"] / 1e6
+                for kind in ("argument", "temporary", "peak")
+            },
+            "of dense": found[name]["peak_bytes"] / found["dense"]["peak_bytes"],
+        }
+        for name in ("dense", "sparse")
+    ]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.shapes(mesh)))
+    print_table(f"{parameters:,} parameters, {flags.pattern}, mesh {dict(mesh.shape)}", rows)
+    write_results("large_model-cpu", {"flags": vars(flags), "parameters": parameters, **found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A training state as it lies on disk: masks at one bit a weight, and a sum to check it by.
+
+Both are computed on the devices that hold the arrays, in integers, so that the sum of a state is
+the same however it is split.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def to_stored(state: Any) -> dict[str, Any]:
+    """The state with packed masks, and its checksums; copies, for use inside `jax.jit`.
+
+    Args:
+      state: a pytree of arrays, which may be given up to a training step afterwards.
+
+    Returns:
+      "state": the same tree; a boolean array of at least one axis has become uint8, eight entries
+        a byte along one axis. "checksums": uint32, one entry a leaf.
+    """
+    packed = jax.tree.map(_pack, state)
+    return {"state": packed, "checksums": checksums(packed)}
+
+
+def from_stored(packed: Any, like: Any) -> Any:
+    """Undoes the packing of `to_stored`.
+
+    Args:
+      packed: its "state".
+      like: a tree of the shapes and dtypes of the result.
+    """
+    return jax.tree.map(_unpack, packed, like)
+
+
+def checksums(state: Any) -> jax.Array:
+    """One uint32 a leaf: the sum, modulo 2^32, of each entry's bits times an odd number.
+
+    The factors are 1, 3, 5, ... in row-major order. A change of one entry always changes the sum.
+    """
+    return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(state)])
+
+
+def packing_axis(shape: tuple[int, ...]) -> int:
+    """The axis along which a mask is packed: the last that 8 divides, or else the last."""
+    return max((axis for axis, size in enumerate(shape) if size % 8 == 0), default=len(shape) - 1)
+
+
+def _pack(leaf: jax.Array) -> jax.Array:
+    if leaf.dtype != bool or leaf.ndim == 0:
+        return jnp.copy(leaf)
+    return jnp.packbits(leaf, axis=packing_axis(leaf.shape), bitorder="little")
+
+
+def _unpack(packed: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    if like.dtype != bool or not like.shape:
+        return packed
+    axis = packing_axis(like.shape)
+    bits = jnp.unpackbits(packed, axis=axis, count=like.shape[axis], bitorder="little")
+    return bits.astype(bool)
+
+
+def _checksum(leaf: jax.Array) -> jax.Array:
+    bits = leaf if leaf.dtype == bool else lax.bitcast_convert_type(leaf, _unsigned(leaf.dtype))
+    words = bits.astype(jnp.uint32)
+    places = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, _ in enumerate(leaf.shape):
+        stride = np.uint32(math.prod(leaf.shape[axis + 1 :]) % 2**32)
+        places += stride * lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.sum(words * (2 * places + 1), dtype=jnp.uint32)
+
+
+def _unsigned(dtype: np.dtype) -> np.dtype:
+    return np.dtype(f"uint{8 * dtype.itemsize}")
