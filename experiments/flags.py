@@ -13,7 +13,15 @@ from experiments.methods import check_fits, find_row, is_blocks
 from experiments.step import Job, plan_of
 from experiments.tasks.task import Recipe, Task
 
-DEFAULT_MODELS = {"digits": "small_resnet", "cifar10": "resnet18", "imagenet2012": "resnet50"}
+DEFAULT_MODELS = {
+    "digits": "small_resnet",
+    "cifar10": "resnet18",
+    "imagenet2012": "resnet50",
+    "number_names": "transformer_tiny",
+    "wmt14": "transformer_base",
+    "python_bytes": "decoder_tiny",
+}
+TaskName = Literal["digits", "cifar10", "imagenet2012", "number_names", "wmt14", "python_bytes"]
 
 
 @dataclass(frozen=True)
@@ -24,15 +32,17 @@ class Flags:
     Ctrl-C leaves every finished epoch readable; --resume goes on from the last one.
 
     Attributes:
-      task: what to train on. The digits ship with scikit-learn; the others are read from
-        tensorflow-datasets in array_record format.
+      task: what to train on. The digits ship with scikit-learn, the number names with num2words,
+        the bytes with Python; the others are read from tensorflow-datasets in array_record format.
       model: None for the task's: small_resnet for digits, resnet18 for cifar10, resnet50 for
-        imagenet2012. Also resnet8, resnet20, resnet34, resnet101, mobilenet_v1.
+        imagenet2012, transformer_tiny for number_names, transformer_base for wmt14, decoder_tiny
+        for python_bytes. Also resnet8, resnet20, resnet34, resnet101, mobilenet_v1;
+        transformer_big; decoder_small, decoder_medium.
       pattern: weights kept of each group, N:M, or blocks of N output channels and the fraction of
         them that is dropped, 1xN@S. Dense training watches the topology that this pattern would
         have.
-      method: dense, one_shot, ste, sr_ste or sr_ste_negative; for blocks also one_by_n, subp_l1
-        or subp.
+      method: dense, one_shot, ste, sr_ste, sr_ste_decoupled or sr_ste_negative; for blocks also
+        one_by_n, subp_l1 or subp.
       keep_dense: regular expressions of layers that stay dense. None for the task's, which are
         the first and the last layer; for blocks also the projections of ResNets without
         bottlenecks.
@@ -41,16 +51,26 @@ class Flags:
         batches of 512, no warm-up, weight decay 1e-4 but none on vectors, label smoothing 0.1.
       batch_size: examples a step, over all devices. None for the recipe's: digits 25, cifar10
         128, imagenet2012 256.
-      learning_rate: peak, after linear warm-up and before cosine decay. None for the recipe's,
-        0.1 in every task.
+      optimizer: sgd, or adamw. None for the recipe's: sgd for images, adamw for text.
+      learning_rate: peak, after linear warm-up and before the decay. None for the recipe's, 0.1
+        for images.
+      schedule: of the decay: cosine, or inverse_sqrt. None for the recipe's: inverse_sqrt for
+        translation, cosine elsewhere.
       warmup_epochs: of the learning rate. None for the recipe's: digits epochs / 24, cifar10 and
         imagenet2012 5.
-      momentum: of SGD, without Nesterov. None for the recipe's, 0.9 in every task.
-      weight_decay: coupled. None for the recipe's: digits and imagenet2012 5e-5, cifar10 5e-4.
+      momentum: of SGD, without Nesterov, or Adam's first beta. None for the recipe's, 0.9 in
+        every task.
+      second_momentum: Adam's second beta. None for the recipe's, 0.98.
+      clip: largest norm of the gradient of all parameters together; 0 for no limit. None for the
+        recipe's: 1 for python_bytes, 0 elsewhere.
+      weight_decay: coupled with SGD, decoupled with AdamW. None for the recipe's: digits and
+        imagenet2012 5e-5, cifar10 5e-4.
       decay_vectors: whether weight decay acts on biases and norms too. None for the recipe's,
         which does.
       lambda_w: strength of the sparse-refined term, for the methods that have one. None for the
         recipe's: 2e-4; in digits, whatever makes the total pull that of 120 epochs of ImageNet.
+      lambda_decoupled: its strength for sr_ste_decoupled, after Adam's preconditioner. None for the
+        recipe's.
       label_smoothing: share of the target spread over all classes. None for the recipe's, 0.
       ramp: when gradual pruning begins and ends, as fractions of the epochs. None for the
         recipe's: 0.04 and 0.72, of 250 epochs the published 10 and 180; in digits 0.04 and 0.4.
@@ -70,19 +90,24 @@ class Flags:
       log_every: steps between two lines of progress within an epoch; 0 for none.
     """
 
-    task: Literal["digits", "cifar10", "imagenet2012"] = "digits"
+    task: TaskName = "digits"
     model: str | None = None
     pattern: str = "2:4"
     method: str = "sr_ste"
     keep_dense: tuple[str, ...] | None = None
     epochs: int | None = None
     batch_size: int | None = None
+    optimizer: Literal["sgd", "adamw"] | None = None
     learning_rate: float | None = None
+    schedule: Literal["cosine", "inverse_sqrt"] | None = None
     warmup_epochs: float | None = None
     momentum: float | None = None
+    second_momentum: float | None = None
+    clip: float | None = None
     weight_decay: float | None = None
     decay_vectors: bool | None = None
     lambda_w: float | None = None
+    lambda_decoupled: float | None = None
     label_smoothing: float | None = None
     ramp: tuple[float, float] | None = None
     seeds: tuple[int, ...] = (0,)
@@ -144,7 +169,7 @@ def make_job(flags: Flags) -> Job:
 
 def strength(flags: Flags, recipe: Recipe) -> float:
     """The `lambda_w` that the method trains with."""
-    return recipe.lambda_w * find_row(flags.method).lambda_fraction
+    return find_row(flags.method).strength(recipe)
 
 
 def make_task(flags: Flags) -> Task:
@@ -159,6 +184,8 @@ def _task(flags: Flags) -> Task:
     # Imported here: tensorflow-datasets and scikit-learn take seconds, and no run needs both.
     if flags.task == "digits":
         return _digits(flags)
+    if flags.task in ("number_names", "wmt14", "python_bytes"):
+        return _of_tokens(flags)
     from experiments.data.epochs import Reading
     from experiments.models.image_networks import dense_for_blocks
 
@@ -197,6 +224,25 @@ def _digits(flags: Flags) -> Task:
     given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
     task = digits_task(**{name: value for name, value in given.items() if value is not None})
     return dataclasses.replace(task, recipe=_changed(task.recipe, flags))
+
+
+def _of_tokens(flags: Flags) -> Task:
+    dtype = jnp.dtype(flags.dtype)
+    if flags.task == "python_bytes":
+        from experiments.tasks.python_bytes import find_recipe, python_bytes_task
+
+        recipe = _changed(find_recipe(flags.model_name), flags)
+        return python_bytes_task(flags.model_name, recipe=recipe, dtype=dtype)
+    if flags.task == "number_names":
+        from experiments.tasks.number_names import RECIPE, number_names_task
+
+        recipe = _changed(RECIPE, flags)
+        return number_names_task(flags.model_name, recipe=recipe, dtype=dtype)
+    from experiments.tasks.wmt14 import RECIPE as WMT14_RECIPE
+    from experiments.tasks.wmt14 import wmt14_task
+
+    recipe = _changed(WMT14_RECIPE, flags)
+    return wmt14_task(flags.model_name, recipe=recipe, dtype=dtype, data_dir=flags.data_dir)
 
 
 def _changed(recipe: Recipe, flags: Flags) -> Recipe:

@@ -94,6 +94,7 @@ class Programs(NamedTuple):
       step: (TrainState, batch) -> TrainState. Gives up its first argument's memory.
       forward: TrainState -> the parameters of the forward pass.
       evaluate: (those parameters, collections, batch) -> sums.
+      predict: (the same) -> predictions; None for a task without them.
       masks: params -> masks.
       remember: (TrainState, masks of the initial weights) -> Topology.
       count_flips: (Topology, masks before a step, masks after it) -> Topology.
@@ -108,6 +109,7 @@ class Programs(NamedTuple):
     step: Callable[..., TrainState]
     forward: Callable[..., Any]
     evaluate: Callable[..., Sums]
+    predict: Callable[..., Any] | None
     masks: Callable[..., Masks]
     remember: Callable[..., Topology]
     count_flips: Callable[..., Topology]
@@ -154,6 +156,7 @@ def make_programs(job: Job, *, over_seeds: OverSeeds | None = None) -> Programs:
         step=_jit(_step, (task, method), over_seeds, donate=0),
         forward=_jit(_forward, method, over_seeds),
         evaluate=_jit(_evaluate, task, over_seeds),
+        predict=None if task.predict is None else _jit(_predict, task, over_seeds),
         masks=_jit(_masks, plan, over_seeds),
         remember=_jit(_remember, job, over_seeds),
         count_flips=_jit(_count_flips, plan, over_seeds),
@@ -243,6 +246,12 @@ def _forward(method: Method, state: TrainState) -> Any:
 
 def _evaluate(task: Task, params: Any, collections: Variables, batch: Batch) -> Sums:
     return task.evaluate(params, collections, batch)
+
+
+def _predict(task: Task, params: Any, collections: Variables, batch: Batch) -> Any:
+    if task.predict is None:
+        raise TypeError(f"task {task.name} predicts nothing")
+    return task.predict(params, collections, batch)
 
 
 def _masks(plan: nmjax.Plan, params: Any) -> Masks:

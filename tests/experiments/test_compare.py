@@ -16,6 +16,8 @@ from tests.experiments.tiny import compile_little, tiny_task  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_little")
 
+METHODS = ("dense", "one_shot", "ste", "sr_ste", "sr_ste_negative")
+BLOCK_METHODS = ("one_by_n", "subp_l1", "subp")
 SECTIONS = ("summary", "run", "table", "paper", "sad", "strength", "machine")
 
 
@@ -26,8 +28,8 @@ def _tiny(monkeypatch):
 
 
 def flags(folder, **given):
-    settings = {"patterns": ("2:4", "1:8"), "seeds": (0, 1), "shapes": "", "runs_dir": folder}
-    settings["block_patterns"] = ()
+    settings = {"patterns": ("2:4", "1:8"), "seeds": (0, 1), "runs_dir": folder}
+    settings |= {"methods": METHODS, "block_methods": BLOCK_METHODS, "sweep": (10.0, 100.0)}
     return Flags(**{**settings, **given})
 
 
@@ -149,7 +151,7 @@ def test_ctrl_c_leaves_a_report_and_resume_does_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(Comparison, "run", interrupted)
     status, text, data = run(given)
     assert status == 130
-    assert "2 of 4 trials are in the report" in text
+    assert "2 of 3 trials are in the report" in text
     page = (given.folder / "report.html").read_text()
     assert "STE" in page
     assert "SR-STE, " not in page
@@ -157,18 +159,15 @@ def test_ctrl_c_leaves_a_report_and_resume_does_the_rest(tmp_path, monkeypatch):
     status, _, after = run(flags(tmp_path, **{**vars(given), "resume": True}))
     assert status == 0
     assert after["trials"][:2] == data["trials"]
-    assert len(after["trials"]) == 4
+    assert len(after["trials"]) == 3
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
     given = {"methods": ("ste",), "patterns": ("2:4",)}
     run(flags(tmp_path, **given))
     arguments = ["--runs-dir", str(tmp_path), "--methods", "ste", "--patterns", "2:4", "--resume"]
-    assert (
-        main([*arguments, "--epochs", "3", "--seeds", "0", "1", "--shapes", "", "--block-patterns"])
-        == 1
-    )
-    assert "made with another recipe" in capsys.readouterr().err
+    assert main([*arguments, "--epochs", "3", "--seeds", "0", "1", "--sweep", "10", "100"]) == 1
+    assert "made with another rate_sum, recipe" in capsys.readouterr().err
 
 
 def test_a_trial_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
