@@ -73,7 +73,7 @@ def write_flo(path: Path, flow: NDArray[np.floating]) -> None:
 def is_known(flow: Flow) -> NDArray[np.bool_]:
     """Where the flow is known, (height, width): both components finite and at most 1e9."""
     # NaN compares as False.
-    return (np.abs(flow) <= UNKNOWN_FLOW).all(axis=-1)
+    return np.asarray((np.abs(flow) <= UNKNOWN_FLOW).all(axis=-1))
 
 
 def read_image(path: Path) -> Pixels:

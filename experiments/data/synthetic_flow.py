@@ -99,11 +99,12 @@ def render(layers: list[Layer], size: int) -> FlowPair:
     first, second = np.zeros((2, size, size, 3))
     flow = np.zeros((size, size, 2))
     for layer in layers:
-        seen = _covers(layer, points)[..., None]
-        first = np.where(seen, _texture_at(layer, points), first)
-        flow = np.where(seen, move(layer.motion, points) - points, flow)
+        seen = _covers(layer, points)
+        first[seen] = _texture_at(layer, points[seen])
+        flow[seen] = move(layer.motion, points[seen]) - points[seen]
         source = move(_inverse(layer.motion), points)
-        second = np.where(_covers(layer, source)[..., None], _texture_at(layer, source), second)
+        seen = _covers(layer, source)
+        second[seen] = _texture_at(layer, source[seen])
     return FlowPair(*(image.astype(np.float32) for image in (first, second, flow)))
 
 

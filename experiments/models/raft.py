@@ -231,6 +231,7 @@ class Raft(nn.Module):
         )
         pixels = _pixels(hidden)
         flow, flows = jnp.zeros_like(pixels), []
+        # Not a `scan`: XLA on a CPU is slow on convolutions inside of loops.
         for step in range(self.iterations):
             # The gradient of a step's flow does not reach earlier steps through the positions.
             flow = jax.lax.stop_gradient(flow)
@@ -242,18 +243,18 @@ class Raft(nn.Module):
         return jnp.stack(flows)
 
 
-def tiny_raft(iterations: int = 5) -> Raft:
+def tiny_raft(iterations: int = 4) -> Raft:
     """A RAFT for images of 64 pixels: a field at a quarter of their size, few channels."""
     return Raft(
         widths=(16, 24, 32),
         strides=(2, 1, 2, 1),
         features=32,
-        hidden=32,
-        context=32,
+        hidden=24,
+        context=24,
         radius=3,
         motion_corr=(32, 24),
         motion_flow=(16, 8),
-        motion_out=32,
+        motion_out=24,
         head=32,
         iterations=iterations,
     )
