@@ -23,6 +23,8 @@ DEFAULT_MODELS = {
     "flow": "raft_tiny",
     "flying_chairs": "raft",
     "sintel": "raft",
+    "detection": "mask_rcnn_tiny",
+    "coco": "faster_rcnn",
 }
 TaskName = Literal[
     "digits",
@@ -34,6 +36,8 @@ TaskName = Literal[
     "flow",
     "flying_chairs",
     "sintel",
+    "detection",
+    "coco",
 ]
 
 
@@ -46,13 +50,13 @@ class Flags:
 
     Attributes:
       task: what to train on. The digits ship with scikit-learn, the number names with num2words,
-        the bytes with Python; flow is generated. flying_chairs and sintel are read from the folders
-        that they are unpacked to, the others from tensorflow-datasets in array_record format.
+        the bytes with Python; flow and detection are generated. flying_chairs and sintel are read
+        from the folders that they are unpacked to, the others from tensorflow-datasets in array_record format.
       model: None for the task's: small_resnet for digits, resnet18 for cifar10, resnet50 for
         imagenet2012, transformer_tiny for number_names, transformer_base for wmt14, decoder_tiny
         for python_bytes. Also resnet8, resnet20, resnet34, resnet101, mobilenet_v1;
-        transformer_big; decoder_small, decoder_medium. raft_tiny for flow and raft for
-        flying_chairs and sintel, without a choice.
+        transformer_big; decoder_small, decoder_medium. Without a choice: raft_tiny for
+        flow, raft for flying_chairs and sintel, mask_rcnn_tiny for detection, faster_rcnn for coco.
       pattern: weights kept of each group, N:M, or blocks of N output channels and the fraction of
         them that is dropped, 1xN@S. Dense training watches the topology that this pattern would
         have.
@@ -201,6 +205,8 @@ def _task(flags: Flags) -> Task:
         return _digits(flags)
     if flags.task in ("number_names", "wmt14", "python_bytes"):
         return _of_tokens(flags)
+    if flags.task in ("detection", "coco"):
+        return _of_objects(flags)
     if flags.task in ("flow", "flying_chairs", "sintel"):
         return _of_flow(flags)
     from experiments.data.epochs import Reading
@@ -256,6 +262,23 @@ def _of_tokens(flags: Flags) -> Task:
 
     recipe = _changed(WMT14_RECIPE, flags)
     return wmt14_task(flags.model_name, recipe=recipe, dtype=dtype, data_dir=flags.data_dir)
+
+
+def _of_objects(flags: Flags) -> Task:
+    _check_only_model(flags)
+    if flags.task == "detection":
+        from experiments.tasks.detection import RECIPE, detection_task
+
+        return detection_task(recipe=_changed(RECIPE, flags))
+    from experiments.data.epochs import Reading
+    from experiments.tasks.coco import RECIPE as COCO_RECIPE
+    from experiments.tasks.coco import coco_task
+
+    return coco_task(
+        recipe=_changed(COCO_RECIPE, flags),
+        data_dir=flags.data_dir,
+        reading=Reading(workers=flags.workers, threads=flags.threads),
+    )
 
 
 def _of_flow(flags: Flags) -> Task:
