@@ -24,8 +24,25 @@ DEFAULT_MODELS = {
     "number_names": "transformer_tiny",
     "wmt14": "transformer_base",
     "python_bytes": "decoder_tiny",
+    "flow": "raft_tiny",
+    "flying_chairs": "raft",
+    "sintel": "raft",
+    "detection": "mask_rcnn_tiny",
+    "coco": "faster_rcnn",
 }
-TaskName = Literal["digits", "cifar10", "imagenet2012", "number_names", "wmt14", "python_bytes"]
+TaskName = Literal[
+    "digits",
+    "cifar10",
+    "imagenet2012",
+    "number_names",
+    "wmt14",
+    "python_bytes",
+    "flow",
+    "flying_chairs",
+    "sintel",
+    "detection",
+    "coco",
+]
 
 
 @dataclass(frozen=True)
@@ -37,11 +54,14 @@ class Flags:
 
     Attributes:
       task: what to train on. The digits ship with scikit-learn, the number names with num2words,
-        the bytes with Python; the others are read from tensorflow-datasets in array_record format.
+        the bytes with Python; flow and detection are generated. flying_chairs and sintel are read
+        from the folders that they are unpacked to, the others from tensorflow-datasets in
+        array_record format.
       model: None for the task's: small_resnet for digits, resnet18 for cifar10, resnet50 for
         imagenet2012, transformer_tiny for number_names, transformer_base for wmt14, decoder_tiny
         for python_bytes. Also resnet8, resnet20, resnet34, resnet101, mobilenet_v1;
-        transformer_big; decoder_small, decoder_medium.
+        transformer_big; decoder_small, decoder_medium. Without a choice: raft_tiny for
+        flow, raft for flying_chairs and sintel, mask_rcnn_tiny for detection, faster_rcnn for coco.
       pattern: weights kept of each group, N:M, or blocks of N output channels and the fraction of
         them that is dropped, 1xN@S. Dense training watches the topology that this pattern would
         have.
@@ -124,7 +144,7 @@ class Flags:
     batch_size: int | None = None
     optimizer: Literal["sgd", "adamw"] | None = None
     learning_rate: float | None = None
-    schedule: Literal["cosine", "inverse_sqrt"] | None = None
+    schedule: Literal["cosine", "linear", "inverse_sqrt"] | None = None
     warmup_epochs: float | None = None
     momentum: float | None = None
     second_momentum: float | None = None
@@ -249,6 +269,10 @@ def _task(flags: Flags) -> Task:
         return _digits(flags)
     if flags.task in ("number_names", "wmt14", "python_bytes"):
         return _of_tokens(flags)
+    if flags.task in ("detection", "coco"):
+        return _of_objects(flags)
+    if flags.task in ("flow", "flying_chairs", "sintel"):
+        return _of_flow(flags)
     from experiments.data.epochs import Reading
     from experiments.models.image_networks import dense_for_blocks
 
@@ -278,10 +302,7 @@ def _task(flags: Flags) -> Task:
 def _digits(flags: Flags) -> Task:
     from experiments.tasks.digits import digits_task
 
-    if flags.model_name != DEFAULT_MODELS["digits"]:
-        raise ValueError(
-            f"digits is trained with the model small_resnet only, got {flags.model_name}"
-        )
+    _check_only_model(flags, ("float32", "bfloat16"))
     # These two decide the rest of its recipe.
     given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
     task = digits_task(**{name: value for name, value in given.items() if value is not None})
@@ -307,6 +328,53 @@ def _of_tokens(flags: Flags) -> Task:
 
     recipe = _changed(WMT14_RECIPE, flags)
     return wmt14_task(flags.model_name, recipe=recipe, dtype=dtype, data_dir=flags.data_dir)
+
+
+def _of_objects(flags: Flags) -> Task:
+    _check_only_model(flags)
+    if flags.task == "detection":
+        from experiments.tasks.detection import RECIPE, detection_task
+
+        return detection_task(recipe=_changed(RECIPE, flags))
+    from experiments.data.epochs import Reading
+    from experiments.tasks.coco import RECIPE as COCO_RECIPE
+    from experiments.tasks.coco import coco_task
+
+    return coco_task(
+        recipe=_changed(COCO_RECIPE, flags),
+        data_dir=flags.data_dir,
+        reading=Reading(workers=flags.workers, threads=flags.threads),
+    )
+
+
+def _of_flow(flags: Flags) -> Task:
+    _check_only_model(flags)
+    if flags.task == "flow":
+        from experiments.tasks.flow import RECIPE, flow_task
+
+        return flow_task(recipe=_changed(RECIPE, flags))
+    from experiments.data.epochs import Reading
+    from experiments.tasks.flying_chairs import RECIPE as CHAIRS_RECIPE
+
+    recipe = _changed(CHAIRS_RECIPE, flags)
+    reading = Reading(workers=flags.workers, threads=flags.threads)
+    if flags.task == "sintel":
+        from experiments.tasks.sintel import sintel_task
+
+        return sintel_task(recipe=recipe, data_dir=flags.data_dir, reading=reading)
+    from experiments.tasks.flying_chairs import flying_chairs_task
+
+    return flying_chairs_task(recipe=recipe, data_dir=flags.data_dir, reading=reading)
+
+
+def _check_only_model(flags: Flags, dtypes: tuple[str, ...] = ("float32",)) -> None:
+    """Raises ValueError if a task that has one model is asked for another, or for other dtypes."""
+    only = DEFAULT_MODELS[flags.task]
+    if flags.model_name != only or flags.dtype not in dtypes:
+        raise ValueError(
+            f"{flags.task} is trained with the model {only} in {' or '.join(dtypes)} only, got "
+            f"{flags.model_name} in {flags.dtype}"
+        )
 
 
 def _changed(recipe: Recipe, flags: Flags) -> Recipe:

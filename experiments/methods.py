@@ -201,7 +201,7 @@ def learning_rate(
 ) -> optax.Schedule:
     """Linear warm-up from 0, then the recipe's decay; once from each restart to the next.
 
-    Cosine ends at 0. The inverse square root is `peak * sqrt(warmup / step)`.
+    Cosine and linear end at 0. The inverse square root is `peak * sqrt(warmup / step)`.
 
     Args:
       recipe: peak, epochs, warm-up and kind of decay.
@@ -211,7 +211,7 @@ def learning_rate(
     Source of the inverse square root: Vaswani et al., "Attention Is All You Need", 2017, equation
     3, whose peak is 1 / sqrt(width * warmup).
     """
-    decay = {"cosine": _cosine, "inverse_sqrt": _inverse_sqrt}[recipe.schedule]
+    decay = {"cosine": _cosine, "linear": _linear, "inverse_sqrt": _inverse_sqrt}[recipe.schedule]
     ends = (*restarts, recipe.epochs * steps_per_epoch)
     lengths = [end - start for start, end in zip((0, *restarts), ends, strict=True)]
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
@@ -305,6 +305,10 @@ def _warmed_up(decay: Decay, peak: float, warmup: int, steps: int) -> optax.Sche
 
 def _cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+
+
+def _linear(peak: float, warmup: int, steps: int) -> optax.Schedule:
+    return optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))
 
 
 def _inverse_sqrt(peak: float, warmup: int, steps: int) -> optax.Schedule:

@@ -251,7 +251,11 @@ def _baselines(data: Data) -> str:
 def _optimizer(settings: Data) -> str:
     """The recipe as a sentence."""
     recipe = settings["recipe"]
-    decay = {"cosine": "cosine to zero", "inverse_sqrt": "the inverse square root of the step"}
+    decay = {
+        "cosine": "cosine to zero",
+        "linear": "linear to zero",
+        "inverse_sqrt": "the inverse square root of the step",
+    }
     if recipe["optimizer"] == "adamw":
         betas = f"{recipe['momentum']:g} and {recipe['second_momentum']:g}"
         optimizer = f"AdamW with betas {betas}"

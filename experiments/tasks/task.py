@@ -90,8 +90,8 @@ class Recipe:
       batch_size: examples per optimizer step, over all devices.
       optimizer: "sgd" with momentum, without Nesterov, or "adamw".
       learning_rate: peak learning rate.
-      schedule: after a linear warm-up from 0, per step: "cosine" to 0, or "inverse_sqrt", in
-        proportion to 1 / sqrt(step).
+      schedule: after a linear warm-up from 0, per step: "cosine" or "linear" to 0, or
+        "inverse_sqrt", in proportion to 1 / sqrt(step).
       warmup_epochs: length of the warm-up.
       momentum: of SGD, or Adam's first beta.
       second_momentum: Adam's second beta.
@@ -109,7 +109,7 @@ class Recipe:
     batch_size: int = 256
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.1
-    schedule: Literal["cosine", "inverse_sqrt"] = "cosine"
+    schedule: Literal["cosine", "linear", "inverse_sqrt"] = "cosine"
     warmup_epochs: float = 5.0
     momentum: float = 0.9
     second_momentum: float = 0.999
@@ -150,7 +150,7 @@ class Task:
         examples. Computed on the host, with NumPy arrays.
       show: `(params, collections) -> rows of a table`, column -> text: what a trained network does
         with some test examples, the same at every call. The last column is the network's own,
-        the others describe the example.
+        the others describe the example. A text of `image_uri` is shown as a picture.
       baselines: name -> the first metric's value without any learning worth the name.
       notes: sentences about the data that were found, printed and reported.
       identity: name -> fingerprint of what else decides the result, such as a vocabulary: a run
