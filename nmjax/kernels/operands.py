@@ -112,17 +112,31 @@ def inputs_of(packed: Packed) -> int:
 
 
 def taps_of(packed: Packed) -> Shape:
-    """Sizes of the taps' axes; for N:M, whose taps are a stack, all axes of the stack."""
-    if isinstance(packed, PackedNM):
+    """Sizes of the taps' axes; for N:M of which no taps are known, all axes of the stack."""
+    plan = packed.leaf_plan
+    if plan.pattern.taps == "apart" and not plan.tap_axes:
         return packed.values.shape[:-3]
-    return tuple(packed.leaf_plan.shape[axis] for axis in packed.leaf_plan.tap_axes)
+    return tuple(plan.shape[axis] for axis in plan.tap_axes)
 
 
 def stack_of(packed: Packed) -> Shape:
-    """Sizes of the axes in front of a weight of blocks; N:M does not tell them from taps."""
+    """Sizes of the axes in front of one weight; for N:M of which no taps are known, none."""
     if isinstance(packed, PackedNM):
-        return ()
+        stack = packed.values.shape[:-3]
+        return stack[: len(stack) - len(taps_of(packed))]
     return packed.indices.shape[: -2 if packed.row_pointers is None else -1]
+
+
+def one_layer(packed: Packed) -> Packed:
+    """The first weight of a stack; the weight itself where it is none.
+
+    Axes in front of an N:M weight are taken for a stack if its plan does not call them taps.
+    """
+    plan = packed.leaf_plan
+    unknown = plan.pattern.taps == "apart" and not plan.tap_axes
+    for _ in taps_of(packed) if unknown else stack_of(packed):
+        packed = jax.tree.map(lambda array: array[0], packed)
+    return packed
 
 
 def kernel_taps(packed: Packed) -> Shape:

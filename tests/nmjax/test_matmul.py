@@ -63,9 +63,8 @@ def test_a_stack_of_layers_is_no_operand(implementation, pattern):
     packed = nmjax.pack(stacks, plan)
     with pytest.raises(ValueError, match=r"\(3, 16, 32\) is not one matrix.*vmap"):
         nmjax.packed_matmul(X, packed["dense"]["kernel"], implementation=implementation)
-    if pattern != "2:4":
-        with pytest.raises(ValueError, match=r"\(3, 3, 3, 16, 32\) is not one kernel.*vmap"):
-            nmjax.packed_conv(IMAGES, packed["conv"]["kernel"], implementation=implementation)
+    with pytest.raises(ValueError, match=r"\(3, 3, 3, 16, 32\) is not one kernel.*vmap"):
+        nmjax.packed_conv(IMAGES, packed["conv"]["kernel"], implementation=implementation)
 
 
 @pytest.mark.parametrize(("pattern", "words"), [("1x2@0.75", "multiple of 4"), ("1:64", "2 to 32")])
@@ -171,3 +170,12 @@ def test_weights_without_a_fast_product_are_unpacked_once(monkeypatch):
         assert nmjax.unpack_slow(fast)["a"] is fast["a"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert nmjax.unpack_slow(fast)["a"].shape == (32, 16)
+
+
+def test_a_stack_is_unpacked_if_its_layers_are_slow(monkeypatch):
+    monkeypatch.setattr(choice, "load_library", lambda: FAST)
+    stacks = jax.tree.map(lambda w: jnp.ones((3, *w.shape)), PARAMS)
+    for pattern in ("2:4", "1x16@0.5", "1x16@0.5/layer"):
+        ready = nmjax.unpack_slow(nmjax.pack(stacks, nmjax.make_plan(PARAMS, pattern)))
+        assert not isinstance(ready["dense"]["kernel"], jax.Array)
+        assert isinstance(ready["conv"]["kernel"], jax.Array) == (pattern == "2:4")
