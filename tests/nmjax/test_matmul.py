@@ -42,7 +42,12 @@ X, IMAGES = jnp.ones((2, 16)), jnp.ones((1, 5, 5, 16))
         (lambda: nmjax.packed_conv(X, CONV), ValueError, "2 spatial axes"),
         (lambda: nmjax.packed_conv(IMAGES, CONV, strides=(1, 2, 1)), ValueError, "3 entries"),
         (lambda: nmjax.packed_conv(IMAGES, CONV, strides=0), ValueError, "at least 1"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, strides=1.5), TypeError, "strides.* 1.5"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, dilation=(1, 1.5)), TypeError, "dilation.* 1.5"),
         (lambda: nmjax.packed_conv(IMAGES, CONV, padding=-1), ValueError, "negative"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, padding=0.5), TypeError, "padding.* 0.5"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, padding=(1, (1, 2, 3))), ValueError, "3 entries"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, padding="FULL"), ValueError, "'FULL'"),
         (
             lambda: nmjax.packed_conv(IMAGES[:, :2], CONV, padding="VALID"),
             ValueError,
@@ -110,23 +115,51 @@ def test_choice(monkeypatch, library, pattern, batch, name):
     assert chosen(monkeypatch, library, pattern, batch).name == name
 
 
-def test_expected_speedups_are_those_that_were_measured(monkeypatch):
+def expected_speedup(monkeypatch, shape, pattern, dtype):
+    monkeypatch.setattr(choice, "load_library", lambda: FAST)
+    params = {"kernel": jax.ShapeDtypeStruct(shape, dtype)}
+    plan = nmjax.make_plan(params, pattern)
+    packed = jax.eval_shape(lambda params: nmjax.pack(params, plan), params)["kernel"]
+    return choice.expected_speedup(jnp.dtype(dtype), packed)
+
+
+@pytest.mark.parametrize(
+    ("work", "shape", "dtype", "count"),
+    [
+        ("matmul 256 x 4096 x 4096 float32", (320, 128), jnp.float32, 5),
+        ("matmul 256 x 1024 x 1024 float32", (320, 128), jnp.float32, 4),
+        ("matmul 256 x 4096 x 4096 bfloat16", (320, 128), jnp.bfloat16, 3),
+        ("conv 1x1/1 1x14x14x1024 -> 256", (1, 1, 320, 128), jnp.float32, 3),
+        ("conv 3x3/1 1x14x14x256 -> 256", (3, 3, 320, 128), jnp.float32, 3),
+    ],
+)
+def test_expected_speedups_are_those_that_were_measured(monkeypatch, work, shape, dtype, count):
     file = Path(__file__).parents[2] / "experiments/benchmarks/results/packed-cpu.json"
     rows = json.loads(file.read_text())["results"]["1 threads"]
-    measured = {
-        row["pattern"]: row["speedup"]
-        for row in rows
-        if row["work"] in (
-            "matmul 256 x 4096 x 4096 float32", "matmul 256 x 1024 x 1024 float32"
-        ) and "layer" not in row["pattern"]
-    }  # fmt: skip
-    assert len(measured) == 9
-    monkeypatch.setattr(choice, "load_library", lambda: FAST)
+    rows = [row for row in rows if row["work"] == work and "layer" not in row["pattern"]]
+    assert len(rows) == count
+    for row in rows:
+        expected = expected_speedup(monkeypatch, shape, row["pattern"], dtype)
+        assert 0.85 < expected / row["speedup"] < 1.18, (row["pattern"], expected, row["speedup"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "dtype"),
+    [
+        ("1x16@0.4", (320, 128), jnp.float32),
+        ("1x16@0.5", (320, 128), jnp.bfloat16),
+        ("1x16@0.5", (3, 3, 320, 128), jnp.bfloat16),
+        ("1:4", (320, 128), jnp.bfloat16),
+    ],
+)
+def test_no_speedup_is_promised_that_was_not_measured(monkeypatch, pattern, shape, dtype):
+    assert expected_speedup(monkeypatch, shape, pattern, dtype) is None
+
+
+def test_the_dense_product_is_as_fast_as_itself(monkeypatch):
+    assert expected_speedup(monkeypatch, (320, 128), "1x16@0.1", jnp.float32) == 1.0
     params = {"kernel": jnp.ones((320, 128))}
-    for pattern, speedup in measured.items():
-        packed = nmjax.pack(params, nmjax.make_plan(params, pattern))["kernel"]
-        expected = choice.expected_speedup(jnp.dtype(jnp.float32), packed)
-        assert 0.85 < expected / speedup < 1.18, (pattern, expected, speedup)
+    packed = nmjax.pack(params, nmjax.make_plan(params, "1:16"))["kernel"]
     monkeypatch.setattr(choice, "load_library", lambda: NONE)
     assert choice.expected_speedup(jnp.dtype(jnp.float32), packed) == 1.0
 

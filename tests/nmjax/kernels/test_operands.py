@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import nmjax
-from nmjax.kernels.operands import kernel_taps, one_layer, stack_of
+from nmjax.kernels.operands import Window, as_window, kernel_taps, one_layer, stack_of
 
 SHAPES = {"dense": (16, 32), "line": (3, 16, 32), "conv": (3, 3, 16, 32)}
 PATTERNS = ["2:4", "2:4/kernel", "1x16@0.5", "1x16@0.5/layer"]
@@ -44,3 +44,10 @@ def test_a_stack_is_told_from_taps(pattern, planned):
         assert stack_of(layer) == ()
         assert one_layer(layer).shape == shape
         assert jax.eval_shape(one_layer, leaf).shape == shape
+
+
+def test_numbers_of_a_window_may_be_numpys():
+    window = as_window((9, 7), (3, 3), np.array([2, 1]), np.int64(1), np.int32(1))
+    assert window == Window((2, 1), ((1, 1), (1, 1)), (1, 1))
+    sides = as_window((9, 7), (3, 3), 1, np.array([[0, 1], [2, 2]]), 1)
+    assert sides.padding == ((0, 1), (2, 2))
