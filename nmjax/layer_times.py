@@ -16,7 +16,7 @@ import numpy as np
 
 from nmjax.files import load_packed
 from nmjax.kernels.choice import choose
-from nmjax.kernels.operands import Packed, kernel_taps, outputs_of, reduction_shape
+from nmjax.kernels.operands import Packed, kernel_taps, one_layer, outputs_of, reduction_shape
 from nmjax.matmul import packed_conv, packed_matmul
 from nmjax.packing import is_packed, unpack_leaf
 from nmjax.tables import text_table
@@ -93,7 +93,7 @@ def _packed_leaves(file: Path) -> dict[str, Packed]:
 
 
 def _measure_leaf(name: str, leaf: Packed, batch: int, side: int) -> dict[str, Any]:
-    leaf = _one_layer(leaf)
+    leaf = one_layer(leaf)
     taps = kernel_taps(leaf)
     shape = _input_shape(leaf, batch, side)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), leaf.dtype)
@@ -119,13 +119,6 @@ def _measure_leaf(name: str, leaf: Packed, batch: int, side: int) -> dict[str, A
 def _input_shape(leaf: Packed, batch: int, side: int) -> tuple[int, ...]:
     taps, inputs = kernel_taps(leaf), reduction_shape(leaf)
     return (batch, *(side,) * len(taps), *(inputs[:1] if taps else inputs))
-
-
-def _one_layer(leaf: Packed) -> Packed:
-    """The first layer of a stack; the leaf itself where it is none."""
-    for _ in range(len(leaf.shape) - len(leaf.leaf_plan.shape)):
-        leaf = jax.tree.map(lambda array: array[0], leaf)
-    return leaf
 
 
 def _dense(leaf: Packed, x: jax.Array, w: jax.Array) -> jax.Array:

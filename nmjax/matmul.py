@@ -21,6 +21,7 @@ from nmjax.kernels.operands import (
     Window,
     as_window,
     kernel_taps,
+    one_layer,
     output_shape,
     reduction_shape,
     stack_of,
@@ -173,7 +174,8 @@ def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
         if not is_packed(leaf):
             return False
         on_cpu = jax.default_backend() == "cpu"
-        return not on_cpu or choose(leaf.dtype, leaf, rows).name == "dense"
+        layer = jax.eval_shape(one_layer, leaf)
+        return not on_cpu or choose(leaf.dtype, layer, rows).name == "dense"
 
     return jax.tree.map(
         lambda leaf: unpack_leaf(leaf) if is_slow(leaf) else leaf, packed, is_leaf=is_packed

@@ -38,8 +38,8 @@ class LeafPlan:
       output_axes: negative axes that its matmul keeps; blocks run along them, flattened together
         in this order.
       shape: shape of the weight. A leaf may have more axes in front of these.
-      tap_axes: negative axes that a block takes whole; none where the pattern makes groups.
-        Axes named nowhere hold a stack of weights, each of which takes the pattern by itself.
+      tap_axes: negative axes of a convolution's taps, where name and shape tell; a block takes
+        them whole. They, and axes named nowhere, which are a stack of weights, make no groups.
     """
 
     pattern: Pattern
@@ -258,7 +258,7 @@ class _Selection:
         if pattern is None:
             return DenseLeaf(shape, _left_dense(rule))
         if pattern.taps == "apart":
-            return LeafPlan(pattern, axes.reduction, axes.output, shape)
+            return LeafPlan(pattern, axes.reduction, axes.output, shape, axes.taps or ())
         if axes.taps is None:
             raise ValueError(
                 f"{name} of shape {shape} cannot take {pattern}: its shape does not tell which "

@@ -1,6 +1,5 @@
 """The table of layers' times: what is in it, and that both sides compute the same."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,14 +42,13 @@ def test_rows(tmp_path):
     assert all(row["dense"] > 0 and row["packed"] > 0 for row in rows)
 
 
-def test_of_a_stack_the_first_layer_is_measured():
-    one = {"kernel": jnp.ones((8, 4))}
-    plan = nmjax.make_plan(one, "2:4")
-    stack = nmjax.pack({"kernel": jnp.arange(96.0).reshape(3, 8, 4)}, plan)["kernel"]
-    assert layer_times._one_layer(stack).shape == (8, 4)
-    first = nmjax.pack({"kernel": jnp.arange(32.0).reshape(8, 4)}, plan)["kernel"]
-    same = jax.tree.map(np.array_equal, layer_times._one_layer(stack), first)
-    assert all(jax.tree.leaves(same))
+@pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5", "1x4@0.5/layer"])
+def test_of_a_stack_one_layer_is_measured(tmp_path, pattern):
+    params = {"kernel": jnp.ones((3, 32, 16)), "bias": jnp.zeros((3, 16))}
+    packed = nmjax.pack(params, nmjax.make_plan(params, pattern))
+    nmjax.save_packed(tmp_path / "a.safetensors", packed)
+    [row] = layer_times.measure(tmp_path / "a.safetensors", 2, 5)
+    assert row["layer"][2] == "matmul 2x32 by 32x16"
 
 
 @pytest.mark.slow

@@ -113,6 +113,18 @@ def test_info(files, capsys):
     assert "body/kernel" in {name for name, _ in ways}
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1x16@0.75", "1x16@0.75/layer"])
+def test_a_stack_of_layers_is_multiplied_as_its_layers_are(tmp_path, capsys, pattern):
+    lines = []
+    for stack in ((), (4,)):
+        params = {"kernel": jnp.ones((*stack, 16, 32)), "bias": jnp.ones((*stack, 32))}
+        out = str(tmp_path / "packed.safetensors")
+        nmjax.save_packed(out, nmjax.pack(params, nmjax.make_plan(params, pattern)))
+        text, _ = run(capsys, "info", out)
+        lines.append([line for line in text.splitlines() if line.startswith("kernel")][-1])
+    assert lines[0].split() == lines[1].split()
+
+
 def test_64_bit_weights_keep_their_bits(tmp_path, capsys):
     params = {"a": {"kernel": RNG.normal(size=(8, 4))}, "step": np.int64(2**40)}
     np.savez(tmp_path / "x.npz", **named_leaves(params))
