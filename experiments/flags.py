@@ -219,8 +219,12 @@ def make_job(flags: Flags) -> Job:
     """
     check_fits(flags.method, flags.pattern)
     row = find_row(flags.method)
-    if flags.lambda_w is not None and row.lambda_fraction == 0:
-        raise ValueError(f"method {flags.method!r} has no sparse-refined term: drop --lambda-w")
+    strengths = {"--lambda-w": flags.lambda_w, "--lambda-decoupled": flags.lambda_decoupled}
+    given = [flag for flag, value in strengths.items() if value is not None]
+    if given and row.lambda_fraction == 0:
+        raise ValueError(
+            f"method {flags.method!r} has no sparse-refined term: drop {' and '.join(given)}"
+        )
     task = make_task(flags)
     plan = plan_of(task, flags.pattern)
     method = row.build(plan, task.recipe, task.steps_per_epoch)
