@@ -206,7 +206,12 @@ def files_of_a_checkpoint(folder):
     return [path.relative_to(folder) for path in files]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", pytest.param("flipped", marks=slow), pytest.param("gone", marks=slow)]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, damage):
     """Whichever of its files is damaged; a file without which all can be read may be."""
     original = saved_twice(tmp_path / "original")

@@ -11,13 +11,14 @@ def task():
     return make_task(width=32, batch_size=16)
 
 
-@pytest.mark.parametrize("preset", ["data", "fsdp"])
+@pytest.mark.parametrize("preset", ["fsdp", pytest.param("data", marks=pytest.mark.slow)])
 def test_a_sparse_step_adds_no_collective(task, preset):
     (row,) = measure_steps(task, pattern="2:4", counts=(4,), preset=preset, rounds=1)
     assert row["collectives"] == row["dense collectives"] > 0
     assert row["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_checkpoints_grow_by_bits(task):
     rows = {
         row["saved"]: row for row in measure_checkpoints(task, pattern="2:4", devices=4, rounds=1)
