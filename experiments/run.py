@@ -80,7 +80,12 @@ def _open(flags: Flags, job: Job, placement: Placement, lock: FolderLock | None)
         flags.folder / "checkpoints",
         keep=flags.keep_checkpoints,
         keep_best=flags.keep_best,
-        about={name: str(leaf.pattern) for name, leaf in job.plan.items()},
+        about={
+            "task": flags.task,
+            "model": flags.model_name,
+            "method": flags.method,
+            "pattern of": {name: str(leaf.pattern) for name, leaf in job.plan.items()},
+        },
         placement=placement,
     )
     first_state = partial(begin, programs, flags.seeds, strength(flags, job.task.recipe))
