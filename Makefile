@@ -42,6 +42,8 @@ bench: $(READY)  ## the benchmarks; writes experiments/benchmarks/results/*.json
 	$(BIN)/python -m experiments.benchmarks.blocks
 	$(BIN)/python -m experiments.benchmarks.packed
 	$(BIN)/python -m experiments.benchmarks.networks
+	$(BIN)/python -m experiments.benchmarks.scaling
+	$(BIN)/python -m experiments.benchmarks.large_model
 
 clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

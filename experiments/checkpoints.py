@@ -40,7 +40,7 @@ class Checkpoints:
         *,
         keep: int = 2,
         keep_best: int = 0,
-        about: Mapping[str, str] | None = None,
+        about: Mapping[str, Any] | None = None,
         placement: Placement = HERE,
     ) -> None:
         """Opens the folder, making it if needed; what a killed run left half written is removed.
@@ -49,7 +49,7 @@ class Checkpoints:
           folder: of the checkpoints, one sub-folder each.
           keep: how many of the newest to keep.
           keep_best: how many of the highest scores to keep as well.
-          about: what a checkpoint must agree in to be read, for example the plan.
+          about: what a checkpoint must agree in to be read, such as the plan: dicts of text.
           placement: of states that are read.
         """
         self.folder = folder.absolute()

@@ -62,9 +62,17 @@ def open_run(flags: Flags) -> Run:
     """
     job = make_job(flags)
     placement = make_run_placement(flags, job)
-    lock = None
+    lock = FolderLock(flags.folder) if is_first() else None
+    try:
+        return _open(flags, job, placement, lock)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _open(flags: Flags, job: Job, placement: Placement, lock: FolderLock | None) -> Run:
     if is_first():
-        lock = FolderLock(flags.folder)
         claim_folder(flags, job, placement)
     multihost_utils.sync_global_devices("the first process has the folder")
     programs = make_programs(job, over_seeds=placement.over_seeds, layout=placement.layout)
@@ -72,7 +80,12 @@ def open_run(flags: Flags) -> Run:
         flags.folder / "checkpoints",
         keep=flags.keep_checkpoints,
         keep_best=flags.keep_best,
-        about={name: str(leaf.pattern) for name, leaf in job.plan.items()},
+        about={
+            "task": flags.task,
+            "model": flags.model_name,
+            "method": flags.method,
+            "pattern of": {name: str(leaf.pattern) for name, leaf in job.plan.items()},
+        },
         placement=placement,
     )
     first_state = partial(begin, programs, flags.seeds, strength(flags, job.task.recipe))
@@ -102,9 +115,11 @@ def finish(run: Run) -> int:
     except Preempted:
         status = PREEMPTED
     finally:
-        run.checkpoints.close()
-        if run.lock is not None:
-            run.lock.release()
+        try:
+            run.checkpoints.close()
+        finally:
+            if run.lock is not None:
+                run.lock.release()
     if status != COMPLETE:
         epochs = _epochs(run.checkpoints.latest() or 0, run.job.task.steps_per_epoch)
         _say(f"\nstopped; --resume goes on from {epochs}")

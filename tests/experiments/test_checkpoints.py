@@ -166,14 +166,18 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path, other, message):
 
 
 def test_a_state_of_another_plan_is_refused(tmp_path):
-    save(Checkpoints(tmp_path, about={"layer/kernel": "2:4"}), 1, make_state())
-    for about, message in [
-        ({"layer/kernel": "1:4"}, "layer/kernel is 2:4, expected 1:4"),
-        ({}, "layer/kernel is 2:4, expected nothing"),
-        ({"layer/kernel": "2:4", "head": "2:4"}, "head is not there, expected 2:4"),
+    def about(**patterns):
+        return {"pattern of": patterns}
+
+    save(Checkpoints(tmp_path, about=about(layer="2:4")), 1, make_state())
+    for other, message in [
+        (about(layer="1:4"), "pattern of layer is 2:4, expected 1:4"),
+        (about(), "pattern of layer is 2:4, expected nothing"),
+        (about(layer="2:4", head="2:4"), "pattern of head is not there, expected 2:4"),
+        ({"model": "small", **about(layer="2:4")}, "model is not there, expected small"),
     ]:
         with pytest.raises(ValueError, match=f"does not fit this run: {message}.*--name"):
-            Checkpoints(tmp_path, about=about).restore(LIKE)
+            Checkpoints(tmp_path, about=other).restore(LIKE)
 
 
 def test_ctrl_c_waits_until_a_state_is_copied(tmp_path, monkeypatch):
@@ -206,7 +210,12 @@ def files_of_a_checkpoint(folder):
     return [path.relative_to(folder) for path in files]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", pytest.param("flipped", marks=slow), pytest.param("gone", marks=slow)]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, damage):
     """Whichever of its files is damaged; a file without which all can be read may be."""
     original = saved_twice(tmp_path / "original")

@@ -98,6 +98,31 @@ def test_starting_in_the_middle_does_not_read_what_came_before():
     assert records.reads == 10
 
 
+@pytest.mark.parametrize("shares", [1, 2, 5])
+def test_processes_share_batches_without_overlap_or_gap(shares):
+    """Rows of each batch: together they are the batch, and nobody reads what others have."""
+    whole, step = epoch_of(33, 10, first_step=1), 10 // shares
+    sources = [Squares(33) for _ in range(shares)]
+    parts = [
+        list(
+            train_epoch(
+                source,
+                noisy,
+                batch_size=10,
+                seed=0,
+                epoch=0,
+                first_step=1,
+                rows=slice(share * step, (share + 1) * step),
+            )
+        )
+        for share, source in enumerate(sources)
+    ]
+    for batch, *own in zip(whole, *parts, strict=True):
+        joined = {name: np.concatenate([part[name] for part in own]) for name in batch}
+        assert_same([joined], [batch])
+    assert [source.reads for source in sources] == [2 * step] * shares
+
+
 def test_evaluation_sees_every_example_once_in_order_and_pads():
     batches = list(eval_epoch(Squares(12), plain, batch_size=5))
     assert [batch["index"].shape for batch in batches] == [(5,)] * 3
