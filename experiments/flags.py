@@ -51,7 +51,8 @@ class Flags:
     Attributes:
       task: what to train on. The digits ship with scikit-learn, the number names with num2words,
         the bytes with Python; flow and detection are generated. flying_chairs and sintel are read
-        from the folders that they are unpacked to, the others from tensorflow-datasets in array_record format.
+        from the folders that they are unpacked to, the others from tensorflow-datasets in
+        array_record format.
       model: None for the task's: small_resnet for digits, resnet18 for cifar10, resnet50 for
         imagenet2012, transformer_tiny for number_names, transformer_base for wmt14, decoder_tiny
         for python_bytes. Also resnet8, resnet20, resnet34, resnet101, mobilenet_v1;
