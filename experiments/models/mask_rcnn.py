@@ -14,20 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.models.boxes import pyramid_anchors
 from experiments.models.detection_losses import box_losses, choose, mask_loss, region_losses
 from experiments.models.feature_pyramid import FeaturePyramid
 from experiments.models.proposals import Detections, detect, propose
 from experiments.models.roi_align import level_of, roi_align
-
-Array: TypeAlias = jax.Array | np.ndarray
 
 _narrow_init = nn.initializers.normal(0.01)
 _code_init = nn.initializers.normal(0.001)
@@ -43,9 +40,9 @@ class Objects(NamedTuple):
       masks: (batch, objects, height, width), 1 where the object is seen; None if not known.
     """
 
-    boxes: Array
-    classes: Array
-    masks: Array | None
+    boxes: jax.Array
+    classes: jax.Array
+    masks: jax.Array | None
 
 
 class Found(NamedTuple):

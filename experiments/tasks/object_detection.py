@@ -73,7 +73,7 @@ def object_detection_task(
         found, updated = model.apply(
             {"params": params, **collections},
             batch["image"],
-            Objects(batch["boxes"], batch["classes"], batch.get("masks")),
+            _objects(batch),
             key,
             train,
             mutable=list(collections) if train else [],
@@ -214,6 +214,11 @@ def draw_objects(pixels: Pixels, objects: Annotated, which: Any, enlarge: int = 
         score = "" if objects.scores is None else f" {objects.scores[index]:.2f}"
         draw.text((left + 2, top), f"{objects.classes[index]}{score}", fill=colour)
     return np.asarray(image)
+
+
+def _objects(batch: Batch) -> Objects:
+    masks = jnp.asarray(batch["masks"]) if "masks" in batch else None
+    return Objects(jnp.asarray(batch["boxes"]), jnp.asarray(batch["classes"]), masks)
 
 
 def _colour(number: int) -> np.ndarray:
