@@ -315,4 +315,5 @@ def _inverse_sqrt(peak: float, warmup: int, steps: int) -> optax.Schedule:
     """Of the steps after the warm-up; without one, as if it had been one step long."""
     del steps
     start = max(warmup, 1)
-    return lambda step: peak * jnp.sqrt(start / (start + step))
+    # Below zero while the warm-up lasts, when what comes out is not used.
+    return lambda step: peak * jnp.sqrt(start / (start + jnp.maximum(step, 0)))

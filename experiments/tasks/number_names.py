@@ -32,7 +32,7 @@ from experiments.tasks.translation import (
 
 DIGITS = 9
 TRAIN_PAIRS = 3200
-TEST_PAIRS = 256
+TEST_PAIRS = 384
 PIECES = 160
 LENGTH = 32
 

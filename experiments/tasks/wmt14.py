@@ -101,7 +101,7 @@ def wmt14_task(
     )
 
 
-class _Pairs(Sequence[tuple[str, str]]):
+class _Pairs:
     """English and German sentences of a split, read when asked for."""
 
     def __init__(self, source: Sequence[dict[str, Any]]) -> None:
@@ -110,9 +110,12 @@ class _Pairs(Sequence[tuple[str, str]]):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> tuple[str, str]:
         example = self._source[index]
         return example["en"].decode(), example["de"].decode()
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return (self[index] for index in range(len(self)))
 
 
 def _open(split: str, data_dir: str | Path | None) -> Sequence[dict[str, Any]]:
@@ -123,7 +126,7 @@ def _open(split: str, data_dir: str | Path | None) -> Sequence[dict[str, Any]]:
     return open_source(DATASET, split, data_dir=data_dir, build_options=imports)
 
 
-def _vocabulary(train: Sequence[tuple[str, str]], path: Path, pieces: int) -> Vocabulary:
+def _vocabulary(train: _Pairs, path: Path, pieces: int) -> Vocabulary:
     if not path.exists():
         chosen = np.linspace(0, len(train) - 1, min(SAMPLE, len(train))).astype(int)
         vocabulary = train_vocabulary(_sides(train, chosen), pieces)
@@ -131,12 +134,12 @@ def _vocabulary(train: Sequence[tuple[str, str]], path: Path, pieces: int) -> Vo
     return load_vocabulary(path, size=pieces)
 
 
-def _sides(pairs: Sequence[tuple[str, str]], chosen: np.ndarray) -> Iterator[str]:
+def _sides(pairs: _Pairs, chosen: np.ndarray) -> Iterator[str]:
     for index in chosen:
         yield from pairs[int(index)]
 
 
-def _encoded(train: Sequence[tuple[str, str]], vocabulary: Vocabulary, path: Path) -> EncodedPairs:
+def _encoded(train: _Pairs, vocabulary: Vocabulary, path: Path) -> EncodedPairs:
     """The training pairs as tokens, from the file of an earlier run where there is one."""
     if not path.exists():
         pairs = encode_pairs(train, vocabulary, length=TRAIN_LENGTH)
