@@ -12,8 +12,9 @@ Source: Ren et al., "Faster R-CNN", NeurIPS 2015; He et al., "Mask R-CNN", ICCV 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -184,11 +185,11 @@ class MaskRCNN(nn.Module):
         named = {"objectness": objectness, "region codes": region_codes}
         named |= {"classes": class_loss, "box codes": code_loss}
         if self.with_masks:
+            if truth.masks is None:
+                raise ValueError("a model with masks needs true masks, got boxes only")
             # Objects come first among the chosen.
             first = jax.tree.map(lambda x: x[:, : self.box_samples // 4], chosen)
-            (drawn,) = self._flat(
-                lambda x: (self.masks(x),), self._crop(maps, first.boxes, self.mask_size)
-            )
+            drawn = self._flat(self.masks, self._crop(maps, first.boxes, self.mask_size))
             named["masks"] = jax.vmap(mask_loss)(first, drawn, truth.masks)
         return named
 
@@ -200,16 +201,14 @@ class MaskRCNN(nn.Module):
         named, coded = self._flat(self.boxes, self._crop(maps, proposals, self.box_size))
         report = partial(
             detect,
-            image=images.shape[1:3],
+            image=_size(images),
             candidates=self.candidates,
             count=self.detections,
         )
         found = jax.vmap(report)(named, coded, proposals, there)
         if not self.with_masks:
             return Found(found, None)
-        (drawn,) = self._flat(
-            lambda x: (self.masks(x),), self._crop(maps, found.boxes, self.mask_size)
-        )
+        drawn = self._flat(self.masks, self._crop(maps, found.boxes, self.mask_size))
         own = jnp.take_along_axis(drawn, found.classes[..., None, None, None], axis=-1)
         return Found(found, nn.sigmoid(own[..., 0]))
 
@@ -223,8 +222,7 @@ class MaskRCNN(nn.Module):
 
     def _anchors(self, maps: list[jax.Array], images: jax.Array) -> list[jax.Array]:
         shapes = [(level.shape[1], level.shape[2]) for level in maps]
-        image = (images.shape[1], images.shape[2])
-        found = pyramid_anchors(shapes, image, self.anchor_sizes, self.anchor_ratios)
+        found = pyramid_anchors(shapes, _size(images), self.anchor_sizes, self.anchor_ratios)
         return [jnp.asarray(level) for level in found]
 
     def _propose(
@@ -239,7 +237,7 @@ class MaskRCNN(nn.Module):
         one = partial(
             propose,
             anchors=anchors,
-            image=images.shape[1:3],
+            image=_size(images),
             before=self.before[index],
             after=self.after[index],
         )
@@ -253,8 +251,13 @@ class MaskRCNN(nn.Module):
         align = partial(roi_align, strides=self.pyramid.strides[: len(levels)], size=size)
         return jax.vmap(lambda m, b, w: align(m, boxes=b, which=w))(levels, boxes, which)
 
-    def _flat(self, head: nn.Module, regions: jax.Array) -> tuple[jax.Array, ...]:
+    def _flat(self, head: Callable[[jax.Array], Any], regions: jax.Array) -> Any:
         """Applies a head to the regions of all images at once."""
         batch, count = regions.shape[:2]
         answers = head(regions.reshape(batch * count, *regions.shape[2:]))
-        return tuple(answer.reshape(batch, count, *answer.shape[1:]) for answer in answers)
+        return jax.tree.map(lambda x: x.reshape(batch, count, *x.shape[1:]), answers)
+
+
+def _size(images: jax.Array) -> tuple[int, int]:
+    """Height and width."""
+    return images.shape[1], images.shape[2]

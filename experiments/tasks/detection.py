@@ -85,7 +85,7 @@ def tiny_mask_rcnn() -> MaskRCNN:
 def draw_batch(rng: np.random.Generator, count: int, split: Split) -> tuple[Batch, int]:
     """Draws scenes, and says how many digits in them are hidden and not annotated."""
     scenes = [draw_scene(rng, SIZE, split) for _ in range(count)]
-    batch = {
+    batch: Batch = {
         "image": np.stack([2 * scene.image - 1 for scene in scenes]),
         "boxes": np.stack([scene.boxes for scene in scenes]),
         "classes": np.stack([scene.classes for scene in scenes]),

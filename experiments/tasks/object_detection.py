@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw
 from experiments.coco_metrics import Annotated, average_precision, paste
 from experiments.data.images import Pixels, image_uri
 from experiments.models.mask_rcnn import MaskRCNN, Objects
-from experiments.models.proposals import Detections
 from experiments.tasks.task import Batch, Metric, Recipe, Shown, Sums, Task, Variables
 
 # Layers that see three channels, which no group of four fits into.
@@ -74,7 +73,7 @@ def object_detection_task(
         found, updated = model.apply(
             {"params": params, **collections},
             batch["image"],
-            Objects(batch["boxes"], batch["classes"], batch.get("masks")),
+            _objects(batch),
             key,
             train,
             mutable=list(collections) if train else [],
@@ -162,15 +161,15 @@ def annotated(batch: Batch, prediction: Any) -> list[Annotated]:
     detections, masks = prediction
     size, found = batch["image"].shape[1:3], []
     for index in range(len(batch["image"])):
-        one = Detections(*(values[index] for values in detections))
-        there = one.classes > 0
+        boxes, classes, scores = (np.asarray(values[index]) for values in detections)
+        there = classes > 0
         found.append(
             Annotated(
                 size=size,
-                boxes=one.boxes[there],
-                classes=one.classes[there],
-                scores=one.scores[there],
-                masks=None if masks is None else paste(masks[index][there], one.boxes[there], size),
+                boxes=boxes[there],
+                classes=classes[there],
+                scores=scores[there],
+                masks=None if masks is None else paste(masks[index][there], boxes[there], size),
             )
         )
     return found
@@ -181,7 +180,8 @@ def shown_images(batch: Batch, found: list[Annotated]) -> list[Shown]:
     rows = []
     for image, true, seen in zip(batch["image"], true_objects(batch), found, strict=True):
         pixels = np.clip(np.rint(127.5 * (image + 1)), 0, 255).astype(np.uint8)
-        sure = np.flatnonzero(seen.scores >= _SHOWN_SCORE) if seen.scores is not None else []
+        scores = np.ones(len(seen.classes)) if seen.scores is None else seen.scores
+        sure = np.flatnonzero(scores >= _SHOWN_SCORE)
         rows.append(
             {
                 "truth": image_uri(draw_objects(pixels, true, range(len(true.classes)))),
@@ -214,6 +214,11 @@ def draw_objects(pixels: Pixels, objects: Annotated, which: Any, enlarge: int = 
         score = "" if objects.scores is None else f" {objects.scores[index]:.2f}"
         draw.text((left + 2, top), f"{objects.classes[index]}{score}", fill=colour)
     return np.asarray(image)
+
+
+def _objects(batch: Batch) -> Objects:
+    masks = jnp.asarray(batch["masks"]) if "masks" in batch else None
+    return Objects(jnp.asarray(batch["boxes"]), jnp.asarray(batch["classes"]), masks)
 
 
 def _colour(number: int) -> np.ndarray:
