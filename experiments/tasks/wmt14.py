@@ -57,7 +57,7 @@ RECIPE = Recipe(
     label_smoothing=0.1,
 )
 
-# One seed: a training takes hours on several GPUs, and seeds would share their memory.
+# One seed: the Transformer's paper gives 12 hours on eight P100 GPUs for the base model.
 COMPARED = Compared(seeds=(0,))
 
 
