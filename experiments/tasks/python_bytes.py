@@ -55,7 +55,7 @@ class Reading:
 # By model: how it trains, and on what. The first is for two cores.
 RECIPES = {
     "decoder_tiny": Recipe(
-        epochs=18,
+        epochs=20,
         batch_size=32,
         optimizer="adamw",
         learning_rate=4e-3,
