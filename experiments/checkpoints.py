@@ -168,12 +168,11 @@ class Checkpoints:
 
     def _place_stored(self, state: Any) -> Any:
         """Shapes and shardings of a state's stored form: packed masks are split as masks are."""
-        shapes = jax.eval_shape(to_stored, state)
+        bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        shapes = jax.eval_shape(to_stored, bare)
         if self._placement.layout is None:
             return shapes
-        placed = jax.tree.map(
-            split_alike, shapes["state"], self._placement.like(jax.eval_shape(lambda: state))
-        )
+        placed = jax.tree.map(split_alike, shapes["state"], self._placement.like(bare))
         return {**self._placement.like(shapes), "state": placed}
 
     def _jit(self, function: Callable[[Any], Any], result: Any) -> Callable[[Any], Any]:
