@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from experiments.placement import HERE, Placement
-from experiments.stored_state import checksums, from_stored, to_stored
+from experiments.stored_state import checksums, from_stored, split_alike, to_stored
 from nmjax.trees import named_leaves
 
 
@@ -67,8 +67,7 @@ class Checkpoints:
             ),
             item_names=("state", "about"),
         )
-        self._to_stored = jax.jit(to_stored)
-        self._checksums = jax.jit(checksums)
+        self._to_stored: Callable[[Any], Any] | None = None
 
     def latest(self) -> int | None:
         """The steps behind the newest checkpoint; None if there is none."""
@@ -88,6 +87,8 @@ class Checkpoints:
         Raises:
           OSError: this or the checkpoint before could not be written; the earlier ones are whole.
         """
+        if self._to_stored is None:
+            self._to_stored = self._jit(to_stored, self._place_stored(state))
         stored = self._to_stored(state)
         about = {**self._about, "leaves": _leaves(stored["state"])}
         with _interrupt_afterwards(), self._telling_what_is_left():
@@ -143,7 +144,7 @@ class Checkpoints:
         path = self.folder / str(steps)
         read = partial(_read_item, self._manager, steps)
         about = read(about=ocp.args.JsonRestore())
-        target = jax.eval_shape(to_stored, like)
+        target = self._place_stored(like)
         expected = {**self._about, "leaves": _leaves(target["state"])}
         differences = list(_differences(about, expected))
         if differences:
@@ -151,21 +152,38 @@ class Checkpoints:
                 f"the checkpoint {path} does not fit this run: {'; '.join(differences[:4])}. Give "
                 "the flags it was made with, or another --name"
             )
-        stored = read(state=ocp.args.StandardRestore(self._destination(target)))
-        sums = jax.device_get(self._checksums(stored["state"]))
-        wrong = np.flatnonzero(sums != jax.device_get(stored["checksums"]))
+        if self._placement.layout is None:
+            # NumPy's arrays: any others go to the devices they were written from.
+            hollow = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
+            stored = read(state=ocp.args.StandardRestore(hollow))
+        else:
+            stored = read(state=ocp.args.StandardRestore(target))
+        sums = self._jit(checksums, target["checksums"])(stored["state"])
+        wrong = np.flatnonzero(jax.device_get(sums) != jax.device_get(stored["checksums"]))
         if wrong.size:
             names = list(named_leaves(like))
             raise DamagedError(f"{names[wrong[0]]} is not what was written")
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._placement.like(like))
-        return jax.jit(partial(from_stored, like=like), out_shardings=shardings)(stored["state"])
+        unpack = self._jit(partial(from_stored, like=like), self._placement.like(like))
+        return unpack(stored["state"])
 
-    def _destination(self, target: Any) -> Any:
-        """The shapes to read, and where to."""
-        if self._placement.layout is not None:
-            return self._placement.like(target)
-        # NumPy's arrays: any others go to the devices they were written from.
-        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
+    def _place_stored(self, state: Any) -> Any:
+        """Shapes and shardings of a state's stored form: packed masks are split as masks are."""
+        bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        shapes = jax.eval_shape(to_stored, bare)
+        if self._placement.layout is None:
+            return shapes
+        placed = jax.tree.map(split_alike, shapes["state"], self._placement.like(bare))
+        return {**self._placement.like(shapes), "state": placed}
+
+    def _jit(self, function: Callable[[Any], Any], result: Any) -> Callable[[Any], Any]:
+        """Jits a function for states that lie as the placement says, with a result of shapes."""
+        layout, shardings = self._placement.layout, jax.tree.map(lambda x: x.sharding, result)
+        if layout is None:
+            return jax.jit(function)
+        if layout.is_explicit:
+            # Bits are packed across shards where those hold no multiple of eight.
+            function = jax.sharding.auto_axes(function, out_sharding=shardings)
+        return jax.jit(function, out_shardings=shardings)
 
     def _put_aside(self, steps: int) -> Path:
         aside = self.folder / f"damaged-{steps}"

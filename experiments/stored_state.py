@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def to_stored(state: Any) -> dict[str, Any]:
@@ -50,6 +51,23 @@ def checksums(state: Any) -> jax.Array:
 def packing_axis(shape: tuple[int, ...]) -> int:
     """The axis along which a mask is packed: the last that 8 divides, or else the last."""
     return max((axis for axis, size in enumerate(shape) if size % 8 == 0), default=len(shape) - 1)
+
+
+def split_alike(packed: jax.ShapeDtypeStruct, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape of a stored array, split as the array itself is, but for axes that cannot be."""
+    sharding = leaf.sharding
+    shards = [
+        size // held
+        for size, held in zip(leaf.shape, sharding.shard_shape(leaf.shape), strict=True)
+    ]
+    entries = (*sharding.spec, *[None] * (len(shards) - len(sharding.spec)))
+    spec = [
+        entry if size % count == 0 else None
+        for entry, size, count in zip(entries, packed.shape, shards, strict=True)
+    ]
+    return jax.ShapeDtypeStruct(
+        packed.shape, packed.dtype, sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    )
 
 
 def _pack(leaf: jax.Array) -> jax.Array:

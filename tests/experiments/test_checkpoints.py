@@ -27,7 +27,7 @@ class State(NamedTuple):
 
 
 def make_state(size=16, step=7):
-    params = {"layer": {"kernel": jnp.linspace(0, 1, size * 8).reshape(size, 8) + step}}
+    params = {"layer": {"kernel": jnp.linspace(0, 1, size * 16).reshape(size, 16) + step}}
     tx = optax.chain(optax.identity(), optax.adamw(lambda step: 0.1))
     masks = {"layer/kernel": params["layer"]["kernel"] > 0.5 + step, "taken": jnp.array(True)}
     half = {"half": jnp.ones(3, jnp.bfloat16)}
@@ -94,7 +94,7 @@ def test_a_state_comes_back_onto_another_mesh(tmp_path, axis_type):
         assert_identical(jax.device_get(state), jax.device_get(make_state()))
         kernel = state.params["layer"]["kernel"]
         shards = 1 if onto.layout is None else onto.layout.mesh.shape["model"]
-        assert kernel.sharding.shard_shape(kernel.shape) == (16, 8 // shards)
+        assert kernel.sharding.shard_shape(kernel.shape) == (16, 16 // shards)
         assert state.masks["layer/kernel"].sharding == kernel.sharding
 
 
@@ -150,7 +150,7 @@ def test_masks_take_one_bit_a_weight(tmp_path):
     [
         (
             jax.eval_shape(lambda: make_state(size=24)),
-            r"leaves masks/layer/kernel is uint8\[16, 1\], expected uint8\[24, 1\]",
+            r"leaves masks/layer/kernel is uint8\[16, 2\], expected uint8\[24, 2\]",
         ),
         (LIKE._replace(masks={}), "leaves masks/layer/kernel is uint8.*, expected nothing"),
     ],
