@@ -1,6 +1,7 @@
 """Every implementation of a product with packed weights, against NumPy in float64."""
 
 import concurrent.futures
+import dataclasses
 import os
 import subprocess
 import sys
@@ -265,6 +266,13 @@ def test_a_shard_multiplies_its_own_outputs(implementation, pattern, axis_type):
     text = product.lower(x, sharded).compile().as_text()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text
+
+
+def test_rows_of_unequal_length_cannot_be_cut():
+    packed, x = packed_weight((16, 32), "1x4@0.5/layer"), numbers((2, 16))
+    shard = dataclasses.replace(packed, row_pointers=packed.row_pointers[:5])
+    with pytest.raises(ValueError, match="4 row pointers for 8 rows of blocks"):
+        nmjax.packed_matmul(x, shard)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
