@@ -24,7 +24,7 @@ train: $(READY)  ## the main job: compare methods on scikit-learn's digits (unde
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: $(READY)  ## the default tests (under 10 minutes on two cores)
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(READY)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -41,6 +41,7 @@ bench: $(READY)  ## the benchmarks; writes experiments/benchmarks/results/*.json
 	$(BIN)/python -m experiments.benchmarks.train_step
 	$(BIN)/python -m experiments.benchmarks.blocks
 	$(BIN)/python -m experiments.benchmarks.packed
+	$(BIN)/python -m experiments.benchmarks.networks
 	$(BIN)/python -m experiments.benchmarks.scaling
 	$(BIN)/python -m experiments.benchmarks.large_model
 

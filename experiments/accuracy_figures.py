@@ -1,4 +1,4 @@
-"""Pictures of what was reached: test error over the epochs, and every seed at the end."""
+"""Pictures of what was reached: the metric over the epochs, and every seed at the end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.findings import Data, Entry, curve, epochs_of, metric_name, rows
+from experiments.findings import Data, Entry, curve, epochs_of, metric_of, rows
 from experiments.pictures import (
     GREEN,
     METHOD_COLORS,
@@ -17,6 +17,7 @@ from experiments.pictures import (
     panels,
     picture,
 )
+from experiments.tasks.task import Metric
 from nmjax.plots import plot_curves
 
 
@@ -56,31 +57,37 @@ def draw_curves(
       name: of the picture.
       title: of the picture.
     """
-    metric = metric_name(data)
+    metric = metric_of(data)
     figure, axes = panels(len(groups), height=3.4)
     for ax, (group, entries) in zip(axes, groups.items(), strict=True):
-        curves = {label: 100 * (1 - curve(e, f"test.{metric}")) for label, e in entries.items()}
+        curves = {label: _missing(metric, entry) for label, entry in entries.items()}
         epochs = epochs_of(next(iter(entries.values())))
         plot_curves(curves, epochs, colors=colors, ax=ax)
         ax.set(title=group, xlabel="epoch")
         log_scale(ax)
-    axes[0].set_ylabel(f"test error, % (100 - {metric})")
+    axes[0].set_ylabel(f"test {metric.missing_title}")
     legend_below(figure, axes)
     notes = [_on_the_way(metric, group, entries) for group, entries in groups.items()]
     caption = (
-        "Test error over the epochs, mean and one standard error over the seeds, on a logarithmic "
-        "scale: lower is better. " + " ".join(notes)
+        f"Test {metric.missing_title}, over the epochs, mean and one standard error over the "
+        "seeds, on a logarithmic scale: lower is better. " + " ".join(notes)
     )
     return picture(name, title, caption, figure)
 
 
-def _on_the_way(metric: str, group: str, entries: Mapping[str, Entry]) -> str:
+def _missing(metric: Metric, entry: Entry) -> np.ndarray:
+    """How far from perfect after every epoch, (seeds, epochs)."""
+    return np.asarray(metric.missing(curve(entry, f"test.{metric.name}")))
+
+
+def _on_the_way(metric: Metric, group: str, entries: Mapping[str, Entry]) -> str:
     """The test errors two thirds through and at the end."""
-    errors = {name: 1 - curve(e, f"test.{metric}").mean(axis=0) for name, e in entries.items()}
+    errors = {name: _missing(metric, entry).mean(axis=0) for name, entry in entries.items()}
     known = np.flatnonzero(~np.isnan(next(iter(errors.values()))))
     late = known[np.argmin(np.abs(known - (2 * known[-1]) // 3))]
+    digits = metric.digits - 1
     parts = [
-        f"{name} {100 * values[late]:.1f} and {100 * values[known[-1]]:.1f} %"
+        f"{name} {values[late]:.{digits}f} and {values[known[-1]]:.{digits}f} {metric.unit}".strip()
         for name, values in errors.items()
     ]
     epochs = epochs_of(next(iter(entries.values())))
@@ -88,8 +95,8 @@ def _on_the_way(metric: str, group: str, entries: Mapping[str, Entry]) -> str:
 
 
 def draw_seeds(data: Data) -> Picture | None:
-    """The final accuracy of every seed."""
-    table = rows(data)
+    """The final metric of every seed."""
+    table, metric = rows(data), metric_of(data)
     if not table:
         return None
     patterns = list(dict.fromkeys(row.pattern for row in table))
@@ -98,13 +105,13 @@ def draw_seeds(data: Data) -> Picture | None:
         here = [row for row in table if row.pattern == pattern]
         for height, row in enumerate(here):
             color = METHOD_COLORS.get(row.method, GREEN)
-            values = 100 * np.array(row.metric.values)
+            values = metric.scale * np.array(row.metric.values)
             jitter = np.linspace(-0.18, 0.18, len(values))
             ax.plot(values, height + jitter, "o", color=color, markersize=4, alpha=0.6)
-            mean, error = 100 * row.metric.mean, 100 * row.metric.error
+            mean, error = metric.scale * row.metric.mean, metric.scale * row.metric.error
             ax.errorbar(mean, height, xerr=error, fmt="|", color=color, markersize=18, capsize=3)
         ax.set_yticks(range(len(here)), [name_of(row.method) for row in here])
-        ax.set(title=pattern, xlabel=f"test {metric_name(data)}, %")
+        ax.set(title=pattern, xlabel=f"test {metric.title}")
         ax.invert_yaxis()
     spreads = {row: np.ptp(row.metric.values) for row in table if len(row.metric.values) > 1}
     caption = "One dot a seed; the bar is the mean, with one standard error."
@@ -112,6 +119,7 @@ def draw_seeds(data: Data) -> Picture | None:
         widest = max(spreads, key=lambda row: spreads[row])
         caption += (
             f" Seeds spread most for {name_of(widest.method)} at {widest.pattern}: "
-            f"{100 * spreads[widest]:.1f} points from the lowest to the highest."
+            f"{metric.scale * spreads[widest]:.{metric.digits - 1}f} {metric.step} from the lowest "
+            "to the highest."
         )
     return picture("seeds", "Every seed", caption, figure)

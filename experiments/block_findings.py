@@ -19,6 +19,7 @@ from experiments.findings import (
     Verdict,
     curve,
     in_words,
+    metric_of,
     ordering,
     present,
     rows,
@@ -120,21 +121,21 @@ def speed_up_bound(kept: np.ndarray, threads: int) -> np.ndarray:
 
 # (method, compared with, column, expected direction, sentence)
 _ORDERINGS: tuple[tuple[str, str, str, Verdict, str], ...] = (
-    ("subp", "one_by_n", "metric", "higher", "SUBP is more accurate than one-shot 1xN"),
+    ("subp", "one_by_n", "metric", "higher", "SUBP is better than one-shot 1xN"),
     ("subp", "one_by_n", "loss", "lower", "SUBP has a lower loss than one-shot 1xN"),
     ("subp_l1", "one_by_n", "loss", "lower", "So it has when blocks are ranked by L1 norm"),
-    ("subp", "subp_l1", "metric", "higher", "Ranking by angle too is more accurate than by norm"),
+    ("subp", "subp_l1", "metric", "higher", "Ranking by angle too is better than by norm"),
     ("subp", "subp_l1", "loss", "lower", "Ranking by angle too has a lower loss than by norm"),
 )
 
 
 def block_claims(data: Data) -> list[Claim]:
     """What the paper on SUBP found or builds on, next to what this run found."""
-    table = rows(data, "blocks")
+    table, metric = rows(data, "blocks"), metric_of(data)
     patterns = list(dict.fromkeys(row.pattern for row in table))
     found = []
     for method, other, column, expected, says in _ORDERINGS:
-        at = {p: ordering(table, p, method, other, column, expected) for p in patterns}
+        at = {p: ordering(table, p, method, other, column, expected, metric) for p in patterns}
         found.append(Claim(says, present(at)))
     balanced = {pattern: _balanced(data, pattern) for pattern in patterns}
     found.append(Claim("SUBP gives every row equal work, one-shot 1xN does not", present(balanced)))
@@ -147,7 +148,7 @@ def price_sentences(data: Data) -> list[str]:
     for ours in rows(data, "blocks"):
         for row in beside(data, ours.pattern) if ours.method == "subp" else ():
             if row.method != "dense":
-                gap = in_words("metric", ours.metric.minus(row.metric))
+                gap = in_words("metric", ours.metric.minus(row.metric), metric_of(data))
                 sentences.append(
                     f"SUBP at {ours.pattern} ends {gap} against SR-STE at {row.pattern}, which "
                     "keeps as many weights one by one."

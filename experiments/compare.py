@@ -2,7 +2,7 @@
 
 `python -m experiments.compare` is the main job: scikit-learn's digits, a small ResNet, every
 method at an easy and at a hard pattern, N:M and 1xN, several seeds trained together, in minutes
-on two cores.
+on two cores. `--task` takes another task, with what that one compares by default.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ import nmjax
 from experiments.flags import Flags as TrainFlags
 from experiments.flags import make_task
 from experiments.loop import begin, train
-from experiments.methods import METHODS, NEGATIVE_FRACTION, check_fits, find_row, is_blocks
+from experiments.methods import NEGATIVE_FRACTION, check_fits, find_row, is_blocks, total_rate
 from experiments.reasons import PAPER_LAMBDA_W
 from experiments.results import Numbers, Results, Trial, epoch_numbers
 from experiments.seeds import fastest, stack, use_every_core
-from experiments.snapshots import block_masks, example_images, kernel_shapes
+from experiments.snapshots import block_masks, example_images, kernel_shapes, shown
 from experiments.step import Job, Programs, RunState, make_programs, plan_of
 from experiments.step_times import Timed, step_times
-from experiments.tasks.task import Task
+from experiments.tasks.task import Compared, Task
 
 TIMED_STEPS = 40
 
@@ -52,21 +52,24 @@ class Flags:
     """Compares methods of sparse training: table, pictures and one HTML report in runs/NAME/.
 
     The defaults are the main job. Ctrl-C leaves a report of what was finished; --resume goes on.
+    What is None is the task's own.
 
     Attributes:
       task: what to train on.
+      model: what to train.
+      data_dir: folder of prepared data sets. None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
       patterns: weights kept of each group, N:M. The last is also swept over lambda_w.
       methods: which to compare; dense is the yardstick of the step times.
       block_patterns: blocks of N outputs and the fraction dropped, 1xN@S. They are set beside
         dense and SR-STE at the same density, which is trained at 1:M where it is not there yet.
-        1x4@0.5 as well would take the main job beyond five minutes.
       block_methods: which to compare at those patterns.
       seeds: of the initial weights and the order of the data. All train together, on two cores
         fastest if they are even in number.
-      epochs: passes over the training data. None for the task's.
-      lambda_w: strength of the sparse-refined term. None for the task's.
-      sweep: multiples of lambda_w to train SR-STE with as well; the paper's own 2e-4 is always
-        among them. Nothing is swept if sr_ste is not compared.
+      epochs: passes over the training data.
+      lambda_w: strength of the sparse-refined term, as a part of the gradient.
+      lambda_decoupled: its strength after the preconditioner, for sr_ste_decoupled.
+      sweep: multiples of the strength to train SR-STE with as well, of both kinds where both are
+        compared. The paper's own 2e-4 is then always among them.
       shapes: pattern of one more run of SR-STE, whose kernels are drawn. Empty for none.
       evaluate_every: epochs between two points of the accuracy curves. None for 12 points.
       name: of the folder. None for the task's name.
@@ -75,15 +78,18 @@ class Flags:
     """
 
     task: str = "digits"
-    patterns: tuple[str, ...] = ("2:4", "1:16")
-    methods: tuple[str, ...] = tuple(name for name in METHODS if not METHODS[name].blocks_only)
-    block_patterns: tuple[str, ...] = ("1x4@0.75",)
-    block_methods: tuple[str, ...] = tuple(name for name in METHODS if METHODS[name].blocks_only)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    model: str | None = None
+    data_dir: Path | None = None
+    patterns: tuple[str, ...] | None = None
+    methods: tuple[str, ...] | None = None
+    block_patterns: tuple[str, ...] | None = None
+    block_methods: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
     epochs: int | None = None
     lambda_w: float | None = None
-    sweep: tuple[float, ...] = (10.0, 100.0)
-    shapes: str = "2:8/kernel"
+    lambda_decoupled: float | None = None
+    sweep: tuple[float, ...] | None = None
+    shapes: str | None = None
     evaluate_every: int | None = None
     name: str | None = None
     runs_dir: Path = Path("runs")
@@ -104,52 +110,76 @@ class Comparison:
         Raises:
           ValueError: a flag asks for what there is not.
         """
-        main = product(flags.patterns, flags.methods)
-        for pattern, method in (*main, *product(flags.block_patterns, flags.block_methods)):
+        for pattern, method in product(flags.patterns or (), flags.methods or ()):
             check_fits(method, pattern)
         self.flags = flags
-        task = make_task(TrainFlags(task=flags.task, epochs=flags.epochs))  # type: ignore[arg-type]
-        if flags.lambda_w is not None:
-            recipe = dataclasses.replace(task.recipe, lambda_w=flags.lambda_w)
-            task = dataclasses.replace(task, recipe=recipe)
-        self.task: Task = task
+        given = TrainFlags(
+            task=flags.task,  # type: ignore[arg-type]
+            model=flags.model,
+            data_dir=flags.data_dir,
+            epochs=flags.epochs,
+            lambda_w=flags.lambda_w,
+            lambda_decoupled=flags.lambda_decoupled,
+        )
+        self.model = given.model_name
+        self.task: Task = make_task(given)
+        self.compared = _changed(self.task.compared, flags)
+        main = product(self.compared.patterns, self.compared.methods)
+        blocks = product(self.compared.block_patterns, self.compared.block_methods)
+        for pattern, method in (*main, *blocks):
+            check_fits(method, pattern)
         self._jobs: dict[tuple[str, Any, bool], tuple[Job, Programs]] = {}
 
     @cached_property
     def trials(self) -> list[Trial]:
         """All trials: pattern by pattern, the sweep, the run for the shapes, then the blocks."""
-        flags, lambda_w = self.flags, self.task.recipe.lambda_w
-        main = [self._trial("main", *pair) for pair in product(flags.patterns, flags.methods)]
-        strengths = sorted({PAPER_LAMBDA_W, *(factor * lambda_w for factor in flags.sweep)})
-        sweep = [
-            Trial("sweep", flags.patterns[-1], "sr_ste", strength, flags.seeds)
-            for strength in strengths
-            if "sr_ste" in flags.methods and strength != lambda_w
-        ]
-        shapes = [Trial("shapes", flags.shapes, "sr_ste", lambda_w, flags.seeds)]
-        beside = [self._trial("beside", p, "sr_ste") for p in _missing_densities(flags)]
+        chosen = self.compared
+        main = [self._trial("main", *pair) for pair in product(chosen.patterns, chosen.methods)]
+        shapes = [self._trial("shapes", chosen.shapes, "sr_ste")] if chosen.shapes else []
+        beside = [self._trial("beside", p, "sr_ste") for p in _missing_densities(chosen)]
         blocks = [
             self._trial("blocks", *pair)
-            for pair in product(flags.block_patterns, flags.block_methods)
+            for pair in product(chosen.block_patterns, chosen.block_methods)
         ]
-        return main + sweep + (shapes if flags.shapes else []) + beside + blocks
+        return main + self._sweep() + shapes + beside + blocks
+
+    def _sweep(self) -> list[Trial]:
+        """SR-STE of each kind at the last pattern, with further strengths."""
+        found = []
+        for method in ("sr_ste", "sr_ste_decoupled"):
+            trial = self._trial("sweep", self.compared.patterns[-1], method)
+            strengths = {factor * trial.lambda_w for factor in self.compared.sweep}
+            strengths |= {PAPER_LAMBDA_W} if strengths and method == "sr_ste" else set()
+            found += [
+                dataclasses.replace(trial, lambda_w=strength)
+                for strength in sorted(strengths - {trial.lambda_w})
+                if method in self.compared.methods
+            ]
+        return found
 
     def _trial(self, part: str, pattern: str, method: str) -> Trial:
-        strength = self.task.recipe.lambda_w * find_row(method).lambda_fraction
-        return Trial(part, pattern, method, strength, self.flags.seeds)
+        strength = find_row(method).strength(self.task.recipe)
+        return Trial(part, pattern, method, strength, self.compared.seeds)
 
     def settings(self) -> Numbers:
         """What decides the numbers."""
-        flags, task = self.flags, self.task
+        chosen, task = self.compared, self.task
         params = jax.eval_shape(task.init, jax.random.key(0))["params"]
         plans = {pattern: plan_of(task, pattern) for pattern in {t.pattern for t in self.trials}}
         return {
             "task": task.name,
-            "patterns": flags.patterns,
-            "block_patterns": flags.block_patterns,
-            "seeds": flags.seeds,
+            "model": self.model,
+            "patterns": chosen.patterns,
+            "block_patterns": chosen.block_patterns,
+            "seeds": chosen.seeds,
             "recipe": dataclasses.asdict(task.recipe),
+            "metrics": [dataclasses.asdict(metric) for metric in task.metrics],
+            "baselines": dict(task.baselines),
+            "notes": task.notes,
+            "identity": dict(task.identity),
+            "keep_dense": task.keep_dense,
             "steps_per_epoch": task.steps_per_epoch,
+            "rate_sum": total_rate(task.recipe, task.steps_per_epoch),
             "evaluate_every": self.evaluate_every,
             "negative_fraction": NEGATIVE_FRACTION,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -202,13 +232,15 @@ class Comparison:
             error = str(stopped)
         if trial.part == "shapes" and state is not None and not error:
             results.data["shapes"] = kernel_shapes(job, state)
+        if trial.part == "main" and state is not None and not error:
+            results.data.setdefault("shown", {})[trial.title] = shown(job, programs, state)
         if film and not error:
             results.data.setdefault("films", {})[f"{trial.pattern} {trial.method}"] = film
         results.add(trial, epochs, time.perf_counter() - began, error)
 
     def time_steps(self) -> list[Numbers]:
         """Times a step of every method at every pattern, in turn."""
-        seeds = self.flags.seeds
+        seeds = self.compared.seeds
         batches = [next(iter(self.task.train_batches(seed, 0))) for seed in seeds]
         batch = stack(batches) if len(seeds) > 1 else batches[0]
         chosen = {}
@@ -220,11 +252,19 @@ class Comparison:
         return step_times(chosen, rounds=TIMED_STEPS)
 
 
-def _missing_densities(flags: Flags) -> list[str]:
+def _changed(compared: Compared, flags: Flags) -> Compared:
+    """What is compared, with the flags that were given in place of the task's own."""
+    given = {entry.name: getattr(flags, entry.name) for entry in dataclasses.fields(compared)}
+    return dataclasses.replace(
+        compared, **{name: value for name, value in given.items() if value is not None}
+    )
+
+
+def _missing_densities(chosen: Compared) -> list[str]:
     """Patterns 1:M as dense as blocks that no N:M pattern is as dense as; M a power of two."""
-    there = [nmjax.parse_pattern(pattern).density for pattern in flags.patterns]
+    there = [nmjax.parse_pattern(pattern).density for pattern in chosen.patterns]
     found = []
-    for pattern in flags.block_patterns if "sr_ste" in flags.methods else ():
+    for pattern in chosen.block_patterns if "sr_ste" in chosen.methods else ():
         density = nmjax.parse_pattern(pattern).density
         m = round(1 / density)
         if m & (m - 1) == 0 and 1 / m == density and density not in there:
@@ -241,6 +281,8 @@ def compare(flags: Flags, console: Console) -> int:
     from experiments.report import print_table, write_report
 
     comparison = Comparison(flags)
+    for note in comparison.task.notes:
+        console.print(note)
     results = Results.open(flags.folder, comparison.settings(), resume=flags.resume)
     results.data["examples"] = example_images(comparison.task)
     results.save()
@@ -301,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = tyro.cli(Flags, args=argv, prog="python -m experiments.compare")
     try:
         return compare(flags, Console())
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -25,7 +25,8 @@ from experiments.findings import (
     curve,
     epochs_of,
     find_row_of,
-    metric_name,
+    in_words,
+    metric_of,
     rows,
     sweep_rows,
     weights_of,
@@ -147,18 +148,19 @@ def draw_sad_over_time(data: Data) -> Picture | None:
 
 
 def draw_sweep(data: Data) -> Picture | None:
-    """Final accuracy and loss over the strength."""
-    table = sweep_rows(data)
+    """Final metric and loss over the strength."""
+    table, metric = sweep_rows(data), metric_of(data)
     if len(table) < 3:
         return None
     strengths = np.array([row.lambda_w for row in table])
     smallest = np.min(np.abs(strengths[strengths != 0]))
     figure, axes = panels(2, height=2.8)
     for ax, column, label in (
-        (axes[0], "metric", f"test {metric_name(data)}, %"),
+        (axes[0], "metric", f"test {metric.title}"),
         (axes[1], "loss", "test loss"),
     ):
-        scale = 100 if column == "metric" else 1
+        scale = metric.scale if column == "metric" else 1
+        rises = column == "metric" and metric.sign > 0
         means = [scale * getattr(row, column).mean for row in table]
         errors = [scale * getattr(row, column).error for row in table]
         ax.errorbar(strengths, means, yerr=errors, fmt="o-", color=BLUE, capsize=3, markersize=4)
@@ -170,22 +172,23 @@ def draw_sweep(data: Data) -> Picture | None:
             ax.annotate(
                 "dense",
                 (1, scale * getattr(dense, column).mean),
-                (-2, -3 if column == "metric" else 3),
+                (-2, -3 if rises else 3),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 ha="right",
-                va="top" if column == "metric" else "bottom",
+                va="top" if rises else "bottom",
                 fontsize=8,
             )
-    best = max(table, key=lambda row: row.metric.mean)
+    best = max(table, key=lambda row: metric.sign * row.metric.mean)
     zero = [row for row in table if row.lambda_w == 0]
     caption = (
         f"Results at {table[0].pattern} over the strength, mean and one standard error. The best "
-        f"of these is {best.lambda_w:.2g}, with {100 * best.metric.mean:.2f} %"
+        f"of these is {best.lambda_w:.2g}, with {metric.title} "
+        f"{metric.scale * best.metric.mean:.{metric.digits}f}"
     )
     if zero and best.lambda_w != 0:
         gain = best.metric.minus(zero[0].metric)
-        caption += f", {100 * gain.mean:+.2f} ± {100 * gain.error:.2f} points against STE"
+        caption += f", {in_words('metric', gain, metric)} against STE"
     return picture("sweep", "How strong should the pull be?", caption + ".", figure)
 
 
@@ -203,14 +206,15 @@ def draw_shapes(data: Data) -> Picture | None:
     shape, often = max(((c, n) for c, n in counts.items() if "1" in c), key=lambda item: item[1])
     share = 100 * mask.mean(axis=(2, 3))
     corners = share[::2, ::2].mean()
-    reached = np.mean(entries[0]["epochs"][-1]["test"][metric_name(data)])
+    metric = metric_of(data)
+    reached = metric.scale * np.mean(entries[0]["epochs"][-1]["test"][metric.name])
     caption = (
         f"Kept taps (dark) of the 3x3 kernels of {shapes['layer'].removesuffix('/kernel')}, "
         f"trained with SR-STE at {entries[0]['pattern']}: groups run over all inputs of a filter, "
         f"input channel by input channel, as in the paper's Figure 5. Of {total} kernels {empty} "
         f"are empty; {len(counts)} different shapes occur, most often {_grid_words(shape)} "
         f"({often} times). The centre tap is kept in {share[1, 1]:.0f} % of the kernels, a corner "
-        f"in {corners:.0f} %. Test {metric_name(data)}: {100 * reached:.1f} %."
+        f"in {corners:.0f} %. Test {metric.name}: {reached:.1f} {metric.unit}."
     )
     return picture("shapes", "Kernel shapes", caption, figure)
 

@@ -6,18 +6,21 @@ Everything is computed from the content of `results.json`; no conclusion is writ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
+from experiments.tasks.task import Metric
+
 Data = dict[str, Any]
 Entry = dict[str, Any]
 Verdict = Literal["higher", "lower", "unclear"]
 
+_ACCURACY = Metric()
+
 CONFIDENCE = 0.95
-CLOSE_POINTS = 0.01  # one point of accuracy: what counts as close to dense
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Summary:
         """The paired difference, seed by seed."""
         return Summary(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
+    def times(self, factor: float) -> Summary:
+        """Every value multiplied."""
+        return replace(self, values=tuple(factor * value for value in self.values))
+
     def verdict(self) -> Verdict:
         """Whether the mean differs from zero: Student's t at 95 %, two-sided."""
         if len(self.values) < 2:
@@ -64,7 +71,8 @@ class Row:
       pattern: such as "2:4".
       method: its name.
       lambda_w: strength of the sparse-refined term.
-      metric: test metric, "accuracy" for classification.
+      metric: the task's first metric.
+      metrics: all of the task's metrics, the first again among them.
       loss: on the test examples.
       sad: mask entries that differ from those of the initial weights, as a fraction.
       flip_rate: fraction of mask entries that one step changes, mean over all epochs.
@@ -76,6 +84,7 @@ class Row:
     method: str
     lambda_w: float
     metric: Summary
+    metrics: tuple[tuple[Metric, Summary], ...]
     loss: Summary
     sad: Summary
     flip_rate: Summary
@@ -90,20 +99,28 @@ def rows(data: Data, part: str = "main") -> list[Row]:
     return [_row(data, entry, ratios.get((entry["pattern"], entry["method"]))) for entry in entries]
 
 
-def sweep_rows(data: Data) -> list[Row]:
-    """All strengths of the straight-through methods at the swept pattern, ascending."""
+def sweep_rows(data: Data, *, decoupled: bool = False) -> list[Row]:
+    """All strengths of the straight-through methods at the swept pattern, ascending.
+
+    Args:
+      data: the content of `results.json`.
+      decoupled: whether the strengths are of the term after the preconditioner.
+    """
     pattern = data["settings"]["patterns"][-1]
-    family = ("ste", "sr_ste", "sr_ste_negative")
-    main = [r for r in rows(data) if r.pattern == pattern and r.method in family]
-    swept = [r for r in rows(data, "sweep") if r.pattern == pattern]
-    return sorted(main + swept, key=lambda row: row.lambda_w)
+    family = ("ste", "sr_ste_decoupled") if decoupled else ("ste", "sr_ste", "sr_ste_negative")
+    found = [*rows(data), *rows(data, "sweep")]
+    here = [row for row in found if row.pattern == pattern and row.method in family]
+    return sorted(here, key=lambda row: row.lambda_w)
 
 
-def metric_name(data: Data) -> str:
-    """The test metric that is shown: accuracy where there is one."""
-    tests = [entry["epochs"][-1]["test"] for entry in data["trials"] if entry["epochs"]]
-    names = [name for test in tests[:1] for name in test if name != "loss"]
-    return "accuracy" if "accuracy" in names or not names else str(names[0])
+def metrics_of(data: Data) -> tuple[Metric, ...]:
+    """The metrics that are shown."""
+    return tuple(Metric(**entry) for entry in data["settings"]["metrics"])
+
+
+def metric_of(data: Data) -> Metric:
+    """The metric that methods are compared by."""
+    return metrics_of(data)[0]
 
 
 def find_row_of(table: Sequence[Row], pattern: str, method: str) -> Row | None:
@@ -138,10 +155,8 @@ def weights_of(data: Data, pattern: str) -> int:
 
 
 def total_pull(data: Data, lambda_w: float) -> float:
-    """Sum over all steps of learning rate * lambda_w, warm-up and cosine halving the peak."""
-    settings = data["settings"]
-    steps = settings["recipe"]["epochs"] * settings["steps_per_epoch"]
-    return float(lambda_w * steps * settings["recipe"]["learning_rate"] / 2)
+    """Sum over all steps of learning rate * lambda_w."""
+    return float(lambda_w * data["settings"]["rate_sum"])
 
 
 @dataclass(frozen=True)
@@ -170,13 +185,13 @@ class Claim:
     at: dict[str, Comparison]
 
 
-# (method, compared with, column, expected direction, sentence)
+# (method, compared with, column, expected direction, sentence); a higher metric is a better one.
 _ORDERINGS: tuple[tuple[str, str, str, Verdict, str], ...] = (
-    ("sr_ste", "ste", "metric", "higher", "SR-STE is more accurate than STE"),
+    ("sr_ste", "ste", "metric", "higher", "SR-STE is better than STE"),
     ("sr_ste", "ste", "loss", "lower", "SR-STE has a lower loss than STE"),
-    ("sr_ste", "one_shot", "metric", "higher", "SR-STE is more accurate than pruning once"),
-    ("one_shot", "ste", "metric", "higher", "Pruning once is more accurate than STE"),
-    ("sr_ste_negative", "ste", "metric", "lower", "A negative lambda_w lowers accuracy"),
+    ("sr_ste", "one_shot", "metric", "higher", "SR-STE is better than pruning once"),
+    ("one_shot", "ste", "metric", "higher", "Pruning once is better than STE"),
+    ("sr_ste_negative", "ste", "metric", "lower", "A negative lambda_w makes it worse"),
     ("ste", "dense", "sad", "higher", "A sparse forward pass (STE) raises SAD over a dense one"),
     ("ste", "dense", "flip_rate", "higher", "STE flips more of the mask in a step than dense"),
     ("sr_ste", "ste", "sad", "lower", "SR-STE lowers SAD below that of STE"),
@@ -186,12 +201,13 @@ _ORDERINGS: tuple[tuple[str, str, str, Verdict, str], ...] = (
 
 def claims(data: Data) -> list[Claim]:
     """What the paper found, next to what this run found."""
-    table = rows(data)
+    table, metric = rows(data), metric_of(data)
     patterns = list(dict.fromkeys(row.pattern for row in table))
-    closeness = {pattern: _closeness(table, pattern) for pattern in patterns}
-    found = [Claim("SR-STE comes close to dense (within one point)", present(closeness))]
+    closeness = {pattern: _closeness(table, pattern, metric) for pattern in patterns}
+    close = f"{metric.name} within {metric.scale * metric.close:g} {metric.step}"
+    found = [Claim(f"SR-STE comes close to dense ({close})", present(closeness))]
     for method, other, column, expected, says in _ORDERINGS:
-        at = {p: ordering(table, p, method, other, column, expected) for p in patterns}
+        at = {p: ordering(table, p, method, other, column, expected, metric) for p in patterns}
         found.append(Claim(says, present(at)))
     return [claim for claim in found if claim.at]
 
@@ -201,24 +217,31 @@ def present(at: dict[str, Comparison | None]) -> dict[str, Comparison]:
     return {pattern: comparison for pattern, comparison in at.items() if comparison is not None}
 
 
-def _closeness(table: Sequence[Row], pattern: str) -> Comparison | None:
+def _closeness(table: Sequence[Row], pattern: str, metric: Metric) -> Comparison | None:
     sparse, dense = (find_row_of(table, pattern, name) for name in ("sr_ste", "dense"))
     if sparse is None or dense is None:
         return None
     gap = sparse.metric.minus(dense.metric)
-    seen = "seen" if abs(gap.mean) <= CLOSE_POINTS else "not seen"
-    return Comparison(in_words("metric", gap), seen)
+    seen = "seen" if abs(gap.mean) <= metric.close else "not seen"
+    return Comparison(in_words("metric", gap, metric), seen)
 
 
 def ordering(
-    table: Sequence[Row], pattern: str, method: str, other: str, column: str, expected: Verdict
+    table: Sequence[Row],
+    pattern: str,
+    method: str,
+    other: str,
+    column: str,
+    expected: Verdict,
+    metric: Metric,
 ) -> Comparison | None:
     """Whether a column of one method differs from another's as expected; None if one is missing."""
     a, b = find_row_of(table, pattern, method), find_row_of(table, pattern, other)
     if a is None or b is None:
         return None
     difference = getattr(a, column).minus(getattr(b, column))
-    return Comparison(in_words(column, difference), _seen(difference.verdict(), expected))
+    verdict = difference.times(metric.sign if column == "metric" else 1).verdict()
+    return Comparison(in_words(column, difference, metric), _seen(verdict, expected))
 
 
 def _seen(verdict: Verdict, expected: Verdict) -> str:
@@ -227,14 +250,14 @@ def _seen(verdict: Verdict, expected: Verdict) -> str:
     return "seen" if verdict == expected else "opposite"
 
 
-def in_words(column: str, difference: Summary) -> str:
+def in_words(column: str, difference: Summary, metric: Metric = _ACCURACY) -> str:
     """A paired difference as text, rounded to where its standard error begins.
 
     >>> in_words("metric", Summary((0.02, 0.01, 0.018)))
     '+1.60 ± 0.31 points'
     """
     scale, unit = {
-        "metric": (100, " points"),
+        "metric": (metric.scale, f" {metric.step}"),
         "loss": (1, ""),
         "sad": (100, " % of entries"),
         "flip_rate": (1000, " ‰ of entries"),
@@ -246,11 +269,13 @@ def in_words(column: str, difference: Summary) -> str:
 
 def _row(data: Data, entry: Entry, ratio: float | None) -> Row:
     last = entry["epochs"][-1]
+    metrics = tuple((m, Summary(tuple(last["test"][m.name]))) for m in metrics_of(data))
     return Row(
         pattern=entry["pattern"],
         method=entry["method"],
         lambda_w=entry["lambda_w"],
-        metric=Summary(tuple(last["test"][metric_name(data)])),
+        metric=metrics[0][1],
+        metrics=metrics,
         loss=Summary(tuple(last["test"]["loss"])),
         sad=Summary(tuple(curve(entry, "sad_first")[:, -1] / weights_of(data, entry["pattern"]))),
         flip_rate=Summary(tuple(curve(entry, "flip_rate").mean(axis=1))),

@@ -17,7 +17,32 @@ from experiments.placement import Placement, make_placement
 from experiments.step import Job, plan_of
 from experiments.tasks.task import Recipe, Task
 
-DEFAULT_MODELS = {"digits": "small_resnet", "cifar10": "resnet18", "imagenet2012": "resnet50"}
+DEFAULT_MODELS = {
+    "digits": "small_resnet",
+    "cifar10": "resnet18",
+    "imagenet2012": "resnet50",
+    "number_names": "transformer_tiny",
+    "wmt14": "transformer_base",
+    "python_bytes": "decoder_tiny",
+    "flow": "raft_tiny",
+    "flying_chairs": "raft",
+    "sintel": "raft",
+    "detection": "mask_rcnn_tiny",
+    "coco": "faster_rcnn",
+}
+TaskName = Literal[
+    "digits",
+    "cifar10",
+    "imagenet2012",
+    "number_names",
+    "wmt14",
+    "python_bytes",
+    "flow",
+    "flying_chairs",
+    "sintel",
+    "detection",
+    "coco",
+]
 
 
 @dataclass(frozen=True)
@@ -28,15 +53,20 @@ class Flags:
     Ctrl-C leaves every finished epoch readable; --resume goes on from the last checkpoint.
 
     Attributes:
-      task: what to train on. The digits ship with scikit-learn; the others are read from
-        tensorflow-datasets in array_record format.
+      task: what to train on. The digits ship with scikit-learn, the number names with num2words,
+        the bytes with Python; flow and detection are generated. flying_chairs and sintel are read
+        from the folders that they are unpacked to, the others from tensorflow-datasets in
+        array_record format.
       model: None for the task's: small_resnet for digits, resnet18 for cifar10, resnet50 for
-        imagenet2012. Also resnet8, resnet20, resnet34, resnet101, mobilenet_v1.
+        imagenet2012, transformer_tiny for number_names, transformer_base for wmt14, decoder_tiny
+        for python_bytes. Also resnet8, resnet20, resnet34, resnet101, mobilenet_v1;
+        transformer_big; decoder_small, decoder_medium. Without a choice: raft_tiny for
+        flow, raft for flying_chairs and sintel, mask_rcnn_tiny for detection, faster_rcnn for coco.
       pattern: weights kept of each group, N:M, or blocks of N output channels and the fraction of
         them that is dropped, 1xN@S. Dense training watches the topology that this pattern would
         have.
-      method: dense, one_shot, ste, sr_ste or sr_ste_negative; for blocks also one_by_n, subp_l1
-        or subp.
+      method: dense, one_shot, ste, sr_ste, sr_ste_decoupled or sr_ste_negative; for blocks also
+        one_by_n, subp_l1 or subp.
       keep_dense: regular expressions of layers that stay dense. None for the task's, which are
         the first and the last layer; for blocks also the projections of ResNets without
         bottlenecks.
@@ -45,16 +75,26 @@ class Flags:
         batches of 512, no warm-up, weight decay 1e-4 but none on vectors, label smoothing 0.1.
       batch_size: examples a step, over all devices. None for the recipe's: digits 25, cifar10
         128, imagenet2012 256.
-      learning_rate: peak, after linear warm-up and before cosine decay. None for the recipe's,
-        0.1 in every task.
+      optimizer: sgd, or adamw. None for the recipe's: sgd for images, adamw for text.
+      learning_rate: peak, after linear warm-up and before the decay. None for the recipe's, 0.1
+        for images.
+      schedule: of the decay: cosine, or inverse_sqrt. None for the recipe's: inverse_sqrt for
+        translation, cosine elsewhere.
       warmup_epochs: of the learning rate. None for the recipe's: digits epochs / 24, cifar10 and
         imagenet2012 5.
-      momentum: of SGD, without Nesterov. None for the recipe's, 0.9 in every task.
-      weight_decay: coupled. None for the recipe's: digits and imagenet2012 5e-5, cifar10 5e-4.
+      momentum: of SGD, without Nesterov, or Adam's first beta. None for the recipe's, 0.9 in
+        every task.
+      second_momentum: Adam's second beta. None for the recipe's, 0.98.
+      clip: largest norm of the gradient of all parameters together; 0 for no limit. None for the
+        recipe's: 1 for python_bytes, 0 elsewhere.
+      weight_decay: coupled with SGD, decoupled with AdamW. None for the recipe's: digits and
+        imagenet2012 5e-5, cifar10 5e-4.
       decay_vectors: whether weight decay acts on biases and norms too. None for the recipe's,
         which does.
       lambda_w: strength of the sparse-refined term, for the methods that have one. None for the
         recipe's: 2e-4; in digits, whatever makes the total pull that of 120 epochs of ImageNet.
+      lambda_decoupled: its strength for sr_ste_decoupled, after Adam's preconditioner. None for the
+        recipe's.
       label_smoothing: share of the target spread over all classes. None for the recipe's, 0.
       ramp: when gradual pruning begins and ends, as fractions of the epochs. None for the
         recipe's: 0.04 and 0.72, of 250 epochs the published 10 and 180; in digits 0.04 and 0.4.
@@ -95,19 +135,24 @@ class Flags:
       log_every: steps between two lines of progress within an epoch; 0 for none.
     """
 
-    task: Literal["digits", "cifar10", "imagenet2012"] = "digits"
+    task: TaskName = "digits"
     model: str | None = None
     pattern: str = "2:4"
     method: str = "sr_ste"
     keep_dense: tuple[str, ...] | None = None
     epochs: int | None = None
     batch_size: int | None = None
+    optimizer: Literal["sgd", "adamw"] | None = None
     learning_rate: float | None = None
+    schedule: Literal["cosine", "linear", "inverse_sqrt"] | None = None
     warmup_epochs: float | None = None
     momentum: float | None = None
+    second_momentum: float | None = None
+    clip: float | None = None
     weight_decay: float | None = None
     decay_vectors: bool | None = None
     lambda_w: float | None = None
+    lambda_decoupled: float | None = None
     label_smoothing: float | None = None
     ramp: tuple[float, float] | None = None
     seeds: tuple[int, ...] = (0,)
@@ -174,8 +219,12 @@ def make_job(flags: Flags) -> Job:
     """
     check_fits(flags.method, flags.pattern)
     row = find_row(flags.method)
-    if flags.lambda_w is not None and row.lambda_fraction == 0:
-        raise ValueError(f"method {flags.method!r} has no sparse-refined term: drop --lambda-w")
+    strengths = {"--lambda-w": flags.lambda_w, "--lambda-decoupled": flags.lambda_decoupled}
+    given = [flag for flag, value in strengths.items() if value is not None]
+    if given and row.lambda_fraction == 0:
+        raise ValueError(
+            f"method {flags.method!r} has no sparse-refined term: drop {' and '.join(given)}"
+        )
     task = make_task(flags)
     plan = plan_of(task, flags.pattern)
     method = row.build(plan, task.recipe, task.steps_per_epoch)
@@ -205,7 +254,7 @@ def make_run_placement(flags: Flags, job: Job) -> Placement:
 
 def strength(flags: Flags, recipe: Recipe) -> float:
     """The `lambda_w` that the method trains with."""
-    return recipe.lambda_w * find_row(flags.method).lambda_fraction
+    return find_row(flags.method).strength(recipe)
 
 
 def make_task(flags: Flags) -> Task:
@@ -222,6 +271,12 @@ def _task(flags: Flags) -> Task:
     # Imported here: tensorflow-datasets and scikit-learn take seconds, and no run needs both.
     if flags.task == "digits":
         return _digits(flags)
+    if flags.task in ("number_names", "wmt14", "python_bytes"):
+        return _of_tokens(flags)
+    if flags.task in ("detection", "coco"):
+        return _of_objects(flags)
+    if flags.task in ("flow", "flying_chairs", "sintel"):
+        return _of_flow(flags)
     from experiments.data.epochs import Reading
     from experiments.models.image_networks import dense_for_blocks
 
@@ -251,16 +306,79 @@ def _task(flags: Flags) -> Task:
 def _digits(flags: Flags) -> Task:
     from experiments.tasks.digits import digits_task
 
-    if flags.model_name != DEFAULT_MODELS["digits"]:
-        raise ValueError(
-            f"digits is trained with the model small_resnet only, got {flags.model_name}"
-        )
+    _check_only_model(flags, ("float32", "bfloat16"))
     # These two decide the rest of its recipe.
     given: dict[str, Any] = {"epochs": flags.epochs, "batch_size": flags.batch_size}
     task = digits_task(**{name: value for name, value in given.items() if value is not None})
     task = dataclasses.replace(task, recipe=_changed(task.recipe, flags))
     # Its network has no dtype of its own, as the others have.
     return in_bfloat16(task) if flags.dtype == "bfloat16" else task
+
+
+def _of_tokens(flags: Flags) -> Task:
+    dtype = jnp.dtype(flags.dtype)
+    if flags.task == "python_bytes":
+        from experiments.tasks.python_bytes import find_recipe, python_bytes_task
+
+        recipe = _changed(find_recipe(flags.model_name), flags)
+        return python_bytes_task(flags.model_name, recipe=recipe, dtype=dtype)
+    if flags.task == "number_names":
+        from experiments.tasks.number_names import RECIPE, number_names_task
+
+        recipe = _changed(RECIPE, flags)
+        return number_names_task(flags.model_name, recipe=recipe, dtype=dtype)
+    from experiments.tasks.wmt14 import RECIPE as WMT14_RECIPE
+    from experiments.tasks.wmt14 import wmt14_task
+
+    recipe = _changed(WMT14_RECIPE, flags)
+    return wmt14_task(flags.model_name, recipe=recipe, dtype=dtype, data_dir=flags.data_dir)
+
+
+def _of_objects(flags: Flags) -> Task:
+    _check_only_model(flags)
+    if flags.task == "detection":
+        from experiments.tasks.detection import RECIPE, detection_task
+
+        return detection_task(recipe=_changed(RECIPE, flags))
+    from experiments.data.epochs import Reading
+    from experiments.tasks.coco import RECIPE as COCO_RECIPE
+    from experiments.tasks.coco import coco_task
+
+    return coco_task(
+        recipe=_changed(COCO_RECIPE, flags),
+        data_dir=flags.data_dir,
+        reading=Reading(workers=flags.workers, threads=flags.threads),
+    )
+
+
+def _of_flow(flags: Flags) -> Task:
+    _check_only_model(flags)
+    if flags.task == "flow":
+        from experiments.tasks.flow import RECIPE, flow_task
+
+        return flow_task(recipe=_changed(RECIPE, flags))
+    from experiments.data.epochs import Reading
+    from experiments.tasks.flying_chairs import RECIPE as CHAIRS_RECIPE
+
+    recipe = _changed(CHAIRS_RECIPE, flags)
+    reading = Reading(workers=flags.workers, threads=flags.threads)
+    if flags.task == "sintel":
+        from experiments.tasks.sintel import sintel_task
+
+        return sintel_task(recipe=recipe, data_dir=flags.data_dir, reading=reading)
+    from experiments.tasks.flying_chairs import flying_chairs_task
+
+    return flying_chairs_task(recipe=recipe, data_dir=flags.data_dir, reading=reading)
+
+
+def _check_only_model(flags: Flags, dtypes: tuple[str, ...] = ("float32",)) -> None:
+    """Raises ValueError if a task that has one model is asked for another, or for other dtypes."""
+    only = DEFAULT_MODELS[flags.task]
+    if flags.model_name != only or flags.dtype not in dtypes:
+        raise ValueError(
+            f"{flags.task} is trained with the model {only} in {' or '.join(dtypes)} only, got "
+            f"{flags.model_name} in {flags.dtype}"
+        )
 
 
 def _changed(recipe: Recipe, flags: Flags) -> Recipe:

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from experiments.placement import HERE, Placement
-from experiments.seeds import stack
+from experiments.seeds import one_seed, stack
 from experiments.step import Job, Programs, RunState, TrainState, make_programs
-from experiments.tasks.task import Batch
+from experiments.tasks.task import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def train(
         test = evaluate(job, programs, state.train, placement) if is_due else {}
         measured = jax.device_get(measured)
         if not programs.seeds:
-            measured = jax.tree.map(lambda value: np.asarray(value)[None], measured)
+            measured = one_seed(measured)
         _check_finite(measured.pop("bad_step"), seeds, epoch, task.steps_per_epoch)
         seconds = time.perf_counter() - began
         yield EpochReport(epoch=done, test=test, seconds=seconds, state=state, **measured)
@@ -128,7 +128,7 @@ def evaluate(
     state: TrainState,
     placement: Placement = HERE,
 ) -> dict[str, np.ndarray]:
-    """Means over the test examples, with the parameters of the forward pass.
+    """Means over the test examples and scores of the predictions, of the sparse parameters.
 
     Returns:
       Metric -> one entry a seed.
@@ -136,12 +136,32 @@ def evaluate(
     forward = programs.forward(state)
     seeds = np.size(state.step)
     sums: dict[str, np.ndarray] = {}
+    batches, predictions = [], []
     for batch in job.task.eval_batches():
-        batch = placement.put_eval(stack([batch] * seeds) if programs.seeds else batch)
-        for name, value in programs.evaluate(forward, state.collections, batch).items():
+        placed = placement.put_eval(stack([batch] * seeds) if programs.seeds else batch)
+        for name, value in programs.evaluate(forward, state.collections, placed).items():
             sums[name] = sums.get(name, 0) + np.atleast_1d(jax.device_get(value)).astype(float)
+        if programs.predict is not None:
+            batches.append(batch)
+            predicted = jax.device_get(programs.predict(forward, state.collections, placed))
+            predictions.append(predicted if programs.seeds else one_seed(predicted))
     count = sums.pop("count")
-    return {name: value / count for name, value in sums.items()}
+    return {name: value / count for name, value in sums.items()} | _scores(
+        job.task, batches, predictions, seeds
+    )
+
+
+def _scores(
+    task: Task, batches: list[Batch], predictions: list[Any], seeds: int
+) -> dict[str, np.ndarray]:
+    """What the task makes of its predictions, seed by seed."""
+    if task.score is None:
+        return {}
+    found = [
+        task.score(batches, [jax.tree.map(lambda x, s=seed: x[s], p) for p in predictions])
+        for seed in range(seeds)
+    ]
+    return {name: np.array([scores[name] for scores in found]) for name in found[0]}
 
 
 def _train_epoch(

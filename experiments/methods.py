@@ -32,6 +32,7 @@ class Method(NamedTuple):
       sparsifier: makes the forward pass sparse.
       transform: lambda_w -> what comes first in the optimizer's chain. `lambda_w` is traced, so
         that runs which differ in nothing else share one compilation.
+      decoupled: whether it comes after momentum or Adam instead, as AdamW's weight decay does.
       restarts: optimizer steps at which the learning rate's schedule starts again from warm-up.
       refresh_every: optimizer steps from one refresh of the sparsifier to the next; None for once
         an epoch, before its first step.
@@ -41,12 +42,15 @@ class Method(NamedTuple):
 
     sparsifier: nmjax.Sparsifier
     transform: Callable[[ArrayLike], optax.GradientTransformation]
+    decoupled: bool = False
     restarts: tuple[int, ...] = ()
     refresh_every: int | None = None
     masks: Callable[[Any], Masks] | None = None
 
 
 Build = Callable[[nmjax.Plan, Recipe, int], Method]
+# (peak, steps of warm-up, steps in all) -> rate over the steps after the warm-up.
+Decay = Callable[[float, int, int], optax.Schedule]
 
 
 class Row(NamedTuple):
@@ -58,12 +62,19 @@ class Row(NamedTuple):
       lambda_fraction: of the recipe's `lambda_w`; 0 where the method has none.
       what: one line for tables and help.
       blocks_only: whether it takes 1xN patterns and no others.
+      decoupled: whether its strength is a fraction of the recipe's `lambda_decoupled` instead.
     """
 
     build: Build
     lambda_fraction: float
     what: str
     blocks_only: bool = False
+    decoupled: bool = False
+
+    def strength(self, recipe: Recipe) -> float:
+        """The `lambda_w` that the method trains with."""
+        of = recipe.lambda_decoupled if self.decoupled else recipe.lambda_w
+        return self.lambda_fraction * of
 
 
 def dense(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
@@ -129,11 +140,22 @@ def sparse_refined(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Me
     )
 
 
+def sparse_refined_decoupled(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """SR-STE with the pull after the preconditioner: a step shrinks by rate * lambda_w exactly."""
+    return sparse_refined(plan, recipe, steps_per_epoch)._replace(decoupled=True)
+
+
 METHODS: dict[str, Row] = {
     "dense": Row(dense, 0.0, "no sparsity"),
     "one_shot": Row(one_shot, 0.0, "train dense, prune half-way, fine-tune with the mask fixed"),
     "ste": Row(straight_through, 0.0, "sparse from the first step, straight-through gradient"),
     "sr_ste": Row(sparse_refined, 1.0, "STE with a pull to zero on the pruned weights"),
+    "sr_ste_decoupled": Row(
+        sparse_refined_decoupled,
+        1.0,
+        "SR-STE with the pull after momentum or Adam, as decoupled as AdamW's weight decay",
+        decoupled=True,
+    ),
     "sr_ste_negative": Row(
         sparse_refined, NEGATIVE_FRACTION, "STE with a push away from zero on the pruned weights"
     ),
@@ -177,36 +199,62 @@ def is_blocks(pattern: str | Pattern) -> bool:
 def learning_rate(
     recipe: Recipe, steps_per_epoch: int, restarts: tuple[int, ...] = ()
 ) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine to 0, per step; once from each restart to the next.
+    """Linear warm-up from 0, then the recipe's decay; once from each restart to the next.
+
+    Cosine and linear end at 0. The inverse square root is `peak * sqrt(warmup / step)`.
 
     Args:
-      recipe: peak, epochs and warm-up.
+      recipe: peak, epochs, warm-up and kind of decay.
       steps_per_epoch: optimizer steps in an epoch.
       restarts: steps, ascending, at which it all starts again.
+
+    Source of the inverse square root: Vaswani et al., "Attention Is All You Need", 2017, equation
+    3, whose peak is 1 / sqrt(width * warmup).
     """
+    decay = {"cosine": _cosine, "linear": _linear, "inverse_sqrt": _inverse_sqrt}[recipe.schedule]
     ends = (*restarts, recipe.epochs * steps_per_epoch)
     lengths = [end - start for start, end in zip((0, *restarts), ends, strict=True)]
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
-    parts = [_warmup_cosine(recipe.learning_rate, min(warmup, n // 2), n) for n in lengths]
+    parts = [_warmed_up(decay, recipe.learning_rate, min(warmup, n // 2), n) for n in lengths]
     return optax.join_schedules(parts, list(restarts))
+
+
+def total_rate(recipe: Recipe, steps_per_epoch: int) -> float:
+    """Sum of the learning rate over all steps of a run without restarts."""
+    steps = recipe.epochs * steps_per_epoch
+    rates = jax.vmap(learning_rate(recipe, steps_per_epoch))(jnp.arange(steps))
+    return float(jnp.sum(rates))
 
 
 def optimizer(
     method: Method, recipe: Recipe, steps_per_epoch: int, lambda_w: ArrayLike
 ) -> optax.GradientTransformationExtraArgs:
-    """The paper's optimizer with the method's own term first in the chain.
+    """The recipe's optimizer with the method's own term first in the chain, or after Adam.
 
-    Coupled weight decay, momentum without Nesterov, a learning rate for each step: the order of
-    PyTorch's SGD, in which the sparse-refined term goes through momentum.
+    SGD has the order of PyTorch's: coupled weight decay, momentum, a learning rate for each step.
+    First in the chain, the sparse-refined term is clipped with the gradient and goes through
+    momentum or Adam's preconditioner. Decoupled, it is a part of the update like AdamW's weight
+    decay.
     """
+    term, decay = method.transform(lambda_w), _weight_decay(recipe)
+    if recipe.optimizer == "sgd":
+        direction = [decay, optax.trace(recipe.momentum)]
+    else:
+        adam = optax.scale_by_adam(recipe.momentum, recipe.second_momentum)
+        direction = [adam, decay]
+    clip = [optax.clip_by_global_norm(recipe.clip)] if recipe.clip else []
     return optax.chain(
-        method.transform(lambda_w),
-        optax.add_decayed_weights(
-            recipe.weight_decay, mask=None if recipe.decay_vectors else _has_several_axes
-        ),
-        optax.trace(recipe.momentum),
+        *([] if method.decoupled else [term]),
+        *clip,
+        *direction,
+        *([term] if method.decoupled else []),
         optax.scale_by_learning_rate(learning_rate(recipe, steps_per_epoch, method.restarts)),
     )
+
+
+def _weight_decay(recipe: Recipe) -> optax.GradientTransformation:
+    mask = None if recipe.decay_vectors else _has_several_axes
+    return optax.add_decayed_weights(recipe.weight_decay, mask=mask)
 
 
 def _nothing(lambda_w: ArrayLike) -> optax.GradientTransformation:
@@ -248,8 +296,24 @@ def _state_masks(state: Any) -> Masks:
 _DENSE = Method(nmjax.dense(), _nothing)
 
 
-def _warmup_cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
-    cosine = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+def _warmed_up(decay: Decay, peak: float, warmup: int, steps: int) -> optax.Schedule:
+    decayed = decay(peak, warmup, steps)
     if warmup == 0:
-        return cosine
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), cosine], [warmup])
+        return decayed
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decayed], [warmup])
+
+
+def _cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+
+
+def _linear(peak: float, warmup: int, steps: int) -> optax.Schedule:
+    return optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))
+
+
+def _inverse_sqrt(peak: float, warmup: int, steps: int) -> optax.Schedule:
+    """Of the steps after the warm-up; without one, as if it had been one step long."""
+    del steps
+    start = max(warmup, 1)
+    # Below zero while the warm-up lasts, when what comes out is not used.
+    return lambda step: peak * jnp.sqrt(start / (start + jnp.maximum(step, 0)))

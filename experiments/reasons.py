@@ -11,16 +11,17 @@ from experiments.findings import (
     curve,
     find_row_of,
     in_words,
+    metric_of,
     rows,
     sweep_rows,
     total_pull,
 )
+from experiments.tasks.task import Metric
 
 # What the paper's recipe on ImageNet comes to: 120 epochs of 5,004 steps.
 PAPER_STEPS = 120 * 5004
 PAPER_LAMBDA_W = 2e-4
 PAPER_PULL = PAPER_LAMBDA_W * PAPER_STEPS * 0.05
-_SMALL_GAP = 0.01  # one point of accuracy
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ def scale_sentence(data: Data) -> str:
 
 def pull_sentences(data: Data) -> list[str]:
     """How lambda_w was chosen, and what the paper's own number does here."""
-    chosen = data["settings"]["recipe"]["lambda_w"]
+    recipe = data["settings"]["recipe"]
+    if recipe["optimizer"] == "adamw":
+        return _adam_sentences(data)
+    chosen = recipe["lambda_w"]
     sentences = [
         "A pruned weight shrinks by a factor 1 - lr * lambda_w in a step, so what counts is the "
         "sum of lr * lambda_w over all steps. With the paper's 2e-4, peak 0.1 and "
@@ -82,30 +86,68 @@ def pull_sentences(data: Data) -> list[str]:
             name = f"the paper's sum (lambda_w {row.lambda_w:.3g})"
         else:
             continue
-        gain = in_words("metric", row.metric.minus(zero[0].metric))
+        gain = in_words("metric", row.metric.minus(zero[0].metric), metric_of(data))
         sentences.append(f"Measured, {name} is at {gain} against STE.")
     return sentences
 
 
+def _adam_sentences(data: Data) -> list[str]:
+    recipe = data["settings"]["recipe"]
+    before, after = recipe["lambda_w"], recipe["lambda_decoupled"]
+    sentences = [
+        "Adam divides the gradient, and with it SR-STE's term, by the root of the gradient's "
+        "second moment, so how far a pruned weight is pulled in a step depends on its gradients "
+        "and not on its size alone. Published strengths of the term as a part of AdamW's gradient "
+        "are 6e-5 and 2e-4 (Hu et al., ICML 2024, GPT-2 of four sizes).",
+        f"The table's SR-STE uses {before:.3g}.",
+    ]
+    if any(row.method == "sr_ste_decoupled" for row in rows(data)):
+        sentences.append(
+            "After the preconditioner a step shrinks a pruned weight by a factor 1 - lr * "
+            f"lambda_w, as AdamW's weight decay does. The table's uses {after:.3g}: the sum of "
+            f"lr * lambda_w over all steps is {total_pull(data, after):.2g}, where the paper's "
+            f"recipe for ImageNet has {PAPER_PULL:.1f}."
+        )
+    return sentences
+
+
 def _reasons_at(data: Data, pattern: str, dense: Row | None, ste: Row, refined: Row) -> Reasons:
-    gain = refined.metric.minus(ste.metric)
+    metric = metric_of(data)
+    change = refined.metric.minus(ste.metric)
+    gain = change.times(metric.sign)
     words = {"higher": "ahead of", "lower": "behind", "unclear": "not clearly different from"}
-    headline = f"SR-STE is {words[gain.verdict()]} STE: {in_words('metric', gain)}, paired by seed."
+    headline = (
+        f"SR-STE is {words[gain.verdict()]} STE: {in_words('metric', change, metric)}, paired by "
+        "seed."
+    )
     if dense is None:
         return Reasons(pattern, headline, [])
     gap = ste.metric.minus(dense.metric)
+    lost = -metric.sign * gap.mean
     sentences = [
         _churn_sentence(dense, ste, refined),
-        f"STE ends {in_words('metric', gap)} against dense; that is what SR-STE could win back.",
+        f"STE ends {in_words('metric', gap, metric)} against dense; that is what SR-STE could win "
+        "back.",
     ]
     if gain.verdict() == "higher":
-        share = f", {100 * gain.mean / -gap.mean:.0f} % of it" if gap.mean < 0 else ""
-        sentences.append(f"It wins back {100 * gain.mean:.2f} points{share}.")
+        share = f", {100 * gain.mean / lost:.0f} % of it" if lost > 0 else ""
+        won = f"{metric.scale * gain.mean:.{metric.digits}f} {metric.step}"
+        sentences.append(f"It wins back {won}{share}.")
         sentences += _rest_sentences(data, pattern)
     else:
-        sentences += _no_gain_sentences(ste, refined, gap)
+        sentences += _no_gain_sentences(ste, refined, gap, metric)
     sentences += _sweep_sentences(data, ste, refined)
+    sentences += _decoupled_sentences(data, refined)
     return Reasons(pattern, headline, sentences)
+
+
+def _decoupled_sentences(data: Data, refined: Row) -> list[str]:
+    """What the place of the term in the optimizer changes."""
+    after = find_row_of(rows(data), refined.pattern, "sr_ste_decoupled")
+    if after is None:
+        return []
+    change = in_words("metric", after.metric.minus(refined.metric), metric_of(data))
+    return [f"With the pull after the preconditioner SR-STE ends {change} against before it."]
 
 
 def _churn_sentence(dense: Row, ste: Row, refined: Row) -> str:
@@ -135,13 +177,14 @@ def _rest_sentences(data: Data, pattern: str) -> list[str]:
     ]
 
 
-def _no_gain_sentences(ste: Row, refined: Row, gap: Summary) -> list[str]:
+def _no_gain_sentences(ste: Row, refined: Row, gap: Summary, metric: Metric) -> list[str]:
     sentences = []
-    if gap.verdict() == "unclear" or abs(gap.mean) < _SMALL_GAP:
+    if gap.verdict() == "unclear" or abs(gap.mean) < metric.close:
+        away = metric.scale * max(abs(gap.mean), gap.error)
         sentences.append(
             "There is little to win back at this pattern: plain STE is already within "
-            f"{100 * max(abs(gap.mean), gap.error):.1f} points of dense, so the paper's ordering "
-            "can hardly show."
+            f"{away:.{metric.digits - 1}f} {metric.step} of dense, so the paper's ordering can "
+            "hardly show."
         )
     if refined.sad.minus(ste.sad).verdict() == "lower":
         moved = f"SAD {100 * refined.sad.mean:.1f} % against {100 * ste.sad.mean:.1f} %"
@@ -154,11 +197,12 @@ def _no_gain_sentences(ste: Row, refined: Row, gap: Summary) -> list[str]:
 
 def _sweep_sentences(data: Data, ste: Row, refined: Row) -> list[str]:
     """What the best strength of the sweep would have given, where it is not the table's."""
+    metric = metric_of(data)
     swept = [row for row in sweep_rows(data) if row.pattern == ste.pattern and row.lambda_w > 0]
-    best = max(swept, key=lambda row: row.metric.mean, default=refined)
+    best = max(swept, key=lambda row: metric.sign * row.metric.mean, default=refined)
     if best.lambda_w == refined.lambda_w:
         return []
-    gain = in_words("metric", best.metric.minus(ste.metric))
+    gain = in_words("metric", best.metric.minus(ste.metric), metric)
     return [
         f"In the sweep below, lambda_w = {best.lambda_w:.2g} does best, {gain} against STE; picked "
         "after the fact, so take it as an upper end."

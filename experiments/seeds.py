@@ -62,3 +62,8 @@ def use_every_core(cores: int) -> None:
 def stack(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Joins one batch a seed along a new leading axis."""
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def one_seed(tree: Any) -> Any:
+    """Gives every array of a single seed the leading axis that several have."""
+    return jax.tree.map(lambda values: np.asarray(values)[None], tree)

@@ -60,6 +60,7 @@ def claim_folder(flags: Flags, job: Job, placement: Placement) -> None:
         "flags": {**dataclasses.asdict(flags), "model": flags.model_name},
         "recipe": dataclasses.asdict(job.task.recipe),
         "keep_dense": job.task.keep_dense,
+        "identity": dict(job.task.identity),
         "machine": _machine(),
     }
     # Through JSON, so that tuples and paths compare as what is read back.
@@ -80,7 +81,7 @@ def _check_same(stored: dict[str, Any], settings: dict[str, Any], folder: Path) 
     def deciding(of: dict[str, Any]) -> dict[str, Any]:
         fixed = {name: value for name, value in of["flags"].items() if name not in _FREE_FLAGS}
         # What the recipe says holds; whether a flag or the task said it does not matter.
-        return {**fixed, **of["recipe"], "keep_dense": of["keep_dense"]}
+        return {**fixed, **of["recipe"], "keep_dense": of["keep_dense"], **of["identity"]}
 
     before, now = deciding(stored), deciding(settings)
     changed = [

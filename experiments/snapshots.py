@@ -1,4 +1,4 @@
-"""What a comparison keeps to draw: images of the task, kernels and blocks of a trained network."""
+"""What a comparison keeps to show: images of the task, kernels, blocks and answers of networks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 
 import nmjax
 from experiments.results import Numbers
-from experiments.step import Job, RunState
-from experiments.tasks.task import Task
+from experiments.step import Job, Programs, RunState
+from experiments.tasks.task import Shown, Task
 from nmjax.blocks import split_blocks
 
 
@@ -19,6 +19,16 @@ def example_images(task: Task, count: int = 12) -> Numbers:
     if images.ndim != 4 or images.shape[-1] != 1 or images.shape[1] > 32:
         return {}
     return {"images": images[:count, :, :, 0], "labels": batch["label"][:count]}
+
+
+def shown(job: Job, programs: Programs, state: RunState) -> list[Shown]:
+    """What the first seed's network does with the task's examples; empty where it shows none."""
+    if job.task.show is None:
+        return []
+    network = jax.device_get((programs.forward(state.train), state.train.collections))
+    if np.ndim(state.train.step):
+        network = jax.tree.map(lambda leaf: leaf[0], network)
+    return job.task.show(*network)
 
 
 def kernel_shapes(job: Job, state: RunState) -> Numbers:

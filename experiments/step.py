@@ -96,6 +96,7 @@ class Programs(NamedTuple):
       step: (TrainState, batch) -> TrainState. Gives up its first argument's memory.
       forward: TrainState -> the parameters of the forward pass.
       evaluate: (those parameters, collections, batch) -> sums.
+      predict: (the same) -> predictions; None for a task without them.
       masks: params -> masks.
       remember: (TrainState, masks of the initial weights) -> Topology.
       count_flips: (Topology, masks before a step, masks after it) -> Topology.
@@ -110,6 +111,7 @@ class Programs(NamedTuple):
     step: Callable[..., TrainState]
     forward: Callable[..., Any]
     evaluate: Callable[..., Sums]
+    predict: Callable[..., Any] | None
     masks: Callable[..., Masks]
     remember: Callable[..., Topology]
     count_flips: Callable[..., Topology]
@@ -164,6 +166,7 @@ def make_programs(
         step=jit(_step, training, donate=0),
         forward=jit(_forward, method),
         evaluate=jit(_evaluate, task),
+        predict=None if task.predict is None else jit(_predict, task),
         masks=jit(_masks, plan),
         remember=jit(_remember, job),
         count_flips=jit(_count_flips, plan),
@@ -285,6 +288,12 @@ def _forward(method: Method, state: TrainState) -> Any:
 
 def _evaluate(task: Task, params: Any, collections: Variables, batch: Batch) -> Sums:
     return task.evaluate(params, collections, batch)
+
+
+def _predict(task: Task, params: Any, collections: Variables, batch: Batch) -> Any:
+    if task.predict is None:
+        raise TypeError(f"task {task.name} predicts nothing")
+    return task.predict(params, collections, batch)
 
 
 def _masks(plan: nmjax.Plan, params: Any) -> Masks:

@@ -11,6 +11,7 @@ from nmjax.layouts import Axes as Axes
 from nmjax.masks import nm_mask as nm_mask
 from nmjax.matmul import packed_conv as packed_conv
 from nmjax.matmul import packed_matmul as packed_matmul
+from nmjax.matmul import unpack_slow as unpack_slow
 from nmjax.metrics import RowBalance as RowBalance
 from nmjax.metrics import blocks_per_row as blocks_per_row
 from nmjax.metrics import blocks_regrown as blocks_regrown
@@ -58,3 +59,4 @@ from nmjax.straight_through import prune_sr_ste as prune_sr_ste
 from nmjax.straight_through import prune_ste as prune_ste
 from nmjax.transforms import AddSparseRefinedState as AddSparseRefinedState
 from nmjax.transforms import add_sparse_refined as add_sparse_refined
+from nmjax.transposable import transposable_mask as transposable_mask

@@ -149,7 +149,7 @@ def _read_leaf(name: str, description: Any) -> tuple[LeafPlan, str]:
         or not plan.reduction_axes
         or not all(-len(shape) <= axis < 0 for axis in named)
         or len(set(named)) < len(named)
-        or (plan.tap_axes and pattern.taps != "in block")
+        or (plan.tap_axes and pattern.taps == "with inputs")
     ):
         raise ValueError(f"{name} of shape {shape} cannot have {text[:100]} along the axes {spans}")
     if not all(1 <= size <= _LARGEST for size in (*shape, plan.inputs, plan.outputs)):

@@ -63,7 +63,8 @@ def to_semi_structured(packed: PackedNM) -> SemiStructured:
       packed: 2:4, one matrix, float16 or bfloat16, with outputs and inputs that 32 divides.
 
     Raises:
-      ValueError: `packed` is anything else.
+      TypeError: `packed` is no `PackedNM`.
+      ValueError: it has another pattern, dtype or shape.
 
     Source: `torch/sparse/_semi_structured_conversions.py` and CUTLASS's `host_reorder.h`.
 
@@ -72,6 +73,8 @@ def to_semi_structured(packed: PackedNM) -> SemiStructured:
       bfloat16 values travel as integers: `torch.from_numpy(values.view("int16")).view(
       torch.bfloat16)`.
     """
+    if not isinstance(packed, PackedNM):
+        raise TypeError(f"semi-structured weights are made of a PackedNM, got {type(packed)}")
     plan = packed.leaf_plan
     if not isinstance(plan.pattern, NM) or (plan.pattern.n, plan.pattern.m) != (2, 4):
         raise ValueError(f"semi-structured weights are 2:4, got {plan.pattern}")
@@ -103,8 +106,11 @@ def to_bsr(packed: PackedBlocks) -> BSR:
       packed: one matrix or convolution kernel, uniform or not.
 
     Raises:
-      ValueError: `packed` is a stack of weights.
+      TypeError: `packed` is no `PackedBlocks`.
+      ValueError: it is a stack of weights.
     """
+    if not isinstance(packed, PackedBlocks):
+        raise TypeError(f"BSR is made of a PackedBlocks, got {type(packed)}")
     plan, uniform = packed.leaf_plan, packed.row_pointers is None
     if packed.indices.ndim != (2 if uniform else 1):
         raise ValueError(f"needs one weight, got a stack of them, of shape {packed.shape}")

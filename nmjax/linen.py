@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 from jax.typing import ArrayLike
 
+from nmjax.batch_norm import fold_batch_norm as fold_batch_norm
 from nmjax.cost import Cost
 from nmjax.cost import cost as cost_of_function
 from nmjax.packed_linen import packed_apply as packed_apply

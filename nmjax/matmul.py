@@ -21,11 +21,13 @@ from nmjax.kernels.operands import (
     Window,
     as_window,
     kernel_taps,
+    one_layer,
     output_shape,
     reduction_shape,
+    stack_of,
     taps_of,
 )
-from nmjax.packing import is_packed
+from nmjax.packing import is_packed, unpack_leaf
 
 Implementation = Literal["xla", "ffi"] | None
 Way = Literal["ffi", "ffi only", "gather", "row by row", "dense"]
@@ -42,8 +44,10 @@ def packed_matmul(
     """X times a packed weight, without unpacking it where that is faster.
 
     Differentiable in `x`, the packed values and `bias`, so that kept weights can be fine-tuned
-    packed. Under `jax.vmap` over `x` the new axis joins the batch. Inside `jax.shard_map` the
-    arrays of `packed` may be a shard of its outputs; the result is then that shard's.
+    packed, in reverse mode. Under `jax.vmap` over `x` the new axis joins the batch. Inside
+    `jax.shard_map` the arrays of `packed` may be a shard of its outputs; the result is then that
+    shard's. The compiler cannot split a compiled kernel: outside `jax.shard_map`, operands sharded
+    over explicit axes of a mesh take the unpacked product, and over automatic axes are gathered.
 
     Args:
       x: (..., *reduction axes of the weight), floating.
@@ -73,7 +77,7 @@ def packed_matmul(
     inputs = reduction_shape(packed)
     x = jnp.asarray(x)
     _check_floating(x)
-    if taps_of(packed):
+    if taps_of(packed) or stack_of(packed):
         raise ValueError(
             f"a weight of shape {packed.shape} is not one matrix: use nmjax.packed_conv for a "
             "convolution, and jax.vmap or jax.lax.scan for a stack of layers"
@@ -126,6 +130,11 @@ def packed_conv(
     taps = kernel_taps(packed)
     if not taps:
         raise ValueError(f"a weight of shape {packed.shape} has no taps: use nmjax.packed_matmul")
+    if stack_of(packed):
+        raise ValueError(
+            f"a weight of shape {packed.shape} is not one kernel: use jax.vmap or jax.lax.scan for "
+            "a stack of layers"
+        )
     inputs = reduction_shape(packed)[0]
     if x.ndim <= len(taps) or x.shape[-1] != inputs:
         raise ValueError(
@@ -141,12 +150,47 @@ def packed_conv(
     return y.reshape(*batch, *y.shape[1:])
 
 
+def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
+    """Unpacks, once and for all, the weights that every product would have to unpack.
+
+    Those are the ones for which nothing faster than the dense product is known on this platform.
+    Do it before serving: `packed_matmul` unpacks them in each call.
+
+    Args:
+      packed: a tree with packed leaves.
+      rows: how many a product multiplies at a time: the batch, times the pixels of an output.
+
+    Returns:
+      The same tree; the leaves concerned are dense, with zeros.
+
+    >>> import nmjax
+    >>> params = {"kernel": jnp.ones((8, 6))}
+    >>> packed = nmjax.pack(params, nmjax.make_plan(params, "7:8"))
+    >>> unpack_slow(packed)["kernel"].shape
+    (8, 6)
+    """
+
+    def is_slow(leaf: Any) -> bool:
+        if not is_packed(leaf):
+            return False
+        on_cpu = jax.default_backend() == "cpu"
+        layer = jax.eval_shape(one_layer, leaf)
+        return not on_cpu or choose(leaf.dtype, layer, rows).name == "dense"
+
+    return jax.tree.map(
+        lambda leaf: unpack_leaf(leaf) if is_slow(leaf) else leaf, packed, is_leaf=is_packed
+    )
+
+
 def _way(x: jax.Array, packed: Packed, batch: int, implementation: Implementation) -> Way:
-    if implementation == "xla":
+    cut = any(any(jax.typeof(operand).sharding.spec) for operand in jax.tree.leaves((x, packed)))
+    if implementation == "xla" or (cut and implementation is None):
         return "dense"
     if implementation is None:
         return choose(x.dtype, packed, batch).name
     obstacle = load_library().reason or why_unsupported(x.dtype, packed)
+    if cut:
+        obstacle = "it or x is sharded over explicit axes of a mesh; use jax.shard_map"
     if obstacle:
         raise ValueError(f'implementation="ffi" cannot multiply {packed.shape}: {obstacle}')
     return "ffi only"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from nmjax.blocks import split_blocks
 from nmjax.patterns import Block1xN
 from nmjax.plans import Plan
-from nmjax.sparsify import Masks, check_masks
+from nmjax.sparsify import Masks, check_masks, fits
 
 
 class RowBalance(NamedTuple):
@@ -77,12 +77,18 @@ def flip_rate(masks_a: Masks, masks_b: Masks) -> jax.Array:
 
 
 def density(masks: Masks) -> dict[str, jax.Array]:
-    """Fraction of the weights kept in each layer: leaf name -> float32 scalar."""
+    """Fraction of the weights kept in each layer: leaf name -> float32 scalar.
+
+    Raises:
+      TypeError: a mask is not boolean.
+    """
+    check_masks(masks, masks)
     return {name: jnp.mean(mask, dtype=jnp.float32) for name, mask in masks.items()}
 
 
 def total_density(masks: Masks) -> jax.Array:
-    """Fraction of all planned weights that is kept, a float32 scalar."""
+    """Fraction of all planned weights that is kept, a float32 scalar. Errors as `density`."""
+    check_masks(masks, masks)
     return _share({name: jnp.sum(mask, dtype=jnp.int32) for name, mask in masks.items()}, masks)
 
 
@@ -98,7 +104,8 @@ def blocks_per_row(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
       counts if any weight of it is kept.
 
     Raises:
-      ValueError: a mask is missing.
+      ValueError: a mask is missing, or of another shape than planned (all such are named).
+      TypeError: a mask is not boolean.
 
     >>> import nmjax
     >>> params = {"kernel": jnp.array([[3.0, 3.0, 0.0, 0.0], [1.0, 1.0, 2.0, 2.0]])}
@@ -135,6 +142,17 @@ def _blocks(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
     missing = patterns.keys() - masks.keys()
     if missing:
         raise ValueError(f"there are no masks of the planned leaves {sorted(missing)}")
+    misfits = [name for name in patterns if not fits(jnp.shape(masks[name]), plan[name])]
+    if misfits:
+        raise ValueError(
+            "these masks do not fit the plan:\n"
+            + "\n".join(
+                f"  {name}: planned as {plan[name].shape}, got {jnp.shape(masks[name])}"
+                for name in misfits
+            )
+        )
+    given = {name: masks[name] for name in patterns}
+    check_masks(given, given)
     return {
         name: jnp.any(split_blocks(jnp.asarray(masks[name]), pattern.n, plan[name].axes), axis=-1)
         for name, pattern in patterns.items()

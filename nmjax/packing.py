@@ -18,7 +18,7 @@ from nmjax.packed_nm import PackedNM, nm_misfits, pack_nm, unpack_nm
 from nmjax.patterns import NM
 from nmjax.plans import LeafPlan, Plan
 from nmjax.sparsify import Masks, check_masks, compute_masks, planned_leaves
-from nmjax.trees import map_named
+from nmjax.trees import map_named, named_leaves
 
 Packed = PackedNM | PackedBlocks
 
@@ -40,7 +40,8 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
       The same tree with a `PackedNM` or `PackedBlocks` for each planned leaf; others untouched.
 
     Raises:
-      ValueError: `params` or `masks` do not fit the plan; a mask keeps more than its pattern does.
+      ValueError: a planned leaf is packed already; `params` or `masks` do not fit the plan; a mask
+        keeps more than its pattern does.
         (That cannot be seen of traced masks: inside `jax.jit`, what keeps too many becomes NaN.)
       TypeError: a mask is not boolean; a weight's dtype does not fill whole bytes.
 
@@ -52,6 +53,12 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
     >>> unpack(packed)["kernel"].ravel().tolist()
     [4.0, 0.0, -5.0, 0.0]
     """
+    already = [n for n, x in named_leaves(params, is_leaf=is_packed).items() if is_packed(x)]
+    if plan.keys() & already:
+        raise ValueError(
+            f"packed already: {', '.join(name for name in already if name in plan)}; nmjax.unpack "
+            "makes them dense again"
+        )
     leaves = planned_leaves(params, plan)
     if masks is None:
         masks = compute_masks(params, plan)

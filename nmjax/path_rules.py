@@ -9,8 +9,18 @@ PathRules = str | Sequence[str]
 
 
 def as_rules(rules: PathRules) -> tuple[str, ...]:
-    """One rule or several, as several."""
-    return (rules,) if isinstance(rules, str) else tuple(rules)
+    """One rule or several, as several.
+
+    Raises:
+      TypeError: neither text nor several of anything.
+    """
+    if isinstance(rules, str):
+        return (rules,)
+    if not isinstance(rules, Iterable):
+        raise TypeError(
+            f"path rules are regular expressions as text, one or several, got {rules!r}"
+        )
+    return tuple(rules)
 
 
 def first_match(rules: Iterable[str], name: str) -> str | None:

@@ -38,8 +38,8 @@ class LeafPlan:
       output_axes: negative axes that its matmul keeps; blocks run along them, flattened together
         in this order.
       shape: shape of the weight. A leaf may have more axes in front of these.
-      tap_axes: negative axes that a block takes whole; none where the pattern makes groups.
-        Axes named nowhere hold a stack of weights, each of which takes the pattern by itself.
+      tap_axes: negative axes of a convolution's taps, where name and shape tell; a block takes
+        them whole. They, and axes named nowhere, which are a stack of weights, make no groups.
     """
 
     pattern: Pattern
@@ -186,10 +186,10 @@ def make_plan(
     Raises:
       TypeError: a leaf to be made sparse is not of a floating dtype; a pattern, a path rule or an
         axis of the wrong type.
-      ValueError: a pattern does not parse; a path rule is no regular expression or matches no
-        leaf; one of `rules` is overruled on every leaf that it matches; axes that a leaf does not
-        have, or that a pattern needs to know and the shape does not tell; a size that m or N does
-        not divide (all such leaves are named); no leaf becomes sparse.
+      ValueError: no leaves at all; a pattern does not parse; a path rule is no regular expression
+        or matches no leaf; one of `rules` is overruled on every leaf that it matches; axes that a
+        leaf does not have, or that a pattern needs to know and the shape does not tell; a size that
+        m or N does not divide (all such leaves are named); no leaf becomes sparse.
 
     >>> params = {"Dense_0": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}}
     >>> plan = make_plan(params, "2:4")
@@ -201,12 +201,17 @@ def make_plan(
     if on_indivisible not in ("error", "dense"):
         raise ValueError(f'on_indivisible must be "error" or "dense", got {on_indivisible!r}')
     leaves = named_leaves(params)
+    if not leaves:
+        raise ValueError("the parameter tree has no leaves, so there is nothing to plan")
     choice = _Selection(
         pattern=parse_pattern(pattern),
         exclude=as_rules(exclude),
         include=None if include is None else as_rules(include),
-        rules={rule: p if p is None else parse_pattern(p) for rule, p in (rules or {}).items()},
-        axes=dict(axes or {}),
+        rules={
+            rule: p if p is None else parse_pattern(p)
+            for rule, p in _by_rule(rules, "rules").items()
+        },
+        axes=_by_rule(axes, "axes"),
     )
     check_rules((*choice.exclude, *(choice.include or ()), *choice.rules, *choice.axes), leaves)
     shapes = {name: tuple(getattr(leaf, "shape", ())) for name, leaf in leaves.items()}
@@ -253,7 +258,7 @@ class _Selection:
         if pattern is None:
             return DenseLeaf(shape, _left_dense(rule))
         if pattern.taps == "apart":
-            return LeafPlan(pattern, axes.reduction, axes.output, shape)
+            return LeafPlan(pattern, axes.reduction, axes.output, shape, axes.taps or ())
         if axes.taps is None:
             raise ValueError(
                 f"{name} of shape {shape} cannot take {pattern}: its shape does not tell which "
@@ -336,6 +341,12 @@ def _check_floating(planned: Mapping[str, LeafPlan | DenseLeaf], leaves: Mapping
             + "\n".join(f"  {name} has dtype {dtype}" for name, dtype in wrong.items())
             + "\nName them in exclude=, or convert them."
         )
+
+
+def _by_rule(given: Mapping[str, Any] | None, argument: str) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"{argument}= is a mapping with path rules as keys, got {given!r}")
+    return dict(given or {})
 
 
 def _left_dense(rule: str | None) -> str:

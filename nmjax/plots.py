@@ -68,19 +68,24 @@ def plot_sad(
       x: (time,); 0, 1, 2 ... by default.
       weights: how many weights the masks cover; draws percent of them instead of entries.
       density: fraction of weights kept; draws where two unrelated masks of that density lie, at
-        2 * density * (1 - density) of the weights. Needs `weights`.
+        2 * density * (1 - density) of the weights.
       colors: label -> colour.
       ax: drawn into.
 
     Returns:
       The axes.
 
+    Raises:
+      ValueError: `density` without `weights`.
+
     Source: Figure 4a of Zhou et al., ICLR 2021.
     """
+    if density is not None and not weights:
+        raise ValueError(f"density={density} is drawn in percent of the weights: give weights= too")
     unit = 100.0 / weights if weights else 1.0
     scaled = {label: np.asarray(values, float) * unit for label, values in curves.items()}
     ax = plot_curves(scaled, x, colors=colors, ax=ax)
-    if weights and density is not None:
+    if density is not None:
         _draw_chance(ax, density, vertical=False)
     ax.set_ylabel("SAD, % of mask entries" if weights else "SAD, mask entries")
     ax.set_ylim(bottom=0)

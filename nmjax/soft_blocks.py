@@ -15,7 +15,7 @@ from nmjax.layouts import Axes
 from nmjax.patterns import Block1xN
 from nmjax.plans import Plan
 from nmjax.schedules import Ramp
-from nmjax.scores import BlockScore, block_score
+from nmjax.scores import BlockScore, block_score, magnitude
 from nmjax.sparsifiers import Params, Sparsifier
 from nmjax.sparsify import planned_leaves, prune, sparsify
 
@@ -78,8 +78,8 @@ def soft_uniform_blocks(
 
     Raises:
       TypeError: `score` is neither a name nor a function.
-      ValueError: a leaf of the plan has another pattern (all are named); an unknown score or
-        variant; a temperature that is not positive.
+      ValueError: a leaf of the plan has another pattern (all are named); the plan has a score of
+        its own; an unknown score or variant; a temperature that is not positive.
 
     Source: Xiang et al., "SUBP: Soft Uniform Block Pruning for 1xN Sparse CNNs Multithreading
     Acceleration", NeurIPS 2023, section 3, and `models/conv_type/regrow_uniform_block*.py` of
@@ -88,6 +88,11 @@ def soft_uniform_blocks(
     """
     score_of = block_score(score)
     layers = _layers(plan)
+    if plan.score is not magnitude:
+        raise ValueError(
+            f"blocks are ranked by score=, not by the plan's score {plan.score}: make the plan "
+            "without one"
+        )
     if variant not in ("v1", "v2"):
         raise ValueError(f'variant must be "v1" or "v2", got {variant!r}')
     if not temperature > 0:

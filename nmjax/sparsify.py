@@ -127,7 +127,7 @@ def planned_leaves(
         f"  {name}: planned as {plan[name].shape}, "
         + (f"got {leaves[name].shape}" if name in leaves else "not in the tree")
         for name in visible
-        if name not in leaves or not _fits(leaves[name].shape, plan[name])
+        if name not in leaves or not fits(leaves[name].shape, plan[name])
     ]
     if complaints:
         raise ValueError(
@@ -149,7 +149,7 @@ def _is_below(name: str, node: str) -> bool:
     return node in ("", name) or name.startswith(f"{node}/")
 
 
-def _fits(shape: tuple[int, ...], leaf: LeafPlan) -> bool:
+def fits(shape: tuple[int, ...], leaf: LeafPlan) -> bool:
     """Whether a leaf of this shape can take the plan: equal, or with more axes in front."""
     return shape[max(len(shape) - len(leaf.shape), 0) :] == leaf.shape
 

@@ -7,6 +7,7 @@
 | `query/kernel` of attention | `query.weight` | (in, heads, head) | (heads * head, in) |
 | `out/kernel` of attention | `out.weight` | (heads, head, out) | (out, heads * head) |
 | `query/bias` of attention | `query.bias` | (heads, head) | (heads * head) |
+| `a/w` of Haiku | `a.w` | as `a/kernel` | as `a.weight` |
 | `a/scale`, `a/embedding` | `a.weight` | the same | the same |
 | `a/mean`, `a/var` | `a.running_mean`, `a.running_var` | the same | the same |
 

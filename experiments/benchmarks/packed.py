@@ -3,6 +3,9 @@
 The baseline of each row is the faster of XLA's dense product and, where PyTorch is installed, its
 own. One process for each number of threads, pinned to as many cores, since thread pools are made
 once. `implementation="ffi"` throughout: what the chooser would take is another column.
+
+How well threads are balanced is the fastest round with one over the fastest with two: on a virtual
+machine the second core is at times another's, and a median would tell of that.
 """
 
 from __future__ import annotations
@@ -10,8 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
+import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import nmjax
-from experiments.benchmarks.timing import interleaved_medians, print_table, write_results
+from experiments.benchmarks.timing import (
+    interleaved_times,
+    print_table,
+    rows_by_threads,
+    write_results,
+)
 from nmjax.kernels.choice import choose
 
 SPARSITIES = (0.5, 0.75, 0.875, 0.9, 0.95)
@@ -97,7 +104,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         else partial(nmjax.packed_matmul, implementation="ffi")
     )
     functions["packed"] = lambda: sparse(case.x, packed)
-    seconds = interleaved_medians(functions, rounds=rounds, at_least=0.01)
+    times = interleaved_times(functions, rounds=rounds, at_least=0.05, pause=0.02)
+    seconds = {name: statistics.median(rounds) for name, rounds in times.items()}
     fastest = min(time for name, time in seconds.items() if name != "packed")
     batch = case.x.size // case.x.shape[-1]
     return {
@@ -105,6 +113,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         "pattern": case.pattern,
         **{f"{name}_ms": time * 1e3 for name, time in seconds.items()},
         "speedup": fastest / seconds["packed"],
+        "packed_best_ms": min(times["packed"]) * 1e3,
         "chosen": choose(case.x.dtype, packed, batch).name,
     }
 
@@ -145,6 +154,18 @@ def dense_functions(case: Case) -> dict[str, Callable[[], Any]]:
     return functions
 
 
+def balance(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How much faster two threads are than one, row by row."""
+    return [
+        {
+            "work": alone["work"],
+            "pattern": alone["pattern"],
+            "two_over_one": alone["packed_best_ms"] / both["packed_best_ms"],
+        }
+        for alone, both in zip(one, two, strict=True)
+    ]
+
+
 def main() -> None:
     """Runs one process for each number of threads; prints tables and writes them to results/."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -158,17 +179,13 @@ def main() -> None:
             if arguments.only in f"{case.work} {case.pattern}":
                 print(json.dumps(measure(case, arguments.rounds)), flush=True)
         return
+    command = ["-m", "experiments.benchmarks.packed", "--here", "--rounds", str(arguments.rounds)]
+    by_threads = rows_by_threads([*command, "--only", arguments.only], arguments.threads)
     results: dict[str, Any] = {"instruction_set": nmjax.backends()["ffi"]}
-    cores = sorted(os.sched_getaffinity(0))
-    for threads in arguments.threads:
-        command = [sys.executable, "-m", "experiments.benchmarks.packed", "--here"]
-        command += ["--rounds", str(arguments.rounds), "--only", arguments.only]
-        os.sched_setaffinity(0, cores[:threads])  # The child inherits it.
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        os.sched_setaffinity(0, cores)
-        rows = [json.loads(line) for line in run.stdout.splitlines()]
-        print_table(f"{threads} thread(s)", rows)
-        results[f"{threads} threads"] = rows
+    results |= {f"{threads} threads": rows for threads, rows in by_threads.items()}
+    if arguments.threads == [1, 2]:
+        results["balance"] = balance(by_threads[1], by_threads[2])
+        print_table("Two threads over one", results["balance"])
     if not arguments.only:
         print(f"written to {write_results('packed-cpu', results)}")
 

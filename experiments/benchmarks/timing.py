@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import statistics
-import time
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,43 +22,36 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from nmjax.timing import interleaved_times as interleaved_times
+from nmjax.timing import output_on_cores
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved_medians(
-    functions: Mapping[str, Callable[..., Any]],
-    *arguments: Any,
-    rounds: int = 15,
-    warmup: int = 2,
-    at_least: float = 0.0,
+    functions: Mapping[str, Callable[..., Any]], *arguments: Any, **settings: Any
 ) -> dict[str, float]:
-    """Median seconds of each function on the same arguments.
+    """Median seconds of each function; arguments are those of `nmjax.timing.interleaved_times`."""
+    times = interleaved_times(functions, *arguments, **settings)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def rows_by_threads(command: Sequence[str], threads: Sequence[int]) -> dict[int, list[Any]]:
+    """Runs a Python program that prints rows as lines of JSON, once for each number of threads.
 
     Args:
-      functions: name -> function, compiled already or compiled by its first call.
-      *arguments: given to every function; not donated.
-      rounds: in each of them every function runs once.
-      warmup: rounds that are not counted.
-      at_least: seconds; a function that takes less is called several times in a row, which is what
-        a serving loop does, and the time of one call is the mean of those.
+      command: arguments of the interpreter, such as `["-m", "module", "--here"]`.
+      threads: numbers of threads; each has a process and as many cores.
 
     Returns:
-      name -> median wall time in seconds until the result is ready.
+      threads -> rows, which are printed as tables too.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    calls = dict.fromkeys(functions, 1)
-    for round_ in range(warmup + rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                result = jax.block_until_ready(function(*arguments))
-            once = (time.perf_counter() - start) / calls[name]
-            del result
-            if round_ >= warmup:
-                seconds[name].append(once)
-            else:
-                calls[name] = max(1, math.ceil(at_least / once))
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    found = {}
+    for count in threads:
+        printed = output_on_cores([sys.executable, *command], count)
+        found[count] = [json.loads(line) for line in printed.splitlines()]
+        print_table(f"{count} thread{'s' * (count > 1)}", found[count])
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+from base64 import b64encode
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,13 @@ def decode_image(encoded: bytes) -> Image.Image:
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
         kind = type(error).__name__
         raise ValueError(f"{len(encoded)} bytes that are not a readable image ({kind})") from error
+
+
+def image_uri(pixels: Pixels) -> str:
+    """The image as a JPEG in a data URI, which an HTML page shows without another file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90, subsampling=0)
+    return f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
 
 
 def random_crop_box(

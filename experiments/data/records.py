@@ -1,4 +1,4 @@
-"""Image data sets prepared by tensorflow-datasets, as sequences of encoded images.
+"""Data sets prepared by tensorflow-datasets: sequences of encoded images, or of examples.
 
 Reading needs no TensorFlow; preparing a data set does, so that is left to the `tfds` command,
 which the errors here spell out.
@@ -91,18 +91,48 @@ def open_images(
       MissingDatasetError: if it is not there, or not in array_record format. The message names
         the folder and the command that prepares the data set.
     """
-    folder = _data_dir(data_dir)
+    source = open_source(
+        dataset, split, decoders={"image": tfds.decode.SkipDecoding()}, data_dir=data_dir
+    )
+    return ImageRecords(source, f"{dataset}/{split}", name_feature)
+
+
+def open_source(
+    dataset: str,
+    split: str,
+    *,
+    decoders: dict[str, Any] | None = None,
+    data_dir: str | Path | None = None,
+    build_options: str = "",
+) -> Sequence[dict[str, Any]]:
+    """Opens one split of any data set in array_record format.
+
+    Args:
+      dataset: name in tensorflow-datasets, with its configuration, such as "wmt14_translate/de-en".
+      split: such as "train".
+      decoders: of features that are not to be read in the usual way.
+      data_dir: as for `open_images`.
+      build_options: what the command that prepares this data set needs as well.
+
+    Returns:
+      The examples, in the order on disk.
+
+    Raises:
+      MissingDatasetError: as for `open_images`.
+    """
+    folder = data_folder(data_dir)
+    command = f"{dataset} {build_options}".strip()
     # Asked first, because the builder would warn at length about a folder that is not there.
     if not (folder / dataset).is_dir():
-        raise _missing(dataset, folder, f"there is no {dataset} in {folder}")
+        raise _missing(command, folder, f"there is no {dataset} in {folder}")
     builder = tfds.builder(dataset, data_dir=folder)
     if not builder.is_prepared():
-        raise _missing(dataset, folder, f"there is no {dataset} in {builder.data_dir}")
+        raise _missing(command, folder, f"there is no {dataset} in {builder.data_dir}")
     available = sorted(known.value for known in builder.info.available_file_formats())
     if "array_record" not in available:
         found = " and ".join(available)
         raise _missing(
-            dataset,
+            command,
             folder,
             f"{dataset} in {builder.data_dir} is in {found} format, and only array_record can be "
             "read without TensorFlow. Delete it or use another folder",
@@ -110,23 +140,25 @@ def open_images(
     if split not in builder.info.splits:
         found = ", ".join(builder.info.splits) or "none"
         raise _missing(
-            dataset, folder, f"{dataset} in {builder.data_dir} has no split {split!r}, only {found}"
+            command, folder, f"{dataset} in {builder.data_dir} has no split {split!r}, only {found}"
         )
-    source = builder.as_data_source(
-        split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record"
+    source: Sequence[dict[str, Any]] = builder.as_data_source(
+        split, decoders=decoders, file_format="array_record"
     )
-    return ImageRecords(source, f"{dataset}/{split}", name_feature)
+    return source
 
 
-def _data_dir(data_dir: str | Path | None) -> Path:
+def data_folder(data_dir: str | Path | None) -> Path:
+    """The folder of prepared data sets: the one given, or $TFDS_DATA_DIR, or the usual one."""
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(chosen).expanduser().absolute()
 
 
-def _missing(dataset: str, folder: Path, what: str) -> MissingDatasetError:
+def _missing(command: str, folder: Path, what: str) -> MissingDatasetError:
+    dataset = command.split()[0]
     lines = [
         f"{what}. Prepare it with",
-        f"  tfds build {dataset} --file_format=array_record --data_dir={folder}",
+        f"  tfds build {command} --file_format=array_record --data_dir={folder}",
         "Preparing (not training) needs TensorFlow: pip install tensorflow. To read from another "
         "folder, give --data-dir or set TFDS_DATA_DIR.",
     ]

@@ -113,27 +113,67 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
-        x = self._apply_stem(x.astype(self.dtype), train)
-        for stage, blocks in enumerate(self.stage_sizes):
-            for index in range(blocks):
-                x = self.block(
-                    self.width * 2**stage,
-                    stride=2 if stage > 0 and index == 0 else 1,
-                    zero_init_last=self.zero_init_last,
-                    dtype=self.dtype,
-                    name=f"stage{stage + 1}_block{index + 1}",
-                )(x, train)
-        x = x.mean(axis=(1, 2), dtype=jnp.float32)
-        return make_head(self.num_classes)(x)
+        stages = apply_stages(
+            x,
+            train,
+            stage_sizes=self.stage_sizes,
+            block=self.block,
+            width=self.width,
+            stem=self.stem,
+            zero_init_last=self.zero_init_last,
+            dtype=self.dtype,
+        )
+        return make_head(self.num_classes)(stages[-1].mean(axis=(1, 2), dtype=jnp.float32))
 
-    def _apply_stem(self, x: jax.Array, train: bool) -> jax.Array:
-        check_stem(self.stem)
-        size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        x = make_conv(self.width, size, stride, dtype=self.dtype, name="stem")(x)
-        x = nn.relu(make_norm(train, dtype=self.dtype, name="stem_norm")(x))
-        if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        return x
+
+def apply_stages(
+    x: jax.Array,
+    train: bool,
+    *,
+    stage_sizes: tuple[int, ...],
+    block: type[BasicBlock] | type[BottleneckBlock],
+    width: int,
+    stem: Stem,
+    zero_init_last: bool = False,
+    dtype: Any = jnp.float32,
+) -> list[jax.Array]:
+    """Applies stem and stages inside of a compact module, whose submodules their layers become.
+
+    Args:
+      x: images (batch, height, width, channels).
+      train: normalise by the batch's own statistics.
+      stage_sizes: see `ResNet`, as the others.
+      block: of the stages.
+      width: features of the first stage.
+      stem: "imagenet" or "cifar".
+      zero_init_last: see the blocks.
+      dtype: of the computation.
+
+    Returns:
+      What each stage puts out, (batch, rows, columns, features).
+    """
+    x, stages = _apply_stem(x.astype(dtype), train, width, stem, dtype), []
+    for stage, blocks in enumerate(stage_sizes):
+        for index in range(blocks):
+            x = block(
+                width * 2**stage,
+                stride=2 if stage > 0 and index == 0 else 1,
+                zero_init_last=zero_init_last,
+                dtype=dtype,
+                name=f"stage{stage + 1}_block{index + 1}",
+            )(x, train)
+        stages.append(x)
+    return stages
+
+
+def _apply_stem(x: jax.Array, train: bool, width: int, stem: Stem, dtype: Any) -> jax.Array:
+    check_stem(stem)
+    size, stride = (7, 2) if stem == "imagenet" else (3, 1)
+    x = make_conv(width, size, stride, dtype=dtype, name="stem")(x)
+    x = nn.relu(make_norm(train, dtype=dtype, name="stem_norm")(x))
+    if stem == "imagenet":
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    return x
 
 
 # name -> (stage_sizes, block, width). The first four are for ImageNet, the last two are the

@@ -94,15 +94,18 @@ def cross_entropy(logits: Array, labels: Array, *, smoothing: float = 0.0) -> ja
     """Returns -log softmax(logits)[label] of each example, in float32.
 
     Args:
-      logits: (batch, classes), any floating dtype.
-      labels: (batch,) integers in [0, classes).
+      logits: (..., classes), any floating dtype.
+      labels: (...) integers in [0, classes).
       smoothing: share of the target that is spread over all classes, the label's among them.
     """
     logits = logits.astype(jnp.float32)
+    own = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if smoothing == 0:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-    return optax.softmax_cross_entropy(logits, targets)
+        return own
+    # Mean of -log softmax over the classes; no array of one-hot targets, which a vocabulary of
+    # tens of thousands makes large.
+    mean = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
+    return (1 - smoothing) * own + smoothing * mean
 
 
 def classification_sums(logits: Array, labels: Array, valid: Array) -> Sums:

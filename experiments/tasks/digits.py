@@ -20,6 +20,7 @@ Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI re
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from experiments.models.small_resnet import SmallResNet
 from experiments.tasks.classification import classification_task
-from experiments.tasks.task import Batch, Recipe, Task
+from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 Images = NDArray[np.float32]
 Labels = NDArray[np.int32]
@@ -49,6 +50,17 @@ PULL_FRACTION = 0.1
 
 # When gradual pruning begins and ends, as fractions of the epochs, see above.
 RAMP = (0.04, 0.4)
+
+# An easy pattern and a hard one. 1x4@0.5 as well would take the main job beyond five minutes.
+COMPARED = Compared(
+    patterns=("2:4", "1:16"),
+    methods=("dense", "one_shot", "ste", "sr_ste", "sr_ste_negative"),
+    block_patterns=("1x4@0.75",),
+    block_methods=("one_by_n", "subp_l1", "subp"),
+    seeds=(0, 1, 2, 3, 4, 5),
+    sweep=(10.0, 100.0),
+    shapes="2:8/kernel",
+)
 
 
 class Digits(NamedTuple):
@@ -133,7 +145,7 @@ def digits_task(
         lambda_w=lambda_for_pull(pull, epochs * steps, Recipe.learning_rate),
         ramp=RAMP,
     )
-    return classification_task(
+    task = classification_task(
         name="digits",
         model=SmallResNet(widths, 10),
         input_shape=(8, 8, 1),
@@ -143,6 +155,7 @@ def digits_task(
         recipe=recipe,
         keep_dense=("^stem/", "^head/"),
     )
+    return dataclasses.replace(task, compared=COMPARED)
 
 
 def lambda_for_pull(pull: float, steps: int, learning_rate: float) -> float:

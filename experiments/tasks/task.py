@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,6 +18,67 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 Variables = dict[str, Any]
 Sums = dict[str, jax.Array]
+Shown = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that says how good a network is.
+
+    Attributes:
+      name: its key among the test metrics.
+      unit: of the numbers shown; "" where the name says it.
+      step: what differences are counted in.
+      perfect: the best value there is. A metric whose best value is 0 is one to lower.
+      scale: of the numbers shown.
+      close: a distance from dense that counts as close.
+    """
+
+    name: str = "accuracy"
+    unit: str = "%"
+    step: str = "points"
+    perfect: float = 1.0
+    scale: float = 100.0
+    close: float = 0.01
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, -1 where lower is."""
+        return 1 if self.perfect > 0 else -1
+
+    @property
+    def title(self) -> str:
+        """Name and unit, for tables and axes."""
+        return f"{self.name} {self.unit}".strip()
+
+    @property
+    def missing_title(self) -> str:
+        """What `missing` is called."""
+        if self.perfect == 0:
+            return self.title
+        return f"error, {self.scale * self.perfect:g} - {self.title}"
+
+    @property
+    def digits(self) -> int:
+        """Decimals worth showing."""
+        return 2 if self.scale == 100 else 3
+
+    def missing(self, value: Any) -> Any:
+        """How far a value is from perfect, in the numbers shown; arrays too."""
+        return self.sign * self.scale * (self.perfect - value)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What `experiments.compare` trains on a task by default; see the flags of the same names."""
+
+    patterns: tuple[str, ...] = ("2:4",)
+    methods: tuple[str, ...] = ("dense", "ste", "sr_ste")
+    block_patterns: tuple[str, ...] = ()
+    block_methods: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    sweep: tuple[float, ...] = ()
+    shapes: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,25 +88,36 @@ class Recipe:
     Attributes:
       epochs: passes over the training data.
       batch_size: examples per optimizer step, over all devices.
-      learning_rate: peak learning rate; linear warm-up from 0, then cosine to 0, per step.
+      optimizer: "sgd" with momentum, without Nesterov, or "adamw".
+      learning_rate: peak learning rate.
+      schedule: after a linear warm-up from 0, per step: "cosine" or "linear" to 0, or
+        "inverse_sqrt", in proportion to 1 / sqrt(step).
       warmup_epochs: length of the warm-up.
-      momentum: of SGD, without Nesterov.
-      weight_decay: coupled (added to the gradient).
+      momentum: of SGD, or Adam's first beta.
+      second_momentum: Adam's second beta.
+      clip: largest norm of the gradient of all parameters together; 0 for no limit.
+      weight_decay: coupled (added to the gradient) with SGD; decoupled with AdamW.
       decay_vectors: whether weight decay also acts on parameters with one axis: biases and the
         scales of normalisations.
-      lambda_w: strength of the sparse-refined term.
+      lambda_w: strength of the sparse-refined term, as a part of the gradient.
+      lambda_decoupled: its strength where it comes after Adam's preconditioner.
       label_smoothing: share of the target that is spread over all classes, in training.
       ramp: when gradual pruning begins and ends, as fractions of the epochs.
     """
 
     epochs: int = 120
     batch_size: int = 256
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.1
+    schedule: Literal["cosine", "linear", "inverse_sqrt"] = "cosine"
     warmup_epochs: float = 5.0
     momentum: float = 0.9
+    second_momentum: float = 0.999
+    clip: float = 0.0
     weight_decay: float = 5e-5
     decay_vectors: bool = True
     lambda_w: float = 2e-4
+    lambda_decoupled: float = 0.0
     label_smoothing: float = 0.0
     ramp: tuple[float, float] = (10 / 250, 180 / 250)
 
@@ -70,6 +142,20 @@ class Task:
       steps_per_epoch: length of `train_batches(...)`.
       recipe: default hyper-parameters.
       keep_dense: path rules (regular expressions) of layers that stay dense.
+      metrics: which of the test metrics are shown. The first is the one that methods are
+        compared by.
+      predict: `(params, collections, batch) -> arrays` with one entry an example, such as
+        translations; None where `evaluate` says all.
+      score: `(batches, their predictions) -> {name: value}`, for metrics that are no means over
+        examples. Computed on the host, with NumPy arrays.
+      show: `(params, collections) -> rows of a table`, column -> text: what a trained network does
+        with some test examples, the same at every call. The last column is the network's own,
+        the others describe the example. A text of `image_uri` is shown as a picture.
+      baselines: name -> the first metric's value without any learning worth the name.
+      notes: sentences about the data that were found, printed and reported.
+      identity: name -> fingerprint of what else decides the result, such as a vocabulary: a run
+        is only resumed where these are the same.
+      compared: what `experiments.compare` trains by default.
       train_rows: `(*, seed, epoch, first_step, rows) -> iterator of host batches`: those of
         `train_batches(seed, epoch)` from a step on, and of each the rows of a slice. For tasks
         that can leave the others unread; None: they are made and dropped.
@@ -84,6 +170,14 @@ class Task:
     steps_per_epoch: int
     recipe: Recipe
     keep_dense: tuple[str, ...] = ()
+    metrics: tuple[Metric, ...] = (Metric(),)
+    predict: Callable[[Any, Variables, Batch], Any] | None = None
+    score: Callable[[list[Batch], list[Any]], dict[str, float]] | None = None
+    show: Callable[[Any, Variables], list[Shown]] | None = None
+    baselines: tuple[tuple[str, float], ...] = ()
+    notes: tuple[str, ...] = ()
+    identity: tuple[tuple[str, str], ...] = ()
+    compared: Compared = Compared()
     train_rows: Callable[..., Iterator[Batch]] | None = None
 
     def read(self, seed: int, epoch: int, first_step: int, rows: slice) -> Iterator[Batch]:

@@ -22,6 +22,17 @@ GROUP_DENSITY = 0.5
 
 _FEW_ROWS = 8
 
+# Density and speed-up over the faster of XLA's and PyTorch's dense product of the same dtype: 256
+# rows, or an image of 14 x 14 and 1 x 1 or 3 x 3 taps, on one thread of an AVX-512 machine
+# (experiments/benchmarks/results/packed-cpu.json).
+_SPEEDUPS = {
+    "blocks float32": ((0.05, 13.4), (0.1, 8.3), (0.125, 6.9), (0.25, 3.9), (0.5, 2.0)),
+    "blocks bfloat16": ((0.05, 10.2), (0.1, 5.7), (0.25, 2.6)),
+    "pixels float32": ((0.1, 5.5), (0.25, 3.1), (0.5, 1.9)),
+    "taps float32": ((0.1, 7.5), (0.25, 3.5), (0.5, 1.9)),
+    "groups float32": ((1 / 16, 4.5), (1 / 8, 2.8), (1 / 4, 1.8), (1 / 2, 1.0)),
+}
+
 
 class Choice(NamedTuple):
     """An implementation, and the reason for it in words."""
@@ -52,6 +63,34 @@ def choose(dtype: np.dtype, packed: Packed, batch: int) -> Choice:
     if density <= 0.1 or (packed.leaf_plan.pattern.n >= 64 and density <= 0.25):
         return Choice("row by row", f"{obstacle}; {density:.1%} kept")
     return Choice("dense", obstacle)
+
+
+def expected_speedup(dtype: np.dtype, packed: Packed) -> float | None:
+    """How much faster than the dense product to expect on a CPU with AVX-512, many rows at a time.
+
+    Interpolated between densities that were measured. Few rows gain more, since the dense weight
+    has to be read for them; `python -m nmjax bench` measures.
+
+    Returns:
+      A ratio; 1.0 where the dense product is taken; None where nobody has measured. Below the
+      least density that was measured, the ratio measured there.
+    """
+    name = choose(dtype, packed, 256).name
+    if name != "ffi":
+        return 1.0 if name == "dense" else None
+    measured = _SPEEDUPS.get(f"{_kind(packed)} {dtype}", ())
+    density = density_of(packed)
+    if dtype != packed.dtype or not measured or density > measured[-1][0]:
+        return None
+    densities, speedups = np.log(np.array(measured)).T
+    return float(np.exp(np.interp(np.log(density), densities, speedups)))
+
+
+def _kind(packed: Packed) -> str:
+    if isinstance(packed, PackedNM):
+        return "groups"
+    taps = taps_of(packed)
+    return "blocks" if not taps else "pixels" if math.prod(taps) == 1 else "taps"
 
 
 def why_not_ffi(dtype: np.dtype, packed: Packed) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,20 +63,25 @@ def as_window(
     """The window that a user describes.
 
     Raises:
+      TypeError: a number is no integer.
       ValueError: not one entry for each spatial axis; a stride or dilation below 1; padding that
         is negative or unknown; a kernel that reaches beyond the padded image.
     """
     rank = len(spatial)
-    strides, dilation = _per_axis("strides", strides, rank), _per_axis("dilation", dilation, rank)
+    strides = _integers("strides", strides, rank)
+    dilation = _integers("dilation", dilation, rank)
     if min(*strides, *dilation) < 1:
         raise ValueError(f"strides {strides} and dilation {dilation} must be at least 1")
+    pads: Sequence[Shape]
     if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "VALID", "SAME_LOWER"):
+            raise ValueError(f'padding must be "SAME", "VALID" or integers, got {padding!r}')
         reach = [(tap - 1) * step + 1 for tap, step in zip(taps, dilation, strict=True)]
-        pads = lax.padtype_to_pads(spatial, reach, strides, padding)
+        pads = lax.padtype_to_pads(spatial, reach, strides, padding.upper())
     else:
-        sides = _per_axis("padding", padding, rank)
-        pads = [(side, side) if isinstance(side, int) else tuple(side) for side in sides]
-    window = Window(strides, tuple((int(low), int(high)) for low, high in pads), dilation)
+        sides = _entries("padding", padding, rank)
+        pads = [_integers("the padding of an axis", side, 2) for side in sides]
+    window = Window(strides, tuple((int(before), int(after)) for before, after in pads), dilation)
     if min(min(pad) for pad in window.padding) < 0:
         raise ValueError(f"padding {window.padding} must not be negative")
     if min(window.output(spatial, taps)) < 1:
@@ -86,11 +92,18 @@ def as_window(
     return window
 
 
-def _per_axis(name: str, given: Any, rank: int) -> tuple[Any, ...]:
-    entries = tuple(given) if isinstance(given, Sequence) else (given,) * rank
-    if len(entries) != rank:
-        raise ValueError(f"{name} has {len(entries)} entries, expected one for each of {rank} axes")
+def _entries(name: str, given: Any, count: int) -> tuple[Any, ...]:
+    entries = tuple(given) if isinstance(given, Sequence | np.ndarray) else (given,) * count
+    if len(entries) != count:
+        raise ValueError(f"{name} has {len(entries)} entries, expected {count}: {given!r}")
     return entries
+
+
+def _integers(name: str, given: Any, count: int) -> Shape:
+    entries = _entries(name, given, count)
+    if not all(hasattr(entry, "__index__") for entry in entries):
+        raise TypeError(f"{name} should be integers, got {given!r}")
+    return tuple(map(operator.index, entries))
 
 
 def outputs_of(packed: Packed) -> int:
@@ -112,10 +125,31 @@ def inputs_of(packed: Packed) -> int:
 
 
 def taps_of(packed: Packed) -> Shape:
-    """Sizes of the taps' axes; for N:M, whose taps are a stack, all axes of the stack."""
-    if isinstance(packed, PackedNM):
+    """Sizes of the taps' axes; for N:M of which no taps are known, all axes of the stack."""
+    plan = packed.leaf_plan
+    if plan.pattern.taps == "apart" and not plan.tap_axes:
         return packed.values.shape[:-3]
-    return tuple(packed.leaf_plan.shape[axis] for axis in packed.leaf_plan.tap_axes)
+    return tuple(plan.shape[axis] for axis in plan.tap_axes)
+
+
+def stack_of(packed: Packed) -> Shape:
+    """Sizes of the axes in front of one weight; for N:M of which no taps are known, none."""
+    if isinstance(packed, PackedNM):
+        stack = packed.values.shape[:-3]
+        return stack[: len(stack) - len(taps_of(packed))]
+    return packed.indices.shape[: -2 if packed.row_pointers is None else -1]
+
+
+def one_layer(packed: Packed) -> Packed:
+    """The first weight of a stack; the weight itself where it is none.
+
+    Axes in front of an N:M weight are taken for a stack if its plan does not call them taps.
+    """
+    plan = packed.leaf_plan
+    unknown = plan.pattern.taps == "apart" and not plan.tap_axes
+    for _ in taps_of(packed) if unknown else stack_of(packed):
+        packed = jax.tree.map(lambda array: array[0], packed)
+    return packed
 
 
 def kernel_taps(packed: Packed) -> Shape:

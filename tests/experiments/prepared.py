@@ -56,3 +56,17 @@ def imagenet2012_examples(count, *, seed=0):
             "image": encode(pixels, "JPEG"),
             "label": index % 1000,
         }
+
+
+def prepare_sentences(folder, splits):
+    """Writes WMT14's English and German, split name -> pairs."""
+    import tensorflow_datasets.translate.wmt14  # noqa: F401
+
+    def keyed(pairs):
+        for index, (english, german) in enumerate(pairs):
+            yield index, {"en": english, "de": german}
+
+    builder = tfds.builder("wmt14_translate/de-en", data_dir=folder, file_format="array_record")
+    builder._split_generators = lambda *_: {name: keyed(rows) for name, rows in splits.items()}
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=1))
+    return folder

@@ -44,6 +44,8 @@ BATCH = {
     "valid": np.array([1, 1, 1, 1, 0, 0], np.int32),
 }
 
+compiled_sums = jax.jit(classification_sums)
+
 
 def test_smoothing_spreads_a_share_of_the_target_over_all_classes():
     rng = np.random.default_rng(0)
@@ -59,20 +61,21 @@ def test_smoothing_spreads_a_share_of_the_target_over_all_classes():
 
 def test_the_recipes_smoothing_acts_in_training_and_not_in_evaluation():
     plain, smooth = make_task(Small()), make_task(Small(), label_smoothing=0.5)
-    variables = plain.init(jax.random.key(0))
+    variables = jax.jit(plain.init)(jax.random.key(0))
     arguments = variables.pop("params"), variables, BATCH
-    losses = [task.loss(*arguments, jax.random.key(1))[0] for task in (plain, smooth)]
+    losses = [jax.jit(task.loss)(*arguments, jax.random.key(1))[0] for task in (plain, smooth)]
     assert losses[0] != losses[1]
-    sums = [task.evaluate(*arguments)["loss"] for task in (plain, smooth)]
+    sums = [jax.jit(task.evaluate)(*arguments)["loss"] for task in (plain, smooth)]
     assert sums[0] == sums[1]
 
 
 def test_loss_updates_statistics_and_keeps_other_collections():
     task = make_task(Small())
-    collections = task.init(jax.random.key(0))
+    collections = jax.jit(task.init)(jax.random.key(0))
     params = collections.pop("params")
     assert set(collections) == {"batch_stats", "constants"}
-    loss, updated = task.loss(params, collections, BATCH, jax.random.key(1))
+    compiled = jax.jit(task.loss)
+    loss, updated = compiled(params, collections, BATCH, jax.random.key(1))
     assert loss.shape == ()
     assert loss.dtype == jnp.float32
     assert jax.tree.structure(updated) == jax.tree.structure(collections)
@@ -80,7 +83,7 @@ def test_loss_updates_statistics_and_keeps_other_collections():
     np.testing.assert_allclose(
         updated["batch_stats"]["BatchNorm_0"]["mean"], 0.01 * mean, rtol=1e-4, atol=1e-6
     )
-    other, _ = task.loss(params, collections, BATCH, jax.random.key(2))
+    other, _ = compiled(params, collections, BATCH, jax.random.key(2))
     assert loss != other  # dropout
     assert task.keep_dense == ("^Dense_0/",)
 
@@ -92,7 +95,7 @@ def test_a_model_without_collections():
             return nn.Dense(3)(x.reshape(len(x), -1))
 
     task = make_task(Bare())
-    variables = task.init(jax.random.key(0))
+    variables = jax.jit(task.init)(jax.random.key(0))
     params = variables.pop("params")
     loss, updated = jax.jit(task.loss)(params, variables, BATCH, jax.random.key(1))
     assert updated == {}
@@ -101,16 +104,17 @@ def test_a_model_without_collections():
 
 def test_evaluation_does_not_depend_on_padding():
     task = make_task(Small())
-    collections = task.init(jax.random.key(0))
+    collections = jax.jit(task.init)(jax.random.key(0))
     params = collections.pop("params")
-    padded = task.evaluate(params, collections, BATCH)
+    evaluate = jax.jit(task.evaluate)
+    padded = evaluate(params, collections, BATCH)
     short = {name: values[:4] for name, values in BATCH.items()}
-    for name, value in task.evaluate(params, collections, short).items():
+    for name, value in evaluate(params, collections, short).items():
         np.testing.assert_allclose(padded[name], value, rtol=1e-6)
     assert padded["count"] == 4
     broken = {**BATCH, "image": BATCH["image"].copy()}
     broken["image"][5] = np.nan
-    assert task.evaluate(params, collections, broken)["loss"] == padded["loss"]
+    assert evaluate(params, collections, broken)["loss"] == padded["loss"]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -128,16 +132,16 @@ def test_top1_agrees_with_argmax_and_top5_with_sorting():
     rng = np.random.default_rng(0)
     logits = rng.integers(0, 12, (200, 30)).astype(np.float32)  # with many ties
     labels = rng.integers(0, 30, 200)
-    sums = classification_sums(logits, labels, np.ones(200))
+    sums = compiled_sums(logits, labels, np.ones(200))
     assert sums["accuracy"] == (logits.argmax(axis=-1) == labels).sum()
     best = np.argsort(-logits, axis=-1, kind="stable")[:, :5]
     assert sums["top5"] == (best == labels[:, None]).any(axis=-1).sum()
-    assert "top5" not in classification_sums(logits[:, :10], labels % 10, np.ones(200))
+    assert "top5" not in compiled_sums(logits[:, :10], labels % 10, np.ones(200))
 
 
 def test_not_a_number_is_never_right():
     for logits in ([[np.nan, 0.0, 1.0]], [[np.nan] * 3], [[0.0, 1.0, np.nan]]):
         for label in range(3):
-            sums = classification_sums(np.array(logits), np.array([label]), np.ones(1))
+            sums = compiled_sums(np.array(logits), np.array([label]), np.ones(1))
             assert sums["accuracy"] == 0
             assert sums["count"] == 1

@@ -1,5 +1,6 @@
 """The comparison end to end: files, resuming, Ctrl-C, a trial that diverges."""
 
+import dataclasses
 import json
 import re
 
@@ -12,10 +13,13 @@ from experiments.block_findings import block_tables
 from experiments.compare import Comparison, Flags, compare, main
 from experiments.findings import rows
 from experiments.report import block_cells, table_cells
+from experiments.tasks.task import Compared
 from tests.experiments.tiny import compile_little, tiny_task  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_little")
 
+METHODS = ("dense", "one_shot", "ste", "sr_ste", "sr_ste_negative")
+BLOCK_METHODS = ("one_by_n", "subp_l1", "subp")
 SECTIONS = ("summary", "run", "table", "paper", "sad", "strength", "machine")
 
 
@@ -26,8 +30,8 @@ def _tiny(monkeypatch):
 
 
 def flags(folder, **given):
-    settings = {"patterns": ("2:4", "1:8"), "seeds": (0, 1), "shapes": "", "runs_dir": folder}
-    settings["block_patterns"] = ()
+    settings = {"patterns": ("2:4", "1:8"), "seeds": (0, 1), "runs_dir": folder}
+    settings |= {"methods": METHODS, "block_methods": BLOCK_METHODS, "sweep": (10.0, 100.0)}
     return Flags(**{**settings, **given})
 
 
@@ -149,7 +153,7 @@ def test_ctrl_c_leaves_a_report_and_resume_does_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(Comparison, "run", interrupted)
     status, text, data = run(given)
     assert status == 130
-    assert "2 of 4 trials are in the report" in text
+    assert "2 of 3 trials are in the report" in text
     page = (given.folder / "report.html").read_text()
     assert "STE" in page
     assert "SR-STE, " not in page
@@ -157,18 +161,15 @@ def test_ctrl_c_leaves_a_report_and_resume_does_the_rest(tmp_path, monkeypatch):
     status, _, after = run(flags(tmp_path, **{**vars(given), "resume": True}))
     assert status == 0
     assert after["trials"][:2] == data["trials"]
-    assert len(after["trials"]) == 4
+    assert len(after["trials"]) == 3
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
     given = {"methods": ("ste",), "patterns": ("2:4",)}
     run(flags(tmp_path, **given))
     arguments = ["--runs-dir", str(tmp_path), "--methods", "ste", "--patterns", "2:4", "--resume"]
-    assert (
-        main([*arguments, "--epochs", "3", "--seeds", "0", "1", "--shapes", "", "--block-patterns"])
-        == 1
-    )
-    assert "made with another recipe" in capsys.readouterr().err
+    assert main([*arguments, "--epochs", "3", "--seeds", "0", "1", "--sweep", "10", "100"]) == 1
+    assert "made with another rate_sum, recipe" in capsys.readouterr().err
 
 
 def test_a_trial_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
@@ -189,6 +190,52 @@ def test_unknown_methods_and_patterns_are_errors(tmp_path, capsys):
     assert "cannot take 2:4" in capsys.readouterr().err
     assert main(["--patterns", "4:2", "--runs-dir", str(tmp_path)]) == 1
     assert "1 <= n <= m" in capsys.readouterr().err
+
+
+def test_the_task_says_what_is_compared_and_flags_change_it(tmp_path, monkeypatch):
+    chosen = Compared(patterns=("1:4",), methods=("dense", "ste"), seeds=(5, 6))
+    task = dataclasses.replace(tiny_task(epochs=2), compared=chosen)
+    monkeypatch.setattr(module, "make_task", lambda flags: task)
+    assert Comparison(Flags(runs_dir=tmp_path)).compared == chosen
+    given = Flags(runs_dir=tmp_path, seeds=(1,), methods=("sr_ste", "sr_ste_decoupled"), sweep=(2,))
+    assert Comparison(given).compared.patterns == ("1:4",)
+    trials = [(t.method, t.lambda_w, t.seeds) for t in Comparison(given).trials]
+    assert trials == [
+        ("sr_ste", 0.01, (1,)),
+        ("sr_ste_decoupled", 0.5, (1,)),
+        ("sr_ste", 2e-4, (1,)),
+        ("sr_ste", 0.02, (1,)),
+        ("sr_ste_decoupled", 1.0, (1,)),
+    ]
+
+
+def test_notes_are_printed_and_what_networks_do_is_kept(tmp_path, monkeypatch):
+    def show(params, collections):
+        return [{"given": "x", "network": str(params["head"]["bias"][0])}]
+
+    task = dataclasses.replace(
+        tiny_task(epochs=2),
+        show=show,
+        notes=("Four blobs.",),
+        baselines=(("guessing", 0.25),),
+    )
+    monkeypatch.setattr(module, "make_task", lambda flags: task)
+    given = flags(tmp_path, methods=("dense", "ste"), patterns=("1:8",), sweep=(), seeds=(0, 1))
+    _, text, data = run(given)
+    assert "Four blobs." in text
+    assert "without learning: accuracy % guessing 25.00" in " ".join(text.split())
+    assert set(data["shown"]) == {"1:8 dense", "1:8 ste"}
+    assert data["shown"]["1:8 dense"] != data["shown"]["1:8 ste"]
+    page = (given.folder / "report.html").read_text()
+    assert data["shown"]["1:8 ste"][0]["network"] in page
+
+
+def test_a_missing_data_set_is_an_error_with_the_way_out(tmp_path, monkeypatch, capsys):
+    from experiments.flags import make_task
+
+    monkeypatch.setattr(module, "make_task", make_task)
+    assert main(["--task", "wmt14", "--data-dir", str(tmp_path)]) == 1
+    assert "tfds build wmt14_translate/de-en" in capsys.readouterr().err
 
 
 @pytest.mark.slow

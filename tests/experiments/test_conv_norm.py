@@ -12,7 +12,7 @@ from experiments.models.conv_norm import check_stem, make_conv, make_head, make_
 def test_convolutions_pad_alike_on_all_sides(size, stride):
     layer = make_conv(4, size, stride, name="a")
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 2))
-    variables = layer.init(jax.random.key(1), x)
+    variables = jax.jit(layer.init)(jax.random.key(1), x)
     assert set(variables["params"]) == {"kernel"}
     out = layer.apply(variables, x)
     kernel, pad = np.asarray(variables["params"]["kernel"]), size // 2
@@ -33,13 +33,13 @@ def test_a_group_for_each_channel_keeps_channels_apart():
 @pytest.mark.parametrize("zero", [False, True])
 def test_normalisation_starts_at_one_or_at_zero(zero):
     layer = make_norm(True, name="a", zero=zero)
-    params = layer.init(jax.random.key(0), jnp.ones((2, 3)))["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), jnp.ones((2, 3)))["params"]
     np.testing.assert_array_equal(params["scale"], np.full(3, 0.0 if zero else 1.0))
 
 
 def test_the_head_is_named_and_starts_within_one_over_the_root_of_its_inputs():
     layer = make_head(10)
-    kernel = layer.init(jax.random.key(0), jnp.ones((1, 64)))["params"]["kernel"]
+    kernel = jax.jit(layer.init)(jax.random.key(0), jnp.ones((1, 64)))["params"]["kernel"]
     assert layer.name == "head"
     assert 0.9 / 8 < np.abs(kernel).max() <= 1 / 8
 

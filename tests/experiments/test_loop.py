@@ -1,5 +1,7 @@
 """The training loop: seeds, repetition, compilation, continuing, stopping."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -11,7 +13,7 @@ from experiments.methods import METHODS, Method, learning_rate
 from experiments.seeds import across_cores, one_by_one
 from experiments.step import Job, make_programs, plan_of
 from nmjax.trees import named_leaves
-from tests.experiments.tiny import STEPS, compile_little, tiny_task  # noqa: F401
+from tests.experiments.tiny import STEPS, Perceptron, compile_little, tiny_task  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_little")
 
@@ -35,9 +37,9 @@ def params_of(report, seed=None):
 @pytest.mark.parametrize("method", METHODS)
 def test_seeds_trained_together_equal_seeds_trained_alone(method):
     job = make_job(method)
-    together = last(train(job, seeds=(3, 5)))
+    together, programs = last(train(job, seeds=(3, 5))), make_programs(job)
     for index, seed in enumerate((3, 5)):
-        alone = last(train(job, seeds=(seed,)))
+        alone = last(train(job, seeds=(seed,), programs=programs))
         chex_close(params_of(together, index), params_of(alone), rtol=2e-4, atol=2e-5)
         for name in alone.test:
             np.testing.assert_allclose(together.test[name][index], alone.test[name][0], rtol=1e-4)
@@ -126,20 +128,21 @@ def test_one_step_is_the_papers_update():
     """SGD with coupled decay and momentum, the sparse-refined term first, against optax's parts."""
     job = make_job("sr_ste", epochs=1)
     task, lambda_w = job.task, 0.3
-    variables = dict(task.init(jax.random.fold_in(jax.random.key(0), 0)))
+    variables = dict(jax.jit(task.init)(jax.random.fold_in(jax.random.key(0), 0)))
     params = variables.pop("params")
     velocity = jax.tree.map(np.zeros_like, params)
     rates = [0.05 * t / 2 for t in range(2)] + [
         float(optax.cosine_decay_schedule(0.05, STEPS - 2)(t)) for t in range(STEPS - 2)
     ]
+
+    def loss(params, variables, batch):
+        sparse = nmjax.sparsify(params, job.plan)
+        return task.loss(sparse, variables, batch, jax.random.key(0))
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
     for rate, batch in zip(rates, task.train_batches(0, 0), strict=True):
         masks = nmjax.compute_masks(params, job.plan)
-
-        def loss(params, variables=variables, batch=batch):
-            sparse = nmjax.sparsify(params, job.plan)
-            return task.loss(sparse, variables, batch, jax.random.key(0))
-
-        (_, variables), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        (_, variables), grads = value_and_grad(params, variables, batch)
         names = iter(named_leaves(params))
 
         def gradient(g, w, names=names, masks=masks):
@@ -169,6 +172,30 @@ def test_what_a_report_measures():
     assert reports[-1].density == 0.25
     assert 0 <= reports[0].flip_rate[0] <= 0.5
     assert set(reports[-1].test) == {"loss", "accuracy"}
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_predictions_are_scored_seed_by_seed(seeds):
+    """A task that predicts logits and counts right answers itself, as its accuracy does."""
+    job = make_job("ste", epochs=1)
+    network = Perceptron()
+
+    def score(batches, predictions):
+        right = [
+            (logits.argmax(axis=1) == batch["label"])[batch["valid"] == 1]
+            for batch, logits in zip(batches, predictions, strict=True)
+        ]
+        return {"counted": np.concatenate(right).mean()}
+
+    task = dataclasses.replace(
+        job.task,
+        predict=lambda params, collections, batch: network.apply(
+            {"params": params, **collections}, batch["image"], train=False
+        ),
+        score=score,
+    )
+    report = last(train(job._replace(task=task), seeds=seeds))
+    np.testing.assert_allclose(report.test["counted"], report.test["accuracy"], rtol=1e-6)
 
 
 def test_only_some_epochs_are_evaluated_and_always_the_last():

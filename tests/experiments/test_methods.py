@@ -11,7 +11,15 @@ import pytest
 import nmjax
 import nmjax.trees
 from experiments.loop import train
-from experiments.methods import METHODS, Method, check_fits, find_row, learning_rate, optimizer
+from experiments.methods import (
+    METHODS,
+    Method,
+    check_fits,
+    find_row,
+    learning_rate,
+    optimizer,
+    total_rate,
+)
 from experiments.step import Job, plan_of
 from experiments.tasks.task import Recipe
 from tests.experiments.tiny import STEPS, compile_little, tiny_task  # noqa: F401
@@ -35,6 +43,63 @@ def test_learning_rate_starts_again_at_each_restart():
         [rate(20 + t) for t in range(5)], [0, 0.05, 0.1, 0.15, 0.2], rtol=1e-6
     )
     assert rate(40) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_inverse_square_root_is_the_transformers():
+    """width ** -0.5 * min(step ** -0.5, step * warmup ** -1.5), by hand."""
+    width, warmup = 64, 8
+    peak = (width * warmup) ** -0.5
+    recipe = Recipe(epochs=10, learning_rate=peak, schedule="inverse_sqrt", warmup_epochs=2.0)
+    rate = learning_rate(recipe, 4)
+    for step in (0, 1, 5, 8, 9, 20, 39):
+        expected = width**-0.5 * min(max(step, 1e-9) ** -0.5, step * warmup**-1.5)
+        assert rate(step) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    assert total_rate(recipe, 4) == pytest.approx(sum(float(rate(t)) for t in range(40)), rel=1e-5)
+
+
+ADAM = Recipe(
+    epochs=10,
+    optimizer="adamw",
+    learning_rate=0.01,
+    warmup_epochs=0,
+    second_momentum=0.98,
+    weight_decay=0.1,
+)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["ste", "sr_ste", "sr_ste_decoupled"])
+def test_two_steps_of_adamw_by_hand(name, clip):
+    """The term goes through clipping and Adam, or is added to what comes out of Adam."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((8, 3)).astype(np.float32)
+    plan = nmjax.make_plan({"kernel": jnp.asarray(w)}, "2:4")
+    recipe, strength = dataclasses.replace(ADAM, clip=clip), 0.3 if name != "ste" else 0.0
+    method = METHODS[name].build(plan, recipe, 4)
+    tx = optimizer(method, recipe, 4, strength)
+    params = {"kernel": jnp.asarray(w)}
+    state = tx.init(params)
+    first, second = np.zeros_like(w), np.zeros_like(w)
+    rate = learning_rate(recipe, 4)
+    for step in (1, 2):
+        g = rng.standard_normal(w.shape).astype(np.float32)
+        updates, state = tx.update({"kernel": jnp.asarray(g)}, state, params, masks=None)
+        params = optax.apply_updates(params, updates)
+        pull = strength * np.where(nmjax.nm_mask(jnp.asarray(w), 2, 4), 0, w)
+        g = g + (pull if name == "sr_ste" else 0)
+        g = g * min(1, clip / np.linalg.norm(g)) if clip else g
+        first, second = 0.9 * first + 0.1 * g, 0.98 * second + 0.02 * g**2
+        direction = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.98**step)) + 1e-8)
+        direction = direction + 0.1 * w + (pull if name == "sr_ste_decoupled" else 0)
+        w = w - float(rate(step - 1)) * direction
+        np.testing.assert_allclose(params["kernel"], w, rtol=1e-4, atol=1e-6)
+
+
+def test_each_place_of_the_term_has_its_strength():
+    recipe = Recipe(lambda_w=0.2, lambda_decoupled=0.5)
+    strengths = {name: row.strength(recipe) for name, row in METHODS.items()}
+    assert (strengths["sr_ste"], strengths["sr_ste_decoupled"]) == (0.2, 0.5)
+    assert strengths["ste"] == 0
 
 
 def test_warm_up_never_takes_more_than_half_of_a_short_schedule():

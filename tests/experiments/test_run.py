@@ -17,29 +17,16 @@ from experiments.run import open_run
 from experiments.train import main
 from nmjax.checkpoints import read_checkpoint
 from tests.experiments.prepared import cifar10_examples, prepare
+from tests.experiments.tiny import compile_little  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("compile_little")
 
 # Half of its epochs dense, half pruned: the state of this method matters most.
 DIGITS = ["--method", "one_shot", "--epochs", "4", "--batch-size", "40", "--log-every", "0"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_little(tmp_path_factory):
-    """Compiles fast instead of well, and once for runs that differ in their folder only."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(compile_little, tmp_path_factory):  # noqa: F811
     """A run of four epochs, never interrupted."""
     runs = tmp_path_factory.mktemp("runs")
     assert main([*DIGITS, "--runs-dir", str(runs), "--name", "whole"]) == 0

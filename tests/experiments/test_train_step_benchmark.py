@@ -15,7 +15,10 @@ from experiments.benchmarks.train_step import (
 MLP, TRANSFORMER = "MLP 3x1024, batch 128", "Transformer block 512, 16x128 tokens"
 
 
-@pytest.mark.parametrize(("case", "pattern"), [(MLP, "2:4"), (MLP, "1:16"), (TRANSFORMER, "1:16")])
+@pytest.mark.parametrize(
+    ("case", "pattern"),
+    [(MLP, "2:4"), (MLP, "1:16"), pytest.param(TRANSFORMER, "1:16", marks=pytest.mark.slow)],
+)
 def test_forward_and_optimizer_share_one_mask(case, pattern):
     module, shape = CASES[case]
     x = jnp.ones((8, *shape[1:]))

@@ -29,14 +29,16 @@ FLOORS = {
         "scores",
         "schedules",
         "shards",
+        "timing",
         "straight_through",
     ),
-    2: ("masks", "blocks", "plans", "permute"),
+    2: ("masks", "transposable", "blocks", "plans", "permute"),
     3: ("sparsify", "channels", "packed_nm", "packed_blocks"),
     4: ("sparsifiers", "transforms", "metrics", "cost", "packing", "sharding", "kernels"),
     5: (
         "soft_blocks",
         "matmul",
+        "depthwise",
         "sizes",
         "files",
         "checkpoints",
@@ -44,7 +46,7 @@ FLOORS = {
         "torch_layout",
         "plots",
     ),
-    6: ("packed_linen",),
+    6: ("packed_linen", "batch_norm", "layer_times"),
     7: ("linen", "__main__"),
     8: ("__init__",),
 }
@@ -64,12 +66,14 @@ PUBLIC += ["make_plan", "Plan", "LeafPlan", "compute_masks", "sparsify", "prune"
 PUBLIC += ["add_sparse_refined", "Sparsifier", "straight_through", "one_shot", "dense"]
 PUBLIC += ["pack", "unpack", "PackedNM", "PackedBlocks", "check_sparse", "sizes"]
 PUBLIC += ["save_packed", "load_packed", "packed_matmul", "packed_conv", "backends"]
+PUBLIC += ["unpack_slow", "check_sharding", "transposable_mask"]
 PUBLIC += ["soft_uniform_blocks", "cubic_ramp", "linear_ramp", "cosine_ramp", "exponential_ramp"]
 PUBLIC += ["Channels", "find_channels", "l1_order", "permute_channels", "sort_channels"]
 PUBLIC += ["blocks_per_row", "row_balance", "blocks_regrown"]
 PUBLIC += ["sad", "total_sad", "flip_rate", "density", "total_density", "cost"]
 
 # What `import nmjax` must not bring along: optional packages, and heavy parts of this one.
+HEAVY = ("linen", "packed_linen", "batch_norm", "plots", "tensor_files", "checkpoints")
 OPTIONAL = ("flax", "matplotlib", "safetensors", "experiments", "tensorflow", "sklearn", "orbax")
 
 
@@ -128,11 +132,7 @@ def test_the_root_defines_nothing():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        n
-        for n in LIBRARY
-        if n.split(".")[1] not in ("linen", "packed_linen", "plots", "tensor_files", "checkpoints")
-    ],
+    [n for n in LIBRARY if n.split(".")[1] not in HEAVY],
 )
 def test_core_files_import_nothing_optional(name):
     for node in ast.walk(ast.parse(FILES[name].read_text())):

@@ -182,9 +182,19 @@ def test_a_stack_is_no_matrix():
 def test_a_layer_computes_the_same_with_scipy():
     layer = nn.Dense(16, use_bias=False)
     x = normal((5, 24))
-    params = layer.init(jax.random.key(0), x)["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
     plan = nmjax.make_plan(params, "1x8@0.5")
     bsr = to_bsr(nmjax.pack(params, plan)["kernel"])
     matrix = scipy.sparse.bsr_matrix((bsr.data, bsr.indices, bsr.indptr), bsr.shape)
     y = layer.apply({"params": nmjax.prune(params, plan)}, x)
     np.testing.assert_allclose((matrix @ np.asarray(x).T).T, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("convert", [to_semi_structured, to_bsr])
+def test_what_is_not_packed_that_way(convert):
+    other = {to_semi_structured: "1x4@0.5", to_bsr: "2:4"}[convert]
+    params = {"kernel": jnp.ones((32, 32), jnp.bfloat16)}
+    packed = nmjax.pack(params, nmjax.make_plan(params, other))
+    for weight in (packed["kernel"], params["kernel"]):
+        with pytest.raises(TypeError, match=r"is made of a Packed|are made of a Packed"):
+            convert(weight)

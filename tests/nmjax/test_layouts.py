@@ -22,7 +22,7 @@ PATTERNS = ["2:4", "1:8"]
 
 def matrix(layer, x):
     """The (out, in) matrix by which a linear layer multiplies, taken from the layer itself."""
-    jacobian = jax.jacobian(lambda flat: layer(flat.reshape(x.shape)).ravel())(x.ravel())
+    jacobian = jax.jit(jax.jacobian(lambda flat: layer(flat.reshape(x.shape)).ravel()))(x.ravel())
     return np.asarray(jacobian)
 
 
@@ -50,7 +50,7 @@ def taps(jacobian, spatial, inputs):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_linen_dense(pattern):
     x = jnp.ones(16)
-    params = nn.Dense(6).init(KEY, x)["params"]
+    params = jax.jit(nn.Dense(6).init)(KEY, x)["params"]
     sparse = pruned(params, pattern)
     assert_groups(matrix(lambda x: nn.Dense(6).apply({"params": sparse}, x), x), pattern)
 
@@ -59,7 +59,7 @@ def test_linen_dense(pattern):
 def test_linen_conv_groups_input_channels_at_each_tap(pattern):
     x = jnp.ones((3, 3, 16))
     conv = nn.Conv(6, (3, 3), padding="VALID")  # One output pixel.
-    sparse = pruned(conv.init(KEY, x)["params"], pattern)
+    sparse = pruned(jax.jit(conv.init)(KEY, x)["params"], pattern)
     jacobian = matrix(lambda x: conv.apply({"params": sparse}, x), x)
     by_tap = taps(jacobian, (3, 3), 16)
     assert len(by_tap) == 9
@@ -70,7 +70,7 @@ def test_linen_conv_groups_input_channels_at_each_tap(pattern):
 def test_linen_conv_1d_and_grouped():
     x = jnp.ones((3, 16))
     conv = nn.Conv(8, (3,), padding="VALID", feature_group_count=2)
-    params = conv.init(KEY, x)["params"]
+    params = jax.jit(conv.init)(KEY, x)["params"]
     assert params["kernel"].shape == (3, 8, 8)
     sparse = pruned(params, "2:4")
     for tap in taps(matrix(lambda x: conv.apply({"params": sparse}, x), x), (3,), 16):
@@ -86,7 +86,7 @@ def test_linen_dense_general_with_several_output_axes(inputs, outputs):
     axes = tuple(range(-len(inputs), 0))
     layer = nn.DenseGeneral(outputs, axis=axes)
     x = jax.random.normal(KEY, inputs)
-    params = {"layer": layer.init(KEY, x)["params"]}
+    params = {"layer": jax.jit(layer.init)(KEY, x)["params"]}
     weights = matrix(lambda x: layer.apply({"params": pruned(params, "2:4")["layer"]}, x), x)
     assert_groups(weights, "2:4")
     stacked = jax.tree.map(lambda w: jnp.stack([w] * 6), params)
@@ -103,7 +103,7 @@ def test_a_stack_of_dense_layers_is_no_dense_general():
 def test_linen_transposed_conv():
     x = jnp.ones((1, 1, 16))  # One input pixel reaches one tap of each of 3 x 3 output pixels.
     conv = nn.ConvTranspose(5, (3, 3), padding="VALID")
-    sparse = pruned(conv.init(KEY, x[None])["params"], "2:4")
+    sparse = pruned(jax.jit(conv.init)(KEY, x[None])["params"], "2:4")
     assert_groups(matrix(lambda x: conv.apply({"params": sparse}, x[None]), x), "2:4")
 
 
@@ -112,7 +112,7 @@ def test_linen_transposed_conv():
 def test_attention_in_and_out(library, pattern):
     if library == "linen":
         attention = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=24, out_features=8)
-        params = attention.init(KEY, jnp.ones((1, 3, 16)))["params"]
+        params = jax.jit(attention.init)(KEY, jnp.ones((1, 3, 16)))["params"]
     else:
         attention = nnx.MultiHeadAttention(
             num_heads=4,
@@ -145,9 +145,9 @@ def test_attention_in_and_out(library, pattern):
 
 def test_the_layers_used_for_attention_are_those_of_attention():
     attention = nn.MultiHeadDotProductAttention(num_heads=4, out_features=8)
-    params = attention.init(KEY, jnp.ones((1, 3, 16)))["params"]
-    query = nn.DenseGeneral((4, 4)).init(KEY, jnp.ones((1, 16)))["params"]
-    out = nn.DenseGeneral(8, axis=(-2, -1)).init(KEY, jnp.ones((1, 4, 4)))["params"]
+    params = jax.jit(attention.init)(KEY, jnp.ones((1, 3, 16)))["params"]
+    query = jax.jit(nn.DenseGeneral((4, 4)).init)(KEY, jnp.ones((1, 16)))["params"]
+    out = jax.jit(nn.DenseGeneral(8, axis=(-2, -1)).init)(KEY, jnp.ones((1, 4, 4)))["params"]
     shapes = jax.tree.map(jnp.shape, params)
     assert shapes["query"] == jax.tree.map(jnp.shape, query)
     assert shapes["out"] == jax.tree.map(jnp.shape, out)

@@ -95,6 +95,9 @@ def test_plan_says_what_and_why_not(files, capsys):
     plan = nmjax.make_plan(PARAMS, "2:4", on_indivisible="dense")
     assert str(plan) in text
     assert str(nmjax.sizes(nmjax.pack(PARAMS, plan))) in text
+    products = text.split("because")[1].splitlines()
+    assert {line.split()[0] for line in products if "/kernel" in line} == set(plan)
+    assert "nmjax bench" in products[-1]
 
 
 def test_info(files, capsys):
@@ -108,6 +111,18 @@ def test_info(files, capsys):
     ways = [line.split()[:2] for line in text.split("because")[1].splitlines() if "/kernel" in line]
     assert {way for _, way in ways} <= {"ffi", "dense"}
     assert "body/kernel" in {name for name, _ in ways}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1x16@0.75", "1x16@0.75/layer"])
+def test_a_stack_of_layers_is_multiplied_as_its_layers_are(tmp_path, capsys, pattern):
+    lines = []
+    for stack in ((), (4,)):
+        params = {"kernel": jnp.ones((*stack, 16, 32)), "bias": jnp.ones((*stack, 32))}
+        out = str(tmp_path / "packed.safetensors")
+        nmjax.save_packed(out, nmjax.pack(params, nmjax.make_plan(params, pattern)))
+        text, _ = run(capsys, "info", out)
+        lines.append([line for line in text.splitlines() if line.startswith("kernel")][-1])
+    assert lines[0].split() == lines[1].split()
 
 
 def test_64_bit_weights_keep_their_bits(tmp_path, capsys):
@@ -142,12 +157,25 @@ def test_errors_are_one_message(files, capsys, arguments):
     assert "Traceback" not in err
 
 
-def test_unknown_commands_exit_with_usage(capsys):
-    for arguments in ([], ["unpack"], ["pack", "x", "--pattern", "2:4"]):
-        with pytest.raises(SystemExit) as exit_:
-            main(arguments)
-        assert exit_.value.code == 2
-    assert "usage: python -m nmjax" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "info | plan | pack | bench"),
+        ("unpack", "unpack"),
+        ("pack x --pattern 2:4", "--out"),
+        ("plan x --pattern 2:4 --dense-if-indivisible", "--dense-if-indivisible"),
+        ("bench x --batch 0", "'0' is no positive integer"),
+        ("bench x --side -1", "--side"),
+        ("bench x --threads 1,two", "'two' is no positive integer"),
+    ],
+)
+def test_unknown_commands_exit_with_usage(capsys, arguments, words):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    assert exit_.value.code == 2
+    usage, said = capsys.readouterr().err.rsplit("error: ", 1)
+    assert usage.startswith("usage: python -m nmjax")
+    assert words in said
 
 
 def test_as_a_program(files):

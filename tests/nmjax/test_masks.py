@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nmjax.masks import nm_mask
@@ -36,7 +36,7 @@ def brute_force(scores, n, m, axes):
 
 
 def with_ties(rng, shape, dtype="float32"):
-    return jnp.asarray(rng.choice(np.array(SPECIAL, np.float32), shape)).astype(dtype)
+    return jnp.asarray(rng.choice(np.array(SPECIAL, np.float32), shape).astype(jnp.dtype(dtype)))
 
 
 @st.composite
@@ -54,27 +54,32 @@ def grouped_weights(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     w = with_ties(rng, shape, dtype)
     if draw(st.booleans()):
-        w = jnp.asarray(rng.standard_normal(shape)).astype(dtype)
+        w = jnp.asarray(rng.standard_normal(shape).astype(jnp.dtype(dtype)))
     axis = [a - draw(st.sampled_from([0, ndim])) for a in axes]
     return w, n, m, axis[0] if len(axis) == 1 else tuple(axis)
 
 
-@settings(max_examples=60)
 @given(grouped_weights())
 def test_equals_brute_force(case):
     w, n, m, axis = case
     mask = nm_mask(w, n, m, axis)
     assert mask.shape == w.shape
     assert mask.dtype == jnp.bool_
-    np.testing.assert_array_equal(mask, brute_force(jnp.abs(w).astype("float32"), n, m, axis))
+    magnitude = np.abs(np.asarray(w).astype(np.float32))
+    np.testing.assert_array_equal(mask, brute_force(magnitude, n, m, axis))
 
 
-@pytest.mark.parametrize(("n", "m"), PATTERNS)
-@pytest.mark.parametrize("axis", [-1, -2, (-2, -1), (-1, -2)])
+@pytest.mark.parametrize(
+    ("n", "m", "axis"),
+    [
+        *((n, m, -2) for n, m in PATTERNS),
+        *((n, m, axis) for n, m in PATTERNS[2::5] for axis in (-1, (-2, -1), (-1, -2))),
+    ],
+)
 def test_every_pattern_on_ties(n, m, axis):
     rng = np.random.default_rng(m)
     w = with_ties(rng, (2, 2 * m, 3 * m if m <= 16 else m))
-    np.testing.assert_array_equal(nm_mask(w, n, m, axis), brute_force(jnp.abs(w), n, m, axis))
+    np.testing.assert_array_equal(nm_mask(w, n, m, axis), brute_force(np.abs(w), n, m, axis))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1024), (512, 1024), (1023, 1024), (700, 1500)])
@@ -83,15 +88,16 @@ def test_large_groups(n, m):
     w = jnp.concatenate(
         [with_ties(rng, (2, m)), jnp.asarray(rng.standard_normal((2, m)), "float32")]
     )
-    np.testing.assert_array_equal(nm_mask(w, n, m, -1), brute_force(jnp.abs(w), n, m, -1))
+    np.testing.assert_array_equal(nm_mask(w, n, m, -1), brute_force(np.abs(w), n, m, -1))
 
 
 @pytest.mark.parametrize("m", [*range(1, 18), 23, 31, 32, 33, 39, 64])
 def test_every_group_size_keeps_exactly_n(m):
     w = jnp.asarray(np.random.default_rng(m).integers(-2, 3, (m, 64)), "float32")
-    for n in {1, m // 3 + 1, m}:
-        np.testing.assert_array_equal(nm_mask(w, n, m, 0).sum(axis=0), n)
-        np.testing.assert_array_equal(nm_mask(w, n, m, 0), brute_force(jnp.abs(w), n, m, 0))
+    for n in {1, m // 3 + 1}:
+        mask = np.asarray(nm_mask(w, n, m, 0))
+        np.testing.assert_array_equal(mask.sum(axis=0), n)
+        np.testing.assert_array_equal(mask, brute_force(np.abs(w), n, m, 0))
 
 
 def neighbours(rng, shape):

@@ -1,5 +1,8 @@
 """What the public products accept, refuse and choose."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +42,12 @@ X, IMAGES = jnp.ones((2, 16)), jnp.ones((1, 5, 5, 16))
         (lambda: nmjax.packed_conv(X, CONV), ValueError, "2 spatial axes"),
         (lambda: nmjax.packed_conv(IMAGES, CONV, strides=(1, 2, 1)), ValueError, "3 entries"),
         (lambda: nmjax.packed_conv(IMAGES, CONV, strides=0), ValueError, "at least 1"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, strides=1.5), TypeError, "strides.* 1.5"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, dilation=(1, 1.5)), TypeError, "dilation.* 1.5"),
         (lambda: nmjax.packed_conv(IMAGES, CONV, padding=-1), ValueError, "negative"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, padding=0.5), TypeError, "padding.* 0.5"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, padding=(1, (1, 2, 3))), ValueError, "3 entries"),
+        (lambda: nmjax.packed_conv(IMAGES, CONV, padding="FULL"), ValueError, "'FULL'"),
         (
             lambda: nmjax.packed_conv(IMAGES[:, :2], CONV, padding="VALID"),
             ValueError,
@@ -50,6 +58,18 @@ X, IMAGES = jnp.ones((2, 16)), jnp.ones((1, 5, 5, 16))
 def test_bad_input(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "ffi"])
+@pytest.mark.parametrize("pattern", ["2:4", "1x16@0.5", "1x16@0.5/layer"])
+def test_a_stack_of_layers_is_no_operand(implementation, pattern):
+    stacks = jax.tree.map(lambda w: jnp.ones((3, *w.shape)), PARAMS)
+    plan = nmjax.make_plan(PARAMS, pattern)
+    packed = nmjax.pack(stacks, plan)
+    with pytest.raises(ValueError, match=r"\(3, 16, 32\) is not one matrix.*vmap"):
+        nmjax.packed_matmul(X, packed["dense"]["kernel"], implementation=implementation)
+    with pytest.raises(ValueError, match=r"\(3, 3, 3, 16, 32\) is not one kernel.*vmap"):
+        nmjax.packed_conv(IMAGES, packed["conv"]["kernel"], implementation=implementation)
 
 
 @pytest.mark.parametrize(("pattern", "words"), [("1x2@0.75", "multiple of 4"), ("1:64", "2 to 32")])
@@ -95,6 +115,55 @@ def test_choice(monkeypatch, library, pattern, batch, name):
     assert chosen(monkeypatch, library, pattern, batch).name == name
 
 
+def expected_speedup(monkeypatch, shape, pattern, dtype):
+    monkeypatch.setattr(choice, "load_library", lambda: FAST)
+    params = {"kernel": jax.ShapeDtypeStruct(shape, dtype)}
+    plan = nmjax.make_plan(params, pattern)
+    packed = jax.eval_shape(lambda params: nmjax.pack(params, plan), params)["kernel"]
+    return choice.expected_speedup(jnp.dtype(dtype), packed)
+
+
+@pytest.mark.parametrize(
+    ("work", "shape", "dtype", "count"),
+    [
+        ("matmul 256 x 4096 x 4096 float32", (320, 128), jnp.float32, 5),
+        ("matmul 256 x 1024 x 1024 float32", (320, 128), jnp.float32, 4),
+        ("matmul 256 x 4096 x 4096 bfloat16", (320, 128), jnp.bfloat16, 3),
+        ("conv 1x1/1 1x14x14x1024 -> 256", (1, 1, 320, 128), jnp.float32, 3),
+        ("conv 3x3/1 1x14x14x256 -> 256", (3, 3, 320, 128), jnp.float32, 3),
+    ],
+)
+def test_expected_speedups_are_those_that_were_measured(monkeypatch, work, shape, dtype, count):
+    file = Path(__file__).parents[2] / "experiments/benchmarks/results/packed-cpu.json"
+    rows = json.loads(file.read_text())["results"]["1 threads"]
+    rows = [row for row in rows if row["work"] == work and "layer" not in row["pattern"]]
+    assert len(rows) == count
+    for row in rows:
+        expected = expected_speedup(monkeypatch, shape, row["pattern"], dtype)
+        assert 0.85 < expected / row["speedup"] < 1.18, (row["pattern"], expected, row["speedup"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "dtype"),
+    [
+        ("1x16@0.4", (320, 128), jnp.float32),
+        ("1x16@0.5", (320, 128), jnp.bfloat16),
+        ("1x16@0.5", (3, 3, 320, 128), jnp.bfloat16),
+        ("1:4", (320, 128), jnp.bfloat16),
+    ],
+)
+def test_no_speedup_is_promised_that_was_not_measured(monkeypatch, pattern, shape, dtype):
+    assert expected_speedup(monkeypatch, shape, pattern, dtype) is None
+
+
+def test_the_dense_product_is_as_fast_as_itself(monkeypatch):
+    assert expected_speedup(monkeypatch, (320, 128), "1x16@0.1", jnp.float32) == 1.0
+    params = {"kernel": jnp.ones((320, 128))}
+    packed = nmjax.pack(params, nmjax.make_plan(params, "1:16"))["kernel"]
+    monkeypatch.setattr(choice, "load_library", lambda: NONE)
+    assert choice.expected_speedup(jnp.dtype(jnp.float32), packed) == 1.0
+
+
 def test_the_reason_is_in_words(monkeypatch):
     assert "above" in chosen(monkeypatch, FAST, "1x16@0.1", 256).reason
     assert "not built" in chosen(monkeypatch, NONE, "2:4", 1).reason
@@ -122,3 +191,24 @@ def test_other_platforms_get_the_unpacked_product():
     packed = DENSE
     text = jax.jit(nmjax.packed_matmul).trace(X, packed).lower(lowering_platforms=("cuda",))
     assert "nmjax_blocks" not in text.as_text()
+
+
+def test_weights_without_a_fast_product_are_unpacked_once(monkeypatch):
+    params = {"a": jax.random.normal(jax.random.key(0), (32, 16)), "b": jnp.ones(3)}
+    slow = nmjax.pack(params, nmjax.make_plan(params, "3:4", include=["a"]))
+    ready = nmjax.unpack_slow(slow)
+    np.testing.assert_array_equal(ready["a"], nmjax.unpack(slow)["a"])
+    fast = nmjax.pack(params, nmjax.make_plan(params, "1x16@0.9", include=["a"]))
+    if nmjax.backends()["ffi"].startswith("ready: avx"):
+        assert nmjax.unpack_slow(fast)["a"] is fast["a"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert nmjax.unpack_slow(fast)["a"].shape == (32, 16)
+
+
+def test_a_stack_is_unpacked_if_its_layers_are_slow(monkeypatch):
+    monkeypatch.setattr(choice, "load_library", lambda: FAST)
+    stacks = jax.tree.map(lambda w: jnp.ones((3, *w.shape)), PARAMS)
+    for pattern in ("2:4", "1x16@0.5", "1x16@0.5/layer"):
+        ready = nmjax.unpack_slow(nmjax.pack(stacks, nmjax.make_plan(PARAMS, pattern)))
+        assert not isinstance(ready["dense"]["kernel"], jax.Array)
+        assert isinstance(ready["conv"]["kernel"], jax.Array) == (pattern == "2:4")

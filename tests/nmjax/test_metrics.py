@@ -12,7 +12,7 @@ import nmjax
 
 SHAPES = st.dictionaries(
     st.text("abc/", min_size=1, max_size=4),
-    hnp.array_shapes(max_dims=3, max_side=5),
+    st.sampled_from([(1,), (5,), (1, 4), (3, 2), (2, 3, 5)]),  # A program for each.
     min_size=1,
     max_size=4,
 )
@@ -170,6 +170,23 @@ def test_blocks_of_each_row(before, after):
             now and not then for now, then in zip(after.flat, before.flat, strict=True)
         )
     }
+
+
+def test_density_of_what_is_no_mask():
+    for measure in (nmjax.density, nmjax.total_density):
+        with pytest.raises(TypeError, match=r"layer/kernel has dtype float32.*True = kept"):
+            measure({"layer/kernel": np.full((4, 2), 2.0, np.float32)})
+
+
+def test_masks_of_blocks_that_do_not_fit_are_named():
+    masks = block_masks(np.ones((STACK, ROWS, INPUTS), bool))
+    other = {**masks, "conv/kernel": jnp.ones((3, 3, INPUTS, 2 * ROWS * N), bool)}
+    with pytest.raises(
+        ValueError, match=r"conv/kernel: planned as \(3, 3, 5, 12\), got \(3, 3, 5, 24\)"
+    ):
+        nmjax.row_balance(other, BLOCK_PLAN)
+    with pytest.raises(TypeError, match="conv/kernel has dtype int32"):
+        nmjax.blocks_per_row({**masks, "conv/kernel": masks["conv/kernel"].astype(int)}, BLOCK_PLAN)
 
 
 def test_a_missing_mask_of_blocks_is_named():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -77,7 +77,6 @@ def weights(draw):
     return any_bits(rng, (*lead, *shape), draw(st.sampled_from(DTYPES))), plan
 
 
-@settings(max_examples=12)
 @given(weights())
 def test_packing_is_exact_and_as_documented(case):
     w, plan = case
@@ -120,7 +119,6 @@ def test_indices_are_as_narrow_as_they_can_be(inputs, dtype):
 
 
 @given(st.lists(st.booleans(), min_size=24, max_size=24), st.sampled_from([UNIFORM, LAYER]))
-@settings(max_examples=25)
 def test_masks_that_keep_fewer(bits, plan):
     mask = jnp.array(bits).reshape(6, 4) & mask_of(WEIGHTS, plan)
     packed = pack_blocks(-WEIGHTS, mask, plan)

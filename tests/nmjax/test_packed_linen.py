@@ -100,12 +100,42 @@ def test_gradients_reach_the_kept_values():
 
 
 def test_boxed_parameters():
-    model = nn.Dense(
-        16, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
-    )
-    pruned, packed = pruned_and_packed(model, X, "2:4")
+    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, None, None, "model"))
+    model = nn.Conv(16, (3, 3), kernel_init=boxed)
+    pruned, packed = pruned_and_packed(model, X, "1x4@0.5")
     y = jax.jit(packed_apply(model))(packed, X)
     np.testing.assert_allclose(y, model.apply(pruned, X), rtol=1e-5, atol=1e-5)
+    # With a mesh in sight Flax would ask for the dense kernel's sharding of the packed arrays.
+    auto = (jax.sharding.AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((4,), ("model",), auto, devices=jax.devices()[:4])):
+        np.testing.assert_allclose(jax.jit(packed_apply(model))(packed, X), y, rtol=1e-5, atol=1e-5)
+
+
+class Noisy(nn.Dense):
+    """A layer of its own around Flax's: more variables, and random numbers."""
+
+    @nn.compact
+    def __call__(self, x):
+        calls = self.variable("counts", "calls", lambda: 0)
+        calls.value += 1
+        self.sow("intermediates", "input", x)
+        noise = jax.random.normal(self.make_rng("noise"), (self.features,))
+        return super().__call__(x) + noise
+
+
+def test_a_subclass_runs_once_and_where_it_stands():
+    model, rngs = Noisy(16), {"noise": jax.random.key(1)}
+    params = model.init({"params": jax.random.key(0), **rngs}, X)["params"]
+    plan = nmjax.make_plan(params, "2:4")
+    counts = {"calls": 0}
+    settings = {"rngs": rngs, "mutable": ["counts", "intermediates"]}
+    pruned = {"params": nmjax.prune(params, plan), "counts": counts}
+    packed = {"params": nmjax.pack(params, plan), "counts": counts}
+    expected, _ = model.apply(pruned, X, **settings)
+    y, changed = packed_apply(model)(packed, X, **settings)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert changed["counts"]["calls"] == 1
+    assert len(changed["intermediates"]["input"]) == 1
 
 
 def test_nobody_reads_the_unpacked_kernel():
@@ -159,3 +189,24 @@ def test_an_exported_network_runs_in_a_fresh_process(pattern, tmp_path):
     files = [str(tmp_path / name) for name in ("model", "y.npy", "x.npy")]
     subprocess.run([sys.executable, "-c", EXPORT, *files], check=True)
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), function(X), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_grouped_convolutions_beside_packed_layers(dtype):
+    class Separable(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(16, (3, 3), strides=2, feature_group_count=16, dtype=dtype, name="own")(x)
+            x = nn.Conv(32, (3, 3), feature_group_count=16, dtype=dtype, name="two each")(x)
+            return nn.Conv(16, (1, 1), dtype=dtype, name="mixed")(nn.relu(x))
+
+    pruned, packed = pruned_and_packed(Separable(), X, "1x4@0.5", include=["mixed"])
+    run = jax.jit(packed_apply(Separable()))
+    y, expected = run(packed, X), Separable().apply(pruned, X)
+    assert y.dtype == expected.dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 5e-2
+    np.testing.assert_allclose(
+        y.astype(jnp.float32), expected.astype(jnp.float32), rtol=tolerance, atol=tolerance
+    )
+    # One channel a group becomes a sum, which XLA fuses; sixteen groups stay a convolution.
+    assert run.lower(packed, X).compile().as_text().count(" convolution(") == 1

@@ -49,8 +49,10 @@ def assert_same_bits(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(bits_of(x), bits_of(y)), a, b)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [*((p, "float32") for p in PATTERNS), *((p, d) for p in PATTERNS[::4] for d in DTYPES[1:])],
+)
 def test_unpack_of_pack_is_prune(pattern, dtype):
     """Against masks applied to bits: XLA's own selection quiets NaNs of narrow dtypes."""
     params = make_params(dtype)
@@ -92,6 +94,17 @@ def test_given_masks_win():
     assert_same_bits(nmjax.unpack(packed), nmjax.prune(PARAMS, PLAN, masks))
     traced = jax.jit(nmjax.pack)(PARAMS, PLAN, masks)
     assert_same_bits(nmjax.unpack(traced), nmjax.prune(PARAMS, PLAN, masks))
+
+
+def test_packed_leaves_are_not_packed_again():
+    packed = nmjax.pack(PARAMS, PLAN)
+    with pytest.raises(ValueError, match=r"packed already: .*dense/kernel.*nmjax.unpack"):
+        nmjax.pack(packed, PLAN)
+    rest = nmjax.make_plan(PARAMS, "2:4", include="attention")
+    part = nmjax.make_plan(PARAMS, "2:4", include="dense")
+    both = nmjax.pack(nmjax.pack(PARAMS, rest), part)
+    assert isinstance(both["attention"]["out"]["kernel"], PackedNM)
+    assert isinstance(both["dense"]["kernel"], PackedNM)
 
 
 def test_numpy_parameters():

@@ -1,5 +1,7 @@
 """Path rules: which one counts, and which are refused."""
 
+import re
+
 import pytest
 
 from nmjax.path_rules import as_rules, check_rules, first_match
@@ -11,6 +13,12 @@ def test_one_rule_or_several():
     assert as_rules("stem") == ("stem",)
     assert as_rules(["stem", "head"]) == ("stem", "head")
     assert as_rules(()) == ()
+
+
+@pytest.mark.parametrize("rules", [3, None, re.compile("stem")])
+def test_what_is_no_rule(rules):
+    with pytest.raises(TypeError, match=r"path rules are regular expressions as text.*got"):
+        as_rules(rules)
 
 
 def test_the_first_match_anywhere_in_the_name():

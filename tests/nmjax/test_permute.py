@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 
 X = jax.random.normal(KEY, (2, 6, 6, 4))
-PARAMS = Net().init(KEY, X)["params"]
+PARAMS = jax.jit(Net().init)(KEY, X)["params"]
 PARAMS = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(KEY, w.shape), PARAMS)
 CHANNELS = Channels(
     (("first/kernel", -1),),

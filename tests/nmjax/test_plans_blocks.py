@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 def jacobian(layer, x):
     """The (out, in) matrix by which a linear layer multiplies."""
-    matrix = jax.jacobian(lambda flat: layer(flat.reshape(x.shape)).ravel())(x.ravel())
+    matrix = jax.jit(jax.jacobian(lambda flat: layer(flat.reshape(x.shape)).ravel()))(x.ravel())
     return np.asarray(matrix).reshape(-1, x.size)
 
 
@@ -33,7 +33,7 @@ def pruned(params, pattern="1x4@0.5", **selection):
 
 def test_linen_dense():
     x = jnp.ones(10)
-    sparse = pruned(nn.Dense(8).init(KEY, x)["params"])
+    sparse = pruned(jax.jit(nn.Dense(8).init)(KEY, x)["params"])
     assert_blocks(jacobian(lambda x: nn.Dense(8).apply({"params": sparse}, x), x), 4, 5)
 
 
@@ -42,7 +42,7 @@ def test_linen_dense():
 def test_linen_convolutions_drop_all_taps_together(size, groups):
     x = jnp.ones((*size, 12))
     conv = nn.Conv(8, size, padding="VALID", feature_group_count=groups)  # One output pixel.
-    params = conv.init(KEY, x)["params"]
+    params = jax.jit(conv.init)(KEY, x)["params"]
     sparse = pruned(params)
     matrix = jacobian(lambda x: conv.apply({"params": sparse}, x), x)
     by_tap = matrix.reshape(8, -1, 12) != 0
@@ -58,7 +58,7 @@ def test_linen_convolutions_drop_all_taps_together(size, groups):
 def test_linen_attention():
     x = jnp.ones((1, 16))
     attention = nn.MultiHeadDotProductAttention(2)
-    params = attention.init(KEY, x)["params"]
+    params = jax.jit(attention.init)(KEY, x)["params"]
     sparse = pruned(params)
     plan = make_plan(params, "1x4@0.5")
     assert plan["query/kernel"].axes == Axes((-3,), (-2, -1))
@@ -96,7 +96,7 @@ def scanned(**fields):
     stack = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(
         **fields
     )
-    return stack.init(KEY, jnp.ones((1, 4, 4, 8)), None)["params"]
+    return jax.jit(stack.init)(KEY, jnp.ones((1, 4, 4, 8)), None)["params"]
 
 
 @pytest.mark.parametrize("conv", [False, True])

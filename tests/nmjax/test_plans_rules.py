@@ -222,7 +222,7 @@ def test_both_groupings_agree_where_a_filter_has_one_tap(name, shape):
 
 def test_both_groupings_agree_for_attention():
     attention = nn.MultiHeadDotProductAttention(2, qkv_features=8)
-    params = attention.init(jax.random.key(0), normal((1, 3, 8)))["params"]
+    params = jax.jit(attention.init)(jax.random.key(0), normal((1, 3, 8)))["params"]
     channel, kernel = (
         nmjax.compute_masks(params, make_plan(params, pattern)) for pattern in ("2:4", "2:4/kernel")
     )
@@ -248,3 +248,14 @@ def test_a_filter_that_cannot_be_flattened():
         params | {"d": {"kernel": normal((8, 4))}}, "2:4/kernel", rules={"conv": "1:4"}
     )
     assert patterns_of(plan) == {"conv/kernel": "1:4", "d/kernel": "2:4/kernel"}
+
+
+@pytest.mark.parametrize("argument", ["rules", "axes"])
+def test_what_maps_no_rules(argument):
+    with pytest.raises(TypeError, match=rf"{argument}= is a mapping with path rules as keys"):
+        make_plan({"kernel": jnp.ones((8, 4))}, "2:4", **{argument: ["kernel"]})
+
+
+def test_a_tree_without_leaves():
+    with pytest.raises(ValueError, match="the parameter tree has no leaves"):
+        make_plan({}, "2:4")

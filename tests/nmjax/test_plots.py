@@ -47,6 +47,11 @@ def test_sad_in_percent_and_where_unrelated_masks_lie(ax):
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["STE", "unrelated masks"]
 
 
+def test_where_unrelated_masks_lie_needs_the_number_of_weights(ax):
+    with pytest.raises(ValueError, match="give weights= too"):
+        plot_sad({"STE": [0, 50]}, density=0.25, ax=ax)
+
+
 def test_sad_in_entries(ax):
     plot_sad({"STE": [0, 50]}, ax=ax)
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [0, 50])

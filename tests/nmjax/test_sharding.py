@@ -4,6 +4,7 @@ Sparsity may not cost communication: the compiled step holds the collectives of 
 no others. Nor may it work out a mask twice: the forward pass and the optimizer share one.
 """
 
+import functools
 import re
 from collections import Counter
 
@@ -100,16 +101,26 @@ def axis_type(request):
     return request.param
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_eight_devices_train_as_one(axis_type, layout):
-    single = train(*make_step(PLAN, sparse=True), PARAMS, BATCH)
+@functools.cache
+def trained_on_one():
+    return train(*make_step(PLAN, sparse=True), PARAMS, BATCH)
+
+
+@functools.cache
+def trained_on_eight(axis_type, layout):
+    """Parameters before and after training, and their masks then."""
     mesh = make_mesh(axis_type)
     with jax.set_mesh(mesh):
         params = place(PARAMS, LAYOUTS[layout], mesh)
         batch = place(BATCH, (P("d"), P("d")), mesh)
         step, tx = make_step(PLAN, sparse=True, explicit=axis_type == AxisType.Explicit)
-        sharded = train(step, tx, params, batch)
-        masks = jax.jit(nmjax.compute_masks)(sharded, PLAN)
+        after = train(step, tx, params, batch)
+        return params, after, jax.jit(nmjax.compute_masks)(after, PLAN)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_devices_train_as_one(axis_type, layout):
+    single, (_, sharded, masks) = trained_on_one(), trained_on_eight(axis_type, layout)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), sharded, single)
     expected = nmjax.compute_masks(single, PLAN)
     assert masks.keys() == expected.keys()
@@ -120,17 +131,11 @@ def test_eight_devices_train_as_one(axis_type, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shardings_are_kept(axis_type, layout):
-    mesh = make_mesh(axis_type)
-    with jax.set_mesh(mesh):
-        params = place(PARAMS, LAYOUTS[layout], mesh)
-        batch = place(BATCH, (P("d"), P("d")), mesh)
-        step, tx = make_step(PLAN, sparse=True, explicit=axis_type == AxisType.Explicit)
-        after = train(step, tx, params, batch)
-        masks = jax.jit(nmjax.compute_masks)(params, PLAN)
+    params, after, masks = trained_on_eight(axis_type, layout)
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(after), strict=True):
         assert y.sharding.is_equivalent_to(x.sharding, x.ndim)
     for name, mask in masks.items():
-        kernel = params[name[0]]["kernel"]
+        kernel = after[name[0]]["kernel"]
         assert mask.sharding.is_equivalent_to(kernel.sharding, kernel.ndim), name
 
 
@@ -200,8 +205,7 @@ def test_replicas_that_average_their_gradients(layout):
 
     params = place(PARAMS, specs, mesh)
     after = train(step, tx, params, place(BATCH, (P("d"), P("d")), mesh))
-    single = train(*make_step(PLAN, sparse=True), PARAMS, BATCH)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), after, single)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), after, trained_on_one())
 
 
 # One mask computation a step

@@ -212,7 +212,7 @@ def test_torch_computes_the_same():
 
     x = normal(2, 6, 6, 4)
     network = Network()
-    params = network.init(jax.random.key(0), x)["params"]
+    params = jax.jit(network.init)(jax.random.key(0), x)["params"]
     params = nmjax.prune(params, nmjax.make_plan(params, "2:4"))
     state = {name: torch.from_numpy(array.copy()) for name, array in to_torch(params).items()}
 

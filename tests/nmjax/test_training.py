@@ -136,8 +136,10 @@ def largest_difference(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
 
 
-@pytest.mark.parametrize("lambda_w", [LAMBDA, 0.0, -LAMBDA])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "lambda_w"),
+    [*((name, LAMBDA) for name in OPTIMIZERS), ("momentum", 0.0), ("clip, adamw", -LAMBDA)],
+)
 def test_loss_optimizer_and_numpy_agree(name, lambda_w):
     transformations, numpy_step, clip = OPTIMIZERS[name]
     expected = numpy_train(numpy_step, clip, lambda_w)
@@ -150,7 +152,7 @@ def test_loss_optimizer_and_numpy_agree(name, lambda_w):
         assert largest_difference(in_optimizer, expected) < 1e-12
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["momentum, decay", "clip, adamw"])
 def test_loss_and_optimizer_agree_in_float32(name):
     transformations, _, _ = OPTIMIZERS[name]
     in_loss = jax_train(optax.chain(*transformations), LAMBDA)
@@ -184,10 +186,10 @@ def test_schedules_agree():
 def test_clipping_before_the_term_leaves_the_pull_unclipped():
     """The other legal order: the pull added to the clipped gradient, as Hu et al. (2024) do."""
     params = jax.tree.map(jnp.float32, PARAMS)
-    grads = jax.grad(loss_fn)(params)
+    grads = jax.jit(jax.grad(loss_fn))(params)
     limit = 0.01
     tx = optax.chain(optax.clip_by_global_norm(limit), nmjax.add_sparse_refined(PLAN, LAMBDA))
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     clipped = numpy_clip(
         {"a": grads["a"]["kernel"], "b": grads["b"]["kernel"], "bias": grads["a"]["bias"]}, limit
     )

@@ -44,9 +44,9 @@ Outcome multiply_outputs(const Kernels& kernels, const Groups& groups, const Fin
   task.groups_at_once = groups_at_once;
   task.sums_stride = odd_lines(panels.count + panels.outputs);
   task.sums = sums.get<float>((end - begin) * task.sums_stride);
-  task.places = ceil_div(groups_at_once * groups.n, kernels.lanes) * kernels.lanes;
-  task.offsets = offsets.get<int32_t>((end - begin) * task.places);
-  task.weights = weights.get<float>((end - begin) * task.places);
+  const int64_t places = (end - begin) * groups_at_once * groups.n;
+  task.offsets = offsets.get<int32_t>(places);
+  task.weights = weights.get<float>(places);
   task.transposed = transposed.get<float>(kernels.lanes * (end - begin + 2 * kernels.lanes));
   kernels.groups_times_panels(task);
   return Outcome::kGood;
@@ -63,12 +63,15 @@ Outcome multiply_groups(const Kernels& kernels, const Groups& groups, const Fini
   }
   const Grid grid = make_grid(1, {1, batch}, {1, batch}, inputs, groups.outputs,
                               {{1, 1}, {1, 1}, {0, 0}, {1, 1}});
+  // Where few are kept, sums would be read and written for few products: of fewer pixels, twice as
+  // many features fit into the cache.
+  const int64_t times = groups.m >= 8 * groups.n ? 2 : 1;
   int64_t tile = kernels.lanes;
-  while (tile < kernels.group_tile && tile < batch) tile *= 2;
+  while (tile < kernels.group_tile / times && tile < batch) tile *= 2;
   const PanelPlan plan(grid, inputs, Type::kF32, tile);
   if (plan.stride * inputs > INT32_MAX) return Outcome::kTooLarge;
-  const int64_t groups_at_once = ceil_div(kFeatures, 8 * groups.m) * 8;
-  int64_t outputs = std::min<int64_t>(128, groups.outputs);
+  const int64_t groups_at_once = ceil_div(times * kFeatures, 8 * groups.m) * 8;
+  int64_t outputs = std::min<int64_t>(256, groups.outputs);
   while (threads > 1 && outputs > 32 && ceil_div(groups.outputs, outputs) < 4 * threads) {
     outputs = ceil_div(outputs / 2, 16) * 16;
   }

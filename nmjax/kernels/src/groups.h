@@ -114,8 +114,12 @@ inline Vector load_value(const Value* from) {
   }
 }
 
+// Values that no cache holds are asked for this many bytes ahead: they lie in kPlaces rows, more
+// than the hardware follows by itself. Within a cache that would only cost.
+constexpr int64_t kBytesAhead = 1024, kCached = 8 << 20;
+
 // sums (kB rows) += the values of kU places x what their indices find in tables.
-template <int kB, int kU, typename Value>
+template <int kB, int kU, bool kFar, typename Value>
 inline void add_places(const Value* values, int64_t stride, Integers codes, int32_t width,
                        const float* const* tables, float* sums, int64_t sums_stride) {
   const Integers mask = ((1 << width) - 1) + Integers{};
@@ -124,6 +128,7 @@ inline void add_places(const Value* values, int64_t stride, Integers codes, int3
   NMJAX_UNROLL for (int b = 0; b < kB; ++b) sum[0][b] = load<Vector>(sums + b * sums_stride);
   NMJAX_UNROLL for (int u = 0; u < kU; ++u) {
     const Vector w = load_value(values + u * stride);
+    if (kFar) __builtin_prefetch(values + u * stride + kBytesAhead / sizeof(Value), 0, 0);
     const Integers index = codes & mask;
     codes >>= width;
     NMJAX_UNROLL for (int b = 0; b < kB; ++b) {
@@ -142,6 +147,9 @@ inline void add_short_codes(const GroupVectorTask& task, const float* x, float* 
   const Groups& g = *task.groups;
   const int64_t outputs = task.end - task.begin, places = g.groups * g.n;
   const Value* values = static_cast<const Value*>(g.values.data) + task.begin;
+  const bool far = places * g.outputs * static_cast<int64_t>(sizeof(Value)) > kCached;
+  const auto add =
+      far ? add_places<kB, kPlaces, true, Value> : add_places<kB, kPlaces, false, Value>;
   for (int64_t place = 0; place < places; place += kPlaces, values += kPlaces * g.outputs) {
     const int64_t count = least(kPlaces, places - place);
     const float* tables[kPlaces];
@@ -156,13 +164,13 @@ inline void add_short_codes(const GroupVectorTask& task, const float* x, float* 
     for (int64_t o = 0; o < outputs; o += kLanes) {
       const Integers codes = load_places(g, place, count, task.begin + o);
       if (count == kPlaces) {
-        add_places<kB, kPlaces>(values + o, g.outputs, codes, g.width, tables, sums + o, outputs);
+        add(values + o, g.outputs, codes, g.width, tables, sums + o, outputs);
         continue;
       }
       for (int64_t u = 0; u < count; ++u) {
-        add_places<kB, 1>(values + u * g.outputs + o, g.outputs,
-                          codes >> static_cast<int32_t>(u * g.width), g.width, tables + u,
-                          sums + o, outputs);
+        add_places<kB, 1, false>(values + u * g.outputs + o, g.outputs,
+                                 codes >> static_cast<int32_t>(u * g.width), g.width, tables + u,
+                                 sums + o, outputs);
       }
     }
   }
@@ -232,21 +240,21 @@ inline void groups_times_vectors(const GroupVectorTask& task) {
 // Vectors of pixels, for two outputs, that stay in registers.
 constexpr int kGroupVectors = kLanes == 16 ? 8 : 4;
 
-// sums (kO outputs, kV vectors of pixels) += places x pixels; the outputs' places lie `room` apart.
+// sums (kO outputs, kV vectors of pixels) += places x pixels; a place has kLanes outputs.
 template <int kV, int kO>
 inline void add_outputs(float* sums, int64_t sums_stride, const float* w, const int32_t* offsets,
-                        int64_t room, int64_t count, const float* x) {
+                        int64_t count, const float* x) {
   Vector sum[kO][kV];
   NMJAX_UNROLL for (int o = 0; o < kO; ++o) {
     NMJAX_UNROLL for (int v = 0; v < kV; ++v) {
       sum[o][v] = load<Vector>(sums + o * sums_stride + v * kLanes);
     }
   }
-  for (int64_t k = 0; k < count; ++k) {
+  for (int64_t k = 0; k < count; ++k, w += kLanes, offsets += kLanes) {
     NMJAX_UNROLL for (int o = 0; o < kO; ++o) {
-      const float* pixels = x + offsets[o * room + k];
+      const float* pixels = x + offsets[o];
       NMJAX_UNROLL for (int v = 0; v < kV; ++v) {
-        sum[o][v] += w[o * room + k] * load<Vector>(pixels + v * kLanes);
+        sum[o][v] += w[o] * load<Vector>(pixels + v * kLanes);
       }
     }
   }
@@ -257,29 +265,16 @@ inline void add_outputs(float* sums, int64_t sums_stride, const float* w, const 
   }
 }
 
-// Values and offsets of groups [first, last) of kLanes outputs, `room` apart, into the scratch.
+// Values and offsets of groups [first, last) of kLanes outputs, place by place.
 inline void decode_groups(const GroupPanelTask& task, int64_t output, int64_t first, int64_t last,
-                          int64_t room, int64_t to) {
+                          float* weights, int32_t* offsets) {
   const Groups& g = *task.groups;
   const int32_t stride = static_cast<int32_t>(task.panels->stride);
-  Vector values[kLanes], offsets[kLanes];
-  int64_t filled = 0, done = 0;
-  const auto flush = [&] {
-    for (int64_t i = filled; i < kLanes; ++i) values[i] = offsets[i] = Vector{};
-    transpose(values);
-    transpose(offsets);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      store(task.weights + to + lane * room + done, values[lane]);
-      store(task.offsets + to + lane * room + done, offsets[lane]);
-    }
-    done += filled;
-    filled = 0;
-  };
   const auto add = [&](int64_t place, int64_t group, Integers position) {
-    values[filled] = load_numbers(g.values, place * g.outputs + output);
-    const Integers at = (position + static_cast<int32_t>(group * g.m)) * stride;
-    offsets[filled] = reinterpret_cast<Vector>(at);
-    if (++filled == kLanes) flush();
+    store(weights, load_numbers(g.values, place * g.outputs + output));
+    store(offsets, (position + static_cast<int32_t>(group * g.m)) * stride);
+    weights += kLanes;
+    offsets += kLanes;
   };
   if (g.width > 0 && g.width <= 4) {
     const Integers mask = ((1 << g.width) - 1) + Integers{};
@@ -304,7 +299,6 @@ inline void decode_groups(const GroupPanelTask& task, int64_t output, int64_t fi
       for (int64_t i = 0; i < g.n; ++i) add(group * g.n + i, group, positions.of[i]);
     }
   }
-  if (filled) flush();
 }
 
 inline void groups_times_panels(const GroupPanelTask& task) {
@@ -319,11 +313,12 @@ inline void groups_times_panels(const GroupPanelTask& task) {
     }
   }
   // Some features of one panel stay in the first-level cache while all outputs use them.
-  const int64_t room = task.places;
+  const int64_t room = task.groups_at_once * g.n;
   for (int64_t first = 0; first < g.groups; first += task.groups_at_once) {
     const int64_t last = least(first + task.groups_at_once, g.groups);
     for (int64_t o = 0; o < outputs; o += kLanes) {
-      decode_groups(task, task.begin + o, first, last, room, o * room);
+      decode_groups(task, task.begin + o, first, last, task.weights + o * room,
+                    task.offsets + o * room);
     }
     int64_t at = 0;
     for (int64_t p = 0; p < panels.count; p += panels.outputs, at += panels.size) {
@@ -331,16 +326,17 @@ inline void groups_times_panels(const GroupPanelTask& task) {
       const int64_t left = least(panels.outputs, panels.count - p), count = (last - first) * g.n;
       for (int64_t o = 0; o < outputs; o += 2) {  // There are whole vectors of them.
         float* sums = task.sums + o * task.sums_stride + p;
-        const float* w = task.weights + o * room;
-        const int32_t* offsets = task.offsets + o * room;
+        const int64_t vector = o / kLanes * kLanes * room + o % kLanes;
+        const float* w = task.weights + vector;
+        const int32_t* offsets = task.offsets + vector;
         if (kGroupVectors == 8 && left > 4 * kLanes) {
-          add_outputs<kGroupVectors, 2>(sums, task.sums_stride, w, offsets, room, count, x);
+          add_outputs<kGroupVectors, 2>(sums, task.sums_stride, w, offsets, count, x);
         } else if (left > 2 * kLanes) {
-          add_outputs<4, 2>(sums, task.sums_stride, w, offsets, room, count, x);
+          add_outputs<4, 2>(sums, task.sums_stride, w, offsets, count, x);
         } else if (left > kLanes) {
-          add_outputs<2, 2>(sums, task.sums_stride, w, offsets, room, count, x);
+          add_outputs<2, 2>(sums, task.sums_stride, w, offsets, count, x);
         } else {
-          add_outputs<1, 2>(sums, task.sums_stride, w, offsets, room, count, x);
+          add_outputs<1, 2>(sums, task.sums_stride, w, offsets, count, x);
         }
       }
     }

@@ -112,11 +112,10 @@ struct GroupPanelTask {
   const Panels* panels;
   int64_t begin, end;
   int64_t groups_at_once;  // whose pixels fit into the cache
-  int64_t places;          // room for their kept values, in whole vectors
   // Scratch, aligned to 64 bytes.
   float* sums;  // outputs, each of sums_stride pixels
   int64_t sums_stride;
-  int32_t* offsets;   // outputs * places
+  int32_t* offsets;   // outputs * places of the groups at once
   float* weights;     // the same
   float* transposed;  // lanes * (outputs + lanes)
 };

@@ -267,6 +267,27 @@ def test_a_shard_multiplies_its_own_outputs(implementation, pattern, axis_type):
         assert collective not in text
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
+def test_a_batch_sharded_over_explicit_axes_stays_so(pattern):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    by_data = jax.NamedSharding(mesh, PartitionSpec("data"))
+    packed, x = packed_weight((16, 32), pattern), numbers((8, 16))
+    w = nmjax.unpack(packed)
+    packed = jax.device_put(packed, jax.NamedSharding(mesh, PartitionSpec()))
+    y = jax.jit(nmjax.packed_matmul)(jax.device_put(x, by_data), packed)
+    assert jax.typeof(y).sharding.spec == PartitionSpec("data", None)
+    assert_near(y, exact(x) @ exact(w), jnp.float32)
+
+
+@KERNELS
+def test_kernels_refuse_a_batch_sharded_over_explicit_axes():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(numbers((8, 16)), jax.NamedSharding(mesh, PartitionSpec("data")))
+    packed = packed_weight((16, 32), "1x4@0.5")
+    with pytest.raises(ValueError, match=r"explicit axes of a mesh; use jax\.shard_map"):
+        nmjax.packed_matmul(x, packed, implementation="ffi")
+
+
 @KERNELS
 @pytest.mark.parametrize("pattern", ["2:4", "1x16@0.5", "1x16@0.5/layer"])
 def test_threads_that_call_at_once_get_the_same(pattern):

@@ -1,0 +1,148 @@
+"""COCO's average precision of boxes and masks, by pycocotools.
+
+Source: Lin et al., "Microsoft COCO", ECCV 2014; cocodataset.org, "Detection Evaluation".
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Kind = Literal["bbox", "segm"]
+
+# Where pycocotools keeps them among its twelve numbers.
+_PLACES = {"AP": 0, "AP50": 1, "AP75": 2}
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """The objects of one image, true or found.
+
+    Attributes:
+      size: (height, width) of the image.
+      boxes: (n, 4): left, top, right, bottom, in pixels.
+      classes: (n,) from 1.
+      scores: (n,); None for true objects.
+      masks: (n, height, width) booleans; None where only boxes are compared.
+      is_crowd: (n,) marks regions that detections are neither rewarded nor punished in; None for
+        none.
+    """
+
+    size: tuple[int, int]
+    boxes: NDArray[Any]
+    classes: NDArray[Any]
+    scores: NDArray[Any] | None = None
+    masks: NDArray[Any] | None = None
+    is_crowd: NDArray[Any] | None = None
+
+
+def average_precision(
+    truth: Sequence[Annotated], found: Sequence[Annotated], kind: Kind
+) -> dict[str, float]:
+    """Returns "AP" (mean over overlaps of 0.5, 0.55, ... 0.95), "AP50" and "AP75".
+
+    Args:
+      truth: an entry an image.
+      found: of the same images, in the same order.
+      kind: whether boxes or masks are compared.
+
+    Returns:
+      Numbers in [0, 1]; 0 where nothing was found.
+
+    Raises:
+      ValueError: there is no true object at all, or not one entry each.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    if len(truth) != len(found):
+        raise ValueError(f"{len(truth)} images have a truth, but {len(found)} were looked at")
+    entries = [entry for image, one in enumerate(truth) for entry in _entries(image, one, kind)]
+    if not entries:
+        raise ValueError("no image has a true object: average precision means nothing")
+    results = [entry for image, one in enumerate(found) for entry in _entries(image, one, kind)]
+    if not results:
+        return dict.fromkeys(_PLACES, 0.0)
+    classes = sorted({entry["category_id"] for entry in entries})
+    # pycocotools reports its progress with print.
+    with redirect_stdout(io.StringIO()):
+        reference = COCO()
+        reference.dataset = {
+            "info": {},
+            "images": [
+                {"id": image + 1, "height": one.size[0], "width": one.size[1]}
+                for image, one in enumerate(truth)
+            ],
+            "categories": [{"id": number} for number in classes],
+            "annotations": [{**entry, "id": at} for at, entry in enumerate(entries, start=1)],
+        }
+        reference.createIndex()
+        evaluation = COCOeval(reference, reference.loadRes(results), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {name: max(float(evaluation.stats[place]), 0.0) for name, place in _PLACES.items()}
+
+
+def paste(
+    probabilities: NDArray[Any], boxes: NDArray[Any], size: tuple[int, int]
+) -> NDArray[np.bool_]:
+    """Masks over the whole image from probabilities inside of boxes: where one half is exceeded.
+
+    Each is scaled to its box, bilinear, rounded outwards to whole pixels, and cut off at the
+    image's border.
+
+    Args:
+      probabilities: (n, side, side).
+      boxes: (n, 4).
+      size: (height, width) of the image.
+    """
+    height, width = size
+    masks = np.zeros((len(boxes), height, width), bool)
+    for mask, drawn, (left, top, right, bottom) in zip(masks, probabilities, boxes, strict=True):
+        x, y = int(np.floor(left)), int(np.floor(top))
+        wide, high = max(int(np.ceil(right)) - x, 1), max(int(np.ceil(bottom)) - y, 1)
+        scaled = Image.fromarray(np.asarray(drawn, np.float32)).resize(
+            (wide, high), Image.Resampling.BILINEAR
+        )
+        inside = np.asarray(scaled)[max(-y, 0) : height - y, max(-x, 0) : width - x] > 0.5
+        y, x = max(y, 0), max(x, 0)
+        mask[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    return masks
+
+
+def _entries(image: int, one: Annotated, kind: Kind) -> list[dict[str, Any]]:
+    """COCO's annotations of an image: boxes as left, top, width, height."""
+    from pycocotools import mask as run_lengths
+
+    entries = []
+    for index, (box, number) in enumerate(zip(one.boxes, one.classes, strict=True)):
+        left, top, right, bottom = (float(side) for side in box)
+        entry: dict[str, Any] = {
+            "image_id": image + 1,
+            "category_id": int(number),
+            "bbox": [left, top, right - left, bottom - top],
+            "area": (right - left) * (bottom - top),
+            "iscrowd": 0 if one.is_crowd is None else int(one.is_crowd[index]),
+        }
+        if one.scores is not None:
+            entry["score"] = float(one.scores[index])
+        if kind == "segm":
+            if one.masks is None:
+                raise ValueError("masks cannot be compared: an image has boxes only")
+            entry["segmentation"] = run_lengths.encode(
+                np.asfortranarray(one.masks[index].astype(np.uint8))
+            )
+            entry["area"] = float(one.masks[index].sum())
+        if one.scores is not None and kind == "segm":
+            # With a box pycocotools would take the box's outline for the mask.
+            del entry["bbox"]
+        entries.append(entry)
+    return entries

@@ -1,0 +1,180 @@
+"""COCO's images and boxes as tensorflow-datasets prepares them, in arrays of static shape.
+
+tensorflow-datasets keeps boxes and no masks, so what is trained on it is a Faster R-CNN.
+
+Boxes are cut off at the image's border. One of which nothing is left inside of the image is
+skipped, and so are those beyond the number that an example has room for; `count_boxes` counts
+both. An image without objects is an example like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import tensorflow_datasets as tfds
+from numpy.typing import NDArray
+from PIL import Image
+
+from experiments.data.images import decode_image
+from experiments.data.records import open_source
+from experiments.tasks.task import Batch
+
+DATASET = "coco/2017"
+CLASSES = 81  # the background and 80 categories
+# Boxes with a shorter side, in pixels of the original image, are skipped.
+_SHORTEST_SIDE = 1.0
+
+
+class CocoRecord(TypedDict):
+    """An image as it is stored.
+
+    Attributes:
+      encoded: JPEG.
+      boxes: (n, 4): top, left, bottom, right, as fractions of the image.
+      labels: (n,) from 0.
+      is_crowd: (n,) booleans.
+      name: for messages.
+    """
+
+    encoded: bytes
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    is_crowd: NDArray[np.bool_]
+    name: str
+
+
+@dataclass(frozen=True)
+class CocoRecords:
+    """One split of COCO, by number.
+
+    Attributes:
+      source: of tensorflow-datasets.
+      origin: the split's name, for messages.
+    """
+
+    source: Sequence[dict[str, Any]]
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> CocoRecord:
+        example = self.source[index]
+        objects = example["objects"]
+        file_name = example["image/filename"].decode(errors="replace")
+        return CocoRecord(
+            encoded=example["image"],
+            boxes=np.asarray(objects["bbox"], np.float32).reshape(-1, 4),
+            labels=np.asarray(objects["label"]).reshape(-1),
+            is_crowd=np.asarray(objects["is_crowd"], bool).reshape(-1),
+            name=f"{self.origin} example {index} ({file_name})",
+        )
+
+
+def open_coco(split: str, data_dir: str | Path | None = None) -> CocoRecords:
+    """Opens a split of COCO 2017 in array_record format.
+
+    Raises:
+      MissingDatasetError: it has not been prepared; says how to.
+    """
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    return CocoRecords(
+        open_source(DATASET, split, decoders=decoders, data_dir=data_dir), f"{DATASET}/{split}"
+    )
+
+
+def as_arrays(record: CocoRecord, size: int, most: int, *, mirrored: bool = False) -> Batch:
+    """Decodes an image, scales its longer side to `size` and pads it to a square.
+
+    Args:
+      record: see `CocoRecord`.
+      size: of the square's sides.
+      most: objects that there is room for; the largest ones are kept.
+      mirrored: whether left and right are swapped.
+
+    Returns:
+      "image" (size, size, 3) float32 in [-1, 1], zeros where padded; "boxes" (most, 4) float32;
+      "classes" (most,) int32, 0 where padded; "is_crowd" (most,) int32.
+
+    Raises:
+      ValueError: the image cannot be read, or a label does not exist; the message names it.
+    """
+    try:
+        image = decode_image(record["encoded"])
+    except ValueError as error:
+        raise ValueError(f"{record['name']}: {error}") from error
+    if len(record["labels"]) and not 0 <= record["labels"].min() <= record["labels"].max() < 80:
+        raise ValueError(f"{record['name']} has labels beyond 0 to 79: {record['labels']}")
+    boxes, kept = usable_boxes(record, image.width, image.height)
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    scaled = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    boxes = boxes * np.array([width / image.width, height / image.height] * 2)
+    if mirrored:
+        scaled = scaled[:, ::-1]
+        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    largest = np.argsort(-sides.prod(axis=1), kind="stable")[:most]
+    missing = most - len(largest)
+    pixels = np.zeros((size, size, 3), np.float32)
+    pixels[:height, :width] = scaled / np.float32(127.5) - 1
+    return {
+        "image": pixels,
+        "boxes": np.pad(boxes[largest], ((0, missing), (0, 0))).astype(np.float32),
+        "classes": np.pad(record["labels"][kept][largest] + 1, (0, missing)).astype(np.int32),
+        "is_crowd": np.pad(record["is_crowd"][kept][largest], (0, missing)).astype(np.int32),
+    }
+
+
+def usable_boxes(
+    record: CocoRecord, width: int, height: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Boxes in pixels, cut off at the border, and which of the record's those are.
+
+    Args:
+      record: see `CocoRecord`.
+      width: of its image.
+      height: of its image.
+
+    Returns:
+      (kept, 4): left, top, right, bottom; and (n,) booleans.
+    """
+    corners = np.clip(record["boxes"][:, [1, 0, 3, 2]].astype(float), 0, 1)
+    boxes = corners * np.array([width, height, width, height])
+    # NaN compares as False, so that it is skipped too.
+    kept = ((boxes[:, 2:] - boxes[:, :2]) >= _SHORTEST_SIDE).all(axis=1)
+    return boxes[kept], kept
+
+
+def count_boxes(records: CocoRecords, most: int) -> str:
+    """Says how many objects a split has, and how many of them are left out."""
+    whole, outside, beyond, empty = 0, 0, 0, 0
+    for index in range(len(records)):
+        record = records[index]
+        image = decode_size(record)
+        _, kept = usable_boxes(record, *image)
+        whole += len(kept)
+        outside += int((~kept).sum())
+        beyond += max(0, int(kept.sum()) - most)
+        empty += not kept.any()
+    return (
+        f"{records.origin}: {len(records):,} images, {empty:,} of them without objects; "
+        f"{whole:,} objects, {outside:,} skipped as empty or outside of their image, {beyond:,} "
+        f"beyond {most} an image."
+    )
+
+
+def decode_size(record: CocoRecord) -> tuple[int, int]:
+    """Width and height of a record's image.
+
+    Raises:
+      ValueError: the image cannot be read; the message names it.
+    """
+    try:
+        return decode_image(record["encoded"]).size
+    except ValueError as error:
+        raise ValueError(f"{record['name']}: {error}") from error

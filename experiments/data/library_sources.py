@@ -1,0 +1,85 @@
+"""The sources of Python's own library as bytes: text that is present wherever Python is."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+# Packages installed by somebody, tests, and generated tables come and go with the installation.
+_LEFT_OUT = frozenset(
+    ["site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip"]
+)
+
+# Of 256 values of a hash, how many put a file into the test set: about a tenth.
+_TEST_HASHES = 26
+
+
+class Sources(NamedTuple):
+    """All files, split in two.
+
+    Attributes:
+      train: the training files' bytes, a zero byte after each.
+      test: the same of the test files.
+      train_files: how many.
+      test_files: how many.
+      skipped: files that could not be read, relative to the folder.
+    """
+
+    train: Bytes
+    test: Bytes
+    train_files: int
+    test_files: int
+    skipped: tuple[str, ...]
+
+
+def load_sources(folder: Path | None = None) -> Sources:
+    """Reads every `*.py` file of a folder and splits them by a hash of the relative path.
+
+    A file is in the same half wherever the library lies, and whatever other files there are.
+
+    Args:
+      folder: of the library; None for that of the running Python.
+
+    Raises:
+      ValueError: if one of the halves is empty.
+    """
+    root = folder or Path(sysconfig.get_paths()["stdlib"])
+    halves: dict[bool, list[bytes]] = {False: [], True: []}
+    skipped = []
+    for path in _files(root):
+        name = path.relative_to(root).as_posix()
+        try:
+            halves[is_test(name)].append(path.read_bytes())
+        except OSError:
+            skipped.append(name)
+    train, test = halves[False], halves[True]
+    if not train or not test:
+        raise ValueError(
+            f"{root} has {len(train)} training and {len(test)} test files named *.py, "
+            f"{len(skipped)} could not be read; it takes one of each at least. Is the library "
+            "installed there as sources?"
+        )
+    return Sources(_join(train), _join(test), len(train), len(test), tuple(skipped))
+
+
+def is_test(name: str) -> bool:
+    """Whether a file, named by its path with slashes, is a test file."""
+    return hashlib.sha256(name.encode()).digest()[0] < _TEST_HASHES
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for path in sorted(root.rglob("*.py")):
+        if not _LEFT_OUT & set(path.relative_to(root).parts[:-1]):
+            yield path
+
+
+def _join(files: list[bytes]) -> Bytes:
+    return np.frombuffer(b"".join(content + b"\0" for content in files), np.uint8)

@@ -1,0 +1,130 @@
+"""Sentences and their translations as arrays of tokens of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.data.epochs import pad_batch
+from experiments.data.vocabulary import BEGIN, END, PADDING, Vocabulary
+from experiments.tasks.task import Batch
+
+Tokens = NDArray[np.uint16]
+Pair = tuple[str, str]
+
+_CHUNK = 8192
+
+
+class EncodedPairs(NamedTuple):
+    """Pairs that fit, as tokens; each row ends with `END` and is filled up with `PADDING`.
+
+    Attributes:
+      source: (pairs, length).
+      target: (pairs, length).
+      kept: (pairs,), which of the given pairs they are.
+      empty: how many were left out because one side has no words.
+      too_long: how many were left out because one side has more than `length` tokens.
+    """
+
+    source: Tokens
+    target: Tokens
+    kept: NDArray[np.int64]
+    empty: int
+    too_long: int
+
+    def note(self, name: str) -> str:
+        """A sentence about what is there and what was left out."""
+        return (
+            f"{len(self.source):,} {name} pairs of at most {self.source.shape[1]} tokens a side; "
+            f"left out: {self.empty:,} with an empty side, {self.too_long:,} too long."
+        )
+
+
+def encode_pairs(pairs: Iterable[Pair], vocabulary: Vocabulary, *, length: int) -> EncodedPairs:
+    """Encodes pairs, leaves out those that are empty or too long, and counts them.
+
+    Args:
+      pairs: source and target; read once.
+      vocabulary: of both languages, of at most 65,536 pieces.
+      length: most tokens of a side, its end among them.
+
+    Raises:
+      ValueError: if no pair is left, or the vocabulary is too large.
+    """
+    if len(vocabulary) > 2**16:
+        raise ValueError(f"{len(vocabulary)} pieces do not fit 16 bits; take at most {2**16}")
+    parts: list[tuple[NDArray[np.int64], Tokens, Tokens]] = []
+    empty, too_long, seen = 0, 0, 0
+    for chunk in _chunks(pairs):
+        sides = [vocabulary.encode([pair[side].strip() for pair in chunk]) for side in (0, 1)]
+        lengths = np.array([[len(row) for row in side] for side in sides])
+        is_empty, is_long = (lengths == 0).any(axis=0), (lengths >= length).any(axis=0)
+        kept = np.flatnonzero(~is_empty & ~is_long)
+        source, target = (_fill([side[i] for i in kept], length) for side in sides)
+        parts.append((kept + seen, source, target))
+        empty, too_long = empty + int(is_empty.sum()), too_long + int((is_long & ~is_empty).sum())
+        seen += len(chunk)
+    if not any(len(part[0]) for part in parts):
+        raise ValueError(
+            f"none of {seen} pairs is left: {empty} have an empty side, {too_long} more than "
+            f"{length} tokens on one. Take longer sequences or a larger vocabulary"
+        )
+    indices, sources, targets = zip(*parts, strict=True)
+    return EncodedPairs(
+        np.concatenate(sources),
+        np.concatenate(targets),
+        np.concatenate(indices),
+        empty,
+        too_long,
+    )
+
+
+def training_batches(
+    pairs: EncodedPairs, batch_size: int, seed: int, epoch: int
+) -> Iterator[Batch]:
+    """Every pair at most once, in an order that depends on seed and epoch.
+
+    "source" and "target" are (batch, length) int32.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(len(pairs.source))
+    for start in range(0, len(order) - batch_size + 1, batch_size):
+        yield _batch(pairs, order[start : start + batch_size])
+
+
+def evaluation_batches(pairs: EncodedPairs, batch_size: int) -> Iterator[Batch]:
+    """Every pair once, with "index" (batch,) int32 and "valid", 0 where the last is filled up."""
+    for start in range(0, len(pairs.source), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(pairs.source)))
+        batch = {**_batch(pairs, rows), "index": rows.astype(np.int32)}
+        yield pad_batch(batch, batch_size)
+
+
+def shifted(target: np.ndarray) -> np.ndarray:
+    """What a decoder reads to predict `target`: the begin, and all but the last token."""
+    return np.concatenate([np.full_like(target[:, :1], BEGIN), target[:, :-1]], axis=1)
+
+
+def _batch(pairs: EncodedPairs, rows: np.ndarray) -> Batch:
+    target = pairs.target[rows].astype(np.int32)
+    return {
+        "source": pairs.source[rows].astype(np.int32),
+        "read": shifted(target),
+        "target": target,
+    }
+
+
+def _chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    iterator = iter(pairs)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk
+
+
+def _fill(rows: list[list[int]], length: int) -> Tokens:
+    filled = np.full((len(rows), length), PADDING, np.uint16)
+    for index, row in enumerate(rows):
+        filled[index, : len(row) + 1] = [*row, END]
+    return filled

@@ -1,0 +1,119 @@
+"""Translation of English number names to German ones: real words, real reordering.
+
+"Forty-five thousand" is "fünfundvierzigtausend": the ones come before the tens and everything
+is one word. num2words knows as many pairs as one asks for; a tenth of the numbers, chosen by a
+hash, is never trained on. German writes a name below a million as a single word, so BLEU counts
+n-grams of characters here; exact match is the metric that methods are compared by.
+
+Run:
+  python -m experiments.compare --task number_names
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from num2words import num2words
+
+from experiments.data.sentence_pairs import encode_pairs
+from experiments.data.vocabulary import train_vocabulary
+from experiments.models.transformer import find_transformer
+from experiments.tasks.task import Recipe, Task
+from experiments.tasks.translation import (
+    BLEU_METRIC,
+    CHRF_METRIC,
+    EXACT_METRIC,
+    translation_task,
+)
+
+DIGITS = 9
+TRAIN_PAIRS = 3200
+TEST_PAIRS = 384
+PIECES = 160
+LENGTH = 32
+
+RECIPE = Recipe(
+    epochs=8,
+    batch_size=32,
+    optimizer="adamw",
+    learning_rate=3e-3,
+    schedule="inverse_sqrt",
+    warmup_epochs=1.5,
+    second_momentum=0.98,
+    weight_decay=0.0,
+    lambda_w=2e-4,
+    lambda_decoupled=0.1,
+    label_smoothing=0.1,
+)
+
+
+def number_names_task(
+    model: str = "transformer_tiny",
+    *,
+    recipe: Recipe = RECIPE,
+    dtype: Any = jnp.float32,
+    train_pairs: int = TRAIN_PAIRS,
+    test_pairs: int = TEST_PAIRS,
+) -> Task:
+    """Makes the task of translating number names.
+
+    Args:
+      model: one of `experiments.models.transformer.TRANSFORMERS`.
+      recipe: hyper-parameters.
+      dtype: the network computes in.
+      train_pairs: how many.
+      test_pairs: how many, of numbers that are never trained on.
+
+    Raises:
+      ValueError: there is no such model.
+    """
+    size = find_transformer(model)
+    train, test = number_pairs(train_pairs, test_pairs)
+    vocabulary = train_vocabulary((side for pair in train for side in pair), PIECES)
+    encoded = encode_pairs(test, vocabulary, length=LENGTH)
+    return translation_task(
+        name="number_names",
+        size=size,
+        vocabulary=vocabulary,
+        train=encode_pairs(train, vocabulary, length=LENGTH),
+        test=encoded,
+        texts=[test[index] for index in encoded.kept],
+        recipe=recipe,
+        metrics=(EXACT_METRIC, BLEU_METRIC, CHRF_METRIC),
+        bleu_tokens="char",
+        dtype=dtype,
+        notes=(f"A vocabulary of {PIECES} pieces for both languages.",),
+    )
+
+
+@cache
+def number_pairs(
+    train: int, test: int
+) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """English and German names of different numbers, to train on and to test with.
+
+    Numbers of 1 to `DIGITS` digits are equally likely, as far as there are enough.
+    """
+    rng = np.random.default_rng(0)
+    halves: dict[bool, dict[int, None]] = {False: {}, True: {}}
+    wanted = {False: train, True: test}
+    while any(len(halves[half]) < wanted[half] for half in halves):
+        number = int(rng.integers(0, 10 ** rng.integers(1, DIGITS + 1)))
+        half = is_test(number)
+        if len(halves[half]) < wanted[half]:
+            halves[half][number] = None
+    return tuple(names(halves[False])), tuple(names(halves[True]))
+
+
+def names(numbers: Any) -> list[tuple[str, str]]:
+    """The English and the German name of each number."""
+    return [(num2words(n, lang="en"), num2words(n, lang="de")) for n in numbers]
+
+
+def is_test(number: int) -> bool:
+    """Whether a number is never trained on: one in ten, whatever else is drawn."""
+    return hashlib.sha256(str(number).encode()).digest()[0] < 26

@@ -1,0 +1,226 @@
+"""What every detection task shares: losses, average precision, drawn boxes and masks.
+
+Source: Ren et al., "Faster R-CNN", NeurIPS 2015; He et al., "Mask R-CNN", ICCV 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw
+
+from experiments.coco_metrics import Annotated, average_precision, paste
+from experiments.data.images import Pixels, image_uri
+from experiments.models.mask_rcnn import MaskRCNN, Objects
+from experiments.tasks.task import Batch, Metric, Recipe, Shown, Sums, Task, Variables
+
+# Layers that see three channels, which no group of four fits into.
+KEEP_DENSE = ("/stem/",)
+BOX_METRICS = (Metric("box AP"), Metric("box AP50"))
+MASK_METRICS = (Metric("mask AP"), Metric("mask AP50"))
+
+_SHOWN = 4
+_SHOWN_SCORE = 0.5
+_COLOURS = np.array(
+    [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)]
+)
+
+
+def object_detection_task(
+    *,
+    name: str,
+    model: MaskRCNN,
+    image_shape: tuple[int, int],
+    train_batches: Callable[[int, int], Iterator[Batch]],
+    eval_batches: Callable[[], Iterator[Batch]],
+    steps_per_epoch: int,
+    recipe: Recipe,
+    **described: Any,
+) -> Task:
+    """Makes the task of finding objects in images with Faster or Mask R-CNN.
+
+    Training minimises the mean over the images of the sum of all losses; evaluation sums the same
+    with the running statistics, and measures average precision.
+
+    Args:
+      name: of the task.
+      model: see `experiments.models.mask_rcnn`.
+      image_shape: (height, width).
+      train_batches: `(seed, epoch) -> batches` with "image" (batch, *image_shape, 3) float32 in
+        [-1, 1], "boxes" (batch, objects, 4) float32, "classes" (batch, objects) int32 from 1, 0
+        where padded, and for a model with masks "masks" (batch, objects, *image_shape) uint8.
+      eval_batches: `() -> batches`, the same plus "valid" (batch,), 0 where padded. May have
+        "is_crowd" (batch, objects).
+      steps_per_epoch: how many batches `train_batches` yields.
+      recipe: default hyper-parameters.
+      **described: other fields of `Task`.
+
+    Returns:
+      The task.
+    """
+
+    def init(key: jax.Array) -> Variables:
+        image = jnp.zeros((1, *image_shape, 3))
+        return dict(model.init(key, image, method="find"))
+
+    def losses(
+        params: Any, collections: Variables, batch: Batch, key: jax.Array, train: bool
+    ) -> tuple[jax.Array, Variables]:
+        found, updated = model.apply(
+            {"params": params, **collections},
+            batch["image"],
+            _objects(batch),
+            key,
+            train,
+            mutable=list(collections) if train else [],
+            method="losses",
+        )
+        return sum(found.values()), {**collections, **updated}
+
+    def loss(
+        params: Any, collections: Variables, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Variables]:
+        total, collections = losses(params, collections, batch, key, True)
+        return total.mean(), collections
+
+    def evaluate(params: Any, collections: Variables, batch: Batch) -> Sums:
+        total, _ = losses(params, collections, batch, jax.random.key(0), False)
+        keep = batch["valid"] != 0
+        return {"count": keep.sum().astype(jnp.float32), "loss": jnp.where(keep, total, 0).sum()}
+
+    def predict(params: Any, collections: Variables, batch: Batch) -> Any:
+        return model.apply({"params": params, **collections}, batch["image"], method="find")
+
+    def show(params: Any, collections: Variables) -> list[Shown]:
+        batch = {name: values[:_SHOWN] for name, values in next(eval_batches()).items()}
+        found = jax.device_get(jax.jit(predict)(params, collections, batch))
+        return shown_images(batch, annotated(batch, found))
+
+    return Task(
+        name=name,
+        init=init,
+        loss=loss,
+        evaluate=evaluate,
+        train_batches=train_batches,
+        eval_batches=eval_batches,
+        steps_per_epoch=steps_per_epoch,
+        recipe=recipe,
+        keep_dense=KEEP_DENSE,
+        metrics=BOX_METRICS + (MASK_METRICS if model.with_masks else ()),
+        predict=predict,
+        score=detection_scores,
+        show=show,
+        **described,
+    )
+
+
+def detection_scores(batches: list[Batch], predictions: list[Any]) -> dict[str, float]:
+    """Average precision of boxes and, where there are masks, of masks.
+
+    Args:
+      batches: see `object_detection_task`.
+      predictions: `Found` of each batch.
+    """
+    truth, found = [], []
+    for batch, prediction in zip(batches, predictions, strict=True):
+        keep = np.flatnonzero(batch["valid"])
+        true, seen = true_objects(batch), annotated(batch, prediction)
+        truth += [true[index] for index in keep]
+        found += [seen[index] for index in keep]
+    boxes = average_precision(truth, found, "bbox")
+    scores = {f"box {name}": value for name, value in boxes.items()}
+    if truth[0].masks is not None:
+        masks = average_precision(truth, found, "segm")
+        scores |= {f"mask {name}": value for name, value in masks.items()}
+    return scores
+
+
+def true_objects(batch: Batch) -> list[Annotated]:
+    """The objects of each image of a batch, without padding."""
+    found = []
+    for index, classes in enumerate(batch["classes"]):
+        there = classes > 0
+        found.append(
+            Annotated(
+                size=batch["image"].shape[1:3],
+                boxes=batch["boxes"][index][there],
+                classes=classes[there],
+                masks=batch["masks"][index][there] if "masks" in batch else None,
+                is_crowd=batch["is_crowd"][index][there] if "is_crowd" in batch else None,
+            )
+        )
+    return found
+
+
+def annotated(batch: Batch, prediction: Any) -> list[Annotated]:
+    """The detections of each image of a batch, masks pasted into it."""
+    detections, masks = prediction
+    size, found = batch["image"].shape[1:3], []
+    for index in range(len(batch["image"])):
+        boxes, classes, scores = (np.asarray(values[index]) for values in detections)
+        there = classes > 0
+        found.append(
+            Annotated(
+                size=size,
+                boxes=boxes[there],
+                classes=classes[there],
+                scores=scores[there],
+                masks=None if masks is None else paste(masks[index][there], boxes[there], size),
+            )
+        )
+    return found
+
+
+def shown_images(batch: Batch, found: list[Annotated]) -> list[Shown]:
+    """Draws the truth of some images, and what a network found with a score of 0.5 or more."""
+    rows = []
+    for image, true, seen in zip(batch["image"], true_objects(batch), found, strict=True):
+        pixels = np.clip(np.rint(127.5 * (image + 1)), 0, 255).astype(np.uint8)
+        scores = np.ones(len(seen.classes)) if seen.scores is None else seen.scores
+        sure = np.flatnonzero(scores >= _SHOWN_SCORE)
+        rows.append(
+            {
+                "truth": image_uri(draw_objects(pixels, true, range(len(true.classes)))),
+                "network": image_uri(draw_objects(pixels, seen, sure)),
+            }
+        )
+    return rows
+
+
+def draw_objects(pixels: Pixels, objects: Annotated, which: Any, enlarge: int = 3) -> Pixels:
+    """Draws masks, boxes and classes into an enlarged image.
+
+    Args:
+      pixels: (height, width, 3).
+      objects: of the image.
+      which: indices of those to draw.
+      enlarge: how many times.
+    """
+    canvas = np.repeat(np.repeat(pixels, enlarge, axis=0), enlarge, axis=1).astype(float)
+    for index in which:
+        if objects.masks is not None:
+            mask = np.kron(objects.masks[index] != 0, np.ones((enlarge, enlarge))) > 0
+            canvas[mask] = (canvas[mask] + _colour(objects.classes[index])) / 2
+    image = Image.fromarray(canvas.astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for index in which:
+        colour = tuple(int(part) for part in _colour(objects.classes[index]))
+        left, top, right, bottom = (enlarge * float(side) for side in objects.boxes[index])
+        draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=colour)
+        score = "" if objects.scores is None else f" {objects.scores[index]:.2f}"
+        draw.text((left + 2, top), f"{objects.classes[index]}{score}", fill=colour)
+    return np.asarray(image)
+
+
+def _objects(batch: Batch) -> Objects:
+    masks = jnp.asarray(batch["masks"]) if "masks" in batch else None
+    return Objects(jnp.asarray(batch["boxes"]), jnp.asarray(batch["classes"]), masks)
+
+
+def _colour(number: int) -> np.ndarray:
+    colour: np.ndarray = _COLOURS[int(number) % len(_COLOURS)]
+    return colour

@@ -1,0 +1,259 @@
+"""Language modelling: the next byte of the sources of Python's own library.
+
+A decoder alone reads bytes and predicts the next one; the metric is bits per byte of files that
+training never sees. With hundreds of thousands of predictions to average over it is the most
+sensitive yardstick here for comparing methods. The corpus is that of the running Python, so
+numbers from different versions of Python are close, not equal.
+
+Run:
+  python -m experiments.compare --task python_bytes
+  python -m experiments.compare --task python_bytes --name careful --patterns 2:4 1:4 1:8 \
+    --methods dense one_shot ste sr_ste sr_ste_decoupled
+  python -m experiments.compare --task python_bytes --model decoder_medium      # for a GPU
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.data.library_sources import Bytes, Sources, load_sources
+from experiments.models.decoding import draw
+from experiments.models.transformer import DECODERS, Decoder
+from experiments.tasks.classification import cross_entropy
+from experiments.tasks.task import Batch, Metric, Recipe, Shown, Sums, Task, Variables
+
+METRIC = Metric("bits per byte", unit="", step="bits", perfect=0.0, scale=1.0, close=0.02)
+TEMPERATURE = 0.7
+_EVAL_BATCH = 32
+_SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How much of the corpus is read.
+
+    Attributes:
+      window: bytes predicted at once; what a prediction may look back on.
+      steps_per_epoch: batches of windows, drawn anywhere in the training files.
+      test_windows: spread evenly over the test files.
+    """
+
+    window: int
+    steps_per_epoch: int
+    test_windows: int
+
+
+# By model: how it trains, and on what. The first is for two cores.
+RECIPES = {
+    "decoder_tiny": Recipe(
+        epochs=18,
+        batch_size=32,
+        optimizer="adamw",
+        learning_rate=4e-3,
+        warmup_epochs=1.0,
+        second_momentum=0.98,
+        clip=1.0,
+        weight_decay=0.01,
+        decay_vectors=False,
+        lambda_w=2e-4,
+        lambda_decoupled=0.1,
+    ),
+}
+RECIPES["decoder_small"] = dataclasses.replace(
+    RECIPES["decoder_tiny"], epochs=20, batch_size=64, learning_rate=2e-3, weight_decay=0.1
+)
+RECIPES["decoder_medium"] = dataclasses.replace(
+    RECIPES["decoder_small"], batch_size=128, learning_rate=6e-4
+)
+READINGS = {
+    "decoder_tiny": Reading(64, 50, 1024),
+    "decoder_small": Reading(512, 500, 1024),
+    "decoder_medium": Reading(1024, 1000, 1024),
+}
+
+
+def python_bytes_task(
+    model: str = "decoder_tiny",
+    *,
+    recipe: Recipe | None = None,
+    dtype: Any = jnp.float32,
+    sources: Sources | None = None,
+    reading: Reading | None = None,
+) -> Task:
+    """Makes the task of predicting the next byte.
+
+    Args:
+      model: one of `RECIPES`.
+      recipe: hyper-parameters; None for the model's.
+      dtype: the network computes in.
+      sources: the corpus; None for the running Python's library.
+      reading: how much of it; None for the model's.
+
+    Raises:
+      ValueError: there is no such model, the corpus is empty, or shorter than a window.
+    """
+    recipe, reading = recipe or find_recipe(model), reading or READINGS[model]
+    sources = sources or _library()
+    _check_long_enough(sources, reading.window)
+    network = Decoder(DECODERS[model], 256, dtype)
+
+    def init(key: jax.Array) -> Variables:
+        return dict(network.init(key, jnp.zeros((1, 2), jnp.int32)))
+
+    def losses(params: Any, batch: Batch, **options: Any) -> jax.Array:
+        tokens = batch["tokens"]
+        logits: Any = network.apply({"params": params}, tokens[:, :-1], **options)
+        return cross_entropy(logits, tokens[:, 1:])
+
+    def loss(
+        params: Any, collections: Variables, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Variables]:
+        return losses(params, batch, train=True, rngs={"dropout": key}).mean(), collections
+
+    def evaluate(params: Any, collections: Variables, batch: Batch) -> Sums:
+        del collections
+        valid = batch["valid"] != 0
+        total = jnp.sum(jnp.where(valid, losses(params, batch).mean(axis=1), 0.0))
+        count = valid.sum().astype(jnp.float32)
+        return {"count": count, "loss": total, METRIC.name: total / np.log(2)}
+
+    return Task(
+        name="python_bytes",
+        init=init,
+        loss=loss,
+        evaluate=evaluate,
+        train_batches=partial(_train_batches, sources.train, reading, recipe.batch_size),
+        eval_batches=partial(_eval_batches, sources.test, reading),
+        steps_per_epoch=reading.steps_per_epoch,
+        recipe=recipe,
+        metrics=(METRIC,),
+        show=partial(_show, network, sources.test, reading.window),
+        baselines=baselines(sources),
+        notes=(_note(sources),),
+        identity=(("corpus", hashlib.sha256(sources.train.tobytes()).hexdigest()[:16]),),
+    )
+
+
+def find_recipe(model: str) -> Recipe:
+    """The recipe of a model.
+
+    Raises:
+      ValueError: there is no such model.
+    """
+    if model not in RECIPES:
+        raise ValueError(f"no model named {model!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[model]
+
+
+def baselines(sources: Sources) -> tuple[tuple[str, float], ...]:
+    """Bits per byte of the test files under what can be counted in the training files.
+
+    Every count begins at one, so that nothing is impossible.
+    """
+    train, test = sources.train.astype(np.int64), sources.test.astype(np.int64)
+    single = np.bincount(train, minlength=256) + 1
+    pairs = np.bincount(256 * train[:-1] + train[1:], minlength=65536).reshape(256, 256) + 1
+    bits = -np.log2(single / single.sum())
+    pair_bits = -np.log2(pairs / pairs.sum(axis=1, keepdims=True))
+    return (
+        ("all bytes alike", 8.0),
+        ("frequencies of bytes", float(bits[test].mean())),
+        ("frequencies of pairs", float(pair_bits[test[:-1], test[1:]].mean())),
+    )
+
+
+@cache
+def _library() -> Sources:
+    return load_sources()
+
+
+def _check_long_enough(sources: Sources, window: int) -> None:
+    for name, half in (("training", sources.train), ("test", sources.test)):
+        if len(half) < window + 1:
+            raise ValueError(
+                f"the {name} files have {len(half)} bytes together, a window takes {window + 1}: "
+                "give a shorter window or more files"
+            )
+
+
+def _train_batches(
+    stream: Bytes, reading: Reading, batch_size: int, seed: int, epoch: int
+) -> Iterator[Batch]:
+    rng = np.random.default_rng((seed, epoch))
+    for _ in range(reading.steps_per_epoch):
+        starts = rng.integers(0, len(stream) - reading.window, batch_size)
+        yield {"tokens": _windows(stream, starts, reading.window)}
+
+
+def _eval_batches(stream: Bytes, reading: Reading) -> Iterator[Batch]:
+    starts = _spread(stream, reading.window, reading.test_windows)
+    for first in range(0, len(starts), _EVAL_BATCH):
+        chosen = starts[first : first + _EVAL_BATCH]
+        valid = np.arange(_EVAL_BATCH) < len(chosen)
+        padded = np.pad(chosen, (0, _EVAL_BATCH - len(chosen)))
+        yield {
+            "tokens": _windows(stream, padded, reading.window),
+            "valid": valid.astype(np.int32),
+        }
+
+
+def _spread(stream: Bytes, window: int, count: int) -> NDArray[np.int64]:
+    """Where windows begin that lie at equal distances over the stream."""
+    return np.linspace(0, len(stream) - window - 1, count).astype(np.int64)
+
+
+def _windows(stream: Bytes, starts: NDArray[np.int64], window: int) -> NDArray[np.int32]:
+    """Windows of a stream and the byte after each, (windows, window + 1)."""
+    return stream[starts[:, None] + np.arange(window + 1)].astype(np.int32)
+
+
+def _show(
+    network: Decoder, stream: Bytes, window: int, params: Any, collections: Variables
+) -> list[Shown]:
+    """Lets the network go on in the middle of some test files."""
+    del collections
+    half = window // 2
+    starts = _spread(stream, window, _SHOWN + 2)[1:-1]
+    tokens = _windows(stream, starts, window)
+    written = _continue(network, params, tokens[:, :half])
+    return [
+        {"before": _text(row[:half]), "as it goes on": _text(row[half:]), "network": _text(own)}
+        for row, own in zip(tokens, np.asarray(written), strict=True)
+    ]
+
+
+@partial(jax.jit, static_argnums=0)
+def _continue(network: Decoder, params: Any, prompt: jax.Array) -> jax.Array:
+    variables = {"params": params}
+    rows, length = prompt.shape
+    memory = network.apply(variables, rows, 2 * length, method="begin")
+    return draw(
+        lambda *now: network.apply(variables, *now, method="step"),
+        memory,
+        prompt,
+        length=length,
+        key=jax.random.key(0),
+        temperature=TEMPERATURE,
+    )
+
+
+def _text(tokens: Any) -> str:
+    return bytes(np.asarray(tokens, np.uint8)).decode("utf-8", errors="replace")
+
+
+def _note(sources: Sources) -> str:
+    skipped = ", ".join(sources.skipped[:3]) + (", ..." if len(sources.skipped) > 3 else "")
+    return (
+        f"{sources.train_files:,} training files with {len(sources.train):,} bytes, "
+        f"{sources.test_files:,} test files with {len(sources.test):,}; {len(sources.skipped)} "
+        f"files could not be read{': ' if skipped else ''}{skipped}."
+    )

@@ -1,0 +1,168 @@
+"""The flow tasks: batches, recipe, a few steps of training, the real layouts end to end."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.flags import Flags, make_job, make_task
+from experiments.loop import train
+from experiments.models.raft import tiny_raft
+from experiments.tasks import flow as module
+from experiments.tasks.flow import draw_batch, flow_task
+from experiments.tasks.flying_chairs import flying_chairs_task
+from experiments.tasks.optical_flow import flow_sums, no_motion_error, shown_pairs
+from experiments.tasks.sintel import eval_example, sintel_task
+from tests.experiments.test_flow_folders import write_chairs, write_sintel
+from tests.experiments.tiny import compile_little  # noqa: F401
+
+# Compiles in seconds.
+TINIER = {"widths": (8,), "strides": (4, 1), "iterations": 1, "hidden": 8}
+
+pytestmark = pytest.mark.usefixtures("compile_little")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TEST_PAIRS", 8)
+        patch.setattr(module, "STEPS_PER_EPOCH", 3)
+        patch.setattr(module, "_EVAL_BATCH", 4)
+        patch.setattr(module, "tiny_raft", lambda: replace(tiny_raft(), **TINIER))
+        module.test_batches.cache_clear()
+        yield
+    module.test_batches.cache_clear()
+
+
+def test_batches_depend_on_seed_and_epoch_only():
+    task = flow_task()
+
+    def first(seed, epoch):
+        return next(iter(task.train_batches(seed, epoch)))["first"]
+
+    np.testing.assert_array_equal(first(1, 2), first(1, 2))
+    for other in ((1, 3), (2, 2)):
+        assert not np.array_equal(first(1, 2), first(*other))
+
+
+def test_batches_are_what_the_loss_asks_for():
+    batch = draw_batch(np.random.default_rng(0), 3, "train")
+    shapes = {name: values.shape for name, values in batch.items()}
+    assert shapes == {
+        "first": (3, 64, 64, 3),
+        "second": (3, 64, 64, 3),
+        "flow": (3, 64, 64, 2),
+        "known": (3, 64, 64),
+    }
+    assert all(values.dtype == np.float32 for values in batch.values())
+    assert -1 <= batch["first"].min() < -0.5 < 0.5 < batch["first"].max() <= 1
+
+
+def test_no_motion_is_as_wrong_as_the_flow_is_long():
+    task = flow_task()
+    lengths = [np.linalg.norm(batch["flow"], axis=-1) for batch in task.eval_batches()]
+    assert dict(task.baselines)["without motion"] == pytest.approx(np.mean(lengths), rel=1e-5)
+
+
+def test_known_pixels_alone_make_the_baseline():
+    batch = {
+        "flow": np.array([[[[3, 4], [100, 0]]]], np.float32),
+        "known": np.array([[[1, 0]]], np.float32),
+        "valid": np.ones(1),
+    }
+    assert no_motion_error([batch]) == pytest.approx(5)
+
+
+def test_metrics_that_are_shown_are_measured():
+    task = flow_task()
+    zero = np.zeros((1, 2, 2, 2))
+    measured = jax.eval_shape(flow_sums, zero, zero, np.ones((1, 2, 2)), np.ones(1))
+    assert {metric.name for metric in task.metrics} <= set(measured)
+    assert all(metric.sign == -1 for metric in task.metrics)
+
+
+def test_a_few_sparse_steps_change_the_error_and_can_be_shown():
+    job = make_job(Flags(task="flow", pattern="2:4", method="sr_ste", epochs=1, batch_size=2))
+    (report,) = train(job, watch_every=3)
+    assert report.density[0] == pytest.approx(0.5)
+    assert np.isfinite(report.train_loss).all()
+    assert {"EPE", "over 1 px", "over 3 px", "over 5 px", "outliers", "loss"} == set(report.test)
+    state = jax.device_get(report.state.train)
+    rows = job.task.show(state.params, state.collections)
+    assert len(rows) == 4
+    assert list(rows[0])[-1] == "network"
+    assert all(text.startswith("data:image/jpeg;base64,") for text in rows[0].values())
+
+
+def test_pictures_leave_unknown_flow_out():
+    batch = draw_batch(np.random.default_rng(0), 1, "test")
+    batch["flow"][0, 0, 0] = np.nan
+    flow = np.zeros_like(batch["flow"])
+    batch["known"][0, 0, 0] = 0
+    (row,) = shown_pairs(batch, flow)
+    assert list(row) == ["first image", "second image", "true flow", "network"]
+
+
+def test_recipe_follows_the_flags_and_the_model_is_fixed():
+    task = make_task(Flags(task="flow", epochs=3, batch_size=2, learning_rate=0.5))
+    recipe = task.recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (3, 2, 0.5)
+    assert (recipe.optimizer, recipe.schedule, recipe.clip) == ("adamw", "linear", 1.0)
+    assert next(iter(task.train_batches(0, 0)))["first"].shape[0] == 2
+    with pytest.raises(ValueError, match="raft_tiny in float32 only"):
+        make_task(Flags(task="flow", model="raft"))
+
+
+def test_chairs_come_in_batches_of_one_shape(tmp_path, monkeypatch):
+    from experiments.tasks import flying_chairs
+
+    monkeypatch.setattr(flying_chairs, "CROP", (4, 8))
+    write_chairs(tmp_path, "111121")
+    recipe = replace(flying_chairs.RECIPE, batch_size=2)
+    task = flying_chairs_task(recipe=recipe, data_dir=tmp_path)
+    assert task.steps_per_epoch == 2
+    batches = list(task.train_batches(0, 0))
+    assert [batch["first"].shape for batch in batches] == [(2, 4, 8, 3)] * 2
+    assert batches[0]["flow"].shape == (2, 4, 8, 2)
+    (batch,) = task.eval_batches()
+    assert batch["first"].shape == (8, 6, 8, 3)
+    assert batch["valid"].tolist() == [1] + [0] * 7
+    assert np.abs(batch["first"]).max() <= 1
+
+
+def test_the_published_recipe_makes_200_000_steps():
+    from experiments.tasks.flying_chairs import RECIPE
+
+    assert RECIPE.epochs * (22_232 // RECIPE.batch_size) == pytest.approx(200_000, rel=1e-3)
+    assert RECIPE.warmup_epochs / RECIPE.epochs == pytest.approx(0.05)
+
+
+def test_sintel_is_padded_and_its_padding_unknown(tmp_path):
+    write_chairs(tmp_path / "FlyingChairs_release", "11112")
+    written = write_sintel(tmp_path / "Sintel", {"alley_1": 3})
+    task = sintel_task(data_dir=tmp_path)
+    (batch,) = task.eval_batches()
+    assert batch["first"].shape == (4, 8, 8, 3)
+    assert batch["valid"].tolist() == [1, 1, 0, 0]
+    assert batch["known"][0].sum() == 6 * 8
+    image = written["clean", "alley_1", 1] / 127.5 - 1
+    np.testing.assert_allclose(batch["first"][0, :6], image, atol=1e-6)
+    np.testing.assert_allclose(batch["first"][0, 6:], image[-1:].repeat(2, axis=0), atol=1e-6)
+
+
+def test_unknown_flow_on_disk_stays_unknown():
+    flow = np.zeros((8, 8, 2), np.float32)
+    flow[2, 3] = 1.5e9
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    known = eval_example((*images, flow))["known"]
+    assert known.sum() == 63
+    assert known[2, 3] == 0
+
+
+@pytest.mark.parametrize("task", ["flying_chairs", "sintel"])
+def test_missing_data_are_a_clear_error(task, tmp_path, capsys):
+    from experiments.train import main
+
+    assert main(["--task", task, "--data-dir", str(tmp_path), "--runs-dir", str(tmp_path)]) == 1
+    assert "Unpack" in capsys.readouterr().err
