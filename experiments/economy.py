@@ -39,7 +39,17 @@ def in_bfloat16(task: Task) -> Task:
         valid = {"valid": batch["valid"]} if "valid" in batch else {}
         return task.evaluate(_narrow(params), collections, {**_narrow(batch), **valid})
 
-    return dataclasses.replace(task, loss=loss, evaluate=evaluate)
+    def narrowly(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, collections, batch: function(
+            _narrow(params), collections, _narrow(batch)
+        )
+
+    return dataclasses.replace(
+        task,
+        loss=loss,
+        evaluate=evaluate,
+        predict=None if task.predict is None else narrowly(task.predict),
+    )
 
 
 def with_remat(task: Task) -> Task:
@@ -58,14 +68,18 @@ def with_remat(task: Task) -> Task:
 def in_auto_axes(task: Task) -> Task:
     """The task for meshes with Explicit axes, whose network was written without thought of them.
 
-    Inside the network the compiler places arrays, as it does with Auto axes. Loss, sums and
-    collections come out whole on every device.
+    Inside the network the compiler places arrays, as it does with Auto axes. Loss, sums,
+    predictions and collections come out whole on every device.
     """
-    whole = PartitionSpec()
+
+    def automatic(function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.sharding.auto_axes(function, out_sharding=PartitionSpec())
+
     return dataclasses.replace(
         task,
-        loss=jax.sharding.auto_axes(task.loss, out_sharding=whole),
-        evaluate=jax.sharding.auto_axes(task.evaluate, out_sharding=whole),
+        loss=automatic(task.loss),
+        evaluate=automatic(task.evaluate),
+        predict=None if task.predict is None else automatic(task.predict),
     )
 
 

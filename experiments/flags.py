@@ -130,8 +130,8 @@ class Flags:
         makes one at once.
       checkpoint_steps: optimizer steps between two more checkpoints within epochs; 0 for none.
       keep_checkpoints: how many of the newest to keep.
-      keep_best: how many of the best to keep besides, by test accuracy, or by test loss where there
-        is none.
+      keep_best: how many of the best to keep besides, by the task's first metric on the test
+        examples.
       evaluate_every: epochs between two evaluations. The last epoch is always evaluated.
       log_every: steps between two lines of progress within an epoch; 0 for none.
     """

@@ -24,6 +24,7 @@ from experiments.processes import is_first
 from experiments.settings import claim_folder
 from experiments.step import Job, Programs, RunState, TrainState, make_programs
 from experiments.stopping import Preempted, Preemption
+from experiments.tasks.task import Task
 
 COMPLETE, INTERRUPTED, PREEMPTED = 0, 130, 143
 
@@ -159,17 +160,21 @@ def _train(run: Run, preemption: Preemption) -> None:
             log.append(report, per_epoch)
         is_last = report.epoch == recipe.epochs
         if is_asked or is_last or report.epoch % flags.checkpoint_every == 0:
-            run.checkpoints.save(report.epoch * per_epoch, report.state, score=_score(report))
+            run.checkpoints.save(
+                report.epoch * per_epoch, report.state, score=_score(run.job.task, report)
+            )
         _say(_epoch_line(report, recipe.epochs))
         if is_asked and not is_last:
             raise Preempted
 
 
-def _score(report: EpochReport) -> float:
-    """What makes a checkpoint the best: accuracy where there is one, else a low loss."""
-    if "accuracy" in report.test:
-        return float(report.test["accuracy"].mean())
-    return -float(report.test["loss"].mean()) if report.test else -math.inf
+def _score(task: Task, report: EpochReport) -> float:
+    """What makes a checkpoint the best: the task's first metric, on the test examples."""
+    if not report.test:
+        return -math.inf
+    metric = task.metrics[0]
+    value = metric.sign * float(report.test[metric.name].mean())
+    return -math.inf if math.isnan(value) else value
 
 
 def _say(text: str) -> None:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nmjax
-from experiments.economy import in_bfloat16, with_remat
+from experiments.economy import in_auto_axes, in_bfloat16, with_remat
 from experiments.loop import begin, train
 from experiments.methods import METHODS, optimizer
 from experiments.step import Job, make_programs, plan_of
@@ -142,6 +143,24 @@ def test_in_bfloat16_only_the_network_is_narrow():
     products = re.findall(r"(\w+)\[[^\n]*\] = dot_general", jaxpr)
     assert products
     assert set(products) == {"bf16"}
+
+
+def test_predictions_are_made_as_losses_are():
+    def predict(params, collections, batch):
+        return batch["image"].reshape(len(batch["image"]), -1) @ params["stem"]["kernel"]
+
+    assert in_bfloat16(tiny_task()).predict is None
+    assert in_auto_axes(tiny_task()).predict is None
+    task = dataclasses.replace(tiny_task(), predict=predict)
+    params, collections, batch, _ = loss_arguments(make_job(task))
+    wide, narrow = (t.predict(params, collections, batch) for t in (task, in_bfloat16(task)))
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_allclose(narrow.astype(np.float32), wide, rtol=0.05, atol=0.05)
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        made = jax.jit(in_auto_axes(task).predict)(split, collections, batch)
+    np.testing.assert_allclose(made, wide, rtol=1e-5, atol=1e-6)
 
 
 def loss_arguments(job):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ import tyro
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Flags, make_task
 from experiments.metrics_log import MetricsLog
-from experiments.run import open_run
+from experiments.run import _score, open_run
+from experiments.tasks.task import Metric
 from experiments.train import main
 from nmjax.checkpoints import read_checkpoint
 from tests.experiments.prepared import cifar10_examples, prepare
@@ -244,6 +246,17 @@ def test_help_states_the_recipes_as_they_are():
     assert (BLOCKS.epochs, BLOCKS.batch_size, BLOCKS.weight_decay) == (250, 512, 1e-4)
     assert {recipe.label_smoothing for recipe in recipes} == {0}
     assert [recipe.ramp[1] for recipe in recipes] == [0.4, 0.72, 0.72]
+
+
+def test_the_best_checkpoint_is_that_of_the_first_metric():
+    def score(metric, **test):
+        task = SimpleNamespace(metrics=(metric, Metric("other")))
+        return _score(task, SimpleNamespace(test={name: np.array(v) for name, v in test.items()}))
+
+    error = Metric("error", perfect=0.0)
+    assert score(Metric(), accuracy=[0.5, 0.75], loss=[1.0, 2.0]) == 0.625
+    assert score(error, error=[2.0]) > score(error, error=[3.0])
+    assert score(error, error=[3.0]) > score(error) == score(error, error=[np.nan])
 
 
 def test_a_line_cut_off_while_it_was_written_is_left_out(tmp_path):
