@@ -110,7 +110,7 @@ def tiny_raft(iterations: int = 4) -> Raft:
     """A RAFT for images of 64 pixels: a field at a quarter of their size, few channels."""
     return Raft(
         widths=(16, 24, 32),
-        strides=(2, 1, 2, 1),
+        strides=(2, 2, 1, 1),
         features=32,
         hidden=24,
         context=24,

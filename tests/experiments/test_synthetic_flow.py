@@ -8,6 +8,7 @@ from experiments.data.synthetic_flow import (
     Layer,
     draw_layers,
     draw_pair,
+    grained,
     move,
     photographs,
     render,
@@ -101,12 +102,27 @@ def test_the_same_generator_gives_the_same_pair():
 
 def test_blobs_move_otherwise_than_the_background():
     layers = draw_layers(np.random.default_rng(0), 64, "test")
-    assert 2 <= len(layers) <= 4
+    assert 2 <= len(layers) <= 3
     assert len(layers[0].radii) == 0
     assert all(len(layer.radii) == 4 for layer in layers[1:])
     centres = [layer.centre for layer in layers]
     shifts = [move(layer.motion, c) - c for layer, c in zip(layers, centres, strict=True)]
     assert len({tuple(shift) for shift in shifts}) == len(layers)
+
+
+def test_grain_is_added_once_and_stays_the_same():
+    before = grained("test")
+    for smooth, rough in zip(photographs("test"), before, strict=True):
+        assert 0 <= rough.min() < rough.max() <= 1
+        # Where nothing is cut off at black or white.
+        middle = (smooth.min(axis=-1) > 0.45) & (smooth.max(axis=-1) < 0.55)
+        grain = (rough - smooth)[middle]
+        assert np.ptp(grain, axis=-1).max() < 1e-12
+        if len(grain) > 50:
+            assert grain.std() == pytest.approx(0.12, rel=0.3)
+    grained.cache_clear()
+    for one, two in zip(before, grained("test"), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_splits_are_other_parts_of_the_photographs():
