@@ -41,15 +41,17 @@ def table_header(data: Data) -> Cells:
 
 
 def table_cells(row: Row) -> Cells:
-    """A row as text: mean ± standard error over the seeds.
+    """A row as text: mean ± standard error over the seeds, of further metrics the mean alone.
 
     Metrics, loss and density are those at the end; SAD is against the initial weights' masks;
     flips are mask entries changed by one step, on average over training; time is a step's, over
     that of dense training.
     """
+    (first, _), *others = row.metrics
     return (
         name_of(row.method),
-        *(_with_error(values, scale=m.scale, digits=m.digits) for m, values in row.metrics),
+        _with_error(row.metric, scale=first.scale, digits=first.digits),
+        *(f"{m.scale * values.mean:.{m.digits}f}" for m, values in others),
         _with_error(row.loss, scale=1, digits=3),
         _with_error(row.sad, scale=100, digits=1),
         _with_error(row.flip_rate, scale=1000, digits=2),
@@ -102,7 +104,10 @@ def print_table(data: Data, console: Console) -> None:
     title = f"{title}; without learning: {baselines}" if baselines else title
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for index, heading in enumerate(table_header(data)):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+        # Over several lines, so that eighty columns suffice.
+        table.add_column(
+            heading.replace(" ", "\n"), justify="left" if index == 0 else "right", no_wrap=True
+        )
     for group in _by_pattern(rows(data), metric_of(data)):
         table.add_row(f"[bold]{group['pattern']}[/bold]")
         for row in group["rows"]:
@@ -252,8 +257,8 @@ def _optimizer(settings: Data) -> str:
     """The recipe as a sentence."""
     recipe = settings["recipe"]
     decay = {
-        "cosine": "cosine to zero",
-        "linear": "linear to zero",
+        "cosine": "cosine to zero step by step",
+        "linear": "linear to zero step by step",
         "inverse_sqrt": "the inverse square root of the step",
     }
     if recipe["optimizer"] == "adamw":
@@ -266,7 +271,7 @@ def _optimizer(settings: Data) -> str:
         f"All methods get the same budget and {optimizer}{clip}, batch {recipe['batch_size']}, "
         f"learning rate {recipe['learning_rate']:g} after a linear warm-up of "
         f"{recipe['warmup_epochs']:.3g} epochs, then {decay[recipe['schedule']]}, "
-        f"step by step, weight decay {recipe['weight_decay']:g}."
+        f"weight decay {recipe['weight_decay']:g}."
     )
 
 
@@ -286,9 +291,10 @@ def _shown(data: Data) -> list[dict[str, Any]]:
 
 
 def _about(task: str) -> list[str]:
-    """What the task's own file says about it, by paragraphs."""
+    """What the task's own file says about it, by paragraphs; how to run it is left out."""
     text = inspect.getdoc(importlib.import_module(f"experiments.tasks.{task}")) or ""
-    return [" ".join(part.split()) for part in text.split("\n\n")]
+    paragraphs = [part for part in text.split("\n\n") if not part.startswith("Run:")]
+    return [" ".join(part.split()) for part in paragraphs]
 
 
 def _with_error(summary: Summary, *, scale: float, digits: int) -> str:

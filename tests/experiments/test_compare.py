@@ -1,5 +1,6 @@
 """The comparison end to end: files, resuming, Ctrl-C, a trial that diverges."""
 
+import dataclasses
 import json
 import re
 
@@ -10,8 +11,9 @@ from rich.console import Console
 from experiments import compare as module
 from experiments.block_findings import block_tables
 from experiments.compare import Comparison, Flags, compare, main
-from experiments.findings import rows
+from experiments.findings import metric_of, rows
 from experiments.report import block_cells, table_cells
+from experiments.tasks.task import Compared
 from tests.experiments.tiny import compile_little, tiny_task  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_little")
@@ -188,6 +190,76 @@ def test_unknown_methods_and_patterns_are_errors(tmp_path, capsys):
     assert "cannot take 2:4" in capsys.readouterr().err
     assert main(["--patterns", "4:2", "--runs-dir", str(tmp_path)]) == 1
     assert "1 <= n <= m" in capsys.readouterr().err
+
+
+def test_the_task_says_what_is_compared_and_flags_change_it(tmp_path, monkeypatch):
+    chosen = Compared(patterns=("1:4",), methods=("dense", "ste"), seeds=(5, 6))
+    task = dataclasses.replace(tiny_task(epochs=2), compared=chosen)
+    monkeypatch.setattr(module, "make_task", lambda flags: task)
+    assert Comparison(Flags(runs_dir=tmp_path)).compared == chosen
+    given = Flags(runs_dir=tmp_path, seeds=(1,), methods=("sr_ste", "sr_ste_decoupled"), sweep=(2,))
+    assert Comparison(given).compared.patterns == ("1:4",)
+    trials = [(t.method, t.lambda_w, t.seeds) for t in Comparison(given).trials]
+    assert trials == [
+        ("sr_ste", 0.01, (1,)),
+        ("sr_ste_decoupled", 0.5, (1,)),
+        ("sr_ste", 2e-4, (1,)),
+        ("sr_ste", 0.02, (1,)),
+        ("sr_ste_decoupled", 1.0, (1,)),
+    ]
+
+
+def test_notes_are_printed_and_what_networks_do_is_kept(tmp_path, monkeypatch):
+    def show(params, collections):
+        return [{"given": "x", "network": str(params["head"]["bias"][0])}]
+
+    task = dataclasses.replace(
+        tiny_task(epochs=2),
+        show=show,
+        notes=("Four blobs.",),
+        baselines=(("guessing", 0.25),),
+    )
+    monkeypatch.setattr(module, "make_task", lambda flags: task)
+    given = flags(tmp_path, methods=("dense", "ste"), patterns=("1:8",), sweep=(), seeds=(0, 1))
+    _, text, data = run(given)
+    assert "Four blobs." in text
+    assert "without learning: accuracy % guessing 25.00" in " ".join(text.split())
+    assert set(data["shown"]) == {"1:8 dense", "1:8 ste"}
+    assert data["shown"]["1:8 dense"] != data["shown"]["1:8 ste"]
+    page = (given.folder / "report.html").read_text()
+    assert data["shown"]["1:8 ste"][0]["network"] in page
+
+
+def test_a_missing_data_set_is_an_error_with_the_way_out(tmp_path, monkeypatch, capsys):
+    from experiments.flags import make_task
+
+    monkeypatch.setattr(module, "make_task", make_task)
+    assert main(["--task", "wmt14", "--data-dir", str(tmp_path)]) == 1
+    assert "tfds build wmt14_translate/de-en" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "metric", "beats"),
+    [("python_bytes", "bits per byte", 4.0), ("number_names", "exact match", 0.3)],
+)
+def test_tasks_of_text_end_to_end(tmp_path, monkeypatch, task, metric, beats):
+    from experiments.flags import make_task
+
+    monkeypatch.setattr(module, "make_task", make_task)
+    given = Flags(task=task, runs_dir=tmp_path, epochs=2, seeds=(0, 1), methods=("dense", "sr_ste"))
+    status, text, data = run(given)
+    assert status == 0
+    assert task in text
+    sign = metric_of(data).sign
+    for trial in data["trials"]:
+        reached = np.mean(trial["epochs"][-1]["test"][metric])
+        assert sign * reached > sign * beats
+    assert len(data["shown"]) == 2
+    assert all(data["shown"].values())
+    page = (given.folder / "report.html").read_text()
+    for section in (*SECTIONS, "shown"):
+        assert f'<section id="{section}">' in page
 
 
 @pytest.mark.slow

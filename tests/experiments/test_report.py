@@ -218,6 +218,64 @@ def test_page_of_partial_results(data, tmp_path, count):
     assert ('<section id="blocks">' in page) == bool(blocks)
 
 
+@pytest.fixture
+def bits(data):
+    """The same results as bits per byte, of a run with AdamW and with texts to show."""
+    metric = Metric("bits per byte", unit="", step="bits", perfect=0.0, scale=1.0, close=0.02)
+    data["settings"]["metrics"] = [dataclasses.asdict(metric)]
+    data["settings"]["recipe"] |= {
+        "optimizer": "adamw",
+        "second_momentum": 0.98,
+        "schedule": "inverse_sqrt",
+        "clip": 1.0,
+        "lambda_decoupled": 0.1,
+    }
+    data["settings"]["keep_dense"] = []
+    for entry in list(data["trials"]):
+        for epoch in entry["epochs"]:
+            if epoch["test"]:
+                better = np.array(epoch["test"].pop("accuracy"))
+                epoch["test"]["bits per byte"] = (3 - better).tolist()
+        if entry["method"] == "sr_ste" and entry["part"] in ("main", "sweep"):
+            twin = copy.deepcopy(entry)
+            strength = 10 * entry["lambda_w"]
+            data["trials"].append({**twin, "method": "sr_ste_decoupled", "lambda_w": strength})
+    data["shown"] = {
+        f"2:4 {method}": [{"before": "def f(x):", "network": f"<i>{method}</i>"}]
+        for method in ("dense", "ste")
+    }
+    return data
+
+
+def test_a_metric_to_lower_turns_every_comparison_round(bits):
+    seen = {claim.says: claim.at["1:2"] for claim in claims(bits)}
+    assert seen["SR-STE is better than STE"].seen == "seen"
+    assert seen["SR-STE is better than STE"].here.startswith("-")
+    assert seen["A negative lambda_w makes it worse"].seen == "seen"
+    found = {reason.pattern: reason for reason in reasons(bits)}
+    assert found["2:4"].headline.startswith("SR-STE is ahead of STE: -")
+    assert any(" bits, " in sentence for sentence in found["2:4"].sentences)
+    assert any("after the preconditioner" in sentence for sentence in found["2:4"].sentences)
+
+
+def test_the_page_of_a_metric_to_lower(bits, tmp_path):
+    page = write_report(bits, tmp_path).read_text()
+    words = " ".join(page.split())
+    assert "Without learning: bits per byte chance 0.100" in words
+    assert "AdamW with betas 0.9 and 0.98, gradients clipped to a norm of 1, batch 8" in words
+    assert "the inverse square root of the step" in words
+    assert "Adam divides the gradient" in words
+    assert "Dense stay the layers" not in words
+    assert "accuracy %" not in re.sub(r"base64,[^\"]*", "", words)
+    best = re.findall(r'<tr class="best">\s*<td><span[^>]*></span>([^<]*)', page)
+    assert best == ["SR-STE", "SR-STE"]
+    assert '<section id="shown">' in page
+    assert words.count("<pre>def f(x):</pre>") == 1
+    assert "<pre>&lt;i&gt;ste&lt;/i&gt;</pre>" in words
+    strengths = [row.lambda_w for row in sweep_rows(bits, decoupled=True)]
+    assert strengths == pytest.approx([0, 2e-3, 0.2, 2])
+
+
 def test_pictures_are_the_same_for_the_same_results(data):
     first, second = draw_all(data), draw_all(data)
     assert [picture.svg for picture in first] == [picture.svg for picture in second]

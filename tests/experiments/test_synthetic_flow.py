@@ -115,11 +115,10 @@ def test_grain_is_added_once_and_stays_the_same():
     for smooth, rough in zip(photographs("test"), before, strict=True):
         assert 0 <= rough.min() < rough.max() <= 1
         # Where nothing is cut off at black or white.
-        middle = (smooth.min(axis=-1) > 0.45) & (smooth.max(axis=-1) < 0.55)
+        middle = (smooth.min(axis=-1) > 0.35) & (smooth.max(axis=-1) < 0.65)
         grain = (rough - smooth)[middle]
-        assert np.ptp(grain, axis=-1).max() < 1e-12
-        if len(grain) > 50:
-            assert grain.std() == pytest.approx(0.12, rel=0.3)
+        assert len(grain) > 50
+        assert grain.std() == pytest.approx(0.12, rel=0.3)
     grained.cache_clear()
     for one, two in zip(before, grained("test"), strict=True):
         np.testing.assert_array_equal(one, two)

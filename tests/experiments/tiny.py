@@ -55,7 +55,7 @@ def tiny_task(*, epochs=4, learning_rate=0.05, scale=1.0, **recipe):
             batch_size=BATCH,
             learning_rate=learning_rate,
             warmup_epochs=0.4,
-            **{"lambda_w": 0.01, **recipe},
+            **{"lambda_w": 0.01, "lambda_decoupled": 0.5, **recipe},
         ),
         keep_dense=("^stem/", "^head/"),
     )
