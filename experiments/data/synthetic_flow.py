@@ -27,8 +27,8 @@ Array = NDArray[np.float64]
 SHRINK = 2
 # Standard deviation of the grain, in grey values, and its width in pixels. Sky and what is out of
 # focus have no texture of their own, so that nothing could be told about their motion.
-GRAIN = 0.12
-GRAIN_WIDTH = 1.0
+GRAIN = 0.15
+GRAIN_WIDTH = 3.0
 # The part of the photographs' width that training images come from.
 TRAIN_SHARE = 0.65
 # The largest number of blobs, and standard deviations of a layer's motion.
