@@ -1,9 +1,13 @@
 """COCO's records as arrays: scaled, padded, mirrored; what is outside of an image is skipped."""
 
+import io
+import sys
+
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
-from experiments.data.coco import CocoRecords, as_arrays, count_boxes, usable_boxes
+from experiments.data.coco import CocoRecords, as_arrays, count_boxes, open_coco, usable_boxes
 from experiments.tasks.coco import train_example
 from tests.experiments.prepared import encode
 
@@ -20,6 +24,66 @@ def stored(boxes, labels, *, width=40, height=20, crowd=None, image=None):
             "is_crowd": np.array(crowd if crowd is not None else [False] * len(labels)),
         },
     }
+
+
+with tfds.core.registered.skip_registration():
+
+    class Coco(tfds.core.GeneratorBasedBuilder):
+        """Writes what tensorflow-datasets' own class writes, which needs TensorFlow."""
+
+        BUILDER_CONFIGS = (
+            tfds.core.BuilderConfig(name="2017", version=tfds.core.Version("1.1.0")),
+        )
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "image/filename": tfds.features.Text(),
+                "image/id": np.int64,
+                "objects": tfds.features.Sequence(
+                    {
+                        "id": np.int64,
+                        "area": np.int64,
+                        "bbox": tfds.features.BBoxFeature(),
+                        "label": tfds.features.ClassLabel(num_classes=80),
+                        "is_crowd": np.bool_,
+                    }
+                ),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(3), "validation": self._generate_examples(2)}
+
+        def _generate_examples(self, count):
+            for index in range(count):
+                box = tfds.features.BBox(ymin=0.2, xmin=0.25, ymax=0.6, xmax=0.75)
+                label = {"id": 1, "area": 7, "bbox": box, "label": 4, "is_crowd": False}
+                pixels = np.full((20, 40, 3), 50 * index, np.uint8)
+                yield (
+                    index,
+                    {
+                        "image": io.BytesIO(encode(pixels, "JPEG")),
+                        "image/filename": f"{index:012d}.jpg",
+                        "image/id": index,
+                        # The second has two objects, the first none.
+                        "objects": [label] * (2 * (index == 1)),
+                    },
+                )
+
+
+def test_what_is_on_disk_is_read_without_tensorflow(tmp_path):
+    builder = Coco(data_dir=tmp_path, config="2017", file_format="array_record")
+    builder.download_and_prepare()
+    train, validation = open_coco("train", tmp_path), open_coco("validation", tmp_path)
+    assert (len(train), len(validation)) == (3, 2)
+    found = sorted((as_arrays(train[i], 80, 3) for i in range(3)), key=lambda a: a["classes"].sum())
+    assert [arrays["classes"].tolist() for arrays in found] == [[0] * 3, [0] * 3, [5, 5, 0]]
+    assert found[2]["boxes"][0].tolist() == pytest.approx([20, 8, 60, 24])
+    assert "2 images, 1 of them without objects; 2 objects" in count_boxes(validation, 3)
+    assert "tensorflow" not in sys.modules
 
 
 def records(*examples):
