@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nmjax.kernels import ffi, plain, reference
+from nmjax.kernels import cusparselt, ffi, plain, reference
 from nmjax.kernels.choice import choose, why_unsupported
 from nmjax.kernels.library import load_library
 from nmjax.kernels.operands import (
@@ -25,10 +25,11 @@ from nmjax.kernels.operands import (
     reduction_shape,
     taps_of,
 )
+from nmjax.packed_nm import PackedNM
 from nmjax.packing import is_packed, unpack_leaf
 
-Implementation = Literal["xla", "ffi"] | None
-Way = Literal["ffi", "ffi only", "gather", "row by row", "dense"]
+Implementation = Literal["xla", "ffi", "cusparselt"] | None
+Way = Literal["ffi", "ffi only", "cusparselt only", "gather", "row by row", "dense"]
 
 
 def packed_matmul(
@@ -51,8 +52,10 @@ def packed_matmul(
         `jax.vmap` or `jax.lax.scan`.
       bias: of the shape of the weight's output axes.
       activation: None or `"relu"`, applied after the bias.
-      implementation: `"xla"` or `"ffi"` (the compiled kernels, on CPUs); None takes what
-        measured faster for the platform and the shape. See `nmjax.backends`.
+      implementation: `"xla"`, `"ffi"` (the compiled kernels, on CPUs) or `"cusparselt"` (2:4 on
+        NVIDIA's GPUs, compressed anew in each call; `nmjax.kernels.cusparselt.prepare` does it
+        once). None takes what measured faster for the platform and the shape, so not the last,
+        which nobody has measured yet. See `nmjax.backends`.
 
     Returns:
       (..., *output axes of the weight), of the dtype that `x` and the values promote to; sums are
@@ -177,10 +180,26 @@ def _way(x: jax.Array, packed: Packed, batch: int, implementation: Implementatio
         return "dense"
     if implementation is None:
         return choose(x.dtype, packed, batch).name
-    obstacle = load_library().reason or why_unsupported(x.dtype, packed)
+    if implementation == "ffi":
+        obstacle = load_library().reason or why_unsupported(x.dtype, packed)
+    else:
+        obstacle = _why_not_cusparselt(x, packed)
     if obstacle:
-        raise ValueError(f'implementation="ffi" cannot multiply {packed.shape}: {obstacle}')
-    return "ffi only"
+        raise ValueError(
+            f'implementation="{implementation}" cannot multiply {packed.shape}: {obstacle}'
+        )
+    return "ffi only" if implementation == "ffi" else "cusparselt only"
+
+
+def _why_not_cusparselt(x: jax.Array, packed: Packed) -> str | None:
+    if not isinstance(packed, PackedNM):
+        return f"it multiplies 2:4 weights, not {packed.leaf_plan.pattern}"
+    if x.ndim != 2:
+        return "it multiplies matrices, not convolutions"
+    obstacle = cusparselt.why_not_packed(packed) or cusparselt.why_not_batch(x.dtype, x.shape[0])
+    if obstacle is None and x.dtype != packed.dtype:
+        obstacle = f"x is {x.dtype}, the weight {packed.dtype}; both must be the same"
+    return obstacle or cusparselt.why_no_gpu()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -207,6 +226,7 @@ _MATMULS = {
     "gather": plain.gather_matmul,
     "row by row": plain.row_by_row_matmul,
     "ffi": ffi.matmul,
+    "cusparselt": cusparselt.packed_matmul,
 }
 _CONVS = {"dense": reference.conv, "ffi": ffi.conv}
 
@@ -215,7 +235,7 @@ def _on_platform(
     way: Way, ways: dict[str, Any], x: jax.Array, packed: Packed, bias: Any, **settings: Any
 ) -> jax.Array:
     """What was chosen for CPUs runs there only; the weight is unpacked elsewhere."""
-    if way == "dense" or way == "ffi only":
+    if way == "dense" or way.endswith(" only"):
         return ways[way.removesuffix(" only")](x, packed, bias=bias, **settings)
     return lax.platform_dependent(
         x,
@@ -270,8 +290,9 @@ def _check(packed: Any, activation: Any, implementation: Any) -> None:
         )
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
-    if implementation not in (None, "xla", "ffi"):
-        raise ValueError(f'implementation must be None, "xla" or "ffi", got {implementation!r}')
+    known = (None, "xla", "ffi", "cusparselt")
+    if implementation not in known:
+        raise ValueError(f"implementation must be one of {known}, got {implementation!r}")
 
 
 def _check_floating(x: jax.Array) -> None:

@@ -67,10 +67,12 @@ def remember_algorithm(question: Question, algorithm: Algorithm) -> None:
 
 @functools.cache
 def _known(path: Path) -> dict[str, list[int]]:
+    if not path.exists():
+        return {}
     try:
         return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and tune again") from error
 
 
 def _file() -> Path:

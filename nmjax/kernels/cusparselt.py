@@ -114,6 +114,13 @@ def prepare(packed: PackedNM) -> Compressed:
     return compress_unchecked(dense_weight(packed), transposed=False)
 
 
+def packed_matmul(
+    x: jax.Array, packed: PackedNM, bias: jax.Array | None = None, activation: Activation = None
+) -> jax.Array:
+    """X (batch, inputs) times a packed leaf, which every call compresses anew; see `prepare`."""
+    return matmul(x, prepare(packed), bias, activation)
+
+
 def matmul(
     x: jax.Array,
     w: Compressed,
@@ -243,6 +250,23 @@ def why_not_packed(packed: PackedNM) -> str | None:
     return why_not(packed.dtype, shape, transposed=False)
 
 
+def why_no_gpu() -> str | None:
+    """Why the device that JAX would use has no sparse tensor cores, or None."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"JAX runs on {device.device_kind} here, not on an NVIDIA GPU"
+    capability = getattr(device, "compute_capability", None)
+    if capability is None or float(capability) < 8:
+        return f"{device.device_kind} has no sparse tensor cores; those came with Ampere"
+    return None
+
+
+def why_not_batch(dtype: np.dtype, batch: int) -> str | None:
+    """Why cuSPARSELt does not take so many rows of an input, or None."""
+    step = 16 // min(np.dtype(dtype).itemsize, 2)
+    return f"the batch must be a multiple of {step}, not {batch}; pad it" if batch % step else None
+
+
 def is_2_4(pattern: NM) -> bool:
     """Whether every N:M weight has at most 2 entries in each aligned group of 4."""
     if pattern.m % 4 == 0:
@@ -257,10 +281,7 @@ def _why_not_product(x: jax.Array, w: Compressed, result: np.dtype) -> str | Non
         return "both must have the same dtype"
     if str(result) not in RESULTS[str(w.dtype)]:
         return f"results can be {', '.join(RESULTS[str(w.dtype)])}, not {result}"
-    step = 16 // min(w.dtype.itemsize, 2)
-    if x.shape[0] % step:
-        return f"the batch must be a multiple of {step}; pad it"
-    return None
+    return why_not_batch(x.dtype, x.shape[0])
 
 
 def _check_2_4(w: jax.Array, transposed: bool) -> None:
