@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nmjax.kernels import cusparselt
+from nmjax.kernels.gpu import why_no_gpu
 from nmjax.straight_through import prune_ste
 from nmjax.transposable import transposable_mask
 
@@ -72,7 +73,7 @@ def _way(x: jax.Array, w: jax.Array, implementation: str | None) -> Way:
     obstacle = obstacle or cusparselt.why_not_batch(x.dtype, x.shape[0])
     if implementation is None:
         return "xla" if obstacle else "cusparselt"
-    obstacle = obstacle or cusparselt.why_no_gpu()
+    obstacle = obstacle or why_no_gpu()
     if obstacle:
         raise ValueError(
             f'implementation="cusparselt" cannot multiply {x.shape} by {w.shape}: {obstacle}'

@@ -23,6 +23,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "libnmjax_kernels.so"
 CUSPARSELT_LIBRARY = FOLDER / "libnmjax_cusparselt.so"
+DECODE_LIBRARY = FOLDER / "libnmjax_decode.so"
 
 _COMMON = ["blocks.cc", "groups.cc", "ffi.cc"]
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]
@@ -33,6 +34,8 @@ _X86 = {
     "avx512": ["-march=x86-64-v4"],
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
 }
+# Ampere, which later GPUs run too, and Hopper.
+_GPUS = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90,code=sm_90"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 
@@ -122,6 +125,36 @@ def why_no_cusparselt() -> str | None:
     return f"{', '.join(missing)} not found: pip install 'nmjax[cuda13]', or set CUDA_HOME"
 
 
+def compile_decode(library: Path = DECODE_LIBRARY) -> Path:
+    """Compiles the kernel for few rows on NVIDIA's GPUs.
+
+    Args:
+      library: the file to write; it appears whole or not at all.
+
+    Returns:
+      `library`.
+
+    Raises:
+      RuntimeError: there is no nvcc, or it failed.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no nvcc: install the CUDA toolkit, and set CUDA_HOME")
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        linked = Path(folder) / library.name
+        sources = [str(FOLDER / "src" / name) for name in ("decode.cu", "decode_ffi.cc")]
+        flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC,-s", *_GPUS]
+        _run([nvcc, *flags, f"-I{include_folder()}", *sources, "-o", str(linked)])
+        linked.replace(library)
+    return library
+
+
+def find_nvcc() -> str | None:
+    """The path of CUDA's compiler, or None."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+    return str(home) if home.exists() else shutil.which("nvcc")
+
+
 def nvidia_folders(kind: str) -> list[Path]:
     """Folders "include" or "lib" of NVIDIA's packages, then of the CUDA toolkit."""
     spec = importlib.util.find_spec("nvidia")
@@ -162,11 +195,17 @@ def main(argv: Sequence[str]) -> None:
     for_gpus_only = argv[:1] == ["--cuda"]
     if not for_gpus_only:
         compile_library(compiler)
-    obstacle = why_no_cusparselt()
-    if obstacle is None or for_gpus_only:
+    skipped = []
+    if for_gpus_only or why_no_cusparselt() is None:
         compile_cusparselt(compiler)
     else:
-        sys.stderr.write(f"nmjax: nothing is built for cuSPARSELt: {obstacle}\n")
+        skipped.append(f"cuSPARSELt ({why_no_cusparselt()})")
+    if for_gpus_only or find_nvcc():
+        compile_decode()
+    else:
+        skipped.append("decode (no nvcc)")
+    if skipped:
+        sys.stderr.write(f"nmjax: not built, which only GPUs use: {', '.join(skipped)}\n")
 
 
 if __name__ == "__main__":

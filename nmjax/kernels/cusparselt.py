@@ -250,15 +250,11 @@ def why_not_packed(packed: PackedNM) -> str | None:
     return why_not(packed.dtype, shape, transposed=False)
 
 
-def why_no_gpu() -> str | None:
-    """Why the device that JAX would use has no sparse tensor cores, or None."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return f"JAX runs on {device.device_kind} here, not on an NVIDIA GPU"
-    capability = getattr(device, "compute_capability", None)
-    if capability is None or float(capability) < 8:
-        return f"{device.device_kind} has no sparse tensor cores; those came with Ampere"
-    return None
+def why_not_product(dtype: np.dtype, batch: int, packed: PackedNM) -> str | None:
+    """Why cuSPARSELt does not multiply x of this dtype by a packed leaf here, or None."""
+    if dtype != packed.dtype:
+        return f"x is {dtype}, the weight {packed.dtype}; both must be the same"
+    return why_not_packed(packed) or why_not_batch(dtype, batch)
 
 
 def why_not_batch(dtype: np.dtype, batch: int) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nmjax.kernels.cusparselt_library import load_cusparselt
+from nmjax.kernels.decode_library import why_no_decode
 from nmjax.kernels.handlers import register_handlers
 
 HANDLERS = ("nmjax_blocks", "nmjax_groups")
@@ -35,19 +36,21 @@ class Library:
 def backends() -> dict[str, str]:
     """What can multiply packed weights here: name -> state, or why it is not there.
 
-    `"xla"` is plain XLA, always there. `"ffi"` are the compiled kernels for CPUs, `"cusparselt"`
-    NVIDIA's library for 2:4 weights on its GPUs. In the environment, `NMJAX_DISABLE_FFI` switches
-    off all but the first, `NMJAX_KERNELS_LIBRARY` names another library file of kernels for CPUs,
-    and `NMJAX_KERNELS_ISA` picks a narrower instruction set than the machine has.
+    `"xla"` is plain XLA, always there. `"ffi"` are the compiled kernels for CPUs. For 2:4
+    weights on NVIDIA's GPUs, `"cusparselt"` is NVIDIA's library, and `"decode"` a kernel of ours
+    for few rows. In the environment, `NMJAX_DISABLE_FFI` switches off all but the first,
+    `NMJAX_KERNELS_LIBRARY` names another library file of kernels for CPUs, and `NMJAX_KERNELS_ISA`
+    picks a narrower instruction set than the machine has.
 
     >>> sorted(backends())
-    ['cusparselt', 'ffi', 'xla']
+    ['cusparselt', 'decode', 'ffi', 'xla']
     """
     library, cusparselt = load_library(), load_cusparselt()
     return {
         "xla": "ready: unpacks, or gathers where that is faster",
         "ffi": library.reason or f"ready: {library.instruction_set}",
         "cusparselt": cusparselt.reason or f"ready: {cusparselt.version}",
+        "decode": why_no_decode() or "ready",
     }
 
 

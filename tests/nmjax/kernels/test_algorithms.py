@@ -27,5 +27,5 @@ def test_what_is_remembered_is_known_to_another_process(folder):
 def test_a_damaged_file_is_an_error(folder):
     folder.mkdir()
     (folder / "cusparselt-cpu.json").write_text("{")
-    with pytest.raises(ValueError, match="cusparselt-cpu.json is damaged.*delete it"):
+    with pytest.raises(ValueError, match=r"cusparselt-cpu\.json is damaged.*delete it"):
         known_algorithm(QUESTION)

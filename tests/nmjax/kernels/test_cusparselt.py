@@ -162,16 +162,3 @@ X = jnp.ones((8, 32), jnp.bfloat16)
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-def test_old_gpus_are_told_from_new_ones(monkeypatch):
-    class Gpu:
-        platform, device_kind = "gpu", "Tesla V100"
-
-        def __init__(self, capability):
-            self.compute_capability = capability
-
-    monkeypatch.setattr(jax, "devices", lambda: [Gpu("7.0")])
-    assert "V100 has no sparse tensor cores" in cusparselt.why_no_gpu()
-    monkeypatch.setattr(jax, "devices", lambda: [Gpu("10.0")])
-    assert cusparselt.why_no_gpu() is None
