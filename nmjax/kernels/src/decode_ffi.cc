@@ -1,10 +1,10 @@
 // What XLA calls for products of few rows with packed 2:4 weights on NVIDIA's GPUs.
+#include <cuda_runtime_api.h>
+
 #include <string>
 
 #include "decode.h"
 #include "xla/ffi/api/ffi.h"
-
-extern "C" const char* cudaGetErrorString(cudaError_t error);
 
 namespace nmjax {
 namespace {
