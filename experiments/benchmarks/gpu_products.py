@@ -116,12 +116,23 @@ def operands(product: Product) -> tuple[list[jax.Array], list[jax.Array]]:
 def dense_functions(product: Product, xs: list[Any], ws: list[Any]) -> Functions:
     """XLA's, of weights stored either way."""
     stored = {False: ws, True: [w.T for w in ws]}
-    return {
+    functions = {
         f"dense{', transposed' if transposed else ''}": many(
             partial(multiply, result=product.result, transposed=transposed), xs, stored[transposed]
         )
         for transposed in (False, True)
     }
+    if product.dtype == "float8_e4m3fn":
+        one = jnp.ones((), product.result)
+        scaled = [(w, one) for w in stored[True]]
+        functions["dense, transposed, scaled"] = many(multiply_scaled, xs, scaled)
+    return functions
+
+
+def multiply_scaled(x: jax.Array, weight_and_scale: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """XLA's product of float8, as it knows it from networks that are scaled."""
+    w, scale = weight_and_scale
+    return (x.astype(scale.dtype) * scale) @ (w.astype(scale.dtype) * scale).T
 
 
 def time_many_rows(product: Product, rounds: int) -> dict[str, Any]:

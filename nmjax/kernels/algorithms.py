@@ -16,7 +16,21 @@ from typing import NamedTuple
 
 import jax
 
-Algorithm = tuple[int, int, int]
+
+class Algorithm(NamedTuple):
+    """One of cuSPARSELt's kernels.
+
+    Attributes:
+      config: its number; negative for cuSPARSELt's own first choice.
+      split_k: into how many parts the sum is split.
+      split_k_mode: how the parts are added up.
+      workspace: bytes that it wants.
+    """
+
+    config: int
+    split_k: int
+    split_k_mode: int
+    workspace: int
 
 
 class Question(NamedTuple):
@@ -47,7 +61,7 @@ class Question(NamedTuple):
 def known_algorithm(question: Question) -> Algorithm | None:
     """The fastest kernel for a product, if it has been tuned on this kind of GPU."""
     found = _known(_file()).get(question.key)
-    return None if found is None else (found[0], found[1], found[2])
+    return None if found is None else Algorithm(*found)
 
 
 def remember_algorithm(question: Question, algorithm: Algorithm) -> None:

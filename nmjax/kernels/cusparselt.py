@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nmjax.kernels.algorithms import Question, known_algorithm, remember_algorithm
+from nmjax.kernels.algorithms import Algorithm, Question, known_algorithm, remember_algorithm
 from nmjax.kernels.cusparselt_library import load_cusparselt
 from nmjax.kernels.ffi import batched, result_like
 from nmjax.kernels.operands import Activation, kernel_taps
@@ -31,7 +31,8 @@ RESULTS: dict[str, tuple[str, ...]] = {
     "int8": ("int32", "float16", "bfloat16", "int8"),
     "float8_e4m3fn": ("bfloat16", "float16", "float32"),
 }
-WORKSPACE = 32 * 2**20  # Bytes; of XLA's memory, while a product runs.
+WORKSPACE = 32 * 2**20  # Bytes of XLA's memory, while a product runs that is not tuned.
+_FIRST_CHOICE = Algorithm(config=-1, split_k=1, split_k_mode=0, workspace=WORKSPACE)
 
 
 @partial(
@@ -176,20 +177,20 @@ def _call(
     w: Compressed,
     bias: jax.Array | None,
 ) -> jax.Array:
-    results = (
-        result_like((x.shape[0], w.outputs), dtype, x, w.data),
-        result_like((WORKSPACE,), np.dtype(np.uint8), x, w.data),
-    )
-    algorithm = (-1, 1, 0)
+    algorithm = _FIRST_CHOICE
     if handler == "matmul":
         algorithm = known_algorithm(_question(x, w, bias, activation, dtype)) or algorithm
+    results = (
+        result_like((x.shape[0], w.outputs), dtype, x, w.data),
+        result_like((algorithm.workspace,), np.dtype(np.uint8), x, w.data),
+    )
     y, _ = jax.ffi.ffi_call(f"nmjax_cusparselt_{handler}", results)(
         x,
         w.data,
         jnp.zeros(0, dtype) if bias is None else bias.astype(dtype),
         transposed=w.transposed,
         relu=activation == "relu",
-        algorithm=np.array(algorithm, np.int64),
+        algorithm=np.array(algorithm[:3], np.int64),
     )
     return y
 
@@ -271,6 +272,8 @@ def is_2_4(pattern: NM) -> bool:
 
 
 def _why_not_product(x: jax.Array, w: Compressed, result: np.dtype) -> str | None:
+    if load_cusparselt().reason:
+        return load_cusparselt().reason
     if x.ndim != 2 or x.shape[1] != w.inputs:
         return f"x should be (batch, {w.inputs})"
     if x.dtype != w.dtype:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nmjax.kernels.algorithms import Algorithm
 from nmjax.kernels.handlers import register_handlers
 
 _NAME = "libcusparseLt.so.0"
@@ -30,14 +31,13 @@ class CusparseLt:
     reason: str = ""
     library: ctypes.CDLL | None = None
 
-    def found(self) -> tuple[int, int, int]:
-        """The kernel that the last search found: its number, and how it splits the sum."""
+    def found(self) -> Algorithm:
+        """The kernel that the last search of this process found."""
         if self.library is None:
             raise RuntimeError(self.reason)
-        three = np.zeros(3, np.int64)
-        self.library.nmjax_cusparselt_found(three.ctypes.data_as(ctypes.c_void_p))
-        config, split_k, split_k_mode = map(int, three)
-        return config, split_k, split_k_mode
+        four = np.zeros(4, np.int64)
+        self.library.nmjax_cusparselt_found(four.ctypes.data_as(ctypes.c_void_p))
+        return Algorithm(*map(int, four))
 
 
 @functools.cache

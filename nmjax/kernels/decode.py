@@ -28,11 +28,17 @@ def matmul(
 
     Args:
       x: of the weight's dtype. Any batch; from 32 rows on, each 32 read the weight again.
-      packed: a 2:4 matrix that `why_not` has nothing against.
+      packed: a 2:4 matrix, both sizes multiples of 16.
       bias: (outputs,), added in float32.
       activation: None or `"relu"`.
       vector: how many outputs a thread reads at a time, for measuring; 0 picks.
+
+    Raises:
+      ValueError: the kernel is not there, or does not take the dtype, the pattern or the shape.
     """
+    obstacle = why_not(x.dtype, packed)
+    if obstacle:
+        raise ValueError(f"the kernel for few rows cannot multiply {packed.shape}: {obstacle}")
     return batched(partial(_call, vector, activation), x, packed, bias)
 
 

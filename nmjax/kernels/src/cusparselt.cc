@@ -90,12 +90,13 @@ ffi::Error matmul(cudaStream_t stream, int32_t ordinal, ffi::AnyBuffer x,
                   bool transposed, bool relu, ffi::Span<const int64_t> algorithm) {
   const auto product = product_of(x, bias, *y, transposed, relu, algorithm);
   if (!product) return refuse("x, bias and y do not fit each other");
+  if (y->element_count() == 0) return ffi::Error::Success();
   return as_error(device(ordinal).multiply(*product, x.untyped_data(), compressed.untyped_data(),
                                            y->untyped_data(), room(workspace), stream));
 }
 
 std::mutex found_mutex;
-Algorithm found;
+Found found;
 
 // As matmul; `nmjax_cusparselt_found` then says which kernel was fastest.
 ffi::Error search(cudaStream_t stream, int32_t ordinal, ffi::AnyBuffer x,
@@ -104,7 +105,7 @@ ffi::Error search(cudaStream_t stream, int32_t ordinal, ffi::AnyBuffer x,
                   bool transposed, bool relu, ffi::Span<const int64_t> algorithm) {
   const auto product = product_of(x, bias, *y, transposed, relu, algorithm);
   if (!product) return refuse("x, bias and y do not fit each other");
-  Algorithm fastest;
+  Found fastest;
   const Complaint wrong =
       device(ordinal).search(*product, x.untyped_data(), compressed.untyped_data(),
                              y->untyped_data(), room(workspace), stream, &fastest);
@@ -144,12 +145,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_matmul, matmul, bind_product(),
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_search, search, bind_product());
 
-// What the last search of this process found: config, split_k, split_k_mode.
-extern "C" void nmjax_cusparselt_found(int64_t* three) {
+// What the last search of this process found: config, split_k, split_k_mode, bytes of workspace.
+extern "C" void nmjax_cusparselt_found(int64_t* four) {
   const std::lock_guard<std::mutex> turn(found_mutex);
-  three[0] = found.config;
-  three[1] = found.split_k;
-  three[2] = found.split_k_mode;
+  four[0] = found.algorithm.config;
+  four[1] = found.algorithm.split_k;
+  four[2] = found.algorithm.split_k_mode;
+  four[3] = static_cast<int64_t>(found.workspace);
 }
 
 extern "C" int nmjax_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }

@@ -33,6 +33,11 @@ struct Algorithm {
   int config = -1, split_k = 1, split_k_mode = 0;
 };
 
+struct Found {
+  Algorithm algorithm;
+  size_t workspace = 0;  // Bytes that it wants.
+};
+
 struct Product {
   Weight weight;
   int64_t batch = 0;
@@ -184,7 +189,7 @@ class Device {
 
   // Runs every kernel that cuSPARSELt has for the product and says which was fastest.
   Complaint search(const Product& product, const void* x, const void* compressed, void* y,
-                   const Room& workspace, cudaStream_t stream, Algorithm* found) {
+                   const Room& workspace, cudaStream_t stream, Found* found) {
     const std::lock_guard<std::mutex> turn(mutex_);
     if (Complaint wrong = start(); !wrong.empty()) return wrong;
     Plan plan;  // Of its own: the search changes it.
@@ -193,17 +198,22 @@ class Device {
     if (!small.empty()) return small;
     NMJAX_CHECK(cusparseLtMatmulSearch(&handle_, &plan.plan, &one_, compressed, x, &zero_, y, y,
                                        workspace.data, &stream, 1));
+    Product tuned = product;
+    Algorithm& fastest = tuned.algorithm;
     cusparseLtSplitKMode_t mode = CUSPARSELT_INVALID_MODE;
     NMJAX_CHECK(cusparseLtMatmulAlgGetAttribute(&handle_, &plan.selection,
-                                                CUSPARSELT_MATMUL_ALG_CONFIG_ID, &found->config,
-                                                sizeof(found->config)));
+                                                CUSPARSELT_MATMUL_ALG_CONFIG_ID, &fastest.config,
+                                                sizeof(fastest.config)));
     NMJAX_CHECK(cusparseLtMatmulAlgGetAttribute(&handle_, &plan.selection,
-                                                CUSPARSELT_MATMUL_SPLIT_K, &found->split_k,
-                                                sizeof(found->split_k)));
+                                                CUSPARSELT_MATMUL_SPLIT_K, &fastest.split_k,
+                                                sizeof(fastest.split_k)));
     NMJAX_CHECK(cusparseLtMatmulAlgGetAttribute(&handle_, &plan.selection,
                                                 CUSPARSELT_MATMUL_SPLIT_K_MODE, &mode,
                                                 sizeof(mode)));
-    found->split_k_mode = static_cast<int>(mode);
+    fastest.split_k_mode = static_cast<int>(mode);
+    Plan again;  // It may want more workspace than the one searched with.
+    if (Complaint wrong = again.make(handle_, tuned); !wrong.empty()) return wrong;
+    *found = {fastest, again.workspace};
     return {};
   }
 

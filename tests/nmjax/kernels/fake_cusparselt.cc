@@ -30,7 +30,7 @@ struct Selection {
 };
 struct Plan {
   const Matmul* matmul;
-  Selection selection;
+  Selection* selection;
 };
 
 int counts[4];  // Handles, plans made, plans destroyed, matrices alive.
@@ -171,7 +171,7 @@ cusparseStatus_t cusparseLtMatmulAlgGetAttribute(const cusparseLtHandle_t*,
 cusparseStatus_t cusparseLtMatmulPlanInit(const cusparseLtHandle_t*, cusparseLtMatmulPlan_t* plan,
                                           const cusparseLtMatmulDescriptor_t* matmul,
                                           const cusparseLtMatmulAlgSelection_t* selection) {
-  as<Plan>(plan) = {&as<Matmul>(matmul), as<Selection>(selection)};
+  as<Plan>(plan) = {&as<Matmul>(matmul), &as<Selection>(selection)};
   ++counts[1];
   return CUSPARSE_STATUS_SUCCESS;
 }
@@ -181,7 +181,7 @@ cusparseStatus_t cusparseLtMatmulPlanDestroy(const cusparseLtMatmulPlan_t*) {
 }
 cusparseStatus_t cusparseLtMatmulGetWorkspace(const cusparseLtHandle_t*,
                                               const cusparseLtMatmulPlan_t* plan, size_t* bytes) {
-  *bytes = 100 * as<Plan>(plan).selection.split_k;
+  *bytes = 100 * as<Plan>(plan).selection->split_k;
   return CUSPARSE_STATUS_SUCCESS;
 }
 cusparseStatus_t cusparseLtSpMMACompressedSize2(const cusparseLtHandle_t*,
@@ -253,7 +253,7 @@ cusparseStatus_t cusparseLtMatmulSearch(const cusparseLtHandle_t* handle,
                                         const void* a, const void* b, const void* beta,
                                         const void* c, void* d, void* workspace,
                                         cudaStream_t* streams, int32_t count) {
-  as<Plan>(plan).selection = {7, 2, CUSPARSELT_SPLIT_K_MODE_TWO_KERNELS};
+  *as<Plan>(plan).selection = {7, 2, CUSPARSELT_SPLIT_K_MODE_TWO_KERNELS};
   return cusparseLtMatmul(handle, plan, alpha, a, b, beta, c, d, workspace, streams, count);
 }
 
@@ -289,6 +289,21 @@ const char* test_multiply(int ordinal, int64_t rows, int64_t columns, int transp
   }
   for (auto& thread : running) thread.join();
   said = all[0];
+  return said.c_str();
+}
+
+const char* test_search(int ordinal, int64_t rows, int64_t columns, int type, int64_t batch,
+                        const void* x, const void* compressed, void* y, int64_t* four) {
+  nmjax::Product product;
+  product.weight = {rows, columns, false, static_cast<cudaDataType>(type)};
+  product.batch = batch;
+  product.result_type = product.weight.type;
+  nmjax::Found found;
+  said = nmjax::device(ordinal).search(product, x, compressed, y, {nullptr, 100}, nullptr, &found);
+  four[0] = found.algorithm.config;
+  four[1] = found.algorithm.split_k;
+  four[2] = found.algorithm.split_k_mode;
+  four[3] = static_cast<int64_t>(found.workspace);
   return said.c_str();
 }
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import nmjax
 from nmjax.kernels import cusparselt
+from nmjax.kernels.algorithms import Algorithm
 from nmjax.kernels.cusparselt_library import CusparseLt
 from nmjax.patterns import NM
 
@@ -105,8 +106,10 @@ def test_the_tuned_kernel_is_taken(monkeypatch, tmp_path):
     x, w = jnp.ones((8, 32), jnp.bfloat16), compressed_like()
     assert "dense<[-1, 1, 0]>" in cuda_text(cusparselt.matmul, x, w)
     question = cusparselt._question(x, w, None, None, np.dtype(jnp.bfloat16))
-    cusparselt.remember_algorithm(question, (7, 2, 1))
-    assert "dense<[7, 2, 1]>" in cuda_text(lambda x, w: cusparselt.matmul(x, w), x, w)
+    cusparselt.remember_algorithm(question, Algorithm(7, 2, 1, 500))
+    text = cuda_text(lambda x, w: cusparselt.matmul(x, w), x, w)
+    assert "dense<[7, 2, 1]>" in text
+    assert "tensor<500xui8>" in text
     other = jnp.ones((16, 32), jnp.bfloat16)
     assert "dense<[-1, 1, 0]>" in cuda_text(lambda x, w: cusparselt.matmul(x, w), other, w)
 

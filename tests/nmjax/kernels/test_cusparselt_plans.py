@@ -29,9 +29,12 @@ def library(tmp_path_factory):
     folders = [build.FOLDER / "src", *build.nvidia_folders("include")]
     source = Path(__file__).parent / "fake_cusparselt.cc"
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", str(source)]
-    subprocess.run([*command, *(f"-I{f}" for f in folders), "-o", str(path)], check=True)
+    # It must call itself also where another test has loaded NVIDIA's library.
+    command += ["-Wl,-Bsymbolic", "-fno-gnu-unique", *(f"-I{folder}" for folder in folders)]
+    subprocess.run([*command, "-o", str(path)], check=True)
     loaded = ctypes.CDLL(str(path))
-    loaded.test_compress.restype = loaded.test_multiply.restype = ctypes.c_char_p
+    for function in (loaded.test_compress, loaded.test_multiply, loaded.test_search):
+        function.restype = ctypes.c_char_p
     return loaded
 
 
@@ -66,7 +69,7 @@ def multiply(
 ):  # fmt: skip
     dtype = dtype or str(x.dtype)
     y = np.asarray(jnp.zeros((x.shape[0], w.shape[not transposed]), dtype)).copy()
-    three = (ctypes.c_int * 3)(*algorithm)
+    three = (ctypes.c_int * 3)(*map(int, algorithm))
     said = library.test_multiply(
         device, *map(ctypes.c_int64, w.shape), transposed, TYPES[str(w.dtype)],
         ctypes.c_int64(x.shape[0]), TYPES[dtype], relu, None if bias is None else address(bias),
@@ -125,6 +128,26 @@ def test_what_was_set_up_is_kept(library):
     assert last["made"] - after["made"] == 3
     assert last["handles"] - after["handles"] == 1
     assert last["matrices"] == 3 * (last["made"] - last["destroyed"])
+
+
+def test_a_search_says_what_it_found(library):
+    w, x = sparse((32, 16), "float16", False), np.asarray(numbers((8, 32), "float16", 1))
+    compressed, _ = compress(library, w, False)
+    expected, _ = multiply(library, x, w, compressed, False)
+    before = counts(library)
+    y, four = np.zeros_like(expected), np.zeros(4, np.int64)
+    said = library.test_search(
+        0, ctypes.c_int64(32), ctypes.c_int64(16), TYPES["float16"], ctypes.c_int64(8),
+        address(x), address(compressed), address(y), address(four),
+    )  # fmt: skip
+    assert said == b""
+    np.testing.assert_array_equal(y, expected)
+    assert four.tolist() == [7, 2, 2, 200]
+    after = counts(library)
+    assert after["matrices"] == before["matrices"]
+    y, said = multiply(library, x, w, compressed, False, algorithm=four[:3], workspace=200)
+    assert said == ""
+    np.testing.assert_array_equal(y, expected)
 
 
 def test_what_goes_wrong_is_said_and_leaves_nothing(library):

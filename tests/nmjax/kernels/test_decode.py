@@ -36,7 +36,7 @@ def test_packed_arrays_go_to_the_kernel_as_they_are(loaded):
     assert "relu = true" in text
 
 
-def test_a_mapped_axis_joins_the_batch():
+def test_a_mapped_axis_joins_the_batch(loaded):
     xs = jnp.ones((5, 3, 32), jnp.bfloat16)
     text = cuda_text(jax.vmap(decode.matmul, (0, None)), xs, packed_leaf())
     assert "tensor<15x32xbf16>" in text
@@ -56,6 +56,8 @@ def test_a_mapped_axis_joins_the_batch():
 )
 def test_what_it_does_not_take_is_said(loaded, packed, dtype, words):
     assert words in decode.why_not(jnp.dtype(dtype), packed)
+    with pytest.raises(ValueError, match="cannot multiply"):
+        decode.matmul(jnp.ones((3, packed.shape[-2]), dtype), packed)
 
 
 def test_asking_for_it_without_a_gpu_is_an_error(loaded):
