@@ -19,10 +19,10 @@ import numpy as np
 from nmjax.kernels.algorithms import Algorithm, Question, known_algorithm, remember_algorithm
 from nmjax.kernels.cusparselt_library import load_cusparselt
 from nmjax.kernels.ffi import batched, result_like
-from nmjax.kernels.operands import Activation, kernel_taps
+from nmjax.kernels.operands import Activation, Packed, inputs_of, kernel_taps, outputs_of
 from nmjax.kernels.reference import dense_weight
 from nmjax.packed_nm import PackedNM
-from nmjax.patterns import NM
+from nmjax.patterns import NM, Pattern
 
 # What cuSPARSELt multiplies, and the dtypes of the product; the first is the default.
 RESULTS: dict[str, tuple[str, ...]] = {
@@ -242,13 +242,23 @@ def why_not(dtype: np.dtype, shape: tuple[int, ...], transposed: bool) -> str | 
 
 def why_not_packed(packed: PackedNM) -> str | None:
     """Why cuSPARSELt does not take a packed leaf here, or None."""
+    return why_not_2_4(packed) or why_not(packed.dtype, _matrix_shape(packed), transposed=False)
+
+
+def why_not_2_4(packed: Packed) -> str | None:
+    """Why no machine's sparse tensor cores multiply by a packed leaf of 16-bit numbers, or None."""
     pattern = packed.leaf_plan.pattern
-    if not isinstance(pattern, NM) or not is_2_4(pattern):
+    if not isinstance(packed, PackedNM) or not is_2_4(pattern):
         return f"groups of 4 can have more than 2 entries in {pattern}"
     if kernel_taps(packed) or packed.values.ndim != 3:
         return "it takes one matrix; map over a stack of layers, and convolutions stay packed"
-    shape = (packed.values.shape[0] * pattern.m, packed.values.shape[-1])
-    return why_not(packed.dtype, shape, transposed=False)
+    if any(size % 16 for size in _matrix_shape(packed)):
+        return "it takes sizes that are multiples of 16"
+    return None
+
+
+def _matrix_shape(packed: PackedNM) -> tuple[int, int]:
+    return inputs_of(packed), outputs_of(packed)
 
 
 def why_not_product(dtype: np.dtype, batch: int, packed: PackedNM) -> str | None:
@@ -264,8 +274,10 @@ def why_not_batch(dtype: np.dtype, batch: int) -> str | None:
     return f"the batch must be a multiple of {step}, not {batch}; pad it" if batch % step else None
 
 
-def is_2_4(pattern: NM) -> bool:
-    """Whether every N:M weight has at most 2 entries in each aligned group of 4."""
+def is_2_4(pattern: Pattern) -> bool:
+    """Whether every weight of a pattern has at most 2 entries in each aligned group of 4."""
+    if not isinstance(pattern, NM):
+        return False
     if pattern.m % 4 == 0:
         return pattern.n <= 2
     return pattern == NM(1, 2)

@@ -48,6 +48,24 @@ def test_which_patterns_are_2_4(n, m, seed):
     assert cusparselt.is_2_4(NM(n, m)) == (worst.reshape(12, 4).sum(axis=1) <= 2).all()
 
 
+@pytest.mark.parametrize(
+    ("pattern", "shape", "fits"),
+    [
+        ("2:4", (32, 16), True),
+        ("1:4", (32, 16), True),
+        ("2:8", (32, 16), True),
+        ("2:4", (32, 24), False),
+        ("1:8", (24, 16), False),
+        ("4:8", (32, 16), False),
+        ("1x4@0.5", (32, 16), False),
+        ("2:4", (3, 3, 32, 16), False),
+    ],
+)
+def test_which_layers_sparse_tensor_cores_run(pattern, shape, fits):
+    packed = packed_leaf(pattern, shape, jnp.float32)
+    assert (cusparselt.why_not_2_4(packed) is None) == fits
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "float8_e4m3fn"])
 def test_every_dtype_gets_its_results(dtype):
     transposed = dtype in ("int8", "float8_e4m3fn")
