@@ -52,7 +52,7 @@ def test_without_a_gpu_it_says_what_it_skips(monkeypatch, tmp_path):
     rows = results["check sparse_dense in XLA"]
     assert len(rows) == 3
     assert all(row["right"] for row in rows)
-    for name in ("check cusparselt", "check decode", "check sparse_dense"):
+    for name in ("check cusparselt, int8, transposed", "check decode", "check sparse_dense"):
         assert "not on an NVIDIA GPU" in results[name]["skipped"]
     assert code == 0
 
@@ -84,9 +84,12 @@ def test_every_timed_program_translates(monkeypatch):
 
 def test_right_products_are_found_right(dense_kernels, monkeypatch):
     monkeypatch.setattr(gpu_checks, "SHAPES", gpu_checks.SHAPES[:1])
-    rows = list(gpu_checks.check_cusparselt())
-    assert len(rows) == 2 * 4 + 2
-    assert all(row["right"] for row in rows), rows
+    for dtype in cusparselt.RESULTS:
+        is_byte = jnp.dtype(dtype).itemsize == 1
+        for transposed in (True,) if is_byte else (False, True):
+            rows = list(gpu_checks.check_cusparselt(dtype, transposed))
+            assert len(rows) == (1 if is_byte else 2)
+            assert all(row["right"] for row in rows), rows
 
 
 @pytest.mark.parametrize("wrong", [lambda y: y * jnp.float32("nan"), lambda y: y[::-1]])
@@ -94,8 +97,8 @@ def test_wrong_products_are_found_wrong(dense_kernels, monkeypatch, wrong):
     monkeypatch.setattr(gpu_checks, "SHAPES", gpu_checks.SHAPES[:1])
     right = cusparselt.matmul
     monkeypatch.setattr(cusparselt, "matmul", lambda *a, **s: wrong(right(*a, **s)))
-    rows = list(gpu_checks.check_cusparselt())
-    assert not any(row["right"] for row in rows if row["dtype"].startswith("bfloat16"))
+    rows = list(gpu_checks.check_cusparselt("bfloat16", False))
+    assert not any(row["right"] for row in rows)
 
 
 @pytest.mark.slow
@@ -118,6 +121,20 @@ def test_many_rows_are_timed(dense_kernels, monkeypatch, product):
     expected = {"dense", "dense, transposed", "sparse, transposed", "sparse, transposed, not tuned"}
     assert expected <= set(row["ms"])
     assert ("sparse" in row["ms"]) == (product.dtype in ("bfloat16", "float16"))
+
+
+def test_one_way_that_fails_does_not_hide_the_other(dense_kernels, monkeypatch):
+    def compress(w, *, transposed=False):
+        if not transposed:
+            raise ValueError("not supported")
+        return works(w, transposed=transposed)
+
+    works = cusparselt.compress
+    monkeypatch.setattr(cusparselt, "compress", compress)
+    monkeypatch.setattr(gpu_products.Product, "repeats", 2)
+    row = gpu_products.time_many_rows(gpu_products.SMALL[0], 1)
+    assert row["failed"] == {"sparse": "not supported"}
+    assert "sparse, transposed" in row["ms"]
 
 
 def test_few_rows_are_timed(dense_kernels, monkeypatch):
