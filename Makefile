@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup torch train test test-slow lint types bench clean
+.PHONY: help setup torch train test test-slow lint types bench bench-gpu clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ bench: $(READY)  ## the benchmarks; writes experiments/benchmarks/results/*.json
 	$(BIN)/python -m experiments.benchmarks.networks
 	$(BIN)/python -m experiments.benchmarks.scaling
 	$(BIN)/python -m experiments.benchmarks.large_model
+
+bench-gpu: $(READY)  ## build, check and time 2:4 on an NVIDIA GPU (under 8 minutes)
+	$(BIN)/python -m experiments.benchmarks.gpu
 
 clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -47,6 +47,7 @@ from nmjax.sizes import Sizes as Sizes
 from nmjax.sizes import sizes as sizes
 from nmjax.soft_blocks import SoftBlocksState as SoftBlocksState
 from nmjax.soft_blocks import soft_uniform_blocks as soft_uniform_blocks
+from nmjax.sparse_dense import sparse_dense as sparse_dense
 from nmjax.sparsifiers import OneShotState as OneShotState
 from nmjax.sparsifiers import Sparsifier as Sparsifier
 from nmjax.sparsifiers import dense as dense

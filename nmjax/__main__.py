@@ -14,6 +14,7 @@ import numpy as np
 from nmjax.checkpoints import read_checkpoint
 from nmjax.files import FORMAT, load_packed, save_packed
 from nmjax.kernels.choice import choose, expected_speedup
+from nmjax.kernels.cusparselt import why_not_2_4
 from nmjax.kernels.operands import one_layer
 from nmjax.layer_times import layer_times
 from nmjax.packing import check_sparse, is_packed, pack
@@ -165,15 +166,17 @@ def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: An
 
 def _products(packed: Any) -> str:
     """How `nmjax.packed_matmul` would compute each packed leaf on this machine, as a table."""
-    rows: list[tuple[str, str, str, str]] = []
+    rows: list[tuple[str, str, str, str, str]] = []
     for name, leaf in named_leaves(packed, is_leaf=is_packed).items():
         if is_packed(leaf):
             layer = jax.eval_shape(one_layer, leaf)
             way, speedup = choose(leaf.dtype, layer, 1), expected_speedup(leaf.dtype, layer)
-            rows.append((name, way.name, f"{speedup:.1f}" if speedup else "?", way.reason))
-    header = ("leaf", "one row is multiplied by", "speed-up", "because")
+            fits = "no" if why_not_2_4(layer) else "yes"
+            rows.append((name, way.name, f"{speedup:.1f}" if speedup else "?", fits, way.reason))
+    header = ("leaf", "one row is multiplied by", "speed-up", "2:4 on GPUs", "because")
     return (
         f"{text_table(header, rows, right=(2,))}\n"
+        "2:4 on GPUs: whether sparse tensor cores can multiply by the leaf in 16-bit numbers.\n"
         "speed-up: over the dense product, as measured with 256 rows, or an image of 14 x 14, on "
         "one thread with AVX-512; `python -m nmjax bench` measures here."
     )

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nmjax.kernels import ffi, plain, reference
+from nmjax.kernels import cusparselt, decode, ffi, plain, reference
 from nmjax.kernels.choice import choose, why_unsupported
+from nmjax.kernels.gpu import why_no_gpu
 from nmjax.kernels.library import load_library
 from nmjax.kernels.operands import (
     Activation,
@@ -30,8 +31,8 @@ from nmjax.kernels.operands import (
 from nmjax.packed_nm import PackedNM
 from nmjax.packing import is_packed, unpack_leaf
 
-Implementation = Literal["xla", "ffi"] | None
-Way = Literal["ffi", "ffi only", "gather", "row by row", "dense"]
+Implementation = Literal["xla", "ffi", "cusparselt", "decode"] | None
+Way = Literal["ffi", "ffi only", "cusparselt only", "decode only", "gather", "row by row", "dense"]
 
 
 def packed_matmul(
@@ -56,8 +57,11 @@ def packed_matmul(
         `jax.vmap` or `jax.lax.scan`.
       bias: of the shape of the weight's output axes.
       activation: None or `"relu"`, applied after the bias.
-      implementation: `"xla"` or `"ffi"` (the compiled kernels, on CPUs); None takes what
-        measured faster for the platform and the shape. See `nmjax.backends`.
+      implementation: `"xla"`; `"ffi"`, the compiled kernels for CPUs; or, for 2:4 on NVIDIA's
+        GPUs, `"decode"` for few rows and `"cusparselt"` for many, which compresses the weight anew
+        in each call (`nmjax.kernels.cusparselt.prepare` does it once). None takes what measured
+        faster for the platform and the shape, so neither of the last two, which nobody has
+        measured yet. See `nmjax.backends`.
 
     Returns:
       (..., *output axes of the weight), of the dtype that `x` and the values promote to; sums are
@@ -189,12 +193,37 @@ def _way(x: jax.Array, packed: Packed, batch: int, implementation: Implementatio
         return "dense"
     if implementation is None:
         return choose(x.dtype, packed, batch).name
-    obstacle = load_library().reason or why_unsupported(x.dtype, packed)
+    obstacle: str | None
     if cut:
         obstacle = "it or x is sharded over explicit axes of a mesh; use jax.shard_map"
+    elif implementation == "ffi":
+        obstacle = load_library().reason or why_unsupported(x.dtype, packed)
+    else:
+        obstacle = _why_not_on_gpus(x, packed, implementation)
     if obstacle:
-        raise ValueError(f'implementation="ffi" cannot multiply {packed.shape}: {obstacle}')
-    return "ffi only"
+        raise ValueError(
+            f'implementation="{implementation}" cannot multiply {packed.shape}: {obstacle}'
+        )
+    return _ONLY[implementation]
+
+
+_ONLY: dict[str, Way] = {
+    "ffi": "ffi only",
+    "cusparselt": "cusparselt only",
+    "decode": "decode only",
+}
+
+
+def _why_not_on_gpus(x: jax.Array, packed: Packed, implementation: str) -> str | None:
+    if not isinstance(packed, PackedNM):
+        return f"it multiplies 2:4 weights, not {packed.leaf_plan.pattern}"
+    if x.ndim != 2:
+        return "it multiplies matrices, not convolutions"
+    if implementation == "decode":
+        obstacle = decode.why_not(x.dtype, packed)
+    else:
+        obstacle = cusparselt.why_not_product(x.dtype, x.shape[0], packed)
+    return obstacle or why_no_gpu()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -221,6 +250,8 @@ _MATMULS = {
     "gather": plain.gather_matmul,
     "row by row": plain.row_by_row_matmul,
     "ffi": ffi.matmul,
+    "cusparselt": cusparselt.packed_matmul,
+    "decode": decode.matmul,
 }
 _CONVS = {"dense": reference.conv, "ffi": ffi.conv}
 
@@ -229,7 +260,7 @@ def _on_platform(
     way: Way, ways: dict[str, Any], x: jax.Array, packed: Packed, bias: Any, **settings: Any
 ) -> jax.Array:
     """What was chosen for CPUs runs there only; the weight is unpacked elsewhere."""
-    if way == "dense" or way == "ffi only":
+    if way == "dense" or way.endswith(" only"):
         return ways[way.removesuffix(" only")](x, packed, bias=bias, **settings)
     return lax.platform_dependent(
         x,
@@ -292,8 +323,11 @@ def _check(packed: Any, activation: Any, implementation: Any) -> None:
             )
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
-    if implementation not in (None, "xla", "ffi"):
-        raise ValueError(f'implementation must be None, "xla" or "ffi", got {implementation!r}')
+    if implementation not in (None, "xla", *_ONLY):
+        raise ValueError(
+            f'implementation must be None, "xla", "ffi", "cusparselt" or "decode", got '
+            f"{implementation!r}"
+        )
 
 
 def _check_floating(x: jax.Array) -> None:

@@ -54,14 +54,16 @@ class TransformerBlock(nn.Module):
     """A pre-norm encoder block: attention, then a feed-forward layer four times as wide."""
 
     heads: int = 8
+    dtype: Any = None  # Of the computation; None for that of the parameters.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(batch, tokens, features) -> the same."""
-        width = x.shape[-1]
-        x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
-        hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
-        return x + nn.Dense(width)(hidden)
+        width, dtype = x.shape[-1], self.dtype
+        attend = nn.MultiHeadDotProductAttention(self.heads, dtype=dtype)
+        x = x + attend(nn.LayerNorm(dtype=dtype)(x))
+        hidden = nn.gelu(nn.Dense(4 * width, dtype=dtype)(nn.LayerNorm(dtype=dtype)(x)))
+        return x + nn.Dense(width, dtype=dtype)(hidden)
 
 
 CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

@@ -1,6 +1,9 @@
 """Compiles the C++ kernels, by the package's build or `python -m nmjax.kernels.build`.
 
-Every instruction set has its own object file, all in one library; the machine picks when it runs.
+The kernels for CPUs: every instruction set has its own object file, all in one library; the machine
+picks when it runs. What NVIDIA's GPUs need is built where NVIDIA's headers are found: they come
+with the extra `cuda13`, or with the CUDA toolkit ($CUDA_HOME).
+
 Nothing here imports JAX, so that the build needs no more than a compiler and XLA's headers.
 """
 
@@ -19,6 +22,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "libnmjax_kernels.so"
+CUSPARSELT_LIBRARY = FOLDER / "libnmjax_cusparselt.so"
+DECODE_LIBRARY = FOLDER / "libnmjax_decode.so"
 
 _COMMON = ["blocks.cc", "groups.cc", "ffi.cc"]
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]
@@ -29,6 +34,8 @@ _X86 = {
     "avx512": ["-march=x86-64-v4"],
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
 }
+# Ampere, which later GPUs run too, and Hopper.
+_GPUS = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90,code=sm_90"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 
@@ -73,6 +80,91 @@ def compile_library(
     return library
 
 
+def compile_cusparselt(compiler: str, library: Path = CUSPARSELT_LIBRARY) -> Path:
+    """Compiles the products by cuSPARSELt, whose own library is found when ours is loaded.
+
+    Args:
+      compiler: as for `compile_library`.
+      library: the file to write; it appears whole or not at all.
+
+    Returns:
+      `library`.
+
+    Raises:
+      RuntimeError: a header is missing, or the compiler failed.
+    """
+    obstacle = why_no_cusparselt()
+    if obstacle is not None:
+        raise RuntimeError(obstacle)
+    headers = [f"-isystem{folder}" for folder in (include_folder(), *nvidia_folders("include"))]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        linked = Path(folder) / library.name
+        source = str(FOLDER / "src" / "cusparselt.cc")
+        flags = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-shared", "-s"]
+        _run([compiler, *flags, *headers, source, "-o", str(linked)])
+        linked.replace(library)
+    return library
+
+
+def why_no_cusparselt() -> str | None:
+    """Which of the headers that `compile_cusparselt` needs are missing, or None."""
+    folders = nvidia_folders("include")
+    # cuSPARSELt 0.8 reads cuSPARSE's header; later ones bring what they need of it.
+    wanted = (
+        ("cusparseLt.h",),
+        ("driver_types.h",),
+        ("cusparse.h", "cusparseLt_cusparse_stub.h"),
+    )
+    missing = [
+        " or ".join(names)
+        for names in wanted
+        if not any((folder / name).exists() for folder in folders for name in names)
+    ]
+    if not missing:
+        return None
+    return f"{', '.join(missing)} not found: pip install 'nmjax[cuda13]', or set CUDA_HOME"
+
+
+def compile_decode(library: Path = DECODE_LIBRARY) -> Path:
+    """Compiles the kernel for few rows on NVIDIA's GPUs.
+
+    Args:
+      library: the file to write; it appears whole or not at all.
+
+    Returns:
+      `library`.
+
+    Raises:
+      RuntimeError: there is no nvcc, or it failed.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no nvcc: install the CUDA toolkit, and set CUDA_HOME")
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        linked = Path(folder) / library.name
+        sources = [str(FOLDER / "src" / name) for name in ("decode.cu", "decode_ffi.cc")]
+        flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC,-s", *_GPUS]
+        _run([nvcc, *flags, f"-I{include_folder()}", *sources, "-o", str(linked)])
+        linked.replace(library)
+    return library
+
+
+def find_nvcc() -> str | None:
+    """The path of CUDA's compiler, or None."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+    return str(home) if home.exists() else shutil.which("nvcc")
+
+
+def nvidia_folders(kind: str) -> list[Path]:
+    """Folders "include" or "lib" of NVIDIA's packages, then of the CUDA toolkit."""
+    spec = importlib.util.find_spec("nvidia")
+    packages = (spec.submodule_search_locations if spec else None) or []
+    folders = [folder for place in packages for folder in sorted(Path(place).glob(f"*/{kind}"))]
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    folders += [toolkit / kind, toolkit / f"{kind}64", toolkit / kind / "cccl"]
+    return [folder for folder in folders if folder.is_dir()]
+
+
 def include_folder() -> Path:
     """XLA's headers, from the jaxlib at hand.
 
@@ -92,12 +184,28 @@ def _run(command: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compiles with $CXX or g++; `--sanitize FILE` makes a library that checks itself."""
+    """Compiles with $CXX or g++; `--sanitize FILE` makes a library that checks itself.
+
+    `--cuda` makes only what is for GPUs, and fails where it cannot.
+    """
     compiler = shutil.which(os.environ.get("CXX", "g++")) or "g++"
     if argv[:1] == ["--sanitize"]:
         compile_library(compiler, Path(argv[1]), SANITIZERS)
-    else:
+        return
+    for_gpus_only = argv[:1] == ["--cuda"]
+    if not for_gpus_only:
         compile_library(compiler)
+    skipped = []
+    if for_gpus_only or why_no_cusparselt() is None:
+        compile_cusparselt(compiler)
+    else:
+        skipped.append(f"cuSPARSELt ({why_no_cusparselt()})")
+    if for_gpus_only or find_nvcc():
+        compile_decode()
+    else:
+        skipped.append("decode (no nvcc)")
+    if skipped:
+        sys.stderr.write(f"nmjax: not built, which only GPUs use: {', '.join(skipped)}\n")
 
 
 if __name__ == "__main__":

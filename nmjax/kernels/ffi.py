@@ -31,9 +31,9 @@ def matmul(
 ) -> jax.Array:
     """X (batch, inputs) times the weight, (batch, outputs)."""
     if isinstance(packed, PackedNM):
-        return _batched(partial(_groups, activation=activation), x, packed, bias)
+        return batched(partial(_groups, activation=activation), x, packed, bias)
     product = partial(_blocks, window=_ONE_TAP, taps=(1, 1), activation=activation)
-    return _batched(product, x[None, None], packed, bias, axis=2)[0, 0]
+    return batched(product, x[None, None], packed, bias, axis=2)[0, 0]
 
 
 def conv(
@@ -50,7 +50,7 @@ def conv(
         window = Window((1, *window.strides), ((0, 0), *window.padding), (1, *window.dilation))
     images = x.reshape(x.shape[0], *spatial, x.shape[-1])
     product = partial(_blocks, window=window, taps=taps, activation=activation)
-    y = _batched(product, images, packed, bias)
+    y = batched(product, images, packed, bias)
     return y.reshape(y.shape[0], *y.shape[1 + len(taps) - (x.ndim - 2) : -1], y.shape[-1])
 
 
@@ -69,7 +69,7 @@ def _blocks(
     moves = np.array([*taps, *window.strides, *before, *window.dilation], np.int64)
     pointers = packed.row_pointers
     return jax.ffi.ffi_call(
-        "nmjax_blocks", _result(shape, result_dtype(x, packed), x, packed.values)
+        "nmjax_blocks", result_like(shape, result_dtype(x, packed), x, packed.values)
     )(
         x,
         packed.values,
@@ -89,7 +89,7 @@ def _groups(
     inputs, groups = x.shape[-1], packed.values.shape[-3]
     shape = (x.shape[0], outputs_of(packed))
     return jax.ffi.ffi_call(
-        "nmjax_groups", _result(shape, result_dtype(x, packed), x, packed.values)
+        "nmjax_groups", result_like(shape, result_dtype(x, packed), x, packed.values)
     )(
         x,
         packed.values,
@@ -100,10 +100,10 @@ def _groups(
     )
 
 
-def _batched(
+def batched(
     product: Callable[..., jax.Array],
     x: jax.Array,
-    packed: Packed,
+    packed: Any,
     bias: jax.Array | None,
     axis: int = 0,
 ) -> jax.Array:
@@ -113,7 +113,7 @@ def _batched(
     """
 
     @jax.custom_batching.custom_vmap
-    def call(x: jax.Array, packed: Packed, bias: jax.Array | None) -> jax.Array:
+    def call(x: jax.Array, packed: Any, bias: jax.Array | None) -> jax.Array:
         return product(x, packed, bias)
 
     @call.def_vmap
@@ -138,7 +138,7 @@ def _batched(
     return call(x, packed, bias)
 
 
-def _result(shape: tuple[int, ...], dtype: np.dtype, *operands: Any) -> jax.ShapeDtypeStruct:
+def result_like(shape: tuple[int, ...], dtype: np.dtype, *operands: Any) -> jax.ShapeDtypeStruct:
     """A result that differs over the axes of a mesh, in `jax.shard_map`, that an operand does."""
     sums = jax.eval_shape(lambda *operands: sum(jnp.sum(x) for x in operands), *operands)
     varies = sums.manual_axis_type

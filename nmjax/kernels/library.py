@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
+from nmjax.kernels.cusparselt_library import load_cusparselt
+from nmjax.kernels.decode_library import why_no_decode
+from nmjax.kernels.handlers import register_handlers
 
 HANDLERS = ("nmjax_blocks", "nmjax_groups")
 
@@ -35,16 +36,22 @@ class Library:
 def backends() -> dict[str, str]:
     """What can multiply packed weights here: name -> state, or why it is not there.
 
-    `"xla"` is plain XLA, always there. `"ffi"` are the compiled kernels for CPUs. In the
-    environment, `NMJAX_DISABLE_FFI` switches them off, `NMJAX_KERNELS_LIBRARY` names another
-    library file, and `NMJAX_KERNELS_ISA` picks a narrower instruction set than the machine has.
+    `"xla"` is plain XLA, always there. `"ffi"` are the compiled kernels for CPUs. For 2:4
+    weights on NVIDIA's GPUs, `"cusparselt"` is NVIDIA's library, and `"decode"` a kernel of ours
+    for few rows. In the environment, `NMJAX_DISABLE_FFI` switches off all but the first,
+    `NMJAX_KERNELS_LIBRARY` names another library file of kernels for CPUs, and `NMJAX_KERNELS_ISA`
+    picks a narrower instruction set than the machine has.
 
     >>> sorted(backends())
-    ['ffi', 'xla']
+    ['cusparselt', 'decode', 'ffi', 'xla']
     """
-    library = load_library()
-    ffi = library.reason or f"ready: {library.instruction_set}"
-    return {"xla": "ready: unpacks, or gathers where that is faster", "ffi": ffi}
+    library, cusparselt = load_library(), load_cusparselt()
+    return {
+        "xla": "ready: unpacks, or gathers where that is faster",
+        "ffi": library.reason or f"ready: {library.instruction_set}",
+        "cusparselt": cusparselt.reason or f"ready: {cusparselt.version}",
+        "decode": why_no_decode() or "ready",
+    }
 
 
 @functools.cache
@@ -63,18 +70,7 @@ def load_library() -> Library:
         )
     try:
         library = ctypes.CDLL(str(path))
-        # A library of newer headers than XLA's own would keep the whole CPU backend from starting.
-        built = library.nmjax_ffi_version()
-        running = _version(build.include_folder() / "xla/ffi/api/c_api.h")
-        if built // 1000 != running // 1000 or built > running:
-            return Library(
-                None,
-                f"built for a newer XLA (FFI {built / 1000}, here {running / 1000}): run python -m "
-                "nmjax.kernels.build, or upgrade jax",
-            )
-        for handler in HANDLERS:
-            capsule = jax.ffi.pycapsule(getattr(library, handler))
-            jax.ffi.register_ffi_target(handler, capsule, platform="cpu")
+        register_handlers(library, HANDLERS, "cpu")
         library.nmjax_instruction_set.restype = ctypes.c_char_p
         picked = library.nmjax_instruction_set().decode()
         wanted = os.environ.get("NMJAX_KERNELS_ISA") or picked
@@ -83,11 +79,3 @@ def load_library() -> Library:
         return Library(picked)
     except Exception as error:  # Whatever is wrong with a library, plain XLA still works.
         return Library(None, f"{path} does not load: {error}")
-
-
-def _version(header: Path) -> int:
-    """The FFI's version of the installed XLA, major * 1000 + minor."""
-    text = header.read_text()
-    parts = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
-    major, minor = (int(part.group(1)) if part else 0 for part in parts)
-    return major * 1000 + minor

@@ -38,6 +38,7 @@ FLOORS = {
     5: (
         "soft_blocks",
         "matmul",
+        "sparse_dense",
         "depthwise",
         "sizes",
         "files",
@@ -66,7 +67,7 @@ PUBLIC += ["make_plan", "Plan", "LeafPlan", "compute_masks", "sparsify", "prune"
 PUBLIC += ["add_sparse_refined", "Sparsifier", "straight_through", "one_shot", "dense"]
 PUBLIC += ["pack", "unpack", "PackedNM", "PackedBlocks", "check_sparse", "sizes"]
 PUBLIC += ["save_packed", "load_packed", "packed_matmul", "packed_conv", "backends"]
-PUBLIC += ["unpack_slow", "check_sharding", "transposable_mask"]
+PUBLIC += ["unpack_slow", "check_sharding", "transposable_mask", "sparse_dense"]
 PUBLIC += ["soft_uniform_blocks", "cubic_ramp", "linear_ramp", "cosine_ramp", "exponential_ramp"]
 PUBLIC += ["Channels", "find_channels", "l1_order", "permute_channels", "sort_channels"]
 PUBLIC += ["blocks_per_row", "row_balance", "blocks_regrown"]

@@ -1,0 +1,261 @@
+"""Products with 2:4 weights on a GPU against XLA's dense ones: what `gpu` times.
+
+Every program multiplies several inputs by as many weights, one after the other, so that neither
+launching it nor what a cache kept from the call before is timed: together the weights are several
+times the second-level cache of any GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import nmjax
+from experiments.benchmarks.timing import interleaved_times
+from nmjax.kernels import cusparselt, decode
+
+Functions = dict[str, Callable[[], Any]]
+
+
+class Product(NamedTuple):
+    """Rows times a weight (inputs, outputs) of a dtype, and what it is from."""
+
+    of: str
+    rows: int
+    inputs: int
+    outputs: int
+    dtype: str
+
+    @property
+    def repeats(self) -> int:
+        """How many of them make a gigabyte of weights; 2 to 8."""
+        weight = self.inputs * self.outputs * jnp.dtype(self.dtype).itemsize
+        return min(max(math.ceil(2**30 / weight), 2), 8)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether cuSPARSELt takes the weight as (outputs, inputs) only."""
+        return jnp.dtype(self.dtype).itemsize == 1
+
+    @property
+    def result(self) -> str:
+        """Dtype of the product."""
+        return cusparselt.RESULTS[self.dtype][0]
+
+
+_MANY_ROWS = (
+    ("cube", 8192, 8192, 8192),
+    ("7 B, up", 4096, 4096, 11008),
+    ("7 B, down", 4096, 11008, 4096),
+    ("70 B, up", 4096, 8192, 28672),
+    ("70 B, down", 4096, 28672, 8192),
+    ("70 B, up", 16384, 8192, 28672),
+)
+MANY_ROWS = [
+    Product(*shape, dtype)
+    for dtype in ("bfloat16", "int8", "float8_e4m3fn")
+    for shape in _MANY_ROWS
+]
+FEW_ROWS = [
+    Product(of, rows, inputs, outputs, "bfloat16")
+    for of, inputs, outputs in (("70 B, up", 8192, 28672), ("8 B, up", 4096, 14336))
+    for rows in (1, 4, 8, 16)
+]
+SMALL = [
+    Product("small", 32, 64, 128, dtype)
+    for dtype in ("bfloat16", "float16", "int8", "float8_e4m3fn")
+]
+
+
+def numbers(shape: tuple[int, ...], dtype: str, seed: int) -> jax.Array:
+    """Normal random numbers; integers up to a few dozen."""
+    scale = 10 if dtype == "int8" else 1
+    make = jax.jit(lambda key: (scale * jax.random.normal(key, shape)).astype(dtype))
+    return make(jax.random.key(seed))
+
+
+@partial(jax.jit, static_argnames="axis")
+def pruned(w: jax.Array, axis: int) -> jax.Array:
+    """The weight, 2:4 along an axis."""
+    score = w.astype(jnp.float32) if w.dtype.itemsize == 1 else w
+    return jnp.where(nmjax.nm_mask(score, 2, 4, axis), w, jnp.zeros((), w.dtype))
+
+
+def multiply(x: jax.Array, w: jax.Array, result: str, transposed: bool) -> jax.Array:
+    """XLA's dense product."""
+    return jnp.matmul(x, w.T if transposed else w, preferred_element_type=jnp.dtype(result))
+
+
+def many(product: Callable[[Any, Any], Any], xs: list[Any], ws: list[Any]) -> Callable[[], Any]:
+    """All the products in one compiled program, which is traced now."""
+    compiled = jax.jit(lambda xs, ws: [product(x, w) for x, w in zip(xs, ws, strict=True)])
+    ready = compiled.lower(xs, ws).compile()
+    return lambda: ready(xs, ws)
+
+
+def milliseconds(functions: Functions, repeats: int, rounds: int) -> dict[str, float]:
+    """Median time of one product of each."""
+    times = interleaved_times(functions, rounds=rounds, at_least=0.02)
+    return {name: 1e3 * statistics.median(seconds) / repeats for name, seconds in times.items()}
+
+
+def operands(product: Product) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Inputs, and dense weights (inputs, outputs) that are not pruned."""
+    count = range(product.repeats)
+    xs = [numbers((product.rows, product.inputs), product.dtype, i) for i in count]
+    ws = [numbers((product.inputs, product.outputs), product.dtype, 100 + i) for i in count]
+    return xs, ws
+
+
+def dense_functions(product: Product, xs: list[Any], ws: list[Any]) -> Functions:
+    """XLA's, of weights stored either way."""
+    stored = {False: ws, True: [w.T for w in ws]}
+    functions = {
+        f"dense{', transposed' if transposed else ''}": many(
+            partial(multiply, result=product.result, transposed=transposed), xs, stored[transposed]
+        )
+        for transposed in (False, True)
+    }
+    if product.dtype == "float8_e4m3fn":
+        one = jnp.ones((), product.result)
+        scaled = [(w, one) for w in stored[True]]
+        functions["dense, transposed, scaled"] = many(multiply_scaled, xs, scaled)
+    return functions
+
+
+def multiply_scaled(x: jax.Array, weight_and_scale: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """XLA's product of float8, as it knows it from networks that are scaled."""
+    w, scale = weight_and_scale
+    return (x.astype(scale.dtype) * scale) @ (w.astype(scale.dtype) * scale).T
+
+
+def time_many_rows(product: Product, rounds: int) -> dict[str, Any]:
+    """Products by cuSPARSELt, of weights stored either way, before and after its search."""
+    xs, ws = operands(product)
+    functions, failed = dense_functions(product, xs, ws), {}
+    candidates: dict[str, Callable[[], Functions]] = {
+        f"sparse{', transposed' if transposed else ''}": partial(
+            sparse_functions, product, xs, ws, transposed
+        )
+        for transposed in ((True,) if product.transposed else (False, True))
+    }
+    if product.dtype == "bfloat16":
+        candidates["torch"] = partial(torch_functions, product)
+    for name, make in candidates.items():
+        try:
+            functions |= make()
+        except Exception as error:  # The others are worth timing all the same.
+            failed[name] = str(error)
+    if not any(name.startswith("sparse") for name in functions):
+        raise RuntimeError(f"no sparse product: {failed}")
+    measured = row(product, functions, rounds)
+    return measured | {"failed": failed} if failed else measured
+
+
+def sparse_functions(product: Product, xs: list[Any], ws: list[Any], transposed: bool) -> Functions:
+    """Products by cuSPARSELt, before and after its search."""
+    multiply_sparse = partial(cusparselt.matmul, dtype=product.result)
+    name = f"sparse{', transposed' if transposed else ''}"
+    compressed = []
+    for w in ws:
+        dense = pruned(w, -2)
+        compressed.append(
+            cusparselt.compress(dense.T if transposed else dense, transposed=transposed)
+        )
+    not_tuned = many(multiply_sparse, xs, compressed)
+    cusparselt.tune(xs[0], compressed[0], dtype=product.result)
+    return {f"{name}, not tuned": not_tuned, name: many(multiply_sparse, xs, compressed)}
+
+
+def time_few_rows(product: Product, rounds: int) -> dict[str, Any]:
+    """The kernel of nmjax that reads packed weights, as it chooses and in its variants."""
+    xs, ws = operands(product)
+    functions = dense_functions(product, xs, ws)
+    plan = nmjax.make_plan({"w": jax.ShapeDtypeStruct(ws[0].shape, ws[0].dtype)}, "2:4")
+    pack = jax.jit(lambda w: nmjax.pack({"w": w}, plan)["w"])
+    packed = [pack(w) for w in ws]
+    functions["sparse"] = many(decode.matmul, xs, packed)
+    for vector in (8, 4, 2):
+        functions[f"variant, {vector} outputs a thread"] = many(
+            partial(decode.matmul, vector=vector), xs, packed
+        )
+    return row(product, functions, rounds)
+
+
+def row(product: Product, functions: Functions, rounds: int) -> dict[str, Any]:
+    """Times, and the ratio of the fastest dense product to the fastest of ours."""
+    times = milliseconds(functions, product.repeats, rounds)
+
+    def fastest(start: str) -> float:
+        return min(time for name, time in times.items() if name.startswith(start))
+
+    return {
+        "of": product.of,
+        "rows": product.rows,
+        "weight": f"{product.inputs} x {product.outputs}",
+        "dtype": product.dtype,
+        "speedup": fastest("dense") / fastest("sparse"),
+        "ms": times,
+    }
+
+
+def torch_functions(product: Product) -> Functions:
+    """PyTorch's own calls of cuSPARSELt, where it is there; dense ones too."""
+    try:
+        import torch
+        from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+    except ImportError:
+        return {}
+    if not torch.cuda.is_available():
+        return {}
+    SparseSemiStructuredTensor._FORCE_CUTLASS = False
+    settings: Any = {"dtype": torch.bfloat16, "device": "cuda"}
+    keep = torch.tensor([1, 0, 1, 0], **settings)
+    xs = [torch.randn(product.rows, product.inputs, **settings) for _ in range(product.repeats)]
+    ws = [torch.randn(product.outputs, product.inputs, **settings) for _ in range(product.repeats)]
+    sparse = [
+        to_sparse_semi_structured((w.view(-1, 4) * keep).view(product.outputs, product.inputs))
+        for w in ws
+    ]
+
+    def run(weights: list[Any]) -> None:
+        with torch.inference_mode():
+            for x, w in zip(xs, weights, strict=True):
+                torch.nn.functional.linear(x, w)
+        torch.cuda.synchronize()
+
+    return {"torch, dense": lambda: run(ws), "torch, sparse": lambda: run(sparse)}
+
+
+def lowered_products() -> Iterator[tuple[Product, str]]:
+    """The text of every timed program for NVIDIA's GPUs, on any machine; nothing is computed."""
+    for product in MANY_ROWS + SMALL:
+        shape = (product.inputs, product.outputs)[:: -1 if product.transposed else 1]
+        w = jax.ShapeDtypeStruct(shape, product.dtype)
+        x = jax.ShapeDtypeStruct((product.rows, product.inputs), product.dtype)
+
+        def multiply_sparse(x: Any, w: Any, product: Product = product) -> jax.Array:
+            compressed = cusparselt.compress(w, transposed=product.transposed)
+            return cusparselt.matmul(x, compressed, dtype=product.result)
+
+        yield product, _cuda_text(multiply_sparse, x, w)
+    for product in FEW_ROWS:
+        w = jax.ShapeDtypeStruct((product.inputs, product.outputs), product.dtype)
+        plan = nmjax.make_plan({"w": w}, "2:4")
+        packed = jax.eval_shape(lambda w, plan=plan: nmjax.pack({"w": w}, plan)["w"], w)
+        obstacle = decode.why_not(w.dtype, packed)
+        if obstacle:
+            raise ValueError(obstacle)
+        x = jax.ShapeDtypeStruct((product.rows, product.inputs), product.dtype)
+        yield product, _cuda_text(decode.matmul, x, packed)
+
+
+def _cuda_text(function: Callable[..., Any], *arguments: Any) -> str:
+    traced = jax.jit(function).trace(*arguments)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -1,0 +1,170 @@
+"""Our calls of cuSPARSELt, made on the CPU to a stand-in that does what descriptors say.
+
+What layout each operand is said to have, which attributes are set, what is kept and what is freed:
+all that can be wrong on our side of the interface. The stand-in multiplies by definition.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nmjax import nm_mask
+from nmjax.kernels import build
+from nmjax.kernels.cusparselt import compressed_bytes
+
+TYPES = {"bfloat16": 14, "float16": 2, "float32": 0, "int8": 3, "int32": 10}
+FIRST_CHOICE = (-1, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if shutil.which("g++") is None or build.why_no_cusparselt():
+        pytest.skip(f"no g++, or {build.why_no_cusparselt()}")
+    path = tmp_path_factory.mktemp("fake") / "fake.so"
+    folders = [build.FOLDER / "src", *build.nvidia_folders("include")]
+    source = Path(__file__).parent / "fake_cusparselt.cc"
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", str(source)]
+    # It must call itself also where another test has loaded NVIDIA's library.
+    command += ["-Wl,-Bsymbolic", "-fno-gnu-unique", *(f"-I{folder}" for folder in folders)]
+    subprocess.run([*command, "-o", str(path)], check=True)
+    loaded = ctypes.CDLL(str(path))
+    for function in (loaded.test_compress, loaded.test_multiply, loaded.test_search):
+        function.restype = ctypes.c_char_p
+    return loaded
+
+
+def numbers(shape, dtype, seed):
+    values = np.random.default_rng(seed).normal(size=shape) * (9 if dtype == "int8" else 1)
+    return jnp.asarray(values).astype(dtype)
+
+
+def sparse(shape, dtype, transposed):
+    w = numbers(shape, dtype, 0)
+    mask = nm_mask(w.astype("float32"), 2, 4, axis=-1 if transposed else -2)
+    return np.asarray(jnp.where(mask, w, 0).astype(dtype))
+
+
+def address(x):
+    return ctypes.c_void_p(x.ctypes.data)
+
+
+def compress(library, w, transposed, *, device=0, nbytes=None, workspace=64):
+    room = np.zeros(nbytes or compressed_bytes(w.shape, w.dtype), np.uint8)
+    size = map(ctypes.c_int64, w.shape)
+    said = library.test_compress(
+        device, *size, transposed, TYPES[str(w.dtype)], address(w), address(room),
+        ctypes.c_int64(room.size), ctypes.c_int64(workspace),
+    )  # fmt: skip
+    return room, said.decode()
+
+
+def multiply(
+    library, x, w, compressed, transposed, *, dtype=None, relu=False, bias=None, device=0,
+    algorithm=FIRST_CHOICE, workspace=4096, threads=1,
+):  # fmt: skip
+    dtype = dtype or str(x.dtype)
+    y = np.asarray(jnp.zeros((x.shape[0], w.shape[not transposed]), dtype)).copy()
+    three = (ctypes.c_int * 3)(*map(int, algorithm))
+    said = library.test_multiply(
+        device, *map(ctypes.c_int64, w.shape), transposed, TYPES[str(w.dtype)],
+        ctypes.c_int64(x.shape[0]), TYPES[dtype], relu, None if bias is None else address(bias),
+        three, address(x), address(compressed), address(y), ctypes.c_int64(workspace), threads,
+    )  # fmt: skip
+    return y, said.decode()
+
+
+def counts(library):
+    four = (ctypes.c_int * 4)()
+    library.test_counts(four)
+    return dict(zip(("handles", "made", "destroyed", "matrices"), four, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("finish", ["plain", "bias", "bias and relu"])
+def test_products(library, dtype, transposed, finish):
+    shape = (16, 48) if transposed else (48, 16)
+    w, x = sparse(shape, dtype, transposed), np.asarray(numbers((8, 48), dtype, 1))
+    bias = None if finish == "plain" else np.asarray(numbers((16,), dtype, 2))
+    relu = finish == "bias and relu"
+    compressed, said = compress(library, w, transposed)
+    assert said == ""
+    y, said = multiply(library, x, w, compressed, transposed, relu=relu, bias=bias)
+    assert said == ""
+    expected = x.astype(float) @ (w.T if transposed else w).astype(float)
+    expected += 0 if bias is None else bias.astype(float)
+    expected = np.maximum(expected, 0) if relu else expected
+    np.testing.assert_array_equal(y, np.asarray(jnp.asarray(expected).astype(dtype)))
+
+
+@pytest.mark.parametrize("result", ["int32", "float16"])
+def test_bytes(library, result):
+    w, x = sparse((32, 64), "int8", True), np.asarray(numbers((16, 64), "int8", 1))
+    compressed, said = compress(library, w, True)
+    assert said == ""
+    y, said = multiply(library, x, w, compressed, True, dtype=result)
+    assert said == ""
+    np.testing.assert_array_equal(y, (x.astype(int) @ w.T.astype(int)).astype(result))
+
+
+def test_what_was_set_up_is_kept(library):
+    w, x = sparse((32, 16), "float16", False), np.asarray(numbers((8, 32), "float16", 1))
+    compressed, _ = compress(library, w, False, device=5)
+    before = counts(library)
+    for _ in range(3):
+        multiply(library, x, w, compressed, False, device=5, threads=8)
+    after = counts(library)
+    assert after["made"] - before["made"] == 1
+    assert after["handles"] == before["handles"]
+    multiply(library, x, w, compressed, False, device=5, relu=True)
+    multiply(library, x, w, compressed, False, device=5, algorithm=(3, 2, 1))
+    multiply(library, x, w, compressed, False, device=6)
+    last = counts(library)
+    assert last["made"] - after["made"] == 3
+    assert last["handles"] - after["handles"] == 1
+    assert last["matrices"] == 3 * (last["made"] - last["destroyed"])
+
+
+def test_a_search_says_what_it_found(library):
+    w, x = sparse((32, 16), "float16", False), np.asarray(numbers((8, 32), "float16", 1))
+    compressed, _ = compress(library, w, False)
+    expected, _ = multiply(library, x, w, compressed, False)
+    before = counts(library)
+    y, four = np.zeros_like(expected), np.zeros(4, np.int64)
+    said = library.test_search(
+        0, ctypes.c_int64(32), ctypes.c_int64(16), TYPES["float16"], ctypes.c_int64(8),
+        address(x), address(compressed), address(y), address(four),
+    )  # fmt: skip
+    assert said == b""
+    np.testing.assert_array_equal(y, expected)
+    assert four.tolist() == [7, 2, 2, 200]
+    after = counts(library)
+    assert after["matrices"] == before["matrices"]
+    y, said = multiply(library, x, w, compressed, False, algorithm=four[:3], workspace=200)
+    assert said == ""
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_what_goes_wrong_is_said_and_leaves_nothing(library):
+    w, x = sparse((32, 16), "float16", False), np.asarray(numbers((8, 32), "float16", 1))
+    matrices = counts(library)["matrices"]
+    assert "wants 320 bytes" not in compress(library, w, False)[1]
+    _, said = compress(library, w, False, nbytes=100)
+    assert "bytes for a compressed weight, there are 100" in said
+    assert "workspace to compress" in compress(library, w, False, workspace=1)[1]
+    dense = np.asarray(numbers((32, 16), "float16", 0))
+    assert "cusparseLtSpMMACompress2: invalid value" in compress(library, dense, False)[1]
+    compressed, _ = compress(library, w, False)
+    assert counts(library)["matrices"] == matrices
+    _, said = multiply(library, x[:3], w, compressed, False)
+    assert "cusparseLtDenseDescriptorInit: not supported" in said
+    _, said = multiply(library, x, w, compressed, False, algorithm=(11, 1, 0))
+    assert "cusparseLtMatmulAlgSetAttribute: invalid value" in said
+    assert counts(library)["matrices"] == matrices
+    _, said = multiply(library, x, w, compressed, False, algorithm=(1, 50, 0))
+    assert "wants 5000 bytes of workspace to multiply" in said
