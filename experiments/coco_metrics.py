@@ -6,6 +6,7 @@ Source: Lin et al., "Microsoft COCO", ECCV 2014; cocodataset.org, "Detection Eva
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -107,14 +108,15 @@ def paste(
     height, width = size
     masks = np.zeros((len(boxes), height, width), bool)
     for mask, drawn, (left, top, right, bottom) in zip(masks, probabilities, boxes, strict=True):
-        x, y = int(np.floor(left)), int(np.floor(top))
-        wide, high = max(int(np.ceil(right)) - x, 1), max(int(np.ceil(bottom)) - y, 1)
+        x, y = math.floor(left), math.floor(top)
+        wide, high = max(math.ceil(right) - x, 1), max(math.ceil(bottom) - y, 1)
         scaled = Image.fromarray(np.asarray(drawn, np.float32)).resize(
             (wide, high), Image.Resampling.BILINEAR
         )
-        inside = np.asarray(scaled)[max(-y, 0) : height - y, max(-x, 0) : width - x] > 0.5
-        y, x = max(y, 0), max(x, 0)
-        mask[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+        rows, columns = slice(max(y, 0), max(y + high, 0)), slice(max(x, 0), max(x + wide, 0))
+        part = mask[rows, columns]
+        top, left = max(-y, 0), max(-x, 0)
+        part[...] = np.asarray(scaled)[top:, left:][: part.shape[0], : part.shape[1]] > 0.5
     return masks
 
 

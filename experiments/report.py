@@ -284,7 +284,9 @@ def _shown(data: Data) -> list[dict[str, Any]]:
     for index, example in enumerate(next(iter(trials.values()))):
         *given, own = example
         answers = {name: examples[index][own] for name, examples in trials.items()}
-        found.append({"given": {name: example[name] for name in given}, "answers": answers})
+        drawn = all(text.startswith("data:image/") for text in example.values())
+        texts = {name: example[name] for name in given}
+        found.append({"given": texts, "answers": answers, "drawn": drawn})
     return found
 
 

@@ -51,7 +51,7 @@ class Results:
 
     Attributes:
       data: the content of the file. "settings" decides the numbers, "trials" holds one entry a
-        finished trial with its epochs, "step_times", "shapes" and "films" are extra.
+        finished trial with its epochs, "step_times", "shapes", "films" and "shown" are extra.
     """
 
     def __init__(self, folder: Path, data: Numbers) -> None:

@@ -146,14 +146,21 @@ def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: An
         if not equals:
             raise ValueError(f"--rule {text!r} should read RULE=PATTERN, such as 'head=1:4'")
         rules[rule] = None if pattern == "dense" else pattern
-    return make_plan(
-        params,
-        arguments.pattern,
-        exclude=arguments.exclude,
-        include=arguments.include,
-        rules=rules,
-        on_indivisible=on_indivisible,
-    )
+    try:
+        return make_plan(
+            params,
+            arguments.pattern,
+            exclude=arguments.exclude,
+            include=arguments.include,
+            rules=rules,
+            on_indivisible=on_indivisible,
+        )
+    except ValueError as error:  # What it proposes is said in the words of this command.
+        options = {'on_indivisible="dense"': "--dense-if-indivisible", "exclude=": "--exclude"}
+        text = str(error)
+        for keyword, option in options.items():
+            text = text.replace(keyword, option)
+        raise ValueError(text) from error
 
 
 def _products(packed: Any) -> str:

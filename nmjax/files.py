@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -57,7 +58,7 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
         if is_packed(leaf):
             leaf = jax.tree.map(np.asarray, leaf)
             _check(name, leaf)
-            described[name] = _describe(leaf)
+            described[name] = {**_describe(leaf.leaf_plan), "dtype": leaf.dtype.name}
             arrays = {f"{name}/{field}": array for field, array in _arrays(leaf).items()}
         elif hasattr(leaf, "dtype"):
             arrays = {name: np.asarray(leaf)}
@@ -102,11 +103,9 @@ def load_packed(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{os.fspath(path)} cannot be loaded: {error}") from error
 
 
-def _describe(leaf: Packed) -> dict[str, Any]:
-    plan = leaf.leaf_plan
+def _describe(plan: LeafPlan) -> dict[str, Any]:
     axes = {span: list(getattr(plan, span)) for span in _AXES}
-    shape = list(plan.shape)
-    return {"pattern": str(plan.pattern), "shape": shape, **axes, "dtype": leaf.dtype.name}
+    return {"pattern": str(plan.pattern), "shape": list(plan.shape), **axes}
 
 
 def _arrays(leaf: Packed) -> dict[str, np.ndarray]:
@@ -138,6 +137,11 @@ def _read_manifest(metadata: Mapping[str, str]) -> dict[str, tuple[LeafPlan, str
 
 def _read_leaf(name: str, description: Any) -> tuple[LeafPlan, str]:
     _check_keys(_typed(description, dict, name), ("pattern", "shape", *_AXES, "dtype"), name)
+    plan = _read_plan(name, description)
+    return plan, _typed(description["dtype"], str, f"the dtype of {name}")
+
+
+def _read_plan(name: str, description: Mapping[str, Any]) -> LeafPlan:
     shape = _integers(description["shape"], f"the shape of {name}")
     spans = {span: _integers(description[span], f"the {span} of {name}") for span in _AXES}
     text = _typed(description["pattern"], str, f"the pattern of {name}")
@@ -154,7 +158,25 @@ def _read_leaf(name: str, description: Any) -> tuple[LeafPlan, str]:
         raise ValueError(f"{name} of shape {shape} cannot have {text[:100]} along the axes {spans}")
     if not all(1 <= size <= _LARGEST for size in (*shape, plan.inputs, plan.outputs)):
         raise ValueError(f"{name} has an impossible shape: {shape}")
-    return plan, _typed(description["dtype"], str, f"the dtype of {name}")
+    return plan
+
+
+def _plan_to_bytes(static: tuple[LeafPlan]) -> bytes:
+    return json.dumps(_describe(*static)).encode()
+
+
+def _plan_from_bytes(data: bytes) -> tuple[LeafPlan]:
+    return (_read_plan("a packed argument", json.loads(data)),)
+
+
+# Programs of `jax.export` may take packed parameters as arguments.
+for _kind in (PackedNM, PackedBlocks):
+    jax.export.register_pytree_node_serialization(
+        _kind,
+        serialized_name=f"nmjax.{_kind.__name__}",
+        serialize_auxdata=_plan_to_bytes,
+        deserialize_auxdata=_plan_from_bytes,
+    )
 
 
 def _take_packed(

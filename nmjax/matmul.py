@@ -27,6 +27,7 @@ from nmjax.kernels.operands import (
     stack_of,
     taps_of,
 )
+from nmjax.packed_nm import PackedNM
 from nmjax.packing import is_packed, unpack_leaf
 
 Implementation = Literal["xla", "ffi"] | None
@@ -281,6 +282,14 @@ def _check(packed: Any, activation: Any, implementation: Any) -> None:
         raise TypeError(
             f"expected a packed weight, a leaf of what nmjax.pack returns, got {type(packed)}"
         )
+    if not isinstance(packed, PackedNM) and packed.row_pointers is not None:
+        rows = packed.row_pointers.shape[-1] - 1
+        planned = packed.leaf_plan.outputs // packed.leaf_plan.pattern.n
+        if rows != planned:
+            raise ValueError(
+                f"this is a shard of {packed.shape}: {rows} row pointers for {planned} rows of "
+                "blocks. Only uniform rows can be cut by outputs; take a plan without /layer"
+            )
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
     if implementation not in (None, "xla", "ffi"):

@@ -32,6 +32,11 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
     `jax.jit`: outside, each layer unpacks its kernel only to throw it away, and inside the compiler
     sees that nobody reads it.
 
+    A program with compiled kernels in it is exported by `jax.export.export` with
+    `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name)]` for the names
+    `"nmjax_blocks"` and `"nmjax_groups"`, closed over the packed variables or with them as
+    arguments. Whoever loads it calls `nmjax.backends()` first, which registers the kernels.
+
     Args:
       module: any linen module.
       implementation: as for `nmjax.packed_matmul`.

@@ -125,7 +125,7 @@ def planned_leaves(
     visible = [name for name in plan if not any(_is_below(name, node) for node in hidden)]
     complaints = [
         f"  {name}: planned as {plan[name].shape}, "
-        + (f"got {leaves[name].shape}" if name in leaves else "not in the tree")
+        + (f"got {leaves[name].shape}" if name in leaves else _why_missing(name, leaves))
         for name in visible
         if name not in leaves or not fits(leaves[name].shape, plan[name])
     ]
@@ -143,6 +143,12 @@ def planned_leaves(
             + ", ".join(f"{name} has dtype {leaves[name].dtype}" for name in wrong)
         )
     return {name: leaves[name] for name in visible}
+
+
+def _why_missing(name: str, leaves: Mapping[str, Any]) -> str:
+    if any(_is_below(leaf, name) for leaf in leaves):
+        return "got a subtree, as a packed weight is: nmjax.unpack makes those dense"
+    return "not in the tree"
 
 
 def _is_below(name: str, node: str) -> bool:

@@ -68,6 +68,8 @@ def write_tensors(
         if array.dtype not in _DTYPES.values():
             raise TypeError(f"{name} has dtype {array.dtype}, which safetensors does not know")
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         save_file(arrays, draft, metadata=dict(metadata))

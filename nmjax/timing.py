@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -66,8 +67,10 @@ def output_on_cores(command: Sequence[str], cores: int) -> str:
 
     Raises:
       ValueError: this process may not use as many cores.
-      RuntimeError: the command failed.
+      RuntimeError: the command failed, or the system cannot bind processes to cores.
     """
+    if not hasattr(os, "sched_setaffinity"):
+        raise RuntimeError(f"{sys.platform} does not bind processes to cores; measure on Linux")
     mine = sorted(os.sched_getaffinity(0))
     if not 1 <= cores <= len(mine):
         raise ValueError(f"asked for {cores} threads; this process may use {len(mine)} cores")

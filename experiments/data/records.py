@@ -122,12 +122,12 @@ def open_source(
     """
     folder = data_folder(data_dir)
     command = f"{dataset} {build_options}".strip()
-    # Asked first, because the builder would warn at length about a folder that is not there.
-    if not (folder / dataset).is_dir():
+    versions = [info.parent for info in (folder / dataset).glob("*/dataset_info.json")]
+    if not versions:
         raise _missing(command, folder, f"there is no {dataset} in {folder}")
-    builder = tfds.builder(dataset, data_dir=folder)
-    if not builder.is_prepared():
-        raise _missing(command, folder, f"there is no {dataset} in {builder.data_dir}")
+    # By its files and not by its name: COCO's class cannot be made without TensorFlow.
+    newest = max(versions, key=lambda version: tfds.core.Version(version.name))
+    builder = tfds.builder_from_directory(newest)
     available = sorted(known.value for known in builder.info.available_file_formats())
     if "array_record" not in available:
         found = " and ".join(available)

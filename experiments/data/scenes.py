@@ -24,7 +24,7 @@ MOST_OBJECTS = 4
 SIDES = (18, 34)  # of an enlarged digit, in pixels
 # Fractions: of the digits, for training; of grey that is ink; of a mask that must be seen.
 _TRAIN_SHARE = 0.7
-_INK = 0.45
+_INK = 0.3
 _SEEN = 0.4
 
 

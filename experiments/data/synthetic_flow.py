@@ -1,7 +1,8 @@
 """Pairs of images with exact dense flow: photographs that move in layers.
 
-scikit-learn ships two photographs. A background and a few blobs are cut out of them at random and
-each moves by an affine map of its own, the blobs in front of the background and of each other.
+scikit-learn ships two photographs; they are given some grain. A background and a few blobs are cut
+out of them at random and each moves by an affine map of its own, the blobs in front of the
+background and of each other.
 The flow is exact: texture and outline of a layer are functions of the position in the first image,
 and the second image evaluates them at the position that the inverse map takes a pixel from. Pixels
 that are hidden in the second image have a true flow too, as in FlyingChairs.
@@ -17,18 +18,22 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 Split = Literal["train", "test"]
 Array = NDArray[np.float64]
 
 # Scaled down, so that a cut of 64 pixels holds more than one leaf.
 SHRINK = 2
+# Standard deviation of the grain, in grey values, and its width in pixels. Sky and what is out of
+# focus have no texture of their own, so that nothing could be told about their motion.
+GRAIN = 0.15
+GRAIN_WIDTH = 3.0
 # The part of the photographs' width that training images come from.
 TRAIN_SHARE = 0.65
 # The largest number of blobs, and standard deviations of a layer's motion.
-BLOBS = 3
-SHIFT_PIXELS = 3.0
+BLOBS = 2
+SHIFT_PIXELS = 4.0
 TURN = 0.06  # radians
 STRETCH = 0.04
 
@@ -131,8 +136,19 @@ def photographs(split: Split) -> tuple[Array, ...]:
     return tuple(parts)
 
 
+@lru_cache(maxsize=2)
+def grained(split: Split) -> tuple[Array, ...]:
+    """The photographs of a split with grain, the same at every call, that moves with them."""
+    rng = np.random.default_rng(0)
+    found = []
+    for texture in photographs(split):
+        grain = gaussian_filter(rng.standard_normal(texture.shape[:2]), GRAIN_WIDTH)
+        found.append(np.clip(texture + (GRAIN / grain.std() * grain)[..., None], 0, 1))
+    return tuple(found)
+
+
 def _draw_layer(rng: np.random.Generator, size: int, split: Split, *, is_blob: bool) -> Layer:
-    textures = photographs(split)
+    textures = grained(split)
     texture = textures[rng.integers(len(textures))]
     height, width, _ = texture.shape
     radii = np.zeros((0, 2))

@@ -1,7 +1,7 @@
 """RAFT: optical flow by looking up correlations and updating one flow field again and again.
 
 Layers, widths and strides are those of the released model, which has 5,257,536 parameters; the
-tests count them. Kernels start as there, biases at zero.
+tests count them.
 
 Path rules can address every layer: "features/stem", "context/stage2_block1/conv1",
 "update/motion/corr1", "update/gru/row_update", "update/flow_head2".
@@ -13,151 +13,14 @@ princeton-vl/RAFT.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from experiments.models.correlation import correlation_pyramid, look_up
-
-Norm = Literal["instance", "batch"]
-
-_encoder_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-# uniform(-1/sqrt(fan in), 1/sqrt(fan in)): the variance of that is 1 / (3 fan in).
-_update_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes.
-
-    Attributes:
-      width: output channels.
-      stride: of the first convolution.
-      norm: of every convolution.
-    """
-
-    width: int
-    stride: int
-    norm: Norm
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Maps (batch, rows, columns, in) to (batch, rows/stride, columns/stride, width)."""
-        y = _encoder_conv(self.width, 3, self.stride, "conv1")(x)
-        y = nn.relu(_normalise(y, self.norm, train, "norm1"))
-        y = _encoder_conv(self.width, 3, 1, "conv2")(y)
-        y = nn.relu(_normalise(y, self.norm, train, "norm2"))
-        if x.shape != y.shape:
-            x = _encoder_conv(self.width, 1, self.stride, "shortcut")(x)
-            x = _normalise(x, self.norm, train, "shortcut_norm")
-        return nn.relu(x + y)
-
-
-class Encoder(nn.Module):
-    """A 7x7 convolution, stages of two residual blocks, a 1x1 convolution.
-
-    Attributes:
-      widths: channels of the stages; the stem has those of the first.
-      strides: of the stem and of each stage's first block.
-      features: output channels.
-      norm: "instance", without parameters, or "batch".
-    """
-
-    widths: tuple[int, ...]
-    strides: tuple[int, ...]
-    features: int
-    norm: Norm
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Maps images (batch, height, width, 3) to (batch, height/s, width/s, features)."""
-        stem, *strides = self.strides
-        x = _encoder_conv(self.widths[0], 7, stem, "stem")(x)
-        x = nn.relu(_normalise(x, self.norm, train, "stem_norm"))
-        for stage, (width, stride) in enumerate(zip(self.widths, strides, strict=True), start=1):
-            for index in (1, 2):
-                block = ResidualBlock(
-                    width, stride if index == 1 else 1, self.norm, name=f"stage{stage}_block{index}"
-                )
-                x = block(x, train)
-        return _encoder_conv(self.features, 1, 1, "out")(x)
-
-
-class MotionEncoder(nn.Module):
-    """Features of the correlations and of the flow so far, the flow itself appended.
-
-    Attributes:
-      corr: widths of the two layers over the correlations.
-      flow: widths of the two layers over the flow.
-      out: output channels, the flow's two among them.
-    """
-
-    corr: tuple[int, int]
-    flow: tuple[int, int]
-    out: int
-
-    @nn.compact
-    def __call__(self, corr: jax.Array, flow: jax.Array) -> jax.Array:
-        """Maps (batch, rows, columns, ...) of both to (batch, rows, columns, out)."""
-        corr = nn.relu(_update_conv(self.corr[0], (1, 1), "corr1")(corr))
-        corr = nn.relu(_update_conv(self.corr[1], (3, 3), "corr2")(corr))
-        moved = nn.relu(_update_conv(self.flow[0], (7, 7), "flow1")(flow))
-        moved = nn.relu(_update_conv(self.flow[1], (3, 3), "flow2")(moved))
-        both = jnp.concatenate([corr, moved], axis=-1)
-        both = nn.relu(_update_conv(self.out - 2, (3, 3), "out")(both))
-        return jnp.concatenate([both, flow], axis=-1)
-
-
-class SeparableGRU(nn.Module):
-    """A convolutional gated recurrent unit, first along rows (1x5), then along columns (5x1)."""
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array, x: jax.Array) -> jax.Array:
-        """Returns the next hidden state, (batch, rows, columns, hidden)."""
-        width = hidden.shape[-1]
-        for size, name in (((1, 5), "row"), ((5, 1), "column")):
-            both = jnp.concatenate([hidden, x], axis=-1)
-            update = nn.sigmoid(_update_conv(width, size, f"{name}_update")(both))
-            reset = nn.sigmoid(_update_conv(width, size, f"{name}_reset")(both))
-            both = jnp.concatenate([reset * hidden, x], axis=-1)
-            new = nn.tanh(_update_conv(width, size, f"{name}_new")(both))
-            hidden = (1 - update) * hidden + update * new
-        return hidden
-
-
-class Update(nn.Module):
-    """One step: new hidden state, change of the flow, weights of its upsampling.
-
-    Attributes:
-      motion_corr: see `MotionEncoder`.
-      motion_flow: see `MotionEncoder`.
-      motion_out: see `MotionEncoder`.
-      head: channels inside the two heads.
-      factor: of the upsampling.
-    """
-
-    motion_corr: tuple[int, int]
-    motion_flow: tuple[int, int]
-    motion_out: int
-    head: int
-    factor: int
-
-    @nn.compact
-    def __call__(
-        self, hidden: jax.Array, context: jax.Array, corr: jax.Array, flow: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Maps arrays (batch, rows, columns, ...) to hidden, change (..., 2) and logits."""
-        encoder = MotionEncoder(self.motion_corr, self.motion_flow, self.motion_out, name="motion")
-        motion = encoder(corr, flow)
-        x = jnp.concatenate([context, motion], axis=-1)
-        hidden = SeparableGRU(name="gru")(hidden, x)
-        change = nn.relu(_update_conv(self.head, (3, 3), "flow_head1")(hidden))
-        change = _update_conv(2, (3, 3), "flow_head2")(change)
-        logits = nn.relu(_update_conv(self.head, (3, 3), "upsample1")(hidden))
-        logits = _update_conv(9 * self.factor**2, (1, 1), "upsample2")(logits)
-        # A quarter, as in the released code, to balance the gradients of the two heads.
-        return hidden, change, 0.25 * logits
+from experiments.models.flow_encoder import Encoder
+from experiments.models.flow_update import Update
 
 
 class Raft(nn.Module):
@@ -247,7 +110,7 @@ def tiny_raft(iterations: int = 4) -> Raft:
     """A RAFT for images of 64 pixels: a field at a quarter of their size, few channels."""
     return Raft(
         widths=(16, 24, 32),
-        strides=(2, 1, 2, 1),
+        strides=(2, 2, 1, 1),
         features=32,
         hidden=24,
         context=24,
@@ -291,26 +154,3 @@ def _pixels(like: jax.Array) -> jax.Array:
     y, x = jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij")
     grid = jnp.stack([x, y], axis=-1).astype(like.dtype)
     return jnp.broadcast_to(grid, (batch, rows, columns, 2))
-
-
-def _encoder_conv(width: int, size: int, stride: int, name: str) -> nn.Conv:
-    return nn.Conv(
-        width,
-        (size, size),
-        (stride, stride),
-        # "SAME" would pad a strided convolution on one side only, unlike the original.
-        padding=size // 2,
-        kernel_init=_encoder_init,
-        name=name,
-    )
-
-
-def _update_conv(width: int, size: tuple[int, int], name: str) -> nn.Conv:
-    return nn.Conv(width, size, kernel_init=_update_init, name=name)
-
-
-def _normalise(x: jax.Array, norm: Norm, train: bool, name: str) -> jax.Array:
-    if norm == "instance":
-        return nn.InstanceNorm(epsilon=1e-5, use_bias=False, use_scale=False, name=name)(x)
-    batch_norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
-    return batch_norm(x)

@@ -32,11 +32,11 @@ STEPS_PER_EPOCH = 50
 _EVAL_BATCH = 32
 
 RECIPE = Recipe(
-    epochs=10,
+    epochs=16,
     batch_size=8,
     optimizer="adamw",
-    learning_rate=2e-3,
-    warmup_epochs=0.5,
+    learning_rate=3e-3,
+    warmup_epochs=0.8,
     clip=5.0,
     weight_decay=1e-4,
 )

@@ -45,8 +45,9 @@ RECIPE = Recipe(
     warmup_epochs=1.5,
     second_momentum=0.98,
     weight_decay=0.0,
-    lambda_w=2e-4,
-    lambda_decoupled=0.1,
+    # As found for python_bytes.
+    lambda_w=6e-5,
+    lambda_decoupled=0.02,
     label_smoothing=0.1,
 )
 

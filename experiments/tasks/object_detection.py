@@ -6,6 +6,7 @@ Source: Ren et al., "Faster R-CNN", NeurIPS 2015; He et al., "Mask R-CNN", ICCV 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,58 +63,20 @@ def object_detection_task(
     Returns:
       The task.
     """
-
-    def init(key: jax.Array) -> Variables:
-        image = jnp.zeros((1, *image_shape, 3))
-        return dict(model.init(key, image, method="find"))
-
-    def losses(
-        params: Any, collections: Variables, batch: Batch, key: jax.Array, train: bool
-    ) -> tuple[jax.Array, Variables]:
-        found, updated = model.apply(
-            {"params": params, **collections},
-            batch["image"],
-            _objects(batch),
-            key,
-            train,
-            mutable=list(collections) if train else [],
-            method="losses",
-        )
-        return sum(found.values()), {**collections, **updated}
-
-    def loss(
-        params: Any, collections: Variables, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Variables]:
-        total, collections = losses(params, collections, batch, key, True)
-        return total.mean(), collections
-
-    def evaluate(params: Any, collections: Variables, batch: Batch) -> Sums:
-        total, _ = losses(params, collections, batch, jax.random.key(0), False)
-        keep = batch["valid"] != 0
-        return {"count": keep.sum().astype(jnp.float32), "loss": jnp.where(keep, total, 0).sum()}
-
-    def predict(params: Any, collections: Variables, batch: Batch) -> Any:
-        return model.apply({"params": params, **collections}, batch["image"], method="find")
-
-    def show(params: Any, collections: Variables) -> list[Shown]:
-        batch = {name: values[:_SHOWN] for name, values in next(eval_batches()).items()}
-        found = jax.device_get(jax.jit(predict)(params, collections, batch))
-        return shown_images(batch, annotated(batch, found))
-
     return Task(
         name=name,
-        init=init,
-        loss=loss,
-        evaluate=evaluate,
+        init=partial(_init, model, image_shape),
+        loss=partial(_loss, model),
+        evaluate=partial(_evaluate, model),
         train_batches=train_batches,
         eval_batches=eval_batches,
         steps_per_epoch=steps_per_epoch,
         recipe=recipe,
         keep_dense=KEEP_DENSE,
         metrics=BOX_METRICS + (MASK_METRICS if model.with_masks else ()),
-        predict=predict,
+        predict=partial(_predict, model),
         score=detection_scores,
-        show=show,
+        show=partial(_show, model, eval_batches),
         **described,
     )
 
@@ -224,3 +187,59 @@ def _objects(batch: Batch) -> Objects:
 def _colour(number: int) -> np.ndarray:
     colour: np.ndarray = _COLOURS[int(number) % len(_COLOURS)]
     return colour
+
+
+def _init(model: MaskRCNN, image_shape: tuple[int, int], key: jax.Array) -> Variables:
+    return dict(model.init(key, jnp.zeros((1, *image_shape, 3)), method="find"))
+
+
+def _losses(
+    model: MaskRCNN,
+    params: Any,
+    collections: Variables,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    train: bool,
+) -> tuple[jax.Array, Variables]:
+    """The sum of all losses of each image, (batch,), and the new collections."""
+    found, updated = model.apply(
+        {"params": params, **collections},
+        batch["image"],
+        _objects(batch),
+        key,
+        train,
+        mutable=list(collections) if train else [],
+        method="losses",
+    )
+    return sum(found.values()), {**collections, **updated}
+
+
+def _loss(
+    model: MaskRCNN, params: Any, collections: Variables, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Variables]:
+    losses, collections = _losses(model, params, collections, batch, key, train=True)
+    return losses.mean(), collections
+
+
+def _evaluate(model: MaskRCNN, params: Any, collections: Variables, batch: Batch) -> Sums:
+    # The same samples of anchors and proposals every time.
+    key = jax.random.key(0)
+    losses, _ = _losses(model, params, collections, batch, key, train=False)
+    keep = batch["valid"] != 0
+    return {"count": keep.sum().astype(jnp.float32), "loss": jnp.where(keep, losses, 0).sum()}
+
+
+def _predict(model: MaskRCNN, params: Any, collections: Variables, batch: Batch) -> Any:
+    return model.apply({"params": params, **collections}, batch["image"], method="find")
+
+
+def _show(
+    model: MaskRCNN,
+    eval_batches: Callable[[], Iterator[Batch]],
+    params: Any,
+    collections: Variables,
+) -> list[Shown]:
+    batch = {name: values[:_SHOWN] for name, values in next(eval_batches()).items()}
+    found = jax.device_get(jax.jit(partial(_predict, model))(params, collections, batch))
+    return shown_images(batch, annotated(batch, found))

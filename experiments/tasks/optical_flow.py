@@ -75,51 +75,18 @@ def optical_flow_task(
     """
     # The same parameters take any number of steps.
     evaluated = replace(model, iterations=eval_iterations or model.iterations)
-
-    def init(key: jax.Array) -> Variables:
-        # No parameter depends on the images' size; this is the smallest that the pyramid takes.
-        side = math.prod(model.strides) * 2 ** (model.levels - 1)
-        image = jnp.zeros((1, side, side, 3))
-        # Steps share their parameters, and one compiles sooner than all.
-        return dict(replace(model, iterations=1).init(key, image, image, train=False))
-
-    def loss(
-        params: Any, collections: Variables, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Variables]:
-        del key
-        flows, updated = model.apply(
-            {"params": params, **collections},
-            batch["first"],
-            batch["second"],
-            train=True,
-            mutable=list(collections),
-        )
-        return sequence_loss(flows, batch["flow"], batch["known"]), {**collections, **updated}
-
-    def evaluate(params: Any, collections: Variables, batch: Batch) -> Sums:
-        flows: Any = evaluated.apply(
-            {"params": params, **collections}, batch["first"], batch["second"], train=False
-        )
-        return flow_sums(flows[-1], batch["flow"], batch["known"], batch["valid"])
-
-    def show(params: Any, collections: Variables) -> list[Shown]:
-        batch = {name: values[:_SHOWN] for name, values in next(eval_batches()).items()}
-        apply = jax.jit(partial(evaluated.apply, train=False))
-        flows: Any = apply({"params": params, **collections}, batch["first"], batch["second"])
-        return shown_pairs(batch, np.asarray(flows[-1]))
-
     return Task(
         name=name,
-        init=init,
-        loss=loss,
-        evaluate=evaluate,
+        init=partial(_init, model),
+        loss=partial(_loss, model),
+        evaluate=partial(_evaluate, evaluated),
         train_batches=train_batches,
         eval_batches=eval_batches,
         steps_per_epoch=steps_per_epoch,
         recipe=recipe,
         keep_dense=KEEP_DENSE,
         metrics=METRICS,
-        show=show,
+        show=partial(_show, evaluated, eval_batches),
         **described,
     )
 
@@ -213,3 +180,46 @@ def _pixels(image: np.ndarray) -> Pixels:
     """From [-1, 1] to [0, 255]."""
     pixels: Pixels = np.clip(np.rint(127.5 * (image + 1)), 0, 255).astype(np.uint8)
     return pixels
+
+
+def _init(model: Raft, key: jax.Array) -> Variables:
+    # No parameter depends on the images' size; this is the smallest that the pyramid takes.
+    side = math.prod(model.strides) * 2 ** (model.levels - 1)
+    image = jnp.zeros((1, side, side, 3))
+    # Steps share their parameters, and one compiles sooner than all.
+    return dict(replace(model, iterations=1).init(key, image, image, train=False))
+
+
+def _loss(
+    model: Raft, params: Any, collections: Variables, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Variables]:
+    del key
+    flows, updated = model.apply(
+        {"params": params, **collections},
+        batch["first"],
+        batch["second"],
+        train=True,
+        mutable=list(collections),
+    )
+    return sequence_loss(flows, batch["flow"], batch["known"]), {**collections, **updated}
+
+
+def _evaluate(model: Raft, params: Any, collections: Variables, batch: Batch) -> Sums:
+    flow = _last_flow(model, params, collections, batch)
+    return flow_sums(flow, batch["flow"], batch["known"], batch["valid"])
+
+
+def _show(
+    model: Raft, eval_batches: Callable[[], Iterator[Batch]], params: Any, collections: Variables
+) -> list[Shown]:
+    batch = {name: values[:_SHOWN] for name, values in next(eval_batches()).items()}
+    flow = jax.jit(partial(_last_flow, model))(params, collections, batch)
+    return shown_pairs(batch, np.asarray(flow))
+
+
+def _last_flow(model: Raft, params: Any, collections: Variables, batch: Batch) -> jax.Array:
+    flows: Any = model.apply(
+        {"params": params, **collections}, batch["first"], batch["second"], train=False
+    )
+    last: jax.Array = flows[-1]
+    return last

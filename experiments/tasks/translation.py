@@ -121,6 +121,7 @@ def masked_mean(values: jax.Array, counted: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(counted, values, 0.0)) / jnp.sum(counted)
 
 
+@partial(jax.jit, static_argnames=("network", "length", "beams"))
 def translate(
     network: Transformer, params: Any, source: jax.Array, *, length: int, beams: int
 ) -> jax.Array:
@@ -191,9 +192,9 @@ def _show(
     lengths = (test.source != PADDING).sum(axis=1)
     longest_first = np.argsort(-lengths, kind="stable")
     rows = longest_first[np.linspace(0, len(lengths) - 1, _SHOWN).astype(int)]
-    length = test.target.shape[1]
-    run = jax.jit(partial(translate, network, length=length, beams=beams))
-    translations = vocabulary.decode(np.asarray(run(params, test.source[rows].astype(np.int32))))
+    source = jnp.asarray(test.source[rows], jnp.int32)
+    tokens = translate(network, params, source, length=test.target.shape[1], beams=beams)
+    translations = vocabulary.decode(np.asarray(tokens))
     return [
         {"source": texts[row][0], "reference": texts[row][1], "network": translation}
         for row, translation in zip(rows, translations, strict=True)

@@ -76,7 +76,11 @@ def load_library() -> Library:
             capsule = jax.ffi.pycapsule(getattr(library, handler))
             jax.ffi.register_ffi_target(handler, capsule, platform="cpu")
         library.nmjax_instruction_set.restype = ctypes.c_char_p
-        return Library(library.nmjax_instruction_set().decode())
+        picked = library.nmjax_instruction_set().decode()
+        wanted = os.environ.get("NMJAX_KERNELS_ISA") or picked
+        if wanted != picked:
+            return Library(None, f"NMJAX_KERNELS_ISA is {wanted!r}; the widest here is {picked!r}")
+        return Library(picked)
     except Exception as error:  # Whatever is wrong with a library, plain XLA still works.
         return Library(None, f"{path} does not load: {error}")
 

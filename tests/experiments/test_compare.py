@@ -11,7 +11,7 @@ from rich.console import Console
 from experiments import compare as module
 from experiments.block_findings import block_tables
 from experiments.compare import Comparison, Flags, compare, main
-from experiments.findings import rows
+from experiments.findings import metric_of, rows
 from experiments.report import block_cells, table_cells
 from experiments.tasks.task import Compared
 from tests.experiments.tiny import compile_little, tiny_task  # noqa: F401
@@ -236,6 +236,30 @@ def test_a_missing_data_set_is_an_error_with_the_way_out(tmp_path, monkeypatch, 
     monkeypatch.setattr(module, "make_task", make_task)
     assert main(["--task", "wmt14", "--data-dir", str(tmp_path)]) == 1
     assert "tfds build wmt14_translate/de-en" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "metric", "beats"),
+    [("python_bytes", "bits per byte", 4.0), ("number_names", "exact match", 0.3)],
+)
+def test_tasks_of_text_end_to_end(tmp_path, monkeypatch, task, metric, beats):
+    from experiments.flags import make_task
+
+    monkeypatch.setattr(module, "make_task", make_task)
+    given = Flags(task=task, runs_dir=tmp_path, epochs=2, seeds=(0, 1), methods=("dense", "sr_ste"))
+    status, text, data = run(given)
+    assert status == 0
+    assert task in text
+    sign = metric_of(data).sign
+    for trial in data["trials"]:
+        reached = np.mean(trial["epochs"][-1]["test"][metric])
+        assert sign * reached > sign * beats
+    assert len(data["shown"]) == 2
+    assert all(data["shown"].values())
+    page = (given.folder / "report.html").read_text()
+    for section in (*SECTIONS, "shown"):
+        assert f'<section id="{section}">' in page
 
 
 @pytest.mark.slow

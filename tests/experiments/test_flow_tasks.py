@@ -82,6 +82,23 @@ def test_metrics_that_are_shown_are_measured():
     assert all(metric.sign == -1 for metric in task.metrics)
 
 
+def test_loss_and_metrics_are_scalars():
+    task = flow_task()
+    batch = next(task.eval_batches())
+
+    def run(key):
+        variables = task.init(key)
+        params = variables.pop("params")
+        loss, collections = task.loss(params, variables, batch, key)
+        return loss, task.evaluate(params, collections, batch)
+
+    loss, sums = jax.eval_shape(run, jax.random.key(0))
+    assert loss.shape == ()
+    assert {value.shape for value in sums.values()} == {()}
+    assert {metric.name for metric in task.metrics} < set(sums)
+
+
+@pytest.mark.slow
 def test_a_few_sparse_steps_change_the_error_and_can_be_shown():
     job = make_job(Flags(task="flow", pattern="2:4", method="sr_ste", epochs=1, batch_size=2))
     (report,) = train(job, watch_every=3)

@@ -1,5 +1,6 @@
 """Augmentations against cases worked out by hand."""
 
+import base64
 import io
 
 import numpy as np
@@ -163,3 +164,12 @@ def test_broken_images_are_value_errors(image_format):
     for broken in (b"", b"not an image", whole[: len(whole) // 2], whole[:30] + whole[60:]):
         with pytest.raises(ValueError, match=f"{len(broken)} bytes that are not a readable image"):
             images.decode_image(broken)
+
+
+def test_a_data_uri_holds_the_image():
+    pixels = np.full((6, 9, 3), (200, 50, 100), np.uint8)
+    head, encoded = images.image_uri(pixels).split(",")
+    assert head == "data:image/jpeg;base64"
+    back = np.asarray(images.decode_image(base64.b64decode(encoded))).astype(int)
+    assert back.shape == pixels.shape
+    assert np.abs(back - pixels).max() <= 3

@@ -86,7 +86,8 @@ def test_proposals_of_all_levels_compete():
     anchors = [np.array([[0, 0, 4, 4], [8, 8, 12, 12]], "f4"), np.array([[16, 16, 24, 24]], "f4")]
     scores = [np.array([0.0, 2.0], "f4"), np.array([1.0], "f4")]
     codes = [np.zeros((2, 4), "f4"), np.zeros((1, 4), "f4")]
-    boxes, there = propose(scores, codes, anchors, (32, 32), before=9, after=2)
+    run = jax.jit(lambda s, c: propose(s, c, anchors, (32, 32), before=9, after=2))
+    boxes, there = run(scores, codes)
     assert there.all()
     assert boxes.tolist() == [[8, 8, 12, 12], [16, 16, 24, 24]]
 
@@ -112,7 +113,8 @@ def test_detections_are_decoded_with_their_own_class():
     proposal, target = jnp.array([[0.0, 0, 10, 10]]), jnp.array([[2.0, 3, 9, 14]])
     codes = jnp.zeros((1, 3, 4)).at[0, 2].set(encode(target, proposal, BOX_WEIGHTS)[0])
     logits = jnp.array([[0.0, 0.0, 9.0]])
-    found = detect(logits, codes, proposal, jnp.array([True]), (40, 40), candidates=2, count=1)
+    run = jax.jit(lambda *a: detect(*a, (40, 40), candidates=2, count=1))
+    found = run(logits, codes, proposal, jnp.array([True]))
     np.testing.assert_allclose(found.boxes[0], target[0], rtol=1e-4)
 
 
@@ -177,9 +179,8 @@ def test_mask_loss_is_the_entropy_inside_of_the_box():
     )
     logits = jnp.zeros((2, 2, 2, 3)).at[1, ..., 2].set(jnp.array([[3.0, 3], [-3, -3]]))
     logits = logits.at[1, ..., 1].set(50.0)
-    assert float(mask_loss(chosen, logits, jnp.array(mask))) == pytest.approx(
-        np.log1p(np.exp(-3)), rel=0.05
-    )
+    found = float(jax.jit(mask_loss)(chosen, logits, mask))
+    assert found == pytest.approx(np.log1p(np.exp(-3)), rel=0.05)
 
 
 @pytest.mark.slow

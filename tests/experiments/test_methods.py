@@ -45,6 +45,14 @@ def test_learning_rate_starts_again_at_each_restart():
     assert rate(40) == pytest.approx(0, abs=1e-6)
 
 
+def test_linear_decay_is_a_straight_line():
+    recipe = Recipe(epochs=10, learning_rate=0.2, schedule="linear", warmup_epochs=1.0)
+    rate = learning_rate(recipe, 4)
+    assert rate(2) == pytest.approx(0.1)
+    expected = [0.2 * (40 - t) / 36 for t in (4, 13, 22, 31, 40)]
+    np.testing.assert_allclose([rate(t) for t in (4, 13, 22, 31, 40)], expected, atol=1e-6)
+
+
 def test_the_inverse_square_root_is_the_transformers():
     """width ** -0.5 * min(step ** -0.5, step * warmup ** -1.5), by hand."""
     width, warmup = 64, 8

@@ -60,7 +60,7 @@ def test_missing_dataset_names_folder_and_command(tmp_path):
     assert "TensorFlow" in message
     # A folder that something else left behind is not a data set.
     (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
-    with pytest.raises(MissingDatasetError, match=r"there is no cifar10 in .*3\.0\.2") as error:
+    with pytest.raises(MissingDatasetError, match="there is no cifar10 in") as error:
         open_images("cifar10", "train", name_feature="id", data_dir=tmp_path)
     assert "tfds build cifar10" in str(error.value)
     assert "manual" not in str(error.value)

@@ -285,3 +285,21 @@ def test_a_stopped_trial_is_named_and_left_out_of_the_table(data, tmp_path):
     data["trials"][3]["error"] = "the loss of seed 0 is not finite"
     assert len(rows(data)) == 9
     assert "is not finite" in write_report(data, tmp_path).read_text()
+
+
+def test_what_networks_do_is_shown_as_text_or_as_pictures(data, tmp_path):
+    uri = "data:image/jpeg;base64,"
+    data["shown"] = {
+        "2:4 dense": [
+            {"said": "one", "network": "two"},
+            {"truth": uri + "AA", "network": uri + "BB"},
+        ],
+        "2:4 sr_ste": [
+            {"said": "one", "network": "three"},
+            {"truth": uri + "AA", "network": uri + "CC"},
+        ],
+    }
+    page = write_report(data, tmp_path).read_text()
+    assert "<pre>three</pre>" in page
+    for name, content in (("truth", "AA"), ("2:4 dense", "BB"), ("2:4 sr_ste", "CC")):
+        assert f'<img src="{uri}{content}" alt="{name}">' in page

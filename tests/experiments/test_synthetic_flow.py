@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from scipy.ndimage import map_coordinates
 
+from experiments.data import synthetic_flow as module
 from experiments.data.synthetic_flow import (
     Layer,
     draw_layers,
     draw_pair,
+    grained,
     move,
     photographs,
     render,
@@ -101,12 +103,24 @@ def test_the_same_generator_gives_the_same_pair():
 
 def test_blobs_move_otherwise_than_the_background():
     layers = draw_layers(np.random.default_rng(0), 64, "test")
-    assert 2 <= len(layers) <= 4
+    assert 2 <= len(layers) <= 3
     assert len(layers[0].radii) == 0
     assert all(len(layer.radii) == 4 for layer in layers[1:])
     centres = [layer.centre for layer in layers]
     shifts = [move(layer.motion, c) - c for layer, c in zip(layers, centres, strict=True)]
     assert len({tuple(shift) for shift in shifts}) == len(layers)
+
+
+def test_grain_is_added_once_and_stays_the_same(monkeypatch):
+    grained.cache_clear()
+    monkeypatch.setattr(module, "photographs", lambda split: (np.full((40, 60, 3), 0.5),))
+    (once,) = grained("train")
+    grained.cache_clear()
+    (again,) = grained("train")
+    grained.cache_clear()
+    np.testing.assert_array_equal(once, again)
+    assert once.std() == pytest.approx(0.15, rel=0.01)
+    assert np.ptp(once, axis=-1).max() == 0
 
 
 def test_splits_are_other_parts_of_the_photographs():

@@ -6,6 +6,7 @@ import sys
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -119,6 +120,13 @@ def test_packed_leaves_that_pack_could_not_have_made(tmp_path):
     )
     with pytest.raises(ValueError, match=r"out/kernel is not what nmjax\.pack makes: the codes"):
         save_packed(tmp_path / "x", wrong)
+
+
+def test_exported_programs_take_packed_arguments():
+    exported = jax.export.export(jax.jit(nmjax.unpack))(PACKED)
+    again = jax.export.deserialize(bytearray(exported.serialize()))
+    assert again.in_tree == exported.in_tree
+    assert_same_bits(again.call(PACKED), nmjax.unpack(PACKED))
 
 
 # What cannot be loaded

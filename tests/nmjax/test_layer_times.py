@@ -42,6 +42,13 @@ def test_rows(tmp_path):
     assert all(row["dense"] > 0 and row["packed"] > 0 for row in rows)
 
 
+def test_what_is_multiplied_dense_takes_as_long_as_that(tmp_path):
+    nmjax.save_packed(tmp_path / "a.safetensors", packed_layers("3:4"))
+    for row in layer_times.measure(tmp_path / "a.safetensors", 2, 5):
+        assert row["layer"][-1] == "dense"
+        assert row["dense"] == row["packed"]
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5", "1x4@0.5/layer"])
 def test_of_a_stack_one_layer_is_measured(tmp_path, pattern):
     params = {"kernel": jnp.ones((3, 32, 16)), "bias": jnp.zeros((3, 16))}

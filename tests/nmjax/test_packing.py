@@ -250,3 +250,10 @@ def test_check_sparse():
         nmjax.check_sparse(spoilt, PLAN)
     assert "1 of 16 groups" in str(error.value)
     assert "conv" not in str(error.value)
+
+
+def test_pruning_a_packed_tree_says_so():
+    params = {"layer": {"kernel": jnp.ones((8, 4))}}
+    plan = nmjax.make_plan(params, "2:4")
+    with pytest.raises(ValueError, match=r"layer/kernel.*packed weight is: nmjax\.unpack"):
+        nmjax.prune(nmjax.pack(params, plan), plan)

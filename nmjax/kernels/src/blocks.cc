@@ -61,10 +61,11 @@ Outcome multiply_rows(const Kernels& kernels, const Blocks& blocks, const Finish
 }  // namespace
 
 Outcome multiply_blocks(const Kernels& kernels, const Blocks& blocks, const Finish& finish,
-                        Tensor x, const Grid& grid, int64_t threads, const ParallelFor& parallel) {
+                        Tensor x, const Grid& grid, int64_t threads, const ParallelFor& all_threads) {
   const int64_t longest = longest_row(blocks), n = blocks.n;
   threads = useful_threads(blocks.end(blocks.rows - 1) * n * blocks.taps * grid.outputs *
                                grid.images, threads);
+  const ParallelFor& parallel = threads == 1 ? kOneByOne : all_threads;
   if (blocks.taps == 1 && grid.outputs <= kFewPixels && n >= 4 && n <= 64 && (n & (n - 1)) == 0) {
     return multiply_few_pixels(kernels, blocks, finish, x, grid, threads, parallel);
   }

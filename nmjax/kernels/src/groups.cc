@@ -55,9 +55,10 @@ Outcome multiply_outputs(const Kernels& kernels, const Groups& groups, const Fin
 }  // namespace
 
 Outcome multiply_groups(const Kernels& kernels, const Groups& groups, const Finish& finish,
-                        Tensor x, int64_t batch, int64_t threads, const ParallelFor& parallel) {
+                        Tensor x, int64_t batch, int64_t threads, const ParallelFor& all_threads) {
   const int64_t inputs = groups.groups * groups.m;
   threads = useful_threads(groups.groups * groups.n * groups.outputs * batch, threads);
+  const ParallelFor& parallel = threads == 1 ? kOneByOne : all_threads;
   if (batch <= 2 * kRowsAtOnce) {
     return multiply_few_rows(kernels, groups, finish, x, batch, threads, parallel);
   }

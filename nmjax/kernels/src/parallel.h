@@ -27,6 +27,14 @@ inline Outcome run(const Task& task, int64_t i) {
   }
 }
 
+inline Outcome one_by_one(int64_t tasks, const Task& task) {
+  Outcome worst = Outcome::kGood;
+  for (int64_t i = 0; i < tasks; ++i) worst = std::max(worst, run(task, i));
+  return worst;
+}
+
+inline const ParallelFor kOneByOne = one_by_one;
+
 // The caller works too and waits only for tasks that others have begun, so that a pool whose
 // threads are all busy, perhaps with callers of this very function, cannot dead-lock.
 template <typename Pool>

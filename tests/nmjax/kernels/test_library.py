@@ -39,6 +39,12 @@ def test_why_there_are_none_is_said(monkeypatch, tmp_path):
     assert "does not load" in backends_with(monkeypatch, NMJAX_KERNELS_LIBRARY=broken)
 
 
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
+    if not nmjax.backends()["ffi"].startswith("ready: "):
+        pytest.skip("no kernels")
+    assert "'avx1024'; the widest here" in backends_with(monkeypatch, NMJAX_KERNELS_ISA="avx1024")
+
+
 def test_a_library_of_newer_headers_is_refused(monkeypatch, tmp_path):
     source = tmp_path / "new.cc"
     source.write_text('extern "C" int nmjax_ffi_version() { return 999; }')

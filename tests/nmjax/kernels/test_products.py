@@ -1,6 +1,7 @@
 """Every implementation of a product with packed weights, against NumPy in float64."""
 
 import concurrent.futures
+import dataclasses
 import os
 import subprocess
 import sys
@@ -267,6 +268,13 @@ def test_a_shard_multiplies_its_own_outputs(implementation, pattern, axis_type):
         assert collective not in text
 
 
+def test_rows_of_unequal_length_cannot_be_cut():
+    packed, x = packed_weight((16, 32), "1x4@0.5/layer"), numbers((2, 16))
+    shard = dataclasses.replace(packed, row_pointers=packed.row_pointers[:5])
+    with pytest.raises(ValueError, match="4 row pointers for 8 rows of blocks"):
+        nmjax.packed_matmul(x, shard)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
 def test_a_batch_sharded_over_explicit_axes_stays_so(pattern):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
@@ -320,33 +328,36 @@ def test_nothing_of_the_dense_weight_is_computed():
     assert "96,80" not in text
 
 
-def run_tests(**environment):
+def output_of(*arguments, **environment):
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-m",
-            "not slow",
-        ],
+        [sys.executable, *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout
-    return done.stdout
+    return done.stdout.strip()
+
+
+def kernels_with(**environment):
+    """What `nmjax.backends` says; tests of kernels that do not load would only be skipped."""
+    return output_of("-c", "import nmjax; print(nmjax.backends()['ffi'])", **environment)
+
+
+def run_tests(**environment):
+    options = ["-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    said = output_of("-m", "pytest", *options, __file__, **environment)
+    assert " passed" in said
+    return said
 
 
 @pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa):
+    if kernels_with(NMJAX_KERNELS_ISA=isa) != f"ready: {isa}":
+        pytest.skip(f"this machine has no {isa}")
     run_tests(NMJAX_KERNELS_ISA=isa)
 
 
@@ -367,9 +378,11 @@ def test_under_sanitizers(tmp_path):
         ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so.6")
     ]
-    run_tests(
-        NMJAX_KERNELS_LIBRARY=str(library),
-        LD_PRELOAD=" ".join(preload),
-        ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0",
-        UBSAN_OPTIONS="halt_on_error=1",
-    )
+    environment = {
+        "NMJAX_KERNELS_LIBRARY": str(library),
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
+        "UBSAN_OPTIONS": "halt_on_error=1",
+    }
+    assert kernels_with(**environment).startswith("ready")
+    run_tests(**environment)
