@@ -146,7 +146,9 @@ def test_what_is_shown_are_test_pairs_the_longest_first(task, params):
     shown = task.show(params, {})
     assert {(row["source"], row["reference"]) for row in shown} <= set(PAIRS)
     assert {list(row)[-1] for row in shown} == {"network"}
-    lengths = [len(row["source"]) for row in shown]
+    pieces = train_vocabulary((side for pair in PAIRS for side in pair), 36)
+    lengths = [len(tokens) for tokens in pieces.encode([row["source"] for row in shown])]
+    assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > lengths[-1]
 
 
