@@ -88,7 +88,8 @@ def train(
     programs = programs or make_programs(job, over_seeds=jax.vmap if len(seeds) > 1 else None)
     if programs.seeds != (len(seeds) > 1):
         raise ValueError(f"programs with seeds={programs.seeds} were given {len(seeds)} seeds")
-    strength = task.recipe.lambda_w if lambda_w is None else lambda_w
+    default = task.recipe.strength(decoupled=job.method.decoupled)
+    strength = default if lambda_w is None else lambda_w
     state = start if start is not None else begin(programs, seeds, strength)
     for epoch in range(state.epochs_done(task.steps_per_epoch), task.recipe.epochs):
         began = time.perf_counter()

@@ -73,8 +73,7 @@ class Row(NamedTuple):
 
     def strength(self, recipe: Recipe) -> float:
         """The `lambda_w` that the method trains with."""
-        of = recipe.lambda_decoupled if self.decoupled else recipe.lambda_w
-        return self.lambda_fraction * of
+        return self.lambda_fraction * recipe.strength(decoupled=self.decoupled)
 
 
 def dense(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:

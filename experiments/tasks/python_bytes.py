@@ -41,10 +41,11 @@ METRIC = Metric("bits per byte", unit="", step="bits", perfect=0.0, scale=1.0, c
 TEMPERATURE = 0.7
 _EVAL_BATCH = 32
 _SHOWN = 3
+_HALVES_WRITTEN = 5  # of a window
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class Portion:
     """How much of the corpus is read.
 
     Attributes:
@@ -80,10 +81,10 @@ RECIPES["decoder_small"] = dataclasses.replace(
 RECIPES["decoder_medium"] = dataclasses.replace(
     RECIPES["decoder_small"], batch_size=128, learning_rate=6e-4
 )
-READINGS = {
-    "decoder_tiny": Reading(64, 50, 1024),
-    "decoder_small": Reading(512, 500, 1024),
-    "decoder_medium": Reading(1024, 1000, 1024),
+PORTIONS = {
+    "decoder_tiny": Portion(64, 50, 1024),
+    "decoder_small": Portion(512, 500, 1024),
+    "decoder_medium": Portion(1024, 1000, 1024),
 }
 
 
@@ -93,7 +94,7 @@ def python_bytes_task(
     recipe: Recipe | None = None,
     dtype: Any = jnp.float32,
     sources: Sources | None = None,
-    reading: Reading | None = None,
+    portion: Portion | None = None,
 ) -> Task:
     """Makes the task of predicting the next byte.
 
@@ -102,14 +103,14 @@ def python_bytes_task(
       recipe: hyper-parameters; None for the model's.
       dtype: the network computes in.
       sources: the corpus; None for the running Python's library.
-      reading: how much of it; None for the model's.
+      portion: how much of it; None for the model's.
 
     Raises:
       ValueError: there is no such model, the corpus is empty, or shorter than a window.
     """
-    recipe, reading = recipe or find_recipe(model), reading or READINGS[model]
+    recipe, portion = recipe or find_recipe(model), portion or PORTIONS[model]
     sources = sources or _library()
-    _check_long_enough(sources, reading.window)
+    _check_long_enough(sources, portion.window)
     network = Decoder(DECODERS[model], 256, dtype)
 
     def init(key: jax.Array) -> Variables:
@@ -137,12 +138,12 @@ def python_bytes_task(
         init=init,
         loss=loss,
         evaluate=evaluate,
-        train_batches=partial(_train_batches, sources.train, reading, recipe.batch_size),
-        eval_batches=partial(_eval_batches, sources.test, reading),
-        steps_per_epoch=reading.steps_per_epoch,
+        train_batches=partial(_train_batches, sources.train, portion, recipe.batch_size),
+        eval_batches=partial(_eval_batches, sources.test, portion),
+        steps_per_epoch=portion.steps_per_epoch,
         recipe=recipe,
         metrics=(METRIC,),
-        show=partial(_show, network, sources.test, reading.window),
+        show=partial(_show, network, sources.test, portion.window),
         baselines=baselines(sources),
         notes=(_note(sources),),
         identity=(("corpus", hashlib.sha256(sources.train.tobytes()).hexdigest()[:16]),),
@@ -192,22 +193,22 @@ def _check_long_enough(sources: Sources, window: int) -> None:
 
 
 def _train_batches(
-    stream: Bytes, reading: Reading, batch_size: int, seed: int, epoch: int
+    stream: Bytes, portion: Portion, batch_size: int, seed: int, epoch: int
 ) -> Iterator[Batch]:
     rng = np.random.default_rng((seed, epoch))
-    for _ in range(reading.steps_per_epoch):
-        starts = rng.integers(0, len(stream) - reading.window, batch_size)
-        yield {"tokens": _windows(stream, starts, reading.window)}
+    for _ in range(portion.steps_per_epoch):
+        starts = rng.integers(0, len(stream) - portion.window, batch_size)
+        yield {"tokens": _windows(stream, starts, portion.window)}
 
 
-def _eval_batches(stream: Bytes, reading: Reading) -> Iterator[Batch]:
-    starts = _spread(stream, reading.window, reading.test_windows)
+def _eval_batches(stream: Bytes, portion: Portion) -> Iterator[Batch]:
+    starts = _spread(stream, portion.window, portion.test_windows)
     for first in range(0, len(starts), _EVAL_BATCH):
         chosen = starts[first : first + _EVAL_BATCH]
         valid = np.arange(_EVAL_BATCH) < len(chosen)
         padded = np.pad(chosen, (0, _EVAL_BATCH - len(chosen)))
         yield {
-            "tokens": _windows(stream, padded, reading.window),
+            "tokens": _windows(stream, padded, portion.window),
             "valid": valid.astype(np.int32),
         }
 
@@ -225,20 +226,28 @@ def _windows(stream: Bytes, starts: NDArray[np.int64], window: int) -> NDArray[n
 def _show(
     network: Decoder, stream: Bytes, window: int, params: Any, collections: Variables
 ) -> list[Shown]:
-    """Lets the network go on in the middle of some test files."""
+    """Lets the network go on in the middle of some test files, half a window at a time.
+
+    It was trained on whole windows, and looks back on half of one at least.
+    """
     del collections
     half = window // 2
-    starts = _spread(stream, window, _SHOWN + 2)[1:-1]
-    tokens = _windows(stream, starts, window)
-    written = _continue(network, params, tokens[:, :half])
+    length = (1 + _HALVES_WRITTEN) * half
+    starts = _spread(stream, length, _SHOWN + 2)[1:-1]
+    tokens = _windows(stream, starts, length - 1)
+    written = [jnp.asarray(tokens[:, :half])]
+    for part in range(_HALVES_WRITTEN):
+        written.append(_continue(network, params, written[-1], jax.random.key(part)))
+    own = np.concatenate(written[1:], axis=1)
     return [
-        {"before": _text(row[:half]), "as it goes on": _text(row[half:]), "network": _text(own)}
-        for row, own in zip(tokens, np.asarray(written), strict=True)
+        {"before": _text(row[:half]), "as it goes on": _text(row[half:]), "network": _text(drawn)}
+        for row, drawn in zip(tokens, own, strict=True)
     ]
 
 
 @partial(jax.jit, static_argnums=0)
-def _continue(network: Decoder, params: Any, prompt: jax.Array) -> jax.Array:
+def _continue(network: Decoder, params: Any, prompt: jax.Array, key: jax.Array) -> jax.Array:
+    """As many bytes again as `prompt` (rows, bytes) has."""
     variables = {"params": params}
     rows, length = prompt.shape
     memory = network.apply(variables, rows, 2 * length, method="begin")
@@ -247,7 +256,7 @@ def _continue(network: Decoder, params: Any, prompt: jax.Array) -> jax.Array:
         memory,
         prompt,
         length=length,
-        key=jax.random.key(0),
+        key=key,
         temperature=TEMPERATURE,
     )
 

@@ -120,6 +120,10 @@ class Recipe:
     label_smoothing: float = 0.0
     ramp: tuple[float, float] = (10 / 250, 180 / 250)
 
+    def strength(self, *, decoupled: bool) -> float:
+        """Strength of the sparse-refined term, by its place in the optimizer."""
+        return self.lambda_decoupled if decoupled else self.lambda_w
+
 
 @dataclass(frozen=True)
 class Task:

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from experiments.tasks.classification import (
     classification_sums,
@@ -55,6 +57,23 @@ def test_smoothing_spreads_a_share_of_the_target_over_all_classes():
         np.testing.assert_allclose(
             cross_entropy(logits, labels, smoothing=share), expected, rtol=1e-5
         )
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 4), max_size=3),
+    classes=st.integers(1, 6),
+    share=st.floats(0, 1),
+)
+def test_any_number_of_axes_may_come_before_the_classes(shape, classes, share):
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.standard_normal((*shape, classes))).astype(np.float32)
+    labels = rng.integers(0, classes, shape)
+    wanted = (1 - share) * np.eye(classes)[labels] + share / classes
+    logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    found = cross_entropy(logits, jnp.asarray(labels), smoothing=share)
+    assert found.shape == tuple(shape)
+    np.testing.assert_allclose(found, -(wanted * logs).sum(axis=-1), rtol=1e-4, atol=1e-5)
 
 
 def test_the_recipes_smoothing_acts_in_training_and_not_in_evaluation():

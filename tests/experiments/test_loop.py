@@ -174,6 +174,12 @@ def test_predictions_are_scored_seed_by_seed(seeds):
     np.testing.assert_allclose(report.test["counted"], report.test["accuracy"], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("method", "expected"), [("sr_ste", 0.01), ("sr_ste_decoupled", 0.5)])
+def test_the_strength_is_the_recipes_for_the_place_of_the_term(method, expected):
+    report = last(train(make_job(method, epochs=1)))
+    assert report.state.train.lambda_w == pytest.approx(expected)
+
+
 def test_only_some_epochs_are_evaluated_and_always_the_last():
     evaluated = [r.epoch for r in train(make_job("dense", epochs=5), evaluate_every=2) if r.test]
     assert evaluated == [2, 4, 5]

@@ -13,7 +13,7 @@ from experiments.loop import train
 from experiments.methods import METHODS
 from experiments.models import transformer
 from experiments.step import Job, plan_of
-from experiments.tasks.python_bytes import METRIC, RECIPES, Reading, baselines, python_bytes_task
+from experiments.tasks.python_bytes import METRIC, RECIPES, Portion, baselines, python_bytes_task
 from tests.experiments.tiny import compile_little  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_little")
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("compile_little")
 RNG = np.random.default_rng(0)
 TEXT = np.frombuffer(b"def name(self):\n    return self.name\n" * 40, np.uint8)
 SOURCES = Sources(TEXT, TEXT[200:900], 3, 1, ("gone.py",))
-READING = Reading(window=16, steps_per_epoch=8, test_windows=40)
+PORTION = Portion(window=16, steps_per_epoch=8, test_windows=40)
 RECIPE = dataclasses.replace(RECIPES["decoder_tiny"], epochs=2, batch_size=4)
 
 
@@ -29,7 +29,7 @@ RECIPE = dataclasses.replace(RECIPES["decoder_tiny"], epochs=2, batch_size=4)
 def task(compile_little):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(transformer.DECODERS, "decoder_tiny", transformer.Size(16, 32, 2, 1))
-        return python_bytes_task(recipe=RECIPE, sources=SOURCES, reading=READING)
+        return python_bytes_task(recipe=RECIPE, sources=SOURCES, portion=PORTION)
 
 
 def test_batches_are_windows_of_the_training_files(task):
@@ -99,7 +99,9 @@ def test_what_is_shown_is_the_text_and_its_continuation(task):
     text = SOURCES.test.tobytes().decode()
     for row in shown:
         assert list(row) == ["before", "as it goes on", "network"]
-        assert row["before"] + row["as it goes on"][:-1] in text
+        assert row["before"] + row["as it goes on"] in text
+        assert len(row["before"]) == 8
+        assert len(row["as it goes on"]) == 40
     assert shown == task.show(params, {})
 
 
