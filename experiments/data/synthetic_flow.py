@@ -26,9 +26,10 @@ Array = NDArray[np.float64]
 # Scaled down, so that a cut of 64 pixels holds more than one leaf.
 SHRINK = 2
 # Standard deviation of the grain, in grey values, and its width in pixels. Sky and what is out of
-# focus have no texture of their own, so that nothing could be told about their motion.
+# focus have no texture of their own, so that nothing could be told about their motion. Grain much
+# finer than a pixel of the network's maps would look like another one after half of it.
 GRAIN = 0.15
-GRAIN_WIDTH = 3.0
+GRAIN_WIDTH = 2.0
 # The part of the photographs' width that training images come from.
 TRAIN_SHARE = 0.65
 # The largest number of blobs, and standard deviations of a layer's motion.

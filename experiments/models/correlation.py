@@ -15,6 +15,21 @@ import jax
 import jax.numpy as jnp
 
 
+def centre_and_scale(maps: jax.Array) -> jax.Array:
+    """Subtracts each map's mean over its pixels, and gives every pixel the same length.
+
+    Args:
+      maps: (batch, rows, columns, features).
+
+    Returns:
+      The same shape; the squares of a pixel's features sum to their number.
+    """
+    maps = maps - maps.mean(axis=(1, 2), keepdims=True)
+    mean_square = jnp.square(maps).mean(axis=-1, keepdims=True)
+    # A pixel that is just the mean stays zero.
+    return maps * jax.lax.rsqrt(mean_square + 1e-6)
+
+
 def correlation_pyramid(first: jax.Array, second: jax.Array, levels: int) -> list[jax.Array]:
     """Correlates every pixel of one map with every pixel of another, at several resolutions.
 

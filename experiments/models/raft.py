@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.correlation import correlation_pyramid, look_up
+from experiments.models.correlation import centre_and_scale, correlation_pyramid, look_up
 from experiments.models.flow_encoder import Encoder
 from experiments.models.flow_update import Update
 
@@ -30,6 +30,8 @@ class Raft(nn.Module):
       widths: channels of both encoders' stages.
       strides: of both encoders; their product is the factor between images and flow field.
       features: channels that are correlated.
+      unit_features: centre them over each image and scale them to one length before they are
+        correlated. Not in the published model, which learns such things in 200,000 steps.
       hidden: channels of the recurrent state.
       context: channels that are the same at every step.
       levels: of the correlation pyramid.
@@ -44,6 +46,7 @@ class Raft(nn.Module):
     widths: tuple[int, ...] = (64, 96, 128)
     strides: tuple[int, ...] = (2, 1, 2, 2)
     features: int = 256
+    unit_features: bool = False
     hidden: int = 128
     context: int = 128
     levels: int = 4
@@ -77,6 +80,8 @@ class Raft(nn.Module):
             raise ValueError(f"sides of images must be multiples of {factor}, got {first.shape}")
         encoder = Encoder(self.widths, self.strides, self.features, "instance", name="features")
         maps = encoder(jnp.concatenate([first, second]), train)
+        if self.unit_features:
+            maps = centre_and_scale(maps)
         first_maps, second_maps = jnp.split(maps, 2)
         pyramid = correlation_pyramid(first_maps, second_maps, self.levels)
         state = Encoder(
@@ -107,11 +112,15 @@ class Raft(nn.Module):
 
 
 def tiny_raft(iterations: int = 4) -> Raft:
-    """A RAFT for images of 64 pixels: a field at a quarter of their size, few channels."""
+    """A RAFT for images of 64 pixels: a field at a quarter of their size, few channels and layers.
+
+    Its features see a neighbourhood only, so that even untrained ones match what they see.
+    """
     return Raft(
-        widths=(16, 24, 32),
-        strides=(2, 2, 1, 1),
+        widths=(32,),
+        strides=(2, 2),
         features=32,
+        unit_features=True,
         hidden=24,
         context=24,
         radius=3,

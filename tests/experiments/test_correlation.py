@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.models.correlation import correlation_pyramid, look_up
+from experiments.models.correlation import centre_and_scale, correlation_pyramid, look_up
 from tests.experiments.tiny import compile_little  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_little")
@@ -82,6 +82,17 @@ def test_a_whole_pixel_shift_is_found_where_it_is():
     window = np.asarray(look_up([level], points, radius=2)).reshape(8, 8, 5, 5)
     inside = window[:6, :6].reshape(36, 25).argmax(axis=1)
     assert set(inside) == {(1 + 2) * 5 + (2 + 2)}
+
+
+def test_centred_features_correlate_most_with_themselves():
+    rng = np.random.default_rng(5)
+    # A part that all pixels share would hide the rest.
+    first = 10 + rng.standard_normal((2, 4, 5, 16)).astype(np.float32)
+    unit = np.asarray(jax.jit(centre_and_scale)(first))
+    assert np.square(unit).sum(axis=-1) == pytest.approx(16, rel=1e-3)
+    (level,) = pyramid_jit(unit, unit, 1)
+    best = np.asarray(level).reshape(2, 20, 20).argmax(axis=2)
+    np.testing.assert_array_equal(best, np.broadcast_to(np.arange(20), (2, 20)))
 
 
 def test_gradients_flow_into_the_maps():
