@@ -98,13 +98,27 @@ def _keep_highest(
 
 def _keep_by_rank(groups: jax.Array, to_keys: ToKeys, n: int, axis: int) -> jax.Array:
     """Keeps whoever is beaten by fewer than n of its group; one pass, nothing stored."""
-    mine, position = to_keys(groups), index(groups, axis)
+    mine, position = to_keys(groups), _constant_index(groups, axis)
     beaten_by = jnp.zeros_like(mine)
     for j, other in enumerate(slices(groups, axis)):
         # Keys are integers, so `>` with one added is `>=`: that is how a lower index wins a tie.
         beats_me = to_keys(other) + (j < position).astype(mine.dtype) > mine
         beaten_by += beats_me.astype(mine.dtype)
     return beaten_by < n
+
+
+def _constant_index(groups: jax.Array, axis: int) -> jax.Array:
+    """`index`, a constant but for CPUs.
+
+    Of an iota, XLA for GPUs makes several kernels that run before the mask's own; with a constant,
+    XLA for CPUs is several times slower along the last axis.
+    """
+    shape = [groups.shape[i] if i == axis else 1 for i in range(groups.ndim)]
+    constant = np.arange(groups.shape[axis], dtype=np.int32).reshape(shape)
+    position: jax.Array = lax.platform_dependent(
+        cpu=lambda: index(groups, axis), default=lambda: jnp.asarray(constant)
+    )
+    return position
 
 
 def _keep_by_network(groups: jax.Array, to_keys: ToKeys, n: int, axis: int) -> jax.Array:

@@ -18,27 +18,37 @@ Way = Literal["xla", "cusparselt", "cusparselt only"]
 
 
 def sparse_dense(
-    x: jax.Array, w: jax.Array, *, implementation: Literal["xla", "cusparselt"] | None = None
+    x: jax.Array,
+    w: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    implementation: Literal["xla", "cusparselt"] | None = None,
 ) -> jax.Array:
     """X times the weight, of which 2 of every 4 stay along both axes.
 
-    Forward `y = x @ s` with `s = w * transposable_mask(w)`, chosen anew in each call. Backward
-    `dx = dy @ s.T` with the same `s`, which is 2:4 along that product's sum too, and
-    `dw = x.T @ dy` for every entry of `w`, straight through the mask. On NVIDIA's GPUs both
+    Forward `y = x @ s` with `s = w * mask`. Backward `dx = dy @ s.T` with the same `s`, which is
+    2:4 along that product's sum too, and `dw = x.T @ dy` for every entry of `w`, straight through
+    the mask. On NVIDIA's GPUs both
     products with `s` run on sparse tensor cores, by cuSPARSELt, where it is there and takes the
     shapes; elsewhere, and for the weight's gradient, XLA multiplies densely.
+
+    Choosing a mask costs time, and memory: 13 times a 16-bit weight's, as XLA plans it for an H200.
+    The paper below keeps a mask for 40 steps.
 
     Args:
       x: (..., inputs), real floating.
       w: (inputs, outputs), real floating, both sizes multiples of 4. The mask is chosen in its
         dtype, the products are computed in the dtype that `x` and `w` promote to.
+      mask: booleans of `w`'s shape, what `nmjax.transposable_mask` returned, now or some steps ago;
+        default that of `w`, chosen anew in each call. One that keeps more makes wrong products on
+        GPUs.
       implementation: None as above; `"xla"` or `"cusparselt"` on any platform.
 
     Returns:
       (..., outputs).
 
     Raises:
-      TypeError: `x` or `w` is not real floating.
+      TypeError: `x` or `w` is not real floating, or `mask` not boolean.
       ValueError: shapes do not fit; `implementation` is unknown, or cannot take these operands.
 
     Source: Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", ICML 2024, whose
@@ -56,7 +66,7 @@ def sparse_dense(
     if w.ndim != 2 or x.shape[-1:] != w.shape[:1]:
         raise ValueError(f"x {x.shape} and w {w.shape} should be (..., inputs), (inputs, outputs)")
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    sparse = prune_ste(w, transposable_mask(w)).astype(dtype)
+    sparse = prune_ste(w, transposable_mask(w) if mask is None else mask).astype(dtype)
     rows = x.reshape(-1, w.shape[0]).astype(dtype)
     y = _multiply(_way(rows, sparse, implementation), rows, sparse)
     return y.reshape(*x.shape[:-1], w.shape[1])

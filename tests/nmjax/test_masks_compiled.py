@@ -181,3 +181,10 @@ def operations(f, *arguments):
     """The operations of the optimised program, in order, without names and metadata."""
     text = jax.jit(f).lower(*arguments).compile().as_text()
     return re.findall(r"= \S+ ([a-z-]+)\(", text)
+
+
+def test_gpus_are_given_positions_as_constants():
+    w = jax.ShapeDtypeStruct((16, 16), jnp.bfloat16)
+    traced = jax.jit(lambda w: nm_mask(w, 2, 4)).trace(w)
+    iota = {p: "iota" in traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu")}
+    assert iota == {"cuda": False, "cpu": True}

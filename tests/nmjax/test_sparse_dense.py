@@ -51,6 +51,17 @@ def test_pruned_weights_learn():
     np.testing.assert_array_equal(dw, np.full((8, 8), 2.0))
 
 
+def test_a_mask_can_be_kept_for_some_steps():
+    x, before, now = numbers((2, 8)), numbers((8, 8), seed=1), numbers((8, 8), seed=2)
+    mask = transposable_mask(before)
+    y, pull = jax.vjp(lambda w: sparse_dense(x, w, mask), now)
+    np.testing.assert_allclose(y, x @ (now * mask), rtol=1e-5)
+    np.testing.assert_allclose(pull(jnp.ones_like(y))[0], x.T @ jnp.ones_like(y), rtol=1e-5)
+    np.testing.assert_array_equal(
+        sparse_dense(x, before), sparse_dense(x, before, transposable_mask(before))
+    )
+
+
 def test_sparse_products_are_asked_for_the_right_way_round(monkeypatch):
     asked = []
 
@@ -121,6 +132,16 @@ def test_a_layer_learns():
         (lambda: sparse_dense(jnp.ones((2, 8), int), jnp.ones((8, 8))), TypeError, "floating"),
         (lambda: sparse_dense(jnp.ones((2, 8)), jnp.ones((8, 8), int)), TypeError, "floating"),
         (lambda: sparse_dense(jnp.ones((2, 4)), jnp.ones((8, 8))), ValueError, r"\(2, 4\)"),
+        (
+            lambda: sparse_dense(jnp.ones((2, 8)), jnp.ones((8, 8)), jnp.ones((8, 4), bool)),
+            ValueError,
+            r"mask.*\(8, 4\)",
+        ),
+        (
+            lambda: sparse_dense(jnp.ones((2, 8)), jnp.ones((8, 8)), jnp.ones((8, 8))),
+            TypeError,
+            "boolean",
+        ),
         (lambda: sparse_dense(jnp.ones((2, 8)), jnp.ones((8, 6))), ValueError, "do not fit"),
         (
             lambda: sparse_dense(jnp.ones((2, 8)), jnp.ones((8, 8)), implementation="cuda"),
