@@ -140,8 +140,14 @@ def test_a_few_steps_learn_something_and_everything_is_scored(task):
     first, last = train(job)
     assert set(last.test) == {"loss", "exact match", "BLEU", "chrF"}
     assert last.test["loss"] < first.test["loss"]
-    shown = task.show(*jax.device_get((last.state.train.params, {})))
-    assert {(row["source"], row["reference"]) for row in shown} <= set(PAIRS)
+
+
+def test_what_is_shown_are_test_pairs_the_longest_first(params):
+    pairs = [("one", "a"), ("one two three", "b"), ("one two", "c")]
+    shown = make_task(pairs).show(params, {})
+    assert {list(row)[-1] for row in shown} == {"network"}
+    sources = list(dict.fromkeys((row["source"], row["reference"]) for row in shown))
+    assert sources == [pairs[1], pairs[2], pairs[0]]
 
 
 def test_notes_count_what_was_left_out_and_the_vocabulary_has_a_name():
