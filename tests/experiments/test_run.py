@@ -236,7 +236,7 @@ def test_help_states_the_recipes_as_they_are():
     digits, text = make_task(Flags()).recipe, re.sub(r"\s+", " ", Flags.__doc__)
     for field in ("epochs", "batch_size"):
         numbers = [getattr(recipe, field) for recipe in (digits, CIFAR10, IMAGENET)]
-        assert "digits {}, cifar10 {}, imagenet2012 {}.".format(*numbers) in text
+        assert "digits {}, cifar10 {}, imagenet2012 {}".format(*numbers) in text
     recipes = (digits, CIFAR10, IMAGENET)
     assert {recipe.learning_rate for recipe in recipes} == {0.1}
     assert {recipe.momentum for recipe in recipes} == {0.9}

@@ -6,6 +6,7 @@ import pytest
 
 from experiments.flags import Flags
 from experiments.methods import METHODS
+from experiments.placement import HERE
 from experiments.settings import claim_folder
 from experiments.step import Job, plan_of
 from tests.experiments.tiny import STEPS, tiny_task
@@ -19,7 +20,7 @@ def make_job(vocabulary):
 
 def test_a_run_with_another_vocabulary_is_not_resumed(tmp_path):
     flags = Flags(runs_dir=tmp_path, name="a", resume=True)
-    claim_folder(flags, make_job("32 pieces ab12"))
-    claim_folder(flags, make_job("32 pieces ab12"))
+    claim_folder(flags, make_job("32 pieces ab12"), HERE)
+    claim_folder(flags, make_job("32 pieces ab12"), HERE)
     with pytest.raises(ValueError, match="vocabulary was 32 pieces ab12, now 32 pieces cd34"):
-        claim_folder(flags, make_job("32 pieces cd34"))
+        claim_folder(flags, make_job("32 pieces cd34"), HERE)
