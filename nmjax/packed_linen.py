@@ -79,7 +79,7 @@ def _multiply_packed(
     layer = context.module
     own = _own_params(layer)
     packed = {name: leaf for name, leaf in own.items() if is_packed(leaf)}
-    if not packed and not _is_grouped(layer):
+    if not packed and not (_is_grouped(layer) and "kernel" in own):
         return run(*args, **kwargs)
     base = next((base for base in _LAYERS if isinstance(layer, base)), None)
     if base is None or packed.keys() - {"kernel"}:
@@ -170,20 +170,15 @@ def _conv(
     **settings: Any,
 ) -> jax.Array:
     """`lax.conv_general_dilated`, channels last, whose kernel is the packed weight."""
-    rank = w.ndim - 2
     plain = feature_group_count == 1 and all(d == 1 for d in lhs_dilation or ())
-    if not plain or len(kernel_taps(packed)) != rank:
-        return lax.conv_general_dilated(
-            x,
-            w,
-            strides,
-            padding,
-            lhs_dilation=lhs_dilation,
-            rhs_dilation=rhs_dilation,
-            feature_group_count=feature_group_count,
-            preferred_element_type=preferred_element_type,
-            **settings,
-        )
+    if not plain or len(kernel_taps(packed)) != w.ndim - 2:
+        settings |= {
+            "lhs_dilation": lhs_dilation,
+            "rhs_dilation": rhs_dilation,
+            "feature_group_count": feature_group_count,
+            "preferred_element_type": preferred_element_type,
+        }
+        return lax.conv_general_dilated(x, w, strides, padding, **settings)
     y = packed_conv(
         x,
         _cast(packed, w),
@@ -200,30 +195,17 @@ def _grouped_conv(
     w: jax.Array,
     strides: Any,
     padding: Any,
-    *,
-    lhs_dilation: Any = None,
-    rhs_dilation: Any = None,
-    feature_group_count: int = 1,
     **settings: Any,
 ) -> jax.Array:
     """`lax.conv_general_dilated`, channels last; where every channel is a group, faster on CPUs."""
 
     def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x,
-            w,
-            strides,
-            padding,
-            lhs_dilation=lhs_dilation,
-            rhs_dilation=rhs_dilation,
-            feature_group_count=feature_group_count,
-            **settings,
-        )
+        return lax.conv_general_dilated(x, w, strides, padding, **settings)
 
-    channels = x.shape[-1]
-    if w.shape[-2:] != (1, channels) or any(d != 1 for d in lhs_dilation or ()):
+    if w.shape[-2:] != (1, x.shape[-1]) or any(d != 1 for d in settings.get("lhs_dilation") or ()):
         return convolve(x, w)
-    window = as_window(x.shape[1:-1], w.shape[:-2], strides, padding, rhs_dilation or 1)
+    dilation = settings.get("rhs_dilation") or 1
+    window = as_window(x.shape[1:-1], w.shape[:-2], strides, padding, dilation)
     dtype = jax.eval_shape(convolve, x, w).dtype
 
     def shifted(x: jax.Array, w: jax.Array) -> jax.Array:

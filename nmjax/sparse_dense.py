@@ -7,14 +7,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from nmjax.kernels import cusparselt
 from nmjax.kernels.gpu import why_no_gpu
 from nmjax.straight_through import prune_ste
 from nmjax.transposable import transposable_mask
 
-Way = Literal["xla", "cusparselt", "cusparselt only"]
+Way = Literal["xla", "cusparselt"]
 
 
 def sparse_dense(
@@ -28,9 +27,8 @@ def sparse_dense(
 
     Forward `y = x @ s` with `s = w * mask`. Backward `dx = dy @ s.T` with the same `s`, which is
     2:4 along that product's sum too, and `dw = x.T @ dy` for every entry of `w`, straight through
-    the mask. On NVIDIA's GPUs both
-    products with `s` run on sparse tensor cores, by cuSPARSELt, where it is there and takes the
-    shapes; elsewhere, and for the weight's gradient, XLA multiplies densely.
+    the mask. XLA multiplies densely, or cuSPARSELt runs both products with `s` on the sparse tensor
+    cores of NVIDIA's GPUs, if it is asked to: that is not the default before it has been measured.
 
     Choosing a mask costs time, and memory: 13 times a 16-bit weight's, as XLA plans it for an H200.
     The paper below keeps a mask for 40 steps.
@@ -42,7 +40,7 @@ def sparse_dense(
       mask: booleans of `w`'s shape, what `nmjax.transposable_mask` returned, now or some steps ago;
         default that of `w`, chosen anew in each call. One that keeps more makes wrong products on
         GPUs.
-      implementation: None as above; `"xla"` or `"cusparselt"` on any platform.
+      implementation: `"xla"`, the default, or `"cusparselt"`.
 
     Returns:
       (..., outputs).
@@ -73,22 +71,22 @@ def sparse_dense(
 
 
 def _way(x: jax.Array, w: jax.Array, implementation: str | None) -> Way:
-    if implementation == "xla":
+    if implementation in (None, "xla"):
         return "xla"
-    if implementation not in (None, "cusparselt"):
+    if implementation != "cusparselt":
         raise ValueError(
             f'implementation must be None, "xla" or "cusparselt", got {implementation!r}'
         )
-    obstacle = cusparselt.why_not(x.dtype, w.shape, False)
-    obstacle = obstacle or cusparselt.why_not_batch(x.dtype, x.shape[0])
-    if implementation is None:
-        return "xla" if obstacle else "cusparselt"
-    obstacle = obstacle or why_no_gpu()
+    obstacle = (
+        cusparselt.why_not(x.dtype, w.shape, False)
+        or cusparselt.why_not_batch(x.dtype, x.shape[0])
+        or why_no_gpu()
+    )
     if obstacle:
         raise ValueError(
             f'implementation="cusparselt" cannot multiply {x.shape} by {w.shape}: {obstacle}'
         )
-    return "cusparselt only"
+    return "cusparselt"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -114,15 +112,6 @@ _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 def _product(way: Way, x: jax.Array, w: jax.Array, *, transposed: bool) -> jax.Array:
     """`x @ w`, or `x @ w.T` if transposed."""
-
-    def dense(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.matmul(x, w.T if transposed else w)
-
-    def sparse(x: jax.Array, w: jax.Array) -> jax.Array:
-        return cusparselt.matmul(x, cusparselt.compress_unchecked(w, transposed))
-
     if way == "xla":
-        return dense(x, w)
-    if way == "cusparselt only":
-        return sparse(x, w)
-    return lax.platform_dependent(x, w, cuda=sparse, default=dense)
+        return jnp.matmul(x, w.T if transposed else w)
+    return cusparselt.matmul(x, cusparselt.compress_unchecked(w, transposed))

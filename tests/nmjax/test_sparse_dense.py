@@ -1,5 +1,8 @@
 """A dense layer sparse along both axes, against its dense-masked definition."""
 
+import importlib
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,34 +84,32 @@ def test_sparse_products_are_asked_for_the_right_way_round(monkeypatch):
     monkeypatch.setattr(cusparselt, "compress_unchecked", compress)
     monkeypatch.setattr(cusparselt, "matmul", matmul)
     sparse = w * transposable_mask(w)
-    y, pull_sparse = jax.vjp(lambda x, w: _multiply("cusparselt only", x, w), x, sparse)
+    y, pull_sparse = jax.vjp(lambda x, w: _multiply("cusparselt", x, w), x, sparse)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     for got, wanted in zip(pull_sparse(g), pull(g), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
     assert asked == [((16, 32), False), ((16, 32), True)]
 
 
-def test_gpus_get_sparse_products_and_others_dense_ones(monkeypatch):
+def test_who_asks_for_them_gets_sparse_products(monkeypatch):
     monkeypatch.setattr(cusparselt, "load_cusparselt", lambda: CusparseLt("0"))
+    # `nmjax.sparse_dense` is the function, which hides its module.
+    module = importlib.import_module("nmjax.sparse_dense")
+    monkeypatch.setattr(module, "why_no_gpu", lambda: None)
+    asked = partial(sparse_dense, implementation="cusparselt")
     x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 32), (32, 16)))
 
-    def step(x, w):
-        return jax.grad(lambda w: sparse_dense(x, w).sum())(w), sparse_dense(x, w)
+    def lowered(function):
+        return jax.jit(function).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
 
-    texts = {
-        platform: jax.jit(step).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
-        for platform in ("cuda", "cpu")
-    }
-    assert "@nmjax_cusparselt_matmul" in texts["cuda"]
-    assert "transposed = true" not in texts["cuda"]  # Nothing asks for the gradient of x.
-    assert "nmjax_cusparselt" not in texts["cpu"]
-
-    both = jax.jit(jax.grad(lambda x, w: sparse_dense(x, w).sum(), argnums=(0, 1)))
-    text = both.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
-    assert "transposed = true" in text
-    few = jax.ShapeDtypeStruct((3, 32), jnp.bfloat16)
-    text = jax.jit(sparse_dense).trace(few, w).lower(lowering_platforms=("cuda",)).as_text()
-    assert "nmjax_cusparselt" not in text
+    text = lowered(lambda x, w: (jax.grad(lambda w: asked(x, w).sum())(w), asked(x, w)))
+    assert "@nmjax_cusparselt_matmul" in text
+    assert "transposed = true" not in text  # Nothing asks for the gradient of x.
+    both = jax.grad(lambda x, w: asked(x, w).sum(), argnums=(0, 1))
+    assert "transposed = true" in lowered(both)
+    assert "nmjax_cusparselt" not in lowered(sparse_dense)
+    with pytest.raises(ValueError, match=r"cannot multiply \(3, 32\)"):
+        asked(jnp.ones((3, 32), jnp.bfloat16), jnp.ones((32, 16), jnp.bfloat16))
 
 
 def test_a_layer_learns():
