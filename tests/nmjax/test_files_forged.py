@@ -203,20 +203,23 @@ def load(path):
 def test_forged_files(good, tmp_path):
     rng, path = np.random.default_rng(RNG_SEED), tmp_path / "x"
     path.write_bytes(good)
-    assert_valid(load(path)[0], len(good))  # What is imported on first use counts for nothing.
+    assert_valid(load(path)[0], len(good))
     refused, loaded = Counter(), Counter()
     for i in range(FILES):
         forger = FORGERS[i % len(FORGERS)]
         data = forger(rng, good)
         path.write_bytes(data)
+        limit = 16 * len(data) + 200_000
         result, peak = load(path)
+        if peak >= limit:  # What JAX traces for a dtype's first array counts for nothing:
+            result, peak = load(path)  # a file that asks for memory asks again.
         if isinstance(result, str):
             assert str(path) in result
             refused[forger] += 1
         else:
             assert_valid(result, len(data))
             loaded[forger] += 1
-        assert peak < 16 * len(data) + 200_000, f"{peak} bytes for a file of {len(data)}"
+        assert peak < limit, f"{peak} bytes for a file of {len(data)}"
     assert refused.total() + loaded.total() == FILES
     assert set(refused) == set(FORGERS)
     assert loaded[flip_body]  # Values may be anything, so these are valid files.
