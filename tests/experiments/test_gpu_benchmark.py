@@ -52,7 +52,7 @@ def run(monkeypatch, tmp_path, only):
     monkeypatch.setenv("NMJAX_CACHE_DIR", "")  # The benchmark sets it.
     with pytest.raises(SystemExit) as end:
         gpu.main()
-    return json.loads((tmp_path / "gpu-cpu.json").read_text()), end.value.code
+    return json.loads((tmp_path / f"gpu-cpu-{only}.json").read_text()), end.value.code
 
 
 def test_without_a_gpu_it_says_what_it_skips(monkeypatch, tmp_path):

@@ -36,7 +36,8 @@ struct Weight {
   }
 };
 
-// One of cuSPARSELt's kernels; what a search finds. Negative: cuSPARSELt's own first choice.
+// One of cuSPARSELt's kernels; what a search finds. A negative config is cuSPARSELt's own first
+// choice, a split_k below 2 none, mode 0 its own.
 struct Algorithm {
   int config = -1, split_k = 1, split_k_mode = 0;
 };
@@ -154,11 +155,17 @@ class Plan {
     NMJAX_CHECK(cusparseLtMatmulAlgSetAttribute(&handle, &selection,
                                                 CUSPARSELT_MATMUL_ALG_CONFIG_ID,
                                                 &algorithm.config, sizeof(algorithm.config)));
-    if (algorithm.split_k == 1) return {};
-    NMJAX_CHECK(cusparseLtMatmulAlgSetAttribute(&handle, &selection, CUSPARSELT_MATMUL_SPLIT_K,
-                                                &algorithm.split_k, sizeof(algorithm.split_k)));
+    const bool is_split = algorithm.split_k > 1;  // Where nothing was set, it is -1.
+    if (is_split) {
+      NMJAX_CHECK(cusparseLtMatmulAlgSetAttribute(&handle, &selection, CUSPARSELT_MATMUL_SPLIT_K,
+                                                  &algorithm.split_k, sizeof(algorithm.split_k)));
+    }
     const auto mode = static_cast<cusparseLtSplitKMode_t>(algorithm.split_k_mode);
-    if (mode == CUSPARSELT_INVALID_MODE) return {};
+    // The modes with greater numbers are of how work is spread, with or without a split.
+    if (mode == CUSPARSELT_INVALID_MODE ||
+        (!is_split && mode <= CUSPARSELT_SPLIT_K_MODE_TWO_KERNELS)) {
+      return {};
+    }
     NMJAX_CHECK(cusparseLtMatmulAlgSetAttribute(
         &handle, &selection, CUSPARSELT_MATMUL_SPLIT_K_MODE, &mode, sizeof(mode)));
     return {};
@@ -225,8 +232,7 @@ class Device {
     if (!small.empty()) return small;
     NMJAX_CHECK(cusparseLtMatmulSearch(&handle_, &plan.plan, &one_, compressed, x, &zero_, y, y,
                                        workspace.data, &stream, 1));
-    Product tuned = product;
-    Algorithm& fastest = tuned.algorithm;
+    Algorithm fastest;
     cusparseLtSplitKMode_t mode = CUSPARSELT_INVALID_MODE;
     NMJAX_CHECK(cusparseLtMatmulAlgGetAttribute(&handle_, &plan.selection,
                                                 CUSPARSELT_MATMUL_ALG_CONFIG_ID, &fastest.config,
@@ -238,10 +244,7 @@ class Device {
                                                 CUSPARSELT_MATMUL_SPLIT_K_MODE, &mode,
                                                 sizeof(mode)));
     fastest.split_k_mode = static_cast<int>(mode);
-    Plan again;  // It may want more workspace than the one searched with.
-    if (Complaint wrong = again.make(handle_, tuned); !wrong.empty()) return wrong;
-    *found = {fastest, again.workspace};
-    return {};
+    return repeatable(product, fastest, found);
   }
 
  private:
@@ -250,6 +253,23 @@ class Device {
   using Key = std::tuple<int64_t, int64_t, bool, int, int64_t, int, Activation, const void*, int,
                          int, int>;
   static constexpr size_t kMostPlans = 4096;
+
+  // As much of what a search found as a plan can be asked for, and the workspace that this wants,
+  // which may be more than was searched with.
+  Complaint repeatable(const Product& product, const Algorithm& fastest, Found* found) {
+    Complaint wrong;
+    for (const Algorithm& algorithm :
+         {fastest, Algorithm{fastest.config, fastest.split_k, 0}, Algorithm{fastest.config, 1, 0}}) {
+      Product tuned = product;
+      tuned.algorithm = algorithm;
+      Plan plan;
+      wrong = plan.make(handle_, tuned);
+      if (!wrong.empty()) continue;
+      *found = {algorithm, plan.workspace};
+      return {};
+    }
+    return wrong;
+  }
 
   Complaint start() {
     if (started_) return {};

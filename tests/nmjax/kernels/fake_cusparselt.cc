@@ -196,7 +196,7 @@ cusparseStatus_t cusparseLtMatmulAlgSelectionInit(const cusparseLtHandle_t*,
                                                   cusparseLtMatmulAlgSelection_t* selection,
                                                   const cusparseLtMatmulDescriptor_t*,
                                                   cusparseLtMatmulAlg_t) {
-  as<Selection>(selection) = {0, 1, 0};
+  as<Selection>(selection) = {0, -1, 0};  // As its log shows.
   return CUSPARSE_STATUS_SUCCESS;
 }
 cusparseStatus_t cusparseLtMatmulAlgSelectionDestroy(const cusparseLtMatmulAlgSelection_t*) {
@@ -210,7 +210,9 @@ cusparseStatus_t cusparseLtMatmulAlgSetAttribute(const cusparseLtHandle_t*,
   if (what == CUSPARSELT_MATMUL_ALG_CONFIG_ID) std::memcpy(&s.config, data, bytes);
   if (what == CUSPARSELT_MATMUL_SPLIT_K) std::memcpy(&s.split_k, data, bytes);
   if (what == CUSPARSELT_MATMUL_SPLIT_K_MODE) std::memcpy(&s.mode, data, bytes);
-  return s.config > 9 ? CUSPARSE_STATUS_INVALID_VALUE : CUSPARSE_STATUS_SUCCESS;
+  const bool is_mode = what == CUSPARSELT_MATMUL_SPLIT_K_MODE;
+  const bool is_wrong = what == CUSPARSELT_MATMUL_SPLIT_K ? s.split_k < 1 : is_mode && s.mode > 4;
+  return s.config > 9 || is_wrong ? CUSPARSE_STATUS_INVALID_VALUE : CUSPARSE_STATUS_SUCCESS;
 }
 cusparseStatus_t cusparseLtMatmulAlgGetAttribute(const cusparseLtHandle_t*,
                                                  const cusparseLtMatmulAlgSelection_t* selection,
@@ -236,7 +238,7 @@ cusparseStatus_t cusparseLtMatmulPlanDestroy(const cusparseLtMatmulPlan_t*) {
 cusparseStatus_t cusparseLtMatmulGetWorkspace(const cusparseLtHandle_t*,
                                               const cusparseLtMatmulPlan_t* plan, size_t* bytes) {
   const auto& p = as<Plan>(plan);
-  *bytes = scratch_bytes(*p.matmul->a) * p.selection->split_k;
+  *bytes = scratch_bytes(*p.matmul->a) * (p.selection->split_k < 1 ? 1 : p.selection->split_k);
   return CUSPARSE_STATUS_SUCCESS;
 }
 cusparseStatus_t cusparseLtSpMMACompressedSize2(const cusparseLtHandle_t*,
@@ -314,7 +316,10 @@ cusparseStatus_t cusparseLtMatmulSearch(const cusparseLtHandle_t* handle,
                                         const void* a, const void* b, const void* beta,
                                         const void* c, void* d, void* workspace,
                                         cudaStream_t* streams, int32_t count) {
-  *as<Plan>(plan).selection = {7, 2, CUSPARSELT_SPLIT_K_MODE_TWO_KERNELS};
+  // One thing to be found for each batch.
+  const Selection found[] = {{7, 2, CUSPARSELT_SPLIT_K_MODE_TWO_KERNELS}, {6, -1, 1}, {5, -1, 4},
+                             {4, 3, 6}, {3, -1, 6}};
+  *as<Plan>(plan).selection = found[as<Plan>(plan).matmul->d->cols / 8 - 1];
   return cusparseLtMatmul(handle, plan, alpha, a, b, beta, c, d, workspace, streams, count);
 }
 

@@ -213,22 +213,32 @@ def test_what_was_set_up_is_kept(library):
     assert last["matrices"] == 3 * (last["made"] - last["destroyed"])
 
 
-def test_a_search_says_what_it_found(library):
-    w, x = sparse((32, 16), "float16", False), np.asarray(numbers((8, 32), "float16", 1))
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        (8, [7, 2, 2, 512]),
+        (16, [6, -1, 1, 256]),  # No split: neither it nor its mode is asked for.
+        (24, [5, -1, 4, 256]),
+        (32, [4, 3, 0, 768]),  # The mode cannot be asked for.
+        (40, [3, -1, 0, 256]),
+    ],
+)
+def test_a_search_says_what_it_found(library, batch, found):
+    w, x = sparse((32, 16), "float16", False), np.asarray(numbers((batch, 32), "float16", 1))
     compressed, _ = compress(library, w, False)
     expected, _ = multiply(library, x, w, compressed, False)
     before = counts(library)
     y, four = np.zeros_like(expected), np.zeros(4, np.int64)
     said = library.test_search(
-        0, ctypes.c_int64(32), ctypes.c_int64(16), TYPES["float16"], ctypes.c_int64(8),
+        0, ctypes.c_int64(32), ctypes.c_int64(16), TYPES["float16"], ctypes.c_int64(batch),
         address(x), address(compressed), address(y), address(four),
     )  # fmt: skip
     assert said == b""
     np.testing.assert_array_equal(y, expected)
-    assert four.tolist() == [7, 2, 2, 512]
+    assert four.tolist() == found
     after = counts(library)
     assert after["matrices"] == before["matrices"]
-    y, said = multiply(library, x, w, compressed, False, algorithm=four[:3], workspace=512)
+    y, said = multiply(library, x, w, compressed, False, algorithm=four[:3], workspace=int(four[3]))
     assert said == ""
     np.testing.assert_array_equal(y, expected)
 
