@@ -6,7 +6,7 @@ compilers are there for, translates every program that would be timed for NVIDIA
 on the CPU what runs there. A section that fails is written as failed, the others go on, and the
 exit status is 1. The file is written after every section; what would begin after `--minutes` is
 skipped, and so is what a section would begin after its own share of them. `--only` runs the rest
-later.
+later, and writes a file of its own.
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ def main() -> None:
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     device = re.sub(r"\W+", "-", jax.devices()[0].device_kind).lower()
-    path = arguments.out / f"gpu-{device}.json"
+    part = re.sub(r"\W+", "-", arguments.only)
+    path = arguments.out / f"gpu-{device}{'-' * bool(part)}{part}.json"
     results: dict[str, Any] = {"machine": machine() | {"driver": driver()}, "seconds": {}}
     with tempfile.TemporaryDirectory() as cache:
         # What an earlier run found would hide what cuSPARSELt's own first choice takes.

@@ -173,8 +173,7 @@ def measured(
     for kind in ("dense", "sparse"):
         if not any(name.startswith(kind) for name in functions):
             raise RuntimeError(f"no {kind} product: {failed}")
-    timed = row(product, functions, rounds)
-    return timed | {"failed": failed} if failed else timed
+    return row(product, functions, rounds) | ({"failed": failed} if failed else {})
 
 
 def sparse_functions(product: Product, xs: list[Any], ws: list[Any], transposed: bool) -> Functions:
@@ -226,7 +225,7 @@ def row(product: Product, functions: Functions, rounds: int) -> dict[str, Any]:
     def fastest(start: str) -> float:
         return min(time for name, time in times.items() if name.startswith(start))
 
-    return {
+    result = {
         "of": product.of,
         "rows": product.rows,
         "weight": f"{product.inputs} x {product.outputs}",
@@ -234,6 +233,9 @@ def row(product: Product, functions: Functions, rounds: int) -> dict[str, Any]:
         "speedup": fastest("dense") / fastest("sparse"),
         "ms": times,
     }
+    if "torch, sparse" in times:
+        result["time over torch's"] = fastest("sparse") / times["torch, sparse"]
+    return result
 
 
 def torch_functions(product: Product) -> Functions:
