@@ -7,7 +7,7 @@ rounded ones on both sides, so it tells of sums and of the rounding of results a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,11 @@ FLOAT8_LIMIT = 1e-2
 # cuSPARSELt's GELU is of float32, as the hardware approximates it, and then rounded.
 GELU_LIMIT = 1e-2
 SHAPES = ((8, 64, 32), (16, 1024, 256), (512, 2048, 4096))
+# Each takes another variant of the kernel for few rows, or fills it otherwise.
+ROWS_AND_VECTORS: tuple[tuple[int, Literal[0, 2, 4, 8]], ...] = (
+    *((1, 0), (5, 2), (8, 8), (13, 4), (16, 8)),
+    *((29, 8), (37, 4), (64, 2), (64, 8), (70, 8)),
+)
 
 
 def check_cusparselt(dtype: str, transposed: bool) -> Iterator[dict[str, Any]]:
@@ -54,22 +59,10 @@ def check_cusparselt(dtype: str, transposed: bool) -> Iterator[dict[str, Any]]:
 
 
 def check_decode() -> Iterator[dict[str, Any]]:
-    """Every number of rows that another variant of the kernel takes, and every variant."""
+    """Every variant of the kernel, of every kind of values, with bias and ReLU."""
     multiply = jax.jit(decode.matmul, static_argnames=("activation", "vector"))
-    variants = (
-        (1, 0),
-        (5, 2),
-        (8, 8),
-        (13, 4),
-        (16, 8),
-        (29, 8),
-        (37, 4),
-        (64, 2),
-        (64, 8),
-        (70, 8),
-    )
     for dtype, as_integers in (("bfloat16", False), ("float16", False), ("bfloat16", True)):
-        for rows, vector in variants:
+        for rows, vector in ROWS_AND_VECTORS:
             x, w = numbers((rows, 2064), dtype, 0), numbers((2064, 1024), dtype, 1)
             packed: Any = _packed(w)
             if as_integers:

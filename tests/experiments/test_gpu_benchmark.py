@@ -52,7 +52,8 @@ def run(monkeypatch, tmp_path, only):
     monkeypatch.setenv("NMJAX_CACHE_DIR", "")  # The benchmark sets it.
     with pytest.raises(SystemExit) as end:
         gpu.main()
-    return json.loads((tmp_path / f"gpu-cpu-{only}.json").read_text()), end.value.code
+    (path,) = tmp_path.glob("gpu-cpu*.json")
+    return json.loads(path.read_text()), end.value.code
 
 
 def test_without_a_gpu_it_says_what_it_skips(monkeypatch, tmp_path):
@@ -75,6 +76,36 @@ def test_a_section_that_fails_does_not_hide_the_others(monkeypatch, tmp_path):
     assert '"right": false' in results["check sparse_dense in XLA"]["failed"]
     assert "skipped" in results["check decode"]
     assert code == 1
+
+
+@pytest.mark.slow
+def test_every_section_of_a_gpu_runs(dense_kernels, monkeypatch, tmp_path):
+    def checks_in_xla(implementation="xla"):
+        return check_sparse_dense("xla")
+
+    def small(make, *arguments):
+        return lambda *others: make(*arguments, 1)
+
+    check_sparse_dense = gpu_checks.check_sparse_dense
+    monkeypatch.setattr(gpu, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "built", lambda: {"cusparselt": "compiled"})
+    monkeypatch.setattr(gpu, "translated", dict)
+    monkeypatch.setattr(gpu, "masked", small(gpu.masked, 16))
+    network = gpu.Transformer(1, 16, 2, 32)
+    monkeypatch.setattr(gpu, "trained", small(gpu.trained, network, (1, 4)))
+    monkeypatch.setattr(gpu_checks, "check_sparse_dense", checks_in_xla)
+    monkeypatch.setattr(gpu_checks, "check_packed_matmul", checks_in_xla)
+    monkeypatch.setattr(gpu_checks, "SHAPES", gpu_checks.SHAPES[:1])
+    monkeypatch.setattr(gpu_checks, "ROWS_AND_VECTORS", ((3, 2),))
+    monkeypatch.setattr(gpu_products, "MANY_ROWS", gpu_products.SMALL[:1])
+    monkeypatch.setattr(gpu_products, "FEW_ROWS", gpu_products.SMALL[:1])
+    monkeypatch.setattr(gpu_products.Product, "repeats", 2)
+    results, code = run(monkeypatch, tmp_path, "")
+    assert code == 0, results
+    sections = set(results) - {"machine", "seconds"}
+    assert sections == set(results["seconds"])
+    assert sections >= {"few rows", "many rows", "mask and apply", "train step", "check decode"}
+    assert results["many rows"][0]["speedup"] > 0
 
 
 def test_every_timed_program_translates(monkeypatch):
