@@ -34,8 +34,9 @@ ffi::Error run(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer values,
   const auto numbers = numbers_of(x.element_type(), values.element_type(), y->element_type());
   if (in.size() != 2 || out.size() != 2 || in[0] != out[0]) return refuse("matrices expected");
   if (!numbers) return refuse("bfloat16 or float16 throughout expected, or values of int8");
-  if (in[1] % 16 || out[1] % 16 || (vector != 0 && vector != 2 && vector != 4 && vector != 8)) {
-    return refuse("multiples of 16 inputs and outputs expected");
+  if (in[1] % 16 || out[1] % 16) return refuse("multiples of 16 inputs and outputs expected");
+  if (vector != 0 && vector != 2 && vector != 4 && vector != 8) {
+    return refuse("2, 4 or 8 outputs of a thread expected, or 0");
   }
   const auto size = [](const auto& buffer) { return static_cast<int64_t>(buffer.element_count()); };
   const int64_t scales_wanted = *numbers == Numbers::kInt8 ? out[1] : 0;

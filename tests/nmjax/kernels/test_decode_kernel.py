@@ -9,25 +9,44 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import nmjax
-from nmjax.kernels import build, quantized
+from nmjax.kernels import build, quantized, reference
+from nmjax.kernels import decode as decode_module
 from nmjax.kernels.quantized import QuantizedNM, dequantize
 from nmjax.packed_nm import unpack_nm
 
 
 @pytest.fixture(scope="module")
-def decode(tmp_path_factory):
+def library(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     path = tmp_path_factory.mktemp("decode") / "decode.so"
-    source = Path(__file__).parent / "decode_on_cpu.cc"
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{build.FOLDER / 'src'}"]
-    subprocess.run(["g++", *flags, str(source), "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path)).decode_on_cpu
+    here = Path(__file__).parent
+    folders = [build.FOLDER / "src", here / "stand_in"]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-fno-gnu-unique"]
+    flags += [*(f"-I{folder}" for folder in folders), f"-isystem{build.include_folder()}"]
+    source = str(here / "decode_calls_on_cpu.cc")
+    subprocess.run(["g++", *flags, source, "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture
+def decode(library):
+    return library.decode_on_cpu
+
+
+@pytest.fixture
+def called(library, monkeypatch):
+    """The public function, as on a machine that has the kernel and a GPU."""
+    capsule = jax.ffi.pycapsule(library.on_cpu_decode)
+    jax.ffi.register_ffi_target("nmjax_decode", capsule, platform="cpu")
+    monkeypatch.setattr(decode_module, "why_no_decode", lambda: None)
+    return decode_module.matmul
 
 
 def address(x):
@@ -126,6 +145,59 @@ def test_every_pair_of_positions_is_expanded(decode, kept):
     packed, _ = packed_and_pruned(w)
     y = run(decode, jnp.eye(8, 16, dtype=jnp.bfloat16), packed, None, False, 8, 1)
     np.testing.assert_array_equal(y, np.asarray(w[:8]))
+
+
+@pytest.mark.parametrize(
+    ("batch", "outputs", "vector"), [(3, 128, 0), (5, 48, 2), (16, 64, 8), (30, 32, 4), (50, 64, 8)]
+)
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "int8"])
+def test_what_xla_calls_is_the_product(called, kind, batch, outputs, vector):
+    dtype = jnp.float16 if kind == "float16" else jnp.bfloat16
+    w, _ = packed_and_pruned(jnp.asarray(integers((32, outputs), outputs), dtype))
+    rng = np.random.default_rng(batch)
+    x = jnp.asarray(rng.integers(-2, 3, (batch, 32)), dtype)
+    bias = jnp.asarray(rng.integers(-9, 9, outputs), dtype)
+    if kind == "int8":
+        w = quantized.quantize(w)
+    y = called(x, w, bias, "relu", vector=vector)
+    definition = (quantized if kind == "int8" else reference).matmul(x, w, bias, "relu")
+    np.testing.assert_allclose(np.asarray(y, float), np.asarray(definition, float), rtol=2**-7)
+    if kind != "int8":
+        np.testing.assert_array_equal(y, definition)  # Sums of whole numbers.
+
+
+def test_a_mapped_axis_joins_the_batch(called):
+    w, _ = packed_and_pruned(jnp.asarray(integers((32, 64), 0), jnp.bfloat16))
+    xs = jnp.asarray(np.random.default_rng(0).integers(-2, 3, (3, 2, 32)), jnp.bfloat16)
+    mapped = jax.vmap(called, (0, None))(xs, w)
+    np.testing.assert_array_equal(mapped, reference.matmul(xs.reshape(6, 32), w).reshape(3, 2, 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"codes": jnp.zeros((3, 64), jnp.uint8)}, "do not fit each other"),
+        ({"values": jnp.zeros((8, 2, 64), jnp.int8)}, "do not fit each other"),
+        ({"values": jnp.zeros((8, 2, 64), jnp.float16)}, "values of int8"),
+        ({"vector": 3}, "2, 4 or 8 outputs"),
+        ({"x": jnp.zeros((2, 24), jnp.bfloat16)}, "multiples of 16"),
+        ({"bias": jnp.zeros(32, jnp.float32)}, "do not fit each other"),
+    ],
+    ids=["codes", "scales", "values", "vector", "inputs", "bias"],
+)
+def test_what_does_not_fit_is_refused(called, change, words):
+    operands = {
+        "x": jnp.zeros((2, 32), jnp.bfloat16),
+        "values": jnp.zeros((8, 2, 64), jnp.bfloat16),
+        "codes": jnp.zeros((4, 64), jnp.uint8),
+        "scales": jnp.zeros(0, jnp.float32),
+        "bias": jnp.zeros(0, jnp.float32),
+        "vector": 0,
+    } | change
+    vector = operands.pop("vector")
+    call = jax.ffi.ffi_call("nmjax_decode", jax.ShapeDtypeStruct((2, 64), jnp.bfloat16))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+        jax.block_until_ready(call(*operands.values(), relu=False, vector=np.int64(vector)))
 
 
 @pytest.mark.slow  # A minute.
