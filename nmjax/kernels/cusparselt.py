@@ -142,7 +142,8 @@ def matmul(
       w: what `compress` returned.
       bias: (outputs,); rounded to the result's dtype, to float32 if `x` is int8.
       activation: None, `"relu"`, or `"gelu"` in its tanh form, applied after the bias, before the
-        result is rounded; GELU for int8 results of int8 and bfloat16 results of float8.
+        result is rounded; GELU for int8 results of int8 and bfloat16 results of float8. NVIDIA does
+        not say what its activations make of NaN.
       dtype: of the result; default the first that `RESULTS` names for `x`'s dtype.
 
     Raises:

@@ -148,9 +148,16 @@ def test_every_pair_of_positions_is_expanded(decode, kept):
 
 
 @pytest.mark.parametrize(
-    ("batch", "outputs", "vector"), [(3, 128, 0), (5, 48, 2), (16, 64, 8), (30, 32, 4), (50, 64, 8)]
+    ("kind", "batch", "outputs", "vector"),
+    [
+        ("bfloat16", 3, 128, 0),
+        ("bfloat16", 5, 48, 2),
+        ("float16", 30, 32, 4),
+        ("float16", 50, 64, 8),
+        ("int8", 3, 128, 0),
+        ("int8", 16, 64, 8),
+    ],
 )
-@pytest.mark.parametrize("kind", ["bfloat16", "float16", "int8"])
 def test_what_xla_calls_is_the_product(called, kind, batch, outputs, vector):
     dtype = jnp.float16 if kind == "float16" else jnp.bfloat16
     w, _ = packed_and_pruned(jnp.asarray(integers((32, outputs), outputs), dtype))
