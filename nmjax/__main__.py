@@ -14,7 +14,7 @@ import numpy as np
 from nmjax.checkpoints import read_checkpoint
 from nmjax.files import FORMAT, load_packed, save_packed
 from nmjax.kernels.choice import choose, expected_speedup
-from nmjax.kernels.cusparselt import why_not_2_4
+from nmjax.kernels.cusparselt_limits import why_not_2_4
 from nmjax.kernels.operands import one_layer
 from nmjax.layer_times import layer_times
 from nmjax.packing import check_sparse, is_packed, pack

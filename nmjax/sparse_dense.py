@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nmjax.kernels import cusparselt
+from nmjax.kernels.cusparselt_limits import why_not_batch
 from nmjax.kernels.gpu import why_no_gpu
 from nmjax.straight_through import prune_ste
 from nmjax.transposable import transposable_mask
@@ -79,7 +80,7 @@ def _way(x: jax.Array, w: jax.Array, implementation: str | None) -> Way:
         )
     obstacle = (
         cusparselt.why_not(x.dtype, w.shape, False)
-        or cusparselt.why_not_batch(x.dtype, x.shape[0])
+        or why_not_batch(x.dtype, x.shape[0])
         or why_no_gpu()
     )
     if obstacle:

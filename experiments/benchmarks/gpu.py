@@ -5,17 +5,21 @@ What is not there is skipped, and the reason is printed and written. Without a G
 compilers are there for, translates every program that would be timed for NVIDIA's GPUs, and checks
 on the CPU what runs there. A section that fails is written as failed, the others go on, and the
 exit status is 1. The file is written after every section; what would begin after `--minutes` is
-skipped.
+skipped, and so is what a section would begin after its own share of them. `--only` runs the rest
+later, and writes a file of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -34,7 +38,7 @@ from experiments.benchmarks import gpu_checks, gpu_products
 from experiments.benchmarks.gpu_products import many, milliseconds, numbers
 from experiments.benchmarks.timing import RESULTS, machine, print_table
 from experiments.benchmarks.train_step import TransformerBlock, make_call, make_training
-from nmjax.kernels import build, cusparselt
+from nmjax.kernels import build, cusparselt_limits
 from nmjax.kernels.gpu import why_no_gpu
 
 
@@ -68,7 +72,7 @@ class Transformer(nn.Module):
 
 def built() -> dict[str, Any]:
     """Compiles what runs on GPUs, where there are compilers for it."""
-    states = {}
+    states, failed = {}, []
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     steps: dict[str, tuple[str | None, Callable[[], Any]]] = {
         "cusparselt": (
@@ -79,12 +83,19 @@ def built() -> dict[str, Any]:
     }
     for name, (obstacle, compile_it) in steps.items():
         start = time.perf_counter()
-        if obstacle is None:
+        if obstacle is not None:
+            states[name] = f"skipped: {obstacle}"
+            continue
+        try:
             compile_it()
             states[name] = f"compiled in {time.perf_counter() - start:.0f} s"
-        else:
-            states[name] = f"skipped: {obstacle}"
-    return states | {f"loaded, {name}": state for name, state in nmjax.backends().items()}
+        except RuntimeError as error:  # The other may well compile.
+            states[name] = f"failed: {error}"
+            failed.append(name)
+    states |= {f"loaded, {name}": state for name, state in nmjax.backends().items()}
+    if failed:
+        raise RuntimeError(json.dumps(states))
+    return states
 
 
 def translated() -> dict[str, Any]:
@@ -115,18 +126,21 @@ def timed(
     measure: Callable[[gpu_products.Product, int], dict[str, Any]],
     rounds: int,
     deadline: float,
+    minutes: float = math.inf,
 ) -> list[dict[str, Any]]:
     """One row for each product; one that fails is a row that says so."""
     rows: list[dict[str, Any]] = []
+    deadline = min(deadline, time.monotonic() + 60 * minutes)
     for product in products:
+        what = {"of": product.of, "rows": product.rows, "dtype": product.dtype}
         if time.monotonic() > deadline:
-            rows.append({"of": product.of, "dtype": product.dtype, "skipped": "no time left"})
+            rows.append(what | {"skipped": "no time left"})
             continue
         try:
             rows.append(measure(product, rounds))
         except Exception as error:  # The next one may well run.
             traceback.print_exc()
-            rows.append({"of": product.of, "dtype": product.dtype, "failed": str(error)})
+            rows.append(what | {"failed": str(error)})
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -176,13 +190,13 @@ def sections(rounds: int, deadline: float) -> dict[str, Callable[[], Any]]:
             f"check cusparselt, {dtype}{', transposed' if transposed else ''}": partial(
                 checked, partial(checks.check_cusparselt, dtype, transposed)
             )
-            for dtype in cusparselt.RESULTS
+            for dtype in cusparselt_limits.RESULTS
             for transposed in ((True,) if jnp.dtype(dtype).itemsize == 1 else (False, True))
         },
         "check decode": lambda: checked(checks.check_decode),
         "check packed_matmul": lambda: checked(checks.check_packed_matmul),
         "check sparse_dense": lambda: checked(lambda: checks.check_sparse_dense("cusparselt")),
-        "few rows": lambda: timed(few, time_few, rounds, deadline),
+        "few rows": lambda: timed(few, time_few, rounds, deadline, minutes=1.2),
         "mask and apply": lambda: masked(8192, rounds),
         "train step": lambda: trained(Transformer(), (8, 1024), rounds),
         "many rows": lambda: timed(many_rows, time_many, rounds, deadline),
@@ -211,27 +225,45 @@ def main() -> None:
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     device = re.sub(r"\W+", "-", jax.devices()[0].device_kind).lower()
-    path = arguments.out / f"gpu-{device}.json"
-    results: dict[str, Any] = {"machine": machine()}
-    for name, section in sections(arguments.rounds, deadline).items():
-        if arguments.only not in name:
-            continue
-        start = time.perf_counter()
-        try:
-            if time.monotonic() > deadline:
-                raise SkippedError("no time left")
-            results[name] = section()
-        except SkippedError as reason:
-            results[name] = {"skipped": str(reason)}
-        except Exception as error:  # One broken kernel does not hide the others.
-            traceback.print_exc()
-            results[name] = {"failed": str(error)}
-        seconds = time.perf_counter() - start
-        print(f"{name}: {seconds:.0f} s, {str(results[name])[:300]}", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    part = re.sub(r"\W+", "-", arguments.only)
+    path = arguments.out / f"gpu-{device}{'-' * bool(part)}{part}.json"
+    results: dict[str, Any] = {"machine": machine() | {"driver": driver()}, "seconds": {}}
+    with tempfile.TemporaryDirectory() as cache:
+        # What an earlier run found would hide what cuSPARSELt's own first choice takes.
+        os.environ["NMJAX_CACHE_DIR"] = cache
+        for name, section in sections(arguments.rounds, deadline).items():
+            if arguments.only not in name:
+                continue
+            start = time.monotonic()
+            results[name] = outcome(section, deadline)
+            results["seconds"][name] = round(time.monotonic() - start, 1)
+            print(f"{name}: {results['seconds'][name]} s, {str(results[name])[:300]}", flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {path}")
     sys.exit('"failed": ' in json.dumps(results))
+
+
+def outcome(section: Callable[[], Any], deadline: float) -> Any:
+    """What a section returns, or why there is nothing."""
+    try:
+        if time.monotonic() > deadline:
+            raise SkippedError("no time left")
+        return section()
+    except SkippedError as reason:
+        return {"skipped": str(reason)}
+    except Exception as error:  # One broken kernel does not hide the others.
+        traceback.print_exc()
+        return {"failed": str(error)}
+
+
+def driver() -> str | None:
+    """The driver's version, and what power and clock the card may take, where that can be asked."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    names = "driver_version,power.limit,clocks.max.sm"
+    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ rounded ones on both sides, so it tells of sums and of the rounding of results a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,44 +16,65 @@ import numpy as np
 import nmjax
 from experiments.benchmarks.gpu_products import numbers, pruned
 from nmjax.kernels import cusparselt, decode
+from nmjax.kernels.cusparselt_limits import GELU, RESULTS
+from nmjax.kernels.quantized import dequantize, quantize
+from nmjax.packed_nm import unpack_nm
 from nmjax.transposable import transposable_mask
 
-# Rounding to bfloat16 alone gives an error of about 0.0017, to float16 0.0002. Tensor cores keep
-# fewer bits of float8 sums than float32 has.
-LIMITS = {"bfloat16": 4e-3, "float16": 5e-4, "int8": 0.0, "float8_e4m3fn": 1e-2}
+# Rounding to bfloat16 alone gives an error of about 0.0017, to float16 0.0002; sums of integers are
+# exact. Tensor cores keep fewer bits of float8 sums than float32 has.
+LIMITS = {"bfloat16": 4e-3, "float16": 5e-4, "int8": 0.0, "int32": 0.0, "float32": 1e-5}
+FLOAT8_LIMIT = 1e-2
+# cuSPARSELt's GELU is of float32, as the hardware approximates it, and then rounded.
+GELU_LIMIT = 1e-2
 SHAPES = ((8, 64, 32), (16, 1024, 256), (512, 2048, 4096))
+# Each takes another variant of the kernel for few rows, or fills it otherwise.
+ROWS_AND_VECTORS: tuple[tuple[int, Literal[0, 2, 4, 8]], ...] = (
+    *((1, 0), (5, 2), (8, 8), (13, 4), (16, 8)),
+    *((29, 8), (37, 4), (64, 2), (64, 8), (70, 8)),
+)
 
 
 def check_cusparselt(dtype: str, transposed: bool) -> Iterator[dict[str, Any]]:
-    """Compress and multiply, with and without bias and ReLU."""
-    is_byte = jnp.dtype(dtype).itemsize == 1
+    """Compress and multiply: every dtype of results, with and without bias and activations."""
     name = f"cusparselt{', transposed' if transposed else ''}"
+    multiply = jax.jit(cusparselt.matmul, static_argnames=("activation", "dtype"))
     for rows, inputs, outputs in SHAPES:
+        is_byte = jnp.dtype(dtype).itemsize == 1
         x = numbers((max(rows, 16) if is_byte else rows, inputs), dtype, 0)
         w = pruned(numbers((inputs, outputs), dtype, 1), -2)
         compressed = cusparselt.compress(w.T if transposed else w, transposed=transposed)
-        y = jax.jit(cusparselt.matmul)(x, compressed)
-        yield _row(name, x, w, y, _exact(x, w))
-        if is_byte:
-            continue
-        bias = numbers((outputs,), dtype, 2)
-        biased = jax.jit(cusparselt.matmul, static_argnums=3)(x, compressed, bias, "relu")
-        expected = np.maximum(_exact(x, w) + np.asarray(bias, np.float64), 0)
-        yield _row(f"{name}, bias and ReLU", x, w, biased, expected)
+        exact = _exact(x, w)
+        bias = jnp.round(8 * numbers((outputs,), "float32", 2))  # Whole, as sums of integers are.
+        for result in RESULTS[dtype]:
+            y = multiply(x, compressed, dtype=result)
+            yield _row(f"{name}", x, w, y, exact)
+            with_bias = exact + np.asarray(bias, np.float64)
+            y = multiply(x, compressed, bias, activation="relu", dtype=result)
+            yield _row(f"{name}, bias and ReLU", x, w, y, np.maximum(with_bias, 0))
+            if result in GELU.get(dtype, ()):
+                y = multiply(x, compressed, bias, activation="gelu", dtype=result)
+                expected = np.asarray(jax.nn.gelu(jnp.asarray(with_bias, jnp.float32)))
+                yield _row(f"{name}, bias and GELU", x, w, y, expected, GELU_LIMIT)
 
 
 def check_decode() -> Iterator[dict[str, Any]]:
-    """Every number of rows that another variant of the kernel takes, and every variant."""
-    for dtype in ("bfloat16", "float16"):
-        for rows, vector in ((1, 0), (5, 2), (8, 8), (13, 4), (16, 8), (37, 4), (64, 2)):
+    """Every variant of the kernel, of every kind of values, with bias and ReLU."""
+    multiply = jax.jit(decode.matmul, static_argnames=("activation", "vector"))
+    for dtype, as_integers in (("bfloat16", False), ("float16", False), ("bfloat16", True)):
+        for rows, vector in ROWS_AND_VECTORS:
             x, w = numbers((rows, 2064), dtype, 0), numbers((2064, 1024), dtype, 1)
-            packed = _packed(w)
+            packed: Any = _packed(w)
+            if as_integers:
+                packed = quantize(packed)
+                w = unpack_nm(dequantize(packed, jnp.dtype(jnp.float32)))
+            else:
+                w = pruned(w, -2)
             bias = numbers((1024,), "float32", 2)
-            multiply = jax.jit(decode.matmul, static_argnames=("activation", "vector"))
             y = multiply(x, packed, bias, activation="relu", vector=vector)
-            w = pruned(w, -2)
             expected = np.maximum(_exact(x, w) + np.asarray(bias, np.float64), 0)
-            yield _row(f"decode, {vector or 'any'} outputs a thread", x, w, y, expected)
+            what = "decode, values of int8" if as_integers else "decode"
+            yield _row(f"{what}, {vector or 'any'} outputs a thread", x, w, y, expected)
 
 
 def check_packed_matmul() -> Iterator[dict[str, Any]]:
@@ -90,10 +111,20 @@ def _exact(x: jax.Array, w: jax.Array) -> np.ndarray:
     return np.asarray(x).astype(np.float64) @ np.asarray(w).astype(np.float64)
 
 
-def _row(what: str, x: jax.Array, w: jax.Array, y: jax.Array, expected: np.ndarray) -> Any:
+def _row(
+    what: str,
+    x: jax.Array,
+    w: jax.Array,
+    y: jax.Array,
+    expected: np.ndarray,
+    limit: float | None = None,
+) -> dict[str, Any]:
+    if y.dtype == jnp.int8:
+        expected = np.clip(np.round(expected), -128, 127)
     difference = np.asarray(y).astype(np.float64) - expected
     error = float(np.linalg.norm(difference) / np.linalg.norm(expected))
-    limit = LIMITS[str(x.dtype)]
+    if limit is None:
+        limit = FLOAT8_LIMIT if x.dtype == jnp.float8_e4m3fn else LIMITS[str(y.dtype)]
     return {
         "what": what,
         "dtype": f"{x.dtype} -> {y.dtype}",

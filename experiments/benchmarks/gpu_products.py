@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import nmjax
 from experiments.benchmarks.timing import interleaved_times
 from nmjax.kernels import cusparselt, decode
+from nmjax.kernels.cusparselt_limits import RESULTS
+from nmjax.kernels.quantized import quantize
 
 Functions = dict[str, Callable[[], Any]]
 
@@ -34,9 +36,9 @@ class Product(NamedTuple):
 
     @property
     def repeats(self) -> int:
-        """How many of them make a gigabyte of weights; 2 to 8."""
+        """How many of them make a gigabyte of weights, or four where they are quick; 2 to 8."""
         weight = self.inputs * self.outputs * jnp.dtype(self.dtype).itemsize
-        return min(max(math.ceil(2**30 / weight), 2), 8)
+        return min(max(math.ceil(2 ** (32 if self.rows <= 64 else 30) / weight), 2), 8)
 
     @property
     def transposed(self) -> bool:
@@ -46,26 +48,30 @@ class Product(NamedTuple):
     @property
     def result(self) -> str:
         """Dtype of the product."""
-        return cusparselt.RESULTS[self.dtype][0]
+        return RESULTS[self.dtype][0]
 
 
+# What says most comes first: what no time is left for is skipped.
 _MANY_ROWS = (
     ("cube", 8192, 8192, 8192),
-    ("7 B, up", 4096, 4096, 11008),
-    ("7 B, down", 4096, 11008, 4096),
     ("70 B, up", 4096, 8192, 28672),
+    ("7 B, up", 4096, 4096, 11008),
     ("70 B, down", 4096, 28672, 8192),
+    ("7 B, down", 4096, 11008, 4096),
     ("70 B, up", 16384, 8192, 28672),
 )
 MANY_ROWS = [
     Product(*shape, dtype)
-    for dtype in ("bfloat16", "int8", "float8_e4m3fn")
     for shape in _MANY_ROWS
+    for dtype in ("bfloat16", "int8", "float8_e4m3fn")
 ]
 FEW_ROWS = [
     Product(of, rows, inputs, outputs, "bfloat16")
-    for of, inputs, outputs in (("70 B, up", 8192, 28672), ("8 B, up", 4096, 14336))
-    for rows in (1, 4, 8, 16)
+    for of, inputs, outputs, many in (
+        ("70 B, up", 8192, 28672, (1, 16, 64, 8, 32, 4)),
+        ("8 B, up", 4096, 14336, (1, 16, 8, 4)),
+    )
+    for rows in many
 ]
 SMALL = [
     Product("small", 32, 64, 128, dtype)
@@ -113,19 +119,25 @@ def operands(product: Product) -> tuple[list[jax.Array], list[jax.Array]]:
     return xs, ws
 
 
-def dense_functions(product: Product, xs: list[Any], ws: list[Any]) -> Functions:
-    """XLA's, of weights stored either way."""
+def dense_functions(
+    product: Product, xs: list[Any], ws: list[Any]
+) -> dict[str, Callable[[], Functions]]:
+    """What makes XLA's, of weights stored either way."""
+
+    def make(name: str, multiply_one: Callable[..., Any], weights: list[Any]) -> Functions:
+        return {name: many(multiply_one, xs, weights)}
+
     stored = {False: ws, True: [w.T for w in ws]}
-    functions = {
-        f"dense{', transposed' if transposed else ''}": many(
-            partial(multiply, result=product.result, transposed=transposed), xs, stored[transposed]
-        )
-        for transposed in (False, True)
-    }
+    functions: dict[str, Callable[[], Functions]] = {}
+    for transposed, weights in stored.items():
+        name = f"dense{', transposed' if transposed else ''}"
+        multiply_one = partial(multiply, result=product.result, transposed=transposed)
+        functions[name] = partial(make, name, multiply_one, weights)
     if product.dtype == "float8_e4m3fn":
         one = jnp.ones((), product.result)
         scaled = [(w, one) for w in stored[True]]
-        functions["dense, transposed, scaled"] = many(multiply_scaled, xs, scaled)
+        name = "dense, transposed, scaled"
+        functions[name] = partial(make, name, multiply_scaled, scaled)
     return functions
 
 
@@ -138,24 +150,30 @@ def multiply_scaled(x: jax.Array, weight_and_scale: tuple[jax.Array, jax.Array])
 def time_many_rows(product: Product, rounds: int) -> dict[str, Any]:
     """Products by cuSPARSELt, of weights stored either way, before and after its search."""
     xs, ws = operands(product)
-    functions, failed = dense_functions(product, xs, ws), {}
-    candidates: dict[str, Callable[[], Functions]] = {
-        f"sparse{', transposed' if transposed else ''}": partial(
-            sparse_functions, product, xs, ws, transposed
-        )
-        for transposed in ((True,) if product.transposed else (False, True))
-    }
+    candidates = dense_functions(product, xs, ws)
+    for transposed in (True,) if product.transposed else (False, True):
+        name = f"sparse{', transposed' if transposed else ''}"
+        candidates[name] = partial(sparse_functions, product, xs, ws, transposed)
     if product.dtype == "bfloat16":
         candidates["torch"] = partial(torch_functions, product)
+    return measured(product, candidates, rounds)
+
+
+def measured(
+    product: Product, candidates: dict[str, Callable[[], Functions]], rounds: int
+) -> dict[str, Any]:
+    """The row of what could be made; what could not is in it, with the reason."""
+    functions: Functions = {}
+    failed = {}
     for name, make in candidates.items():
         try:
             functions |= make()
         except Exception as error:  # The others are worth timing all the same.
             failed[name] = str(error)
-    if not any(name.startswith("sparse") for name in functions):
-        raise RuntimeError(f"no sparse product: {failed}")
-    measured = row(product, functions, rounds)
-    return measured | {"failed": failed} if failed else measured
+    for kind in ("dense", "sparse"):
+        if not any(name.startswith(kind) for name in functions):
+            raise RuntimeError(f"no {kind} product: {failed}")
+    return row(product, functions, rounds) | ({"failed": failed} if failed else {})
 
 
 def sparse_functions(product: Product, xs: list[Any], ws: list[Any], transposed: bool) -> Functions:
@@ -174,18 +192,30 @@ def sparse_functions(product: Product, xs: list[Any], ws: list[Any], transposed:
 
 
 def time_few_rows(product: Product, rounds: int) -> dict[str, Any]:
-    """The kernel of nmjax that reads packed weights, as it chooses and in its variants."""
+    """The kernel of nmjax that reads packed weights: as it chooses, its variants, and integers."""
     xs, ws = operands(product)
-    functions = dense_functions(product, xs, ws)
     plan = nmjax.make_plan({"w": jax.ShapeDtypeStruct(ws[0].shape, ws[0].dtype)}, "2:4")
     pack = jax.jit(lambda w: nmjax.pack({"w": w}, plan)["w"])
     packed = [pack(w) for w in ws]
-    functions["sparse"] = many(decode.matmul, xs, packed)
-    for vector in (8, 4, 2):
-        functions[f"variant, {vector} outputs a thread"] = many(
-            partial(decode.matmul, vector=vector), xs, packed
+    candidates = dense_functions(product, xs, ws)
+    candidates["sparse"] = lambda: {"sparse": many(decode.matmul, xs, packed)}
+    vectors: tuple[Literal[2, 4, 8], ...] = (8, 4, 2)
+    for vector in vectors:
+        candidates[f"variant, {vector} outputs a thread"] = partial(_variant, vector, xs, packed)
+    candidates["int8"] = lambda: {
+        "int8 values": many(decode.matmul, xs, [jax.jit(quantize)(w) for w in packed])
+    }
+    timed = measured(product, candidates, rounds)
+    if "int8 values" in timed["ms"]:
+        timed["speedup of int8 values"] = (
+            timed["speedup"] * timed["ms"]["sparse"] / timed["ms"]["int8 values"]
         )
-    return row(product, functions, rounds)
+    return timed
+
+
+def _variant(vector: Literal[2, 4, 8], xs: list[Any], packed: list[Any]) -> Functions:
+    multiply_one = partial(decode.matmul, vector=vector)
+    return {f"variant, {vector} outputs a thread": many(multiply_one, xs, packed)}
 
 
 def row(product: Product, functions: Functions, rounds: int) -> dict[str, Any]:
@@ -195,7 +225,7 @@ def row(product: Product, functions: Functions, rounds: int) -> dict[str, Any]:
     def fastest(start: str) -> float:
         return min(time for name, time in times.items() if name.startswith(start))
 
-    return {
+    result = {
         "of": product.of,
         "rows": product.rows,
         "weight": f"{product.inputs} x {product.outputs}",
@@ -203,6 +233,9 @@ def row(product: Product, functions: Functions, rounds: int) -> dict[str, Any]:
         "speedup": fastest("dense") / fastest("sparse"),
         "ms": times,
     }
+    if "torch, sparse" in times:
+        result["time over torch's"] = fastest("sparse") / times["torch, sparse"]
+    return result
 
 
 def torch_functions(product: Product) -> Functions:
@@ -214,7 +247,7 @@ def torch_functions(product: Product) -> Functions:
         return {}
     if not torch.cuda.is_available():
         return {}
-    SparseSemiStructuredTensor._FORCE_CUTLASS = False
+    SparseSemiStructuredTensor._FORCE_CUTLASS = False  # Then cuSPARSELt, its default kernel.
     settings: Any = {"dtype": torch.bfloat16, "device": "cuda"}
     keep = torch.tensor([1, 0, 1, 0], **settings)
     xs = [torch.randn(product.rows, product.inputs, **settings) for _ in range(product.repeats)]

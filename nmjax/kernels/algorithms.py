@@ -1,7 +1,8 @@
 """Which of cuSPARSELt's kernels was fastest for a product, kept on disk.
 
-One file of JSON for each kind of GPU, in $NMJAX_CACHE_DIR or ~/.cache/nmjax. It can be deleted at
-any time: products are then computed by cuSPARSELt's own first choice until they are tuned again.
+One file of JSON for each kind of GPU, in $NMJAX_CACHE_DIR, or else in $XDG_CACHE_HOME/nmjax or
+~/.cache/nmjax. It can be deleted at any time: products are then computed by cuSPARSELt's own first
+choice until they are tuned again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,25 +73,41 @@ def remember_algorithm(question: Question, algorithm: Algorithm) -> None:
       OSError: the file cannot be written.
     """
     path = _file()
-    known = _known(path)
-    known[question.key] = list(algorithm)
+    # What other processes have found meanwhile is kept; of two that write at once, one is.
+    known = _read(path) | {question.key: list(algorithm)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(known, file, indent=1)
-    Path(file.name).replace(path)  # Whole or not at all, also where two processes write.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        new.write_text(json.dumps(known, indent=1))
+        new.replace(path)  # Whole or not at all.
+    _known.cache_clear()
 
 
 @functools.cache
 def _known(path: Path) -> dict[str, list[int]]:
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, list[int]]:
+    """What is in the file; nothing if it is damaged, which a warning says."""
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and tune again") from error
+        known = json.loads(path.read_text())
+        if not all(
+            len(entry) == 4 and all(type(n) is int for n in entry) for entry in known.values()
+        ):
+            raise ValueError("an entry is not four integers")
+        return dict(known)
+    except (ValueError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{path} is damaged and ignored ({error}); the next search writes it anew", stacklevel=2
+        )
+        return {}
 
 
 def _file() -> Path:
-    folder = os.environ.get("NMJAX_CACHE_DIR") or Path.home() / ".cache" / "nmjax"
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get("NMJAX_CACHE_DIR") or Path(caches) / "nmjax"
     kind = re.sub(r"\W+", "-", jax.devices()[0].device_kind).lower()
     return Path(folder) / f"cusparselt-{kind}.json"

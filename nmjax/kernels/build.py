@@ -2,7 +2,7 @@
 
 The kernels for CPUs: every instruction set has its own object file, all in one library; the machine
 picks when it runs. What NVIDIA's GPUs need is built where NVIDIA's headers are found: they come
-with the extra `cuda13`, or with the CUDA toolkit ($CUDA_HOME).
+with the extras `cuda13` and `cuda12`, or with the CUDA toolkit ($CUDA_HOME).
 
 Nothing here imports JAX, so that the build needs no more than a compiler and XLA's headers.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,9 @@ _X86 = {
 }
 # Ampere, which later GPUs run too, and Hopper.
 _GPUS = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90,code=sm_90"]
+# The first with the calls and the descriptors of today's (release notes of cuSPARSELt).
+OLDEST_CUSPARSELT = (0, 8, 0)
+INSTALL = "pip install 'nmjax[cuda13]' (or cuda12), or set CUDA_HOME"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 
@@ -107,7 +111,7 @@ def compile_cusparselt(compiler: str, library: Path = CUSPARSELT_LIBRARY) -> Pat
 
 
 def why_no_cusparselt() -> str | None:
-    """Which of the headers that `compile_cusparselt` needs are missing, or None."""
+    """Which of the headers that `compile_cusparselt` needs are missing or too old, or None."""
     folders = nvidia_folders("include")
     # cuSPARSELt 0.8 reads cuSPARSE's header; later ones bring what they need of it.
     wanted = (
@@ -120,9 +124,19 @@ def why_no_cusparselt() -> str | None:
         for names in wanted
         if not any((folder / name).exists() for folder in folders for name in names)
     ]
-    if not missing:
-        return None
-    return f"{', '.join(missing)} not found: pip install 'nmjax[cuda13]', or set CUDA_HOME"
+    if missing:
+        return f"{', '.join(missing)} not found: {INSTALL}"
+    header = next(
+        path for folder in folders if (path := folder / "cusparseLt.h").exists()
+    ).read_text()
+    parts = [
+        re.search(rf"#define CUSPARSELT_VER_{part} +(\d+)", header)
+        for part in ("MAJOR", "MINOR", "PATCH")
+    ]
+    version = tuple(int(part.group(1)) if part else 0 for part in parts)
+    if version < OLDEST_CUSPARSELT:
+        return f"cusparseLt.h is of version {'.'.join(map(str, version))}, too old: {INSTALL}"
+    return None
 
 
 def compile_decode(library: Path = DECODE_LIBRARY) -> Path:
@@ -143,7 +157,8 @@ def compile_decode(library: Path = DECODE_LIBRARY) -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         linked = Path(folder) / library.name
         sources = [str(FOLDER / "src" / name) for name in ("decode.cu", "decode_ffi.cc")]
-        flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC,-s", *_GPUS]
+        # All cores: every variant of the kernel is compiled for every GPU.
+        flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC,-s", "--threads=0", *_GPUS]
         _run([nvcc, *flags, f"-I{include_folder()}", *sources, "-o", str(linked)])
         linked.replace(library)
     return library
@@ -156,10 +171,16 @@ def find_nvcc() -> str | None:
 
 
 def nvidia_folders(kind: str) -> list[Path]:
-    """Folders "include" or "lib" of NVIDIA's packages, then of the CUDA toolkit."""
+    """Folders "include" or "lib" of NVIDIA's packages, then of the CUDA toolkit.
+
+    Packages for CUDA 13 share the folder `nvidia/cu13`, for CUDA 12 each has its own. Where both
+    are, those of the CUDA that JAX runs on come first.
+    """
     spec = importlib.util.find_spec("nvidia")
     packages = (spec.submodule_search_locations if spec else None) or []
-    folders = [folder for place in packages for folder in sorted(Path(place).glob(f"*/{kind}"))]
+    found = [folder for place in packages for folder in sorted(Path(place).glob(f"*/{kind}"))]
+    is_cuda12 = importlib.util.find_spec("jax_cuda12_plugin") is not None
+    folders = sorted(found, key=lambda folder: (folder.parent.name == "cu13") == is_cuda12)
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     folders += [toolkit / kind, toolkit / f"{kind}64", toolkit / kind / "cccl"]
     return [folder for folder in folders if folder.is_dir()]

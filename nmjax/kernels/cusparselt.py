@@ -7,7 +7,6 @@ keep packed weights in files, and compress them where they run.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,21 +17,23 @@ import numpy as np
 
 from nmjax.kernels.algorithms import Algorithm, Question, known_algorithm, remember_algorithm
 from nmjax.kernels.cusparselt_library import load_cusparselt
+from nmjax.kernels.cusparselt_limits import (
+    RESULTS,
+    bias_dtype,
+    compressed_bytes,
+    compressing_bytes,
+    multiplying_bytes,
+    searching_bytes,
+    why_not_2_4,
+    why_not_batch,
+    why_not_matrix,
+    why_not_result,
+)
 from nmjax.kernels.ffi import batched, result_like
-from nmjax.kernels.operands import Activation, Packed, inputs_of, kernel_taps, outputs_of
+from nmjax.kernels.gpu import why_no_gpu
+from nmjax.kernels.operands import FusedActivation, inputs_of, outputs_of
 from nmjax.kernels.reference import dense_weight
 from nmjax.packed_nm import PackedNM
-from nmjax.patterns import NM, Pattern
-
-# What cuSPARSELt multiplies, and the dtypes of the product; the first is the default.
-RESULTS: dict[str, tuple[str, ...]] = {
-    "bfloat16": ("bfloat16",),
-    "float16": ("float16",),
-    "int8": ("int32", "float16", "bfloat16", "int8"),
-    "float8_e4m3fn": ("bfloat16", "float16", "float32"),
-}
-WORKSPACE = 32 * 2**20  # Bytes of XLA's memory, while a product runs that is not tuned.
-_FIRST_CHOICE = Algorithm(config=-1, split_k=1, split_k_mode=0, workspace=WORKSPACE)
 
 
 @partial(
@@ -77,9 +78,9 @@ def compress(w: jax.Array, *, transposed: bool = False) -> Compressed:
 
     Raises:
       ValueError: a shape, a dtype or a place in memory that cuSPARSELt does not take; `w`, if it is
-        not traced, has groups of 4 with more than 2 entries; cuSPARSELt is not there.
+        not traced, has groups of 4 with more than 2 entries; cuSPARSELt or a GPU is not there.
     """
-    obstacle = why_not(w.dtype, w.shape, transposed)
+    obstacle = why_not(w.dtype, w.shape, transposed) or _why_not_here(w)
     if obstacle:
         raise ValueError(f"cuSPARSELt cannot compress {w.dtype}{w.shape}: {obstacle}")
     if not isinstance(w, jax.core.Tracer):
@@ -92,7 +93,7 @@ def compress_unchecked(w: jax.Array, transposed: bool) -> Compressed:
     rows, columns = w.shape
     results = (
         result_like((compressed_bytes(w.shape, w.dtype),), np.dtype(np.uint8), w),
-        result_like((WORKSPACE,), np.dtype(np.uint8), w),
+        result_like((compressing_bytes(w.shape),), np.dtype(np.uint8), w),
     )
     call = jax.ffi.ffi_call("nmjax_cusparselt_compress", results)
     data, _ = call(w, transposed=transposed)
@@ -116,7 +117,10 @@ def prepare(packed: PackedNM) -> Compressed:
 
 
 def packed_matmul(
-    x: jax.Array, packed: PackedNM, bias: jax.Array | None = None, activation: Activation = None
+    x: jax.Array,
+    packed: PackedNM,
+    bias: jax.Array | None = None,
+    activation: FusedActivation = None,
 ) -> jax.Array:
     """X (batch, inputs) times a packed leaf, which every call compresses anew; see `prepare`."""
     return matmul(x, prepare(packed), bias, activation)
@@ -126,24 +130,27 @@ def matmul(
     x: jax.Array,
     w: Compressed,
     bias: jax.Array | None = None,
-    activation: Activation = None,
+    activation: FusedActivation = None,
     *,
     dtype: Any = None,
 ) -> jax.Array:
     """X (batch, inputs) times a compressed matrix, (batch, outputs); no gradient.
 
     Args:
-      x: of the matrix's dtype; the batch a multiple of 8, of 16 for dtypes of one byte.
+      x: of the matrix's dtype; the batch a multiple of 8, of 16 for dtypes of one byte. Sums of
+        int8 beyond 2**24 come out as rounded to float32, in which bias and activation are computed.
       w: what `compress` returned.
-      bias: (outputs,), for floating results; rounded to the result's dtype.
-      activation: None or `"relu"`, applied after the bias, before the result is rounded.
+      bias: (outputs,); rounded to the result's dtype, to float32 if `x` is int8.
+      activation: None, `"relu"`, or `"gelu"` in its tanh form, applied after the bias, before the
+        result is rounded; GELU for int8 results of int8 and bfloat16 results of float8. NVIDIA does
+        not say what its activations make of NaN.
       dtype: of the result; default the first that `RESULTS` names for `x`'s dtype.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes, dtypes or the activation do not fit; cuSPARSELt or a GPU is not there.
     """
     result = np.dtype(dtype or RESULTS.get(str(w.dtype), (w.dtype,))[0])
-    obstacle = _why_not_product(x, w, result)
+    obstacle = _why_not_product(x, w, bias, result, activation) or _why_not_here(x, w.data)
     if obstacle:
         raise ValueError(
             f"cuSPARSELt cannot multiply {x.dtype}{x.shape} by {w.dtype}{w.shape}: {obstacle}"
@@ -151,55 +158,79 @@ def matmul(
     return batched(partial(_call, "matmul", activation, result), x, w, bias)
 
 
-def tune(x: jax.Array, w: Compressed, bias: jax.Array | None = None, **settings: Any) -> None:
+def tune(
+    x: jax.Array,
+    w: Compressed,
+    bias: jax.Array | None = None,
+    activation: FusedActivation = None,
+    *,
+    dtype: Any = None,
+    again: bool = False,
+) -> None:
     """Times every kernel that cuSPARSELt has for a product; products traced later take the fastest.
 
-    In this process and, since it is kept on disk, in later ones; see `nmjax.kernels.algorithms`.
+    In this process and, since it is kept on disk, in later ones, which need not search; see
+    `nmjax.kernels.algorithms`.
 
     Args:
       x: as for `matmul`; neither it nor the weight may be traced.
       w: as for `matmul`.
       bias: as for `matmul`.
-      **settings: `activation` and `dtype`, as for `matmul`.
+      activation: as for `matmul`.
+      dtype: as for `matmul`.
+      again: whether to search for products that are known already.
+
+    Raises:
+      ValueError: as for `matmul`.
     """
-    activation = settings.get("activation")
-    result = np.dtype(settings.get("dtype") or RESULTS[str(w.dtype)][0])
-    jax.block_until_ready(jax.jit(partial(_call, "search", activation, result))(x, w, bias))
+    result = np.dtype(dtype or RESULTS[str(w.dtype)][0])
+    obstacle = _why_not_product(x, w, bias, result, activation) or _why_not_here(x, w.data)
+    if obstacle:
+        raise ValueError(f"cuSPARSELt cannot search for {x.shape} by {w.shape}: {obstacle}")
     question = _question(x, w, bias, activation, result)
-    remember_algorithm(question, load_cusparselt().found())
+    if again or known_algorithm(question) is None:
+        jax.block_until_ready(jax.jit(partial(_call, "search", activation, result))(x, w, bias))
+        remember_algorithm(question, load_cusparselt().found())
 
 
 def _call(
     handler: str,
-    activation: Activation,
+    activation: FusedActivation,
     dtype: np.dtype,
     x: jax.Array,
     w: Compressed,
     bias: jax.Array | None,
 ) -> jax.Array:
-    algorithm = _FIRST_CHOICE
-    if handler == "matmul":
-        algorithm = known_algorithm(_question(x, w, bias, activation, dtype)) or algorithm
+    if handler == "search":
+        algorithm = _first_choice(searching_bytes(w.shape, x.shape[0], w.outputs))
+    else:
+        question = _question(x, w, bias, activation, dtype)
+        algorithm = known_algorithm(question) or _first_choice(multiplying_bytes(w.shape))
     results = (
         result_like((x.shape[0], w.outputs), dtype, x, w.data),
         result_like((algorithm.workspace,), np.dtype(np.uint8), x, w.data),
     )
+    biases = bias_dtype(str(w.dtype), str(dtype))
     y, _ = jax.ffi.ffi_call(f"nmjax_cusparselt_{handler}", results)(
         x,
         w.data,
-        jnp.zeros(0, dtype) if bias is None else bias.astype(dtype),
+        jnp.zeros(0, biases) if bias is None else bias.astype(biases),
         transposed=w.transposed,
-        relu=activation == "relu",
+        activation=activation or "none",
         algorithm=np.array(algorithm[:3], np.int64),
     )
     return y
+
+
+def _first_choice(workspace: int) -> Algorithm:
+    return Algorithm(config=-1, split_k=1, split_k_mode=0, workspace=workspace)
 
 
 def _question(
     x: jax.Array,
     w: Compressed,
     bias: jax.Array | None,
-    activation: Activation,
+    activation: FusedActivation,
     dtype: np.dtype,
 ) -> Question:
     return Question(
@@ -212,53 +243,16 @@ def _question(
     )
 
 
-def compressed_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Room for a compressed matrix: half of it, two bits for each value kept, and some to spare.
-
-    cuSPARSELt tells the exact size only where there is a GPU, which compiling for one does without;
-    a matrix that needs more is an error when it is compressed.
-    """
-    rows, columns = (math.ceil(size / 256) * 256 for size in shape)
-    return rows * columns // 2 * dtype.itemsize + rows * columns // 8 + 4096
-
-
 def why_not(dtype: np.dtype, shape: tuple[int, ...], transposed: bool) -> str | None:
     """Why cuSPARSELt does not take a matrix of this dtype and shape here, or None."""
-    obstacle = load_cusparselt().reason
-    if obstacle:
-        return obstacle
-    dtype = np.dtype(dtype)
-    if str(dtype) not in RESULTS:
-        return f"it takes {', '.join(RESULTS)}"
-    if len(shape) != 2:
-        return "it takes one matrix"
-    step = 32 // min(dtype.itemsize, 2)
-    if any(size % step for size in shape):
-        return f"it takes sizes that are multiples of {step}"
-    if dtype.itemsize == 1 and not transposed:
-        return "it takes matrices of one-byte numbers only as (outputs, inputs): transposed=True"
-    return None
+    return load_cusparselt().reason or why_not_matrix(dtype, shape, transposed)
 
 
 def why_not_packed(packed: PackedNM) -> str | None:
     """Why cuSPARSELt does not take a packed leaf here, or None."""
-    return why_not_2_4(packed) or why_not(packed.dtype, _matrix_shape(packed), transposed=False)
-
-
-def why_not_2_4(packed: Packed) -> str | None:
-    """Why no machine's sparse tensor cores multiply by a packed leaf of 16-bit numbers, or None."""
-    pattern = packed.leaf_plan.pattern
-    if not isinstance(packed, PackedNM) or not is_2_4(pattern):
-        return f"groups of 4 can have more than 2 entries in {pattern}"
-    if kernel_taps(packed) or packed.values.ndim != 3:
-        return "it takes one matrix; map over a stack of layers, and convolutions stay packed"
-    if any(size % 16 for size in _matrix_shape(packed)):
-        return "it takes sizes that are multiples of 16"
-    return None
-
-
-def _matrix_shape(packed: PackedNM) -> tuple[int, int]:
-    return inputs_of(packed), outputs_of(packed)
+    return why_not_2_4(packed) or why_not(
+        packed.dtype, (inputs_of(packed), outputs_of(packed)), transposed=False
+    )
 
 
 def why_not_product(dtype: np.dtype, batch: int, packed: PackedNM) -> str | None:
@@ -268,31 +262,29 @@ def why_not_product(dtype: np.dtype, batch: int, packed: PackedNM) -> str | None
     return why_not_packed(packed) or why_not_batch(dtype, batch)
 
 
-def why_not_batch(dtype: np.dtype, batch: int) -> str | None:
-    """Why cuSPARSELt does not take so many rows of an input, or None."""
-    step = 16 // min(np.dtype(dtype).itemsize, 2)
-    return f"the batch must be a multiple of {step}, not {batch}; pad it" if batch % step else None
-
-
-def is_2_4(pattern: Pattern) -> bool:
-    """Whether every weight of a pattern has at most 2 entries in each aligned group of 4."""
-    if not isinstance(pattern, NM):
-        return False
-    if pattern.m % 4 == 0:
-        return pattern.n <= 2
-    return pattern == NM(1, 2)
-
-
-def _why_not_product(x: jax.Array, w: Compressed, result: np.dtype) -> str | None:
+def _why_not_product(
+    x: jax.Array,
+    w: Compressed,
+    bias: jax.Array | None,
+    result: np.dtype,
+    activation: str | None,
+) -> str | None:
     if load_cusparselt().reason:
         return load_cusparselt().reason
     if x.ndim != 2 or x.shape[1] != w.inputs:
         return f"x should be (batch, {w.inputs})"
     if x.dtype != w.dtype:
         return "both must have the same dtype"
-    if str(result) not in RESULTS[str(w.dtype)]:
-        return f"results can be {', '.join(RESULTS[str(w.dtype)])}, not {result}"
-    return why_not_batch(x.dtype, x.shape[0])
+    if bias is not None and bias.shape != (w.outputs,):
+        return f"the bias has shape {bias.shape}, expected ({w.outputs},)"
+    return why_not_result(w.dtype, result, activation) or why_not_batch(x.dtype, x.shape[0])
+
+
+def _why_not_here(*operands: jax.Array) -> str | None:
+    """Why the device has no kernel for operands that are multiplied at once, or None."""
+    if any(isinstance(operand, jax.core.Tracer) for operand in operands):
+        return None  # Traced for any device; XLA says so where it has no such call.
+    return why_no_gpu(operands[0].dtype)
 
 
 def _check_2_4(w: jax.Array, transposed: bool) -> None:

@@ -15,6 +15,7 @@ from nmjax.kernels.handlers import register_handlers
 
 _NAME = "libcusparseLt.so.0"
 HANDLERS = ("nmjax_cusparselt_compress", "nmjax_cusparselt_matmul", "nmjax_cusparselt_search")
+_INITIALIZE = {"nmjax_cusparselt_matmul": "nmjax_cusparselt_prepare"}
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,16 @@ def load_cusparselt() -> CusparseLt:
     try:
         # Global, so that our library, which is linked to none, finds its symbols.
         nvidia = ctypes.CDLL(_path_of_nvidia(build.nvidia_folders("lib")), ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        return CusparseLt(None, f"{error}: pip install 'nmjax[cuda13]', or set CUDA_HOME")
+        version = _version(nvidia)
+    except (OSError, AttributeError) as error:
+        return CusparseLt(None, f"{error}: {build.INSTALL}")
+    if version < build.OLDEST_CUSPARSELT:
+        # Its descriptors have other sizes, and it lacks calls that we make.
+        return CusparseLt(None, f"cuSPARSELt {_text(version)} is too old: {build.INSTALL}")
     try:
         library = ctypes.CDLL(str(path))
-        register_handlers(library, HANDLERS, "CUDA")
-        return CusparseLt(_version(nvidia), library=library)
+        register_handlers(library, HANDLERS, "CUDA", initialize=_INITIALIZE)
+        return CusparseLt(_text(version), library=library)
     except Exception as error:  # Whatever is wrong with a library, plain XLA still works.
         return CusparseLt(None, f"{path} does not load: {error}")
 
@@ -72,10 +77,14 @@ def _path_of_nvidia(folders: list[Path]) -> str:
     return str(found[0]) if found else _NAME
 
 
-def _version(nvidia: ctypes.CDLL) -> str:
+def _version(nvidia: ctypes.CDLL) -> tuple[int, ...]:
     parts = []
     for which in range(3):  # MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL
         number = ctypes.c_int()
         nvidia.cusparseLtGetProperty(which, ctypes.byref(number))
-        parts.append(str(number.value))
-    return ".".join(parts)
+        parts.append(number.value)
+    return tuple(parts)
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

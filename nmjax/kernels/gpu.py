@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
-def why_no_gpu() -> str | None:
-    """Why the device that JAX would use has no sparse tensor cores, or None."""
+def why_no_gpu(dtype: np.dtype | None = None) -> str | None:
+    """Why the device that JAX would use has no sparse tensor cores for a dtype, or None."""
     device = jax.devices()[0]
-    if device.platform != "gpu":
-        return f"JAX runs on {device.device_kind} here, not on an NVIDIA GPU"
-    capability = getattr(device, "compute_capability", None)
-    if capability is None or float(capability) < 8:
-        return f"{device.device_kind} has no sparse tensor cores; those came with Ampere"
+    kind, capability = device.device_kind, str(getattr(device, "compute_capability", ""))
+    if device.platform != "gpu" or not capability[:1].isdigit():  # AMD's is a name.
+        return f"JAX runs on {kind} here, not on an NVIDIA GPU"
+    version = tuple(map(int, capability.split(".")))
+    if version < (8, 0):
+        return f"{kind} has no sparse tensor cores; those came with Ampere"
+    if dtype == jnp.float8_e4m3fn and version < (8, 9):
+        return f"{kind} has no tensor cores for {dtype}; those came with Ada and Hopper"
     return None

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 
-def register_handlers(library: ctypes.CDLL, handlers: Sequence[str], platform: str) -> None:
+def register_handlers(
+    library: ctypes.CDLL,
+    handlers: Sequence[str],
+    platform: str,
+    *,
+    initialize: Mapping[str, str] | None = None,
+) -> None:
     """Registers FFI handlers under their own names.
 
     Args:
       library: exports the handlers, and `nmjax_ffi_version`.
       handlers: symbols.
       platform: `"cpu"` or `"CUDA"`.
+      initialize: handler -> the symbol that XLA calls before it runs or records anything.
 
     Raises:
       RuntimeError: the library was compiled against newer headers than XLA's own.
@@ -33,8 +40,10 @@ def register_handlers(library: ctypes.CDLL, handlers: Sequence[str], platform: s
             "nmjax.kernels.build, or upgrade jax"
         )
     for handler in handlers:
-        capsule = jax.ffi.pycapsule(getattr(library, handler))
-        jax.ffi.register_ffi_target(handler, capsule, platform=platform)
+        stages = {"execute": jax.ffi.pycapsule(getattr(library, handler))}
+        if initialize and handler in initialize:
+            stages["initialize"] = jax.ffi.pycapsule(getattr(library, initialize[handler]))
+        jax.ffi.register_ffi_target(handler, stages, platform=platform)
 
 
 def _version(header: Path) -> int:

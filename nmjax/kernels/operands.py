@@ -26,6 +26,7 @@ from nmjax.plans import LeafPlan
 
 Packed = PackedNM | PackedBlocks
 Activation = Literal["relu"] | None
+FusedActivation = Literal["relu", "gelu"] | None  # What cuSPARSELt adds to some products.
 Padding = Literal["SAME", "VALID"] | int | Sequence[int | tuple[int, int]]
 
 

@@ -13,6 +13,7 @@ from jax import lax
 
 from nmjax.kernels.operands import (
     Activation,
+    FusedActivation,
     Packed,
     Window,
     as_matrices,
@@ -69,13 +70,15 @@ def dense_weight(packed: Packed) -> jax.Array:
 
 
 def finish(
-    y: jax.Array, bias: jax.Array | None, activation: Activation, dtype: np.dtype
+    y: jax.Array, bias: jax.Array | None, activation: FusedActivation, dtype: np.dtype
 ) -> jax.Array:
     """Bias, activation and rounding of finished sums."""
     if bias is not None:
         y = y + bias.astype(y.dtype)
     if activation == "relu":
         y = jax.nn.relu(y)
+    if activation == "gelu":
+        y = jax.nn.gelu(y, approximate=True)
     return y.astype(dtype)
 
 

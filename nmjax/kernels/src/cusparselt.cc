@@ -5,6 +5,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "cusparselt_plans.h"
 #include "xla/ffi/api/ffi.h"
@@ -60,7 +61,8 @@ ffi::Error compress(cudaStream_t stream, int32_t ordinal, ffi::AnyBuffer w,
 
 // The product of x (batch, inputs) with a compressed weight into y (batch, outputs).
 std::optional<Product> product_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& bias,
-                                  const ffi::AnyBuffer& y, bool transposed, bool relu,
+                                  const ffi::AnyBuffer& y, bool transposed,
+                                  std::string_view activation,
                                   ffi::Span<const int64_t> algorithm) {
   const auto in = x.dimensions(), out = y.dimensions();
   const auto type = type_of(x.element_type()), result_type = type_of(y.element_type());
@@ -68,27 +70,40 @@ std::optional<Product> product_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer&
       algorithm.size() != 3) {
     return std::nullopt;
   }
-  const bool biased = bias.element_count() != 0;
-  if (biased && (bias.element_type() != y.element_type() ||
-                 static_cast<int64_t>(bias.element_count()) != out[1])) {
-    return std::nullopt;
-  }
   Product product;
   product.weight = {transposed ? out[1] : in[1], transposed ? in[1] : out[1], transposed, *type};
   product.batch = in[0];
   product.result_type = *result_type;
-  product.relu = relu;
-  product.bias = biased ? bias.untyped_data() : nullptr;
+  if (activation == "relu") product.activation = Activation::kRelu;
+  if (activation == "gelu") product.activation = Activation::kGelu;
   product.algorithm = {static_cast<int>(algorithm[0]), static_cast<int>(algorithm[1]),
                        static_cast<int>(algorithm[2])};
+  if (bias.element_count() == 0) return product;
+  if (type_of(bias.element_type()) != product.bias_type() ||
+      static_cast<int64_t>(bias.element_count()) != out[1]) {
+    return std::nullopt;
+  }
+  product.bias = bias.untyped_data();
   return product;
+}
+
+// Before anything runs or is recorded; the buffers have no contents yet, but their addresses.
+ffi::Error prepare(cudaStream_t, int32_t ordinal, ffi::AnyBuffer x, ffi::Buffer<ffi::U8>,
+                   ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
+                   ffi::Result<ffi::Buffer<ffi::U8>>, bool transposed,
+                   std::string_view activation, ffi::Span<const int64_t> algorithm) {
+  const auto product = product_of(x, bias, *y, transposed, activation, algorithm);
+  if (!product) return refuse("x, bias and y do not fit each other");
+  if (y->element_count() == 0) return ffi::Error::Success();
+  return as_error(device(ordinal).prepare(*product));
 }
 
 ffi::Error matmul(cudaStream_t stream, int32_t ordinal, ffi::AnyBuffer x,
                   ffi::Buffer<ffi::U8> compressed, ffi::AnyBuffer bias,
                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::Buffer<ffi::U8>> workspace,
-                  bool transposed, bool relu, ffi::Span<const int64_t> algorithm) {
-  const auto product = product_of(x, bias, *y, transposed, relu, algorithm);
+                  bool transposed, std::string_view activation,
+                  ffi::Span<const int64_t> algorithm) {
+  const auto product = product_of(x, bias, *y, transposed, activation, algorithm);
   if (!product) return refuse("x, bias and y do not fit each other");
   if (y->element_count() == 0) return ffi::Error::Success();
   return as_error(device(ordinal).multiply(*product, x.untyped_data(), compressed.untyped_data(),
@@ -102,8 +117,9 @@ Found found;
 ffi::Error search(cudaStream_t stream, int32_t ordinal, ffi::AnyBuffer x,
                   ffi::Buffer<ffi::U8> compressed, ffi::AnyBuffer bias,
                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::Buffer<ffi::U8>> workspace,
-                  bool transposed, bool relu, ffi::Span<const int64_t> algorithm) {
-  const auto product = product_of(x, bias, *y, transposed, relu, algorithm);
+                  bool transposed, std::string_view activation,
+                  ffi::Span<const int64_t> algorithm) {
+  const auto product = product_of(x, bias, *y, transposed, activation, algorithm);
   if (!product) return refuse("x, bias and y do not fit each other");
   Found fastest;
   const Complaint wrong =
@@ -114,19 +130,23 @@ ffi::Error search(cudaStream_t stream, int32_t ordinal, ffi::AnyBuffer x,
   return as_error(wrong);
 }
 
+template <ffi::ExecutionStage kStage>
 auto bind_product() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .Ctx<ffi::DeviceOrdinal>()
-      .Arg<ffi::AnyBuffer>()        // x (batch, inputs)
-      .Arg<ffi::Buffer<ffi::U8>>()  // compressed weight
-      .Arg<ffi::AnyBuffer>()        // bias of y's dtype; empty if none
-      .Ret<ffi::AnyBuffer>()        // y (batch, outputs)
-      .Ret<ffi::Buffer<ffi::U8>>()  // workspace
-      .Attr<bool>("transposed")
-      .Attr<bool>("relu")
-      .Attr<ffi::Span<const int64_t>>("algorithm");
+  return ffi::Ffi::Bind<kStage>()
+      .template Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .template Ctx<ffi::DeviceOrdinal>()
+      .template Arg<ffi::AnyBuffer>()        // x (batch, inputs)
+      .template Arg<ffi::Buffer<ffi::U8>>()  // compressed weight
+      .template Arg<ffi::AnyBuffer>()        // bias, see `Product::bias_type`; empty if none
+      .template Ret<ffi::AnyBuffer>()        // y (batch, outputs)
+      .template Ret<ffi::Buffer<ffi::U8>>()  // workspace
+      .template Attr<bool>("transposed")
+      .template Attr<std::string_view>("activation")  // "none", "relu" or "gelu"
+      .template Attr<ffi::Span<const int64_t>>("algorithm");
 }
+
+constexpr auto kInitialize = ffi::ExecutionStage::kInitialize;
+constexpr auto kExecute = ffi::ExecutionStage::kExecute;
 
 }  // namespace
 
@@ -140,10 +160,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_compress, compress,
                                   .Attr<bool>("transposed"),
                               {ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_matmul, matmul, bind_product(),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_prepare, prepare, bind_product<kInitialize>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_matmul, matmul, bind_product<kExecute>(),
                               {ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_search, search, bind_product());
+// It synchronises with the device, so no CUDA graph takes it.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_search, search, bind_product<kExecute>());
 
 // What the last search of this process found: config, split_k, split_k_mode, bytes of workspace.
 extern "C" void nmjax_cusparselt_found(int64_t* four) {

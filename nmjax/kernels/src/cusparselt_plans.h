@@ -2,6 +2,14 @@
 //
 // JAX's row-major arrays are column-major ones transposed, so y = x W is computed as
 // y^T = W^T x^T with W^T as cuSPARSELt's structured operand: nothing is transposed in memory.
+//
+// What cuSPARSELt takes is from NVIDIA's documentation and samples (docs.nvidia.com/cuda/cusparselt,
+// NVIDIA/CUDALibrarySamples), and from what version 0.10.0 answered on an L4, an L40S and an RTX PRO
+// 6000, as recorded in pantheongpu/pantheonsim (nvidia/tests/data/lowprec, nvidia/src):
+// - rows, columns and leading dimensions, all in elements, are multiples of 16 bytes, of 32 bytes in
+//   the structured matrix;
+// - one-byte operands both have to be contiguous along the sum: W as (outputs, inputs), x as it is;
+// - C and D have one layout and type; scales of float8 operands are not needed, and are ignored.
 #pragma once
 
 #include <cusparseLt.h>
@@ -28,7 +36,8 @@ struct Weight {
   }
 };
 
-// One of cuSPARSELt's kernels; what a search finds. Negative: cuSPARSELt's own first choice.
+// One of cuSPARSELt's kernels; what a search finds. A negative config is cuSPARSELt's own first
+// choice, a split_k below 2 none, mode 0 its own.
 struct Algorithm {
   int config = -1, split_k = 1, split_k_mode = 0;
 };
@@ -38,13 +47,21 @@ struct Found {
   size_t workspace = 0;  // Bytes that it wants.
 };
 
+enum class Activation { kNone, kRelu, kGelu };
+
 struct Product {
   Weight weight;
   int64_t batch = 0;
   cudaDataType result_type = CUDA_R_16BF;
-  bool relu = false;
-  const void* bias = nullptr;  // `outputs` numbers of the result's type.
+  Activation activation = Activation::kNone;
+  const void* bias = nullptr;  // `outputs` numbers of `bias_type`.
   Algorithm algorithm;
+
+  // One number for each row of D: of D's type, but float for int8 operands whatever D is (NVIDIA's
+  // sample matmul_advanced).
+  cudaDataType bias_type() const {
+    return weight.type == CUDA_R_8I ? CUDA_R_32F : result_type;
+  }
 };
 
 struct Room {
@@ -67,7 +84,7 @@ using Complaint = std::string;
 inline Complaint too_small(const char* what, size_t wanted, const Room& room) {
   if (wanted <= room.bytes) return {};
   return "cuSPARSELt wants " + std::to_string(wanted) + " bytes " + what + ", there are " +
-         std::to_string(room.bytes) + ": raise the bound in nmjax/kernels/cusparselt.py";
+         std::to_string(room.bytes) + ": raise the bound in nmjax/kernels/cusparselt_limits.py";
 }
 
 inline Complaint describe(const cusparseLtHandle_t& handle, const Weight& weight,
@@ -105,10 +122,13 @@ class Plan {
     NMJAX_CHECK(cusparseLtMatmulDescriptorInit(&handle, &matmul_, w.op(),
                                                CUSPARSE_OPERATION_NON_TRANSPOSE, &structured_, &x_,
                                                &y_, &y_, sums));
-    if (product.relu) {
+    if (product.activation != Activation::kNone) {
       const int yes = 1;
-      NMJAX_CHECK(cusparseLtMatmulDescSetAttribute(
-          &handle, &matmul_, CUSPARSELT_MATMUL_ACTIVATION_RELU, &yes, sizeof(yes)));
+      NMJAX_CHECK(cusparseLtMatmulDescSetAttribute(&handle, &matmul_,
+                                                   product.activation == Activation::kRelu
+                                                       ? CUSPARSELT_MATMUL_ACTIVATION_RELU
+                                                       : CUSPARSELT_MATMUL_ACTIVATION_GELU,
+                                                   &yes, sizeof(yes)));
     }
     if (product.bias != nullptr) {
       NMJAX_CHECK(cusparseLtMatmulDescSetAttribute(&handle, &matmul_,
@@ -135,11 +155,17 @@ class Plan {
     NMJAX_CHECK(cusparseLtMatmulAlgSetAttribute(&handle, &selection,
                                                 CUSPARSELT_MATMUL_ALG_CONFIG_ID,
                                                 &algorithm.config, sizeof(algorithm.config)));
-    if (algorithm.split_k == 1) return {};
-    NMJAX_CHECK(cusparseLtMatmulAlgSetAttribute(&handle, &selection, CUSPARSELT_MATMUL_SPLIT_K,
-                                                &algorithm.split_k, sizeof(algorithm.split_k)));
+    const bool is_split = algorithm.split_k > 1;  // Where nothing was set, it is -1.
+    if (is_split) {
+      NMJAX_CHECK(cusparseLtMatmulAlgSetAttribute(&handle, &selection, CUSPARSELT_MATMUL_SPLIT_K,
+                                                  &algorithm.split_k, sizeof(algorithm.split_k)));
+    }
     const auto mode = static_cast<cusparseLtSplitKMode_t>(algorithm.split_k_mode);
-    if (mode == CUSPARSELT_INVALID_MODE) return {};
+    // The modes with greater numbers are of how work is spread, with or without a split.
+    if (mode == CUSPARSELT_INVALID_MODE ||
+        (!is_split && mode <= CUSPARSELT_SPLIT_K_MODE_TWO_KERNELS)) {
+      return {};
+    }
     NMJAX_CHECK(cusparseLtMatmulAlgSetAttribute(
         &handle, &selection, CUSPARSELT_MATMUL_SPLIT_K_MODE, &mode, sizeof(mode)));
     return {};
@@ -175,6 +201,14 @@ class Device {
     return {};
   }
 
+  // Makes the plan of a product, so that multiplying finds it: while CUDA records a graph nothing
+  // may be set up, and cuSPARSELt does not promise that planning allocates nothing.
+  Complaint prepare(const Product& product) {
+    const std::lock_guard<std::mutex> turn(mutex_);
+    Plan* plan = nullptr;
+    return planned(product, &plan);
+  }
+
   Complaint multiply(const Product& product, const void* x, const void* compressed, void* y,
                      const Room& workspace, cudaStream_t stream) {
     const std::lock_guard<std::mutex> turn(mutex_);
@@ -198,8 +232,7 @@ class Device {
     if (!small.empty()) return small;
     NMJAX_CHECK(cusparseLtMatmulSearch(&handle_, &plan.plan, &one_, compressed, x, &zero_, y, y,
                                        workspace.data, &stream, 1));
-    Product tuned = product;
-    Algorithm& fastest = tuned.algorithm;
+    Algorithm fastest;
     cusparseLtSplitKMode_t mode = CUSPARSELT_INVALID_MODE;
     NMJAX_CHECK(cusparseLtMatmulAlgGetAttribute(&handle_, &plan.selection,
                                                 CUSPARSELT_MATMUL_ALG_CONFIG_ID, &fastest.config,
@@ -211,17 +244,32 @@ class Device {
                                                 CUSPARSELT_MATMUL_SPLIT_K_MODE, &mode,
                                                 sizeof(mode)));
     fastest.split_k_mode = static_cast<int>(mode);
-    Plan again;  // It may want more workspace than the one searched with.
-    if (Complaint wrong = again.make(handle_, tuned); !wrong.empty()) return wrong;
-    *found = {fastest, again.workspace};
-    return {};
+    return repeatable(product, fastest, found);
   }
 
  private:
   // The bias's address is in a plan, so it is in the key: a parameter's does not change, and where
   // XLA gives addresses in turns there are few.
-  using Key = std::tuple<int64_t, int64_t, bool, int, int64_t, int, bool, const void*, int, int, int>;
+  using Key = std::tuple<int64_t, int64_t, bool, int, int64_t, int, Activation, const void*, int,
+                         int, int>;
   static constexpr size_t kMostPlans = 4096;
+
+  // As much of what a search found as a plan can be asked for, and the workspace that this wants,
+  // which may be more than was searched with.
+  Complaint repeatable(const Product& product, const Algorithm& fastest, Found* found) {
+    Complaint wrong;
+    for (const Algorithm& algorithm :
+         {fastest, Algorithm{fastest.config, fastest.split_k, 0}, Algorithm{fastest.config, 1, 0}}) {
+      Product tuned = product;
+      tuned.algorithm = algorithm;
+      Plan plan;
+      wrong = plan.make(handle_, tuned);
+      if (!wrong.empty()) continue;
+      *found = {algorithm, plan.workspace};
+      return {};
+    }
+    return wrong;
+  }
 
   Complaint start() {
     if (started_) return {};
@@ -235,7 +283,7 @@ class Device {
     const Weight& w = product.weight;
     const Algorithm& a = product.algorithm;
     const Key key(w.rows, w.columns, w.transposed, w.type, product.batch, product.result_type,
-                  product.relu, product.bias, a.config, a.split_k, a.split_k_mode);
+                  product.activation, product.bias, a.config, a.split_k, a.split_k_mode);
     if (const auto kept = plans_.find(key); kept != plans_.end()) {
       *plan = kept->second.get();
       return {};

@@ -21,6 +21,12 @@ struct Bf16 {
   __device__ __forceinline__ static uint16_t round(float sum) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(sum));
   }
+  // a - b of two numbers in each; as a fused product with -1, which Ampere has too.
+  __device__ __forceinline__ static uint32_t subtract(uint32_t a, uint32_t b) {
+    uint32_t difference;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+    return difference;
+  }
 };
 
 struct F16 {
@@ -36,29 +42,30 @@ struct F16 {
   }
 };
 
-template <typename T, int kOutputs, int kTiles>
+template <typename T, typename Value, int kOutputs, int kTiles>
 cudaError_t launch(const Decode& work, cudaStream_t stream) {
-  constexpr int kWarps = kTiles <= 2 ? 8 : 4;  // Their sums have to fit shared memory.
+  constexpr int kWarps = kTiles <= 2 ? 8 : 4;  // Registers for two blocks on a multiprocessor.
   const dim3 grid(static_cast<unsigned>(work.outputs / (8 * kOutputs)),
                   static_cast<unsigned>((work.batch + 8 * kTiles - 1) / (8 * kTiles)));
-  decode_kernel<T, kOutputs, kTiles, kWarps><<<grid, 32 * kWarps, 0, stream>>>(
-      work.x, work.values, work.codes, work.bias, work.y, static_cast<int>(work.batch),
-      work.inputs, work.outputs, work.relu);
+  decode_kernel<T, kOutputs, kTiles, kWarps, Value><<<grid, 32 * kWarps, 0, stream>>>(
+      work.x, static_cast<const Value*>(work.values), work.codes, work.scales, work.bias, work.y,
+      static_cast<int>(work.batch), work.inputs, work.outputs, work.relu);
   return cudaGetLastError();
 }
 
-template <typename T, int kOutputs>
+template <typename T, typename Value, int kOutputs>
 cudaError_t launch_rows(const Decode& work, cudaStream_t stream) {
-  if (work.batch <= 8) return launch<T, kOutputs, 1>(work, stream);
-  if (work.batch <= 16 || kOutputs == 8) return launch<T, kOutputs, 2>(work, stream);
-  return launch<T, kOutputs, 4>(work, stream);
+  if (work.batch <= 8) return launch<T, Value, kOutputs, 1>(work, stream);
+  if (work.batch <= 16) return launch<T, Value, kOutputs, 2>(work, stream);
+  if (work.batch <= 32) return launch<T, Value, kOutputs, 4>(work, stream);
+  return launch<T, Value, kOutputs, 8>(work, stream);
 }
 
-template <typename T>
+template <typename T, typename Value>
 cudaError_t launch_outputs(const Decode& work, int64_t vector, cudaStream_t stream) {
-  if (vector == 8) return launch_rows<T, 8>(work, stream);
-  if (vector == 4) return launch_rows<T, 4>(work, stream);
-  return launch_rows<T, 2>(work, stream);
+  if (vector == 8) return launch_rows<T, Value, 8>(work, stream);
+  if (vector == 4) return launch_rows<T, Value, 4>(work, stream);
+  return launch_rows<T, Value, 2>(work, stream);
 }
 
 }  // namespace
@@ -76,8 +83,15 @@ cudaError_t decode(const Decode& work, cudaStream_t stream) {
            (!work.vector && work.outputs / (8 * vector) < processors);
   };
   while (vector > 2 && too_long()) vector /= 2;
-  return work.half ? launch_outputs<F16>(work, vector, stream)
-                   : launch_outputs<Bf16>(work, vector, stream);
+  switch (work.numbers) {
+    case Numbers::kBf16:
+      return launch_outputs<Bf16, uint16_t>(work, vector, stream);
+    case Numbers::kF16:
+      return launch_outputs<F16, uint16_t>(work, vector, stream);
+    case Numbers::kInt8:
+      return launch_outputs<Bf16, int8_t>(work, vector, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace nmjax

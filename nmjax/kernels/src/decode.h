@@ -7,14 +7,19 @@
 
 namespace nmjax {
 
-// Arrays as for decode_kernel; 16-bit numbers are bfloat16, or float16 if `half`.
+// What x and y are, and the values: of the same, or int8 beside bfloat16.
+enum class Numbers { kBf16, kF16, kInt8 };
+
+// Arrays as for decode_kernel.
 struct Decode {
-  const uint16_t *x, *values;
+  const uint16_t* x;
+  const void* values;
   const uint8_t* codes;
-  const float* bias;  // nullptr if none.
+  const float *scales, *bias;  // nullptr if none.
   uint16_t* y;
   int64_t batch, inputs, outputs;
-  bool relu, half;
+  bool relu;
+  Numbers numbers;
   int64_t vector;  // Outputs of a lane: 2, 4 or 8; 0 picks.
 };
 

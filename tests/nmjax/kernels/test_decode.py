@@ -9,6 +9,7 @@ import pytest
 import nmjax
 from nmjax.kernels import decode
 from nmjax.kernels.decode_library import why_no_decode
+from nmjax.kernels.quantized import quantize
 
 
 @pytest.fixture
@@ -31,9 +32,20 @@ def test_packed_arrays_go_to_the_kernel_as_they_are(loaded):
     assert decode.why_not(x.dtype, packed) is None
     call = functools.partial(decode.matmul, activation="relu")
     text = cuda_text(call, x, packed, jnp.ones(16))
-    operands = "(tensor<3x32xbf16>, tensor<8x2x16xbf16>, tensor<4x16xui8>, tensor<16xf32>)"
-    assert f"{operands} -> tensor<3x16xbf16>" in text
+    operands = "tensor<3x32xbf16>, tensor<8x2x16xbf16>, tensor<4x16xui8>, tensor<0xf32>"
+    assert f"({operands}, tensor<16xf32>) -> tensor<3x16xbf16>" in text
     assert "relu = true" in text
+
+
+def test_integers_go_with_their_scales(loaded):
+    x, w = jnp.ones((3, 32), jnp.bfloat16), quantize(packed_leaf())
+    assert decode.why_not(x.dtype, w) is None
+    text = cuda_text(decode.matmul, x, w)
+    operands = "tensor<3x32xbf16>, tensor<8x2x16xi8>, tensor<4x16xui8>, tensor<16xf32>"
+    assert f"({operands}, tensor<0xf32>) -> tensor<3x16xbf16>" in text
+    assert "tensor<15x32xbf16>" in cuda_text(
+        jax.vmap(decode.matmul, (0, None)), jnp.ones((5, 3, 32), jnp.bfloat16), w
+    )
 
 
 def test_a_mapped_axis_joins_the_batch(loaded):
@@ -52,12 +64,20 @@ def test_a_mapped_axis_joins_the_batch(loaded):
         (packed_leaf(shape=(32, 8)), jnp.bfloat16, "multiples of 16"),
         (packed_leaf(shape=(3, 3, 32, 16)), jnp.bfloat16, "one matrix"),
         (packed_leaf("1x4@0.5"), jnp.bfloat16, "1x4@0.5"),
+        (quantize(packed_leaf()), jnp.float16, "bfloat16 by values of int8"),
+        (quantize(packed_leaf("1:4")), jnp.bfloat16, "not 1:4"),
+        (quantize(packed_leaf(shape=(24, 16))), jnp.bfloat16, "multiples of 16"),
     ],
 )
 def test_what_it_does_not_take_is_said(loaded, packed, dtype, words):
     assert words in decode.why_not(jnp.dtype(dtype), packed)
     with pytest.raises(ValueError, match="cannot multiply"):
         decode.matmul(jnp.ones((3, packed.shape[-2]), dtype), packed)
+
+
+def test_an_activation_it_does_not_know_is_refused(loaded):
+    with pytest.raises(ValueError, match="got 'gelu'"):
+        decode.matmul(jnp.ones((3, 32), jnp.bfloat16), packed_leaf(), activation="gelu")
 
 
 def test_asking_for_it_without_a_gpu_is_an_error(loaded):

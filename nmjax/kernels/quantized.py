@@ -1,0 +1,89 @@
+"""Packed N:M weights whose values are integers of 8 bits, with a scale for each output.
+
+Where the weight's bytes are the cost, that is 2.5 bytes for 4 weights at 2:4, where bfloat16 packed
+has 4.5 and dense 8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nmjax.kernels.operands import Activation
+from nmjax.kernels.reference import dense_weight, finish
+from nmjax.packed_nm import PackedNM
+
+_LARGEST = 127
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class QuantizedNM:
+    """One packed weight, `packed.values * scales`; a pytree node of three arrays.
+
+    Attributes:
+      packed: as `nmjax.pack` makes it, with values of int8.
+      scales: float32 (*stack, outputs).
+    """
+
+    packed: PackedNM
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.packed.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.packed.nbytes + self.scales.size * self.scales.dtype.itemsize
+
+
+def quantize(packed: PackedNM) -> QuantizedNM:
+    """Rounds the values of each output to 255 steps, symmetric around zero, the largest exactly.
+
+    NaN and infinities stay visible: every product of their output is NaN or infinite.
+
+    Args:
+      packed: a leaf of what `nmjax.pack` returns, N:M, of any floating dtype.
+
+    >>> import nmjax
+    >>> params = {"kernel": jnp.array([[1.0], [0.0], [-12.7], [0.0]])}
+    >>> packed = nmjax.pack(params, nmjax.make_plan(params, "2:4"))
+    >>> quantize(packed["kernel"]).packed.values.ravel().tolist()
+    [10, -127]
+    """
+    values = packed.values.astype(jnp.float32)
+    largest = jnp.abs(values).max(axis=(-3, -2), keepdims=True)
+    scales = jnp.where(largest == 0, 1, largest / _LARGEST)
+    steps = jnp.round(values / scales)
+    steps = jnp.where(jnp.isfinite(steps), steps, 1).astype(jnp.int8)
+    return QuantizedNM(dataclasses.replace(packed, values=steps), scales[..., 0, 0, :])
+
+
+def dequantize(w: QuantizedNM, dtype: np.dtype) -> PackedNM:
+    """The packed weight with values of a floating dtype."""
+    values = w.packed.values * w.scales[..., None, None, :]
+    return dataclasses.replace(w.packed, values=values.astype(dtype))
+
+
+def matmul(
+    x: jax.Array,
+    w: QuantizedNM,
+    bias: jax.Array | None = None,
+    activation: Activation = None,
+) -> jax.Array:
+    """X (batch, inputs) times the weight, (batch, outputs), of x's dtype, in plain XLA.
+
+    This defines the kernel for few rows: products of `x` with the integers, which every floating
+    dtype of at least 16 bits holds exactly, are summed in float32; scales, bias and activation are
+    applied to the sums.
+    """
+    integers = dataclasses.replace(w.packed, values=w.packed.values.astype(x.dtype))
+    y = jnp.matmul(x, dense_weight(integers), preferred_element_type=jnp.float32)
+    return finish(y * w.scales, bias, activation, x.dtype)
