@@ -82,6 +82,7 @@ def test_every_timed_program_translates(monkeypatch):
     assert {product.dtype for product, _ in programs} == set(cusparselt.RESULTS)
 
 
+@pytest.mark.slow
 def test_right_products_are_found_right(dense_kernels, monkeypatch):
     monkeypatch.setattr(gpu_checks, "SHAPES", gpu_checks.SHAPES[:1])
     for dtype in cusparselt.RESULTS:
