@@ -12,7 +12,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 # Every example of another shape compiles another program, so the default run draws few. CI draws
 # many: --hypothesis-profile=thorough.
-hypothesis.settings.register_profile("default", deadline=None, max_examples=12)
+hypothesis.settings.register_profile("default", deadline=None, max_examples=5)
 hypothesis.settings.register_profile("thorough", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
 

@@ -8,9 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.models.boxes import area, clip, decode, encode, iou, pyramid_anchors, suppress
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 suppress_jit = jax.jit(suppress, static_argnums=2)

@@ -14,9 +14,7 @@ from experiments.compare import Comparison, Flags, compare, main
 from experiments.findings import metric_of, rows
 from experiments.report import block_cells, table_cells
 from experiments.tasks.task import Compared
-from tests.experiments.tiny import compile_little, tiny_task  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
+from tests.experiments.tiny import tiny_task
 
 METHODS = ("dense", "one_shot", "ste", "sr_ste", "sr_ste_negative")
 BLOCK_METHODS = ("one_by_n", "subp_l1", "subp")
@@ -42,8 +40,7 @@ def run(flags):
 
 
 @pytest.fixture(scope="module")
-def whole(request, tmp_path_factory):
-    request.getfixturevalue("compile_little")
+def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_task", lambda flags: tiny_task(epochs=flags.epochs or 2))
         patch.setattr(module, "TIMED_STEPS", 2)

@@ -8,9 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.models.correlation import centre_and_scale, correlation_pyramid, look_up
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 pyramid_jit = jax.jit(correlation_pyramid, static_argnums=2)
 look_up_jit = jax.jit(look_up, static_argnums=2)

@@ -11,9 +11,6 @@ import pytest
 
 from experiments.models.decoding import beam_search, draw
 from experiments.models.transformer import Decoder, Size, Transformer
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 PADDING, BEGIN, END, VOCABULARY, LENGTH = 0, 1, 2, 6, 4
 WORDS = range(3, VOCABULARY)
@@ -21,7 +18,7 @@ SOURCE = np.array([[3, 4, 5, 2], [5, 5, 2, 0], [4, 2, 0, 0]], np.int32)
 
 
 @pytest.fixture(scope="module")
-def model(compile_little):  # noqa: F811
+def model():
     network = Transformer(Size(16, 32, 2, 1), VOCABULARY)
     variables = jax.jit(network.init)(jax.random.key(3), SOURCE, SOURCE)
     # Sharper than at the start, so that sequences differ in more than their length.

@@ -19,9 +19,6 @@ from experiments.tasks.object_detection import (
     true_objects,
 )
 from tests.experiments.test_mask_rcnn import TINY
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,9 +18,7 @@ from experiments.methods import METHODS, optimizer
 from experiments.step import Job, make_programs, plan_of
 from experiments.tasks.classification import classification_task
 from nmjax.trees import named_leaves
-from tests.experiments.tiny import BATCH, compile_little, tiny_task  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
+from tests.experiments.tiny import BATCH, tiny_task
 
 
 class Plain(nn.Module):

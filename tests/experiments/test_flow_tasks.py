@@ -15,12 +15,9 @@ from experiments.tasks.flying_chairs import flying_chairs_task
 from experiments.tasks.optical_flow import flow_sums, no_motion_error, shown_pairs
 from experiments.tasks.sintel import eval_example, sintel_task
 from tests.experiments.test_flow_folders import write_chairs, write_sintel
-from tests.experiments.tiny import compile_little  # noqa: F401
 
 # Compiles in seconds.
 TINIER = {"widths": (8,), "strides": (4, 1), "iterations": 1, "hidden": 8}
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 
 @pytest.fixture(scope="module", autouse=True)

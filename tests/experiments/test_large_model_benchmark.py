@@ -9,6 +9,8 @@ from jax.sharding import AxisType
 import nmjax
 from experiments.benchmarks.large_model import Decoder, compare, loss
 
+pytestmark = pytest.mark.optimized
+
 TINY = Decoder(layers=2, width=64, hidden=96, heads=4, vocabulary=128)
 
 

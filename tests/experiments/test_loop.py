@@ -13,9 +13,7 @@ from experiments.methods import METHODS, Method, learning_rate
 from experiments.seeds import across_cores, one_by_one
 from experiments.step import Job, make_programs, plan_of
 from nmjax.trees import named_leaves
-from tests.experiments.tiny import STEPS, Perceptron, compile_little, tiny_task  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
+from tests.experiments.tiny import STEPS, Perceptron, tiny_task
 
 
 def make_job(method, **task):

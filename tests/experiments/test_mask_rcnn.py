@@ -12,9 +12,6 @@ from experiments.models.mask_rcnn import MaskRCNN, Objects
 from experiments.models.proposals import BOX_WEIGHTS, REGION_WEIGHTS, detect, propose
 from experiments.models.resnet import BasicBlock
 from nmjax import make_plan
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 # What torchvision lists for fasterrcnn_resnet50_fpn and maskrcnn_resnet50_fpn. Both freeze the
 # normalisation of the backbone, so that its 53,120 scales and biases are not counted.

@@ -5,9 +5,6 @@ import numpy as np
 import pytest
 
 from experiments.models.matching import Match, match, sample
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 OBJECTS = np.array([[0, 0, 10, 10], [20, 20, 24, 24], [0, 0, 0, 0]], np.float32)
 THERE = np.array([True, True, False])

@@ -13,9 +13,7 @@ from experiments.methods import METHODS
 from experiments.placement import HERE, make_placement
 from experiments.step import Job, make_programs, plan_of
 from nmjax.trees import named_leaves
-from tests.experiments.tiny import compile_little, tiny_task  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
+from tests.experiments.tiny import tiny_task
 
 LAYOUTS = {
     "data parallel": {"mesh": "data=8"},

@@ -22,9 +22,7 @@ from experiments.methods import (
 )
 from experiments.step import Job, plan_of
 from experiments.tasks.task import Recipe
-from tests.experiments.tiny import STEPS, compile_little, tiny_task  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
+from tests.experiments.tiny import STEPS, tiny_task
 
 RECIPE = Recipe(epochs=10, learning_rate=0.2, warmup_epochs=1.0)
 

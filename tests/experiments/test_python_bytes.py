@@ -14,9 +14,6 @@ from experiments.methods import METHODS
 from experiments.models import transformer
 from experiments.step import Job, plan_of
 from experiments.tasks.python_bytes import METRIC, RECIPES, Portion, baselines, python_bytes_task
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 RNG = np.random.default_rng(0)
 TEXT = np.frombuffer(b"def name(self):\n    return self.name\n" * 40, np.uint8)
@@ -26,7 +23,7 @@ RECIPE = dataclasses.replace(RECIPES["decoder_tiny"], epochs=2, batch_size=4)
 
 
 @pytest.fixture(scope="module")
-def task(compile_little):  # noqa: F811
+def task():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(transformer.DECODERS, "decoder_tiny", transformer.Size(16, 32, 2, 1))
         return python_bytes_task(recipe=RECIPE, sources=SOURCES, portion=PORTION)

@@ -9,9 +9,6 @@ from hypothesis import strategies as st
 
 from experiments.models.raft import Raft, convex_upsample, tiny_raft
 from nmjax import make_plan
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 upsample_jit = jax.jit(convex_upsample, static_argnums=2)
 

@@ -201,7 +201,9 @@ def test_page_of_whole_results(data, tmp_path):
     assert "<b>made up" not in page
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 4, 9, 11, 14, 18])
+@pytest.mark.parametrize(
+    "count", [0, 2, 11, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 9, 14, 18))]
+)
 def test_page_of_partial_results(data, tmp_path, count):
     partial = copy.deepcopy(data)
     partial["trials"] = partial["trials"][:count]
@@ -276,6 +278,7 @@ def test_the_page_of_a_metric_to_lower(bits, tmp_path):
     assert strengths == pytest.approx([0, 2e-3, 0.2, 2])
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_for_the_same_results(data):
     first, second = draw_all(data), draw_all(data)
     assert [picture.svg for picture in first] == [picture.svg for picture in second]

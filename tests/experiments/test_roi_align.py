@@ -8,9 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.models.roi_align import level_of, roi_align
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 align_jit = jax.jit(roi_align, static_argnums=(1, 4))
 

@@ -19,16 +19,13 @@ from experiments.tasks.task import Metric
 from experiments.train import main
 from nmjax.checkpoints import read_checkpoint
 from tests.experiments.prepared import cifar10_examples, prepare
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 # Half of its epochs dense, half pruned: the state of this method matters most.
 DIGITS = ["--method", "one_shot", "--epochs", "4", "--batch-size", "40", "--log-every", "0"]
 
 
 @pytest.fixture(scope="module")
-def whole(compile_little, tmp_path_factory):  # noqa: F811
+def whole(tmp_path_factory):
     """A run of four epochs, never interrupted."""
     runs = tmp_path_factory.mktemp("runs")
     assert main([*DIGITS, "--runs-dir", str(runs), "--name", "whole"]) == 0
@@ -63,7 +60,7 @@ def test_what_a_run_leaves(whole):
     assert len(steps) <= 3  # the last two and the best
 
 
-@pytest.mark.parametrize("stop_in_epoch", [1, 4])
+@pytest.mark.parametrize("stop_in_epoch", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, monkeypatch, capsys, stop_in_epoch):
     name = f"stopped{stop_in_epoch}"
     flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", name]
@@ -111,6 +108,7 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(whole, capsys):
     assert main([*flags, "--resume", "--learning-rate", "0.1", "--log-every", "7"]) == 0
 
 
+@pytest.mark.slow
 def test_several_devices_and_seeds_compute_the_same(whole):
     flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", "mesh"]
     flags += ["--devices", "4", "--seeds", "0", "3"]
@@ -152,6 +150,7 @@ def test_blocks_are_in_the_lines_of_a_run_that_was_stopped_and_resumed(tmp_path,
     assert blocks[0]["sad"] == [0] != blocks[1]["sad"]
 
 
+@pytest.mark.slow
 def test_cifar10_from_disk(tmp_path, capsys):
     train, test = cifar10_examples(70), cifar10_examples(23, seed=1)
     prepare("cifar10", tmp_path, {"train": train, "test": test})

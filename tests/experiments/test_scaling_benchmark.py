@@ -5,6 +5,8 @@ import pytest
 
 from experiments.benchmarks.scaling import make_task, measure_checkpoints, measure_steps
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def task():

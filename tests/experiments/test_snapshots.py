@@ -7,9 +7,7 @@ from experiments.loop import train
 from experiments.methods import METHODS
 from experiments.snapshots import block_masks, example_images, kernel_shapes
 from experiments.step import Job, plan_of
-from tests.experiments.tiny import STEPS, compile_little, tiny_task  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
+from tests.experiments.tiny import STEPS, tiny_task
 
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 2)])

@@ -12,6 +12,8 @@ from experiments.benchmarks.train_step import (
     mask_computations,
 )
 
+pytestmark = pytest.mark.optimized
+
 MLP, TRANSFORMER = "MLP 3x1024, batch 128", "Transformer block 512, 16x128 tokens"
 
 

@@ -17,9 +17,6 @@ from experiments.models.transformer import (
     Transformer,
     find_transformer,
 )
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 TINY = Size(16, 32, 2, 2)
 RNG = np.random.default_rng(0)
@@ -36,14 +33,14 @@ def count(params):
 
 
 @pytest.fixture(scope="module")
-def translator(compile_little):  # noqa: F811
+def translator():
     model = Transformer(TINY, 9)
     variables = jax.jit(model.init)(jax.random.key(0), SOURCE, TARGET)
     return model, variables, jax.jit(model.apply)
 
 
 @pytest.fixture(scope="module")
-def decoder(compile_little):  # noqa: F811
+def decoder():
     model = Decoder(TINY, 9)
     variables = jax.jit(model.init)(jax.random.key(0), TARGET)
     return model, variables, jax.jit(model.apply)

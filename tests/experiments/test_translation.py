@@ -20,9 +20,6 @@ from experiments.tasks.translation import (
     text_scores,
     translation_task,
 )
-from tests.experiments.tiny import compile_little  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("compile_little")
 
 SIZE = Size(16, 32, 2, 1)
 WORDS = ("one", "two", "three", "four")
@@ -59,7 +56,7 @@ def make_task(test=PAIRS, **changed):
 
 
 @pytest.fixture(scope="module")
-def task(compile_little):  # noqa: F811
+def task():
     return make_task()
 
 

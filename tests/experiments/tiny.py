@@ -1,9 +1,7 @@
 """A task that compiles and trains in a moment: a small multilayer perceptron on four blobs."""
 
 import flax.linen as nn
-import jax
 import numpy as np
-import pytest
 
 from experiments.tasks.classification import classification_task
 from experiments.tasks.task import Recipe
@@ -59,11 +57,3 @@ def tiny_task(*, epochs=4, learning_rate=0.05, scale=1.0, **recipe):
         ),
         keep_dense=("^stem/", "^head/"),
     )
-
-
-@pytest.fixture(scope="module")
-def compile_little():
-    """Compiles fast instead of well."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -87,6 +87,7 @@ def test_a_plan_reduces_only_what_it_names():
     assert kept == {name: count // share.get(name, 2) for name, count in RESNET_MACS.items()}
 
 
+@pytest.mark.slow
 def test_xla_counts_the_same_for_the_resnet():
     # XLA also counts biases, normalizations and the mean: 6 in 100 here.
     counted = linen.cost(SmallResNet(), None, (2, 17, 17, 4)).total.macs

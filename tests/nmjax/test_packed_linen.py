@@ -38,7 +38,7 @@ def pruned_and_packed(module, x, pattern, **selection):
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_a_network_gives_what_its_pruned_parameters_give(pattern, dtype):
     network = Network(dtype)
     pruned, packed = pruned_and_packed(network, X, pattern)

@@ -58,7 +58,7 @@ def assert_same(a, b):
         (98.5 / 128, {10: 256, 180: 59}),
     ],
 )
-@pytest.mark.parametrize("score", ["l1", "bpar"])
+@pytest.mark.parametrize("score", ["l1", pytest.param("bpar", marks=pytest.mark.slow)])
 def test_blocks_kept_in_each_row_over_the_epochs(sparsity, expected, score):
     params = {"kernel": jax.random.normal(KEY, (256, 32))}
     plan = nmjax.make_plan(params, nmjax.Block1xN(16, sparsity))
@@ -76,7 +76,9 @@ def test_before_the_first_refresh_everything_is_kept():
     assert_same(subp.apply(PARAMS, subp.init(PARAMS, KEY)), PARAMS)
 
 
-@pytest.mark.parametrize("score", ["l1", "l2", "bpar"])
+@pytest.mark.parametrize(
+    "score", ["l1", *(pytest.param(s, marks=pytest.mark.slow) for s in ("l2", "bpar"))]
+)
 def test_masks_of_v2_are_final_when_the_ramp_ends(score):
     states = run_epochs("v2", score, range(170, 190))
     for state in states[11:]:
@@ -206,7 +208,7 @@ def test_seeds_under_vmap_are_seeds_one_by_one():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("score", ["l1", "bpar"])
+@pytest.mark.parametrize("score", ["l1", pytest.param("bpar", marks=pytest.mark.slow)])
 def test_eight_devices_draw_as_one(axis_type, score):
     params = {"kernel": jax.random.normal(KEY, (16, 64))}
     plan = nmjax.make_plan(params, "1x4@0.5")

@@ -26,7 +26,7 @@ def layers_of(count):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("planned", ["stacked", "one layer"])
+@pytest.mark.parametrize("planned", [pytest.param("stacked", marks=pytest.mark.slow), "one layer"])
 def test_a_stack_is_told_from_taps(pattern, planned):
     stacks = layers_of(4)
     plan = nmjax.make_plan(stacks if planned == "stacked" else layers_of(None), pattern)
