@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType
 
 import nmjax
+from experiments import checkpoints, processes
 from experiments.checkpoints import Checkpoints
 from experiments.placement import make_placement
 
@@ -247,18 +248,30 @@ def test_numbers_that_changed_on_disk_are_noticed(tmp_path, capsys, monkeypatch)
     """What the file format itself does not notice: another number in place of one."""
     saved_twice(tmp_path)
     store = Checkpoints(tmp_path)
-    restore = store._manager.restore
+    read = checkpoints._read
 
-    def restore_changed(steps, args):
-        restored = restore(steps, args=args)
-        if steps == 2 and "state" in args:
-            layer = restored["state"]["state"].params["layer"]
-            layer["kernel"][3, 5] += 1e-4
+    def read_changed(path, *args):
+        restored = read(path, *args)
+        if path == tmp_path / "2" / "state":
+            restored["state"].params["layer"]["kernel"][3, 5] += 1e-4
         return restored
 
-    monkeypatch.setattr(store._manager, "restore", restore_changed)
+    monkeypatch.setattr(checkpoints, "_read", read_changed)
     assert store.restore(LIKE)[0] == 1
     assert "2 is damaged: params/layer/kernel is not what was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["about", "state", "checksums"])
+def test_what_another_process_cannot_read_is_not_used(tmp_path, capsys, monkeypatch, step):
+    saved_twice(tmp_path)
+    complaints = iter({"about": [1], "state": [0, 1], "checksums": [0, 0, 1]}[step])
+
+    def tell_all(text):
+        return [text, "cut off" if next(complaints, 0) else ""]
+
+    monkeypatch.setattr(processes, "tell_all", tell_all)
+    assert Checkpoints(tmp_path).restore(LIKE)[0] == 1
+    assert f"{tmp_path}/2 is damaged: process 1: cut off; it is" in capsys.readouterr().err
 
 
 def test_no_whole_checkpoint_is_an_error(tmp_path):

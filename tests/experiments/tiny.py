@@ -15,13 +15,15 @@ BATCH = 8
 
 
 class Perceptron(nn.Module):
+    width: int = 16
+
     @nn.compact
     def __call__(self, x, train):
         x = x.reshape(len(x), -1)
-        x = nn.Dense(16, name="stem")(x)
+        x = nn.Dense(self.width, name="stem")(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(x)
-        x = nn.relu(nn.Dense(16, name="middle")(nn.relu(x)))
-        return nn.Dense(4, name="head")(nn.relu(nn.Dense(16, name="last")(x)))
+        x = nn.relu(nn.Dense(self.width, name="middle")(nn.relu(x)))
+        return nn.Dense(4, name="head")(nn.relu(nn.Dense(self.width, name="last")(x)))
 
 
 def draw(rng, count):
@@ -31,7 +33,7 @@ def draw(rng, count):
     return {"image": images, "label": labels}
 
 
-def tiny_task(*, epochs=4, learning_rate=0.05, scale=1.0, **recipe):
+def tiny_task(*, epochs=4, learning_rate=0.05, scale=1.0, width=16, **recipe):
     """`scale` multiplies the training images: infinity makes the loss NaN."""
 
     def train_batches(seed, epoch):
@@ -47,7 +49,7 @@ def tiny_task(*, epochs=4, learning_rate=0.05, scale=1.0, **recipe):
 
     return classification_task(
         name="digits",
-        model=Perceptron(),
+        model=Perceptron(width),
         input_shape=(2, 2, 1),
         train_batches=train_batches,
         eval_batches=eval_batches,
@@ -65,9 +67,9 @@ def tiny_task(*, epochs=4, learning_rate=0.05, scale=1.0, **recipe):
 
 def with_predictions(task):
     """The task, which also predicts logits and counts right answers itself, as "counted"."""
-    network = Perceptron()
 
     def predict(params, collections, batch):
+        network = Perceptron(params["middle"]["bias"].shape[0])
         return network.apply({"params": params, **collections}, batch["image"], train=False)
 
     def score(batches, predictions):

@@ -1,6 +1,7 @@
 """`python -m tests.experiments.train_tiny`: experiments.train, with a task that compiles fast."""
 
 import dataclasses
+import os
 import sys
 from functools import partial
 
@@ -32,7 +33,7 @@ class Examples:
 
 
 def make_task(flags):
-    task = tiny_task(epochs=flags.epochs)
+    task = tiny_task(epochs=flags.epochs, width=int(os.environ.get("TINY_WIDTH", "16")))
     rows = partial(eval_epoch, EXAMPLES, dict, batch_size=32)
     return with_predictions(dataclasses.replace(task, eval_rows=rows))
 
