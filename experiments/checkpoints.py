@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import sys
@@ -56,6 +57,7 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._about = dict(about or {})
         self._placement = placement
+        logging.getLogger("absl").addFilter(_is_news)
         rules: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
         if keep_best:
             rules.append(policies.BestN(get_metric_fn=_score, n=keep_best))
@@ -219,6 +221,20 @@ class Checkpoints:
                 f"of steps {', '.join(map(str, whole)) or 'none'} are whole; make room, then go on "
                 "with --resume"
             ) from error
+
+
+# Where orbax logs, with its traceback, an error of writing that `wait` or the next `save` raises.
+_RAISED_TOO = {
+    ("future.py", "run"),
+    ("async_checkpointer.py", "_thread_func"),
+    ("checkpoint_manager.py", "wait_until_finished"),
+}
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of orbax's log says what no exception says."""
+    is_raised = (record.filename, record.funcName) in _RAISED_TOO and "orbax" in record.pathname
+    return not (is_raised and record.exc_info)
 
 
 def _score(metrics: Mapping[str, float]) -> float:
