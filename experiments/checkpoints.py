@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import sys
@@ -19,6 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from experiments.orbax_noise import hold_back
 from experiments.placement import HERE, Placement
 from experiments.processes import is_first, tell_all, together
 from experiments.stored_state import checksums, from_stored, split_alike, to_stored
@@ -57,7 +57,7 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._about = dict(about or {})
         self._placement = placement
-        logging.getLogger("absl").addFilter(_is_news)
+        hold_back()
         rules: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
         if keep_best:
             rules.append(policies.BestN(get_metric_fn=_score, n=keep_best))
@@ -221,20 +221,6 @@ class Checkpoints:
                 f"of steps {', '.join(map(str, whole)) or 'none'} are whole; make room, then go on "
                 "with --resume"
             ) from error
-
-
-# Where orbax logs, with its traceback, an error of writing that `wait` or the next `save` raises.
-_RAISED_TOO = {
-    ("future.py", "run"),
-    ("async_checkpointer.py", "_thread_func"),
-    ("checkpoint_manager.py", "wait_until_finished"),
-}
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of orbax's log says what no exception says."""
-    is_raised = (record.filename, record.funcName) in _RAISED_TOO and "orbax" in record.pathname
-    return not (is_raised and record.exc_info)
 
 
 def _score(metrics: Mapping[str, float]) -> float:

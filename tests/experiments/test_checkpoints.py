@@ -214,10 +214,6 @@ def files_of_a_checkpoint(folder):
 slow = pytest.mark.slow
 
 
-# At the first error orbax closes its event loop, while tensorstore still reads other arrays for it.
-@pytest.mark.filterwarnings(
-    "ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
-)
 @pytest.mark.parametrize(
     "damage", ["cut", pytest.param("flipped", marks=slow), pytest.param("gone", marks=slow)]
 )

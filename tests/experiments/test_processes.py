@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import signal
 import socket
 import time
@@ -107,6 +108,26 @@ def test_sigterm_to_one_process_saves_and_ends_both(tmp_path):
     assert epochs >= 2
     assert len(MetricsLog(folder).read()) == epochs
     assert last_state(folder)[1]["['train']['step']"] == steps
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_both_with_a_line_each(tmp_path):
+    """The system refuses files that large, to both processes."""
+    flags = ["--epochs", "1000", "--evaluate-every", "1000", "--log-every", "0", "--mesh", "data=8"]
+    flags += ["--layout", "fsdp", "--runs-dir", str(tmp_path), "--name", "full"]
+    both = start_two(flags, TINY_WIDTH="128")
+    while len(MetricsLog(tmp_path / "full").read()) < 2:
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.05)
+    for process in both:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4000, 4000))
+    ends = [process.communicate(timeout=100) for process in both]
+    assert any(process.returncode == 1 for process in both)
+    assert not any(process.returncode == 0 for process in both)
+    errors = [error for _, error in ends if "error: a checkpoint could not be written" in error]
+    assert errors
+    assert all("whole; make room, then go on with --resume" in error for error in errors)
+    assert "Traceback" not in errors[0]
 
 
 @pytest.mark.slow
