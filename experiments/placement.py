@@ -126,8 +126,11 @@ def make_placement(
     shards = layout.batch_shards
     if batch_size // accumulate % shards:
         parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        axes = " and ".join(f"{axis}={made.shape[axis]}" for axis in layout.batch_axes)
         raise ValueError(
-            f"a batch of {batch_size}{parts} does not split evenly over {shards} devices"
+            f"a batch of {batch_size}{parts} does not split evenly over {shards} devices, which "
+            f"the mesh has along {axes}: give a --batch-size that {shards * accumulate} divides, "
+            "or other --batch-axes"
         )
     nmjax.check_sharding(params, plan, _by_leaf(layout, params))
     return Placement(over_seeds, layout)

@@ -77,6 +77,7 @@ def coco_task(
         model=MaskRCNN(pyramid=FeaturePyramid(), classes=CLASSES),
         image_shape=(size, size),
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
+        train_rows=epochs,
         eval_batches=evaluation,
         eval_rows=evaluation,
         steps_per_epoch=steps_per_epoch(train, recipe.batch_size),

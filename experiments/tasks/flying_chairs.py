@@ -102,6 +102,7 @@ def chairs_trained_task(
         model=Raft(),
         eval_iterations=eval_iterations,
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
+        train_rows=epochs,
         eval_batches=eval_batches,
         eval_rows=eval_batches,
         steps_per_epoch=steps_per_epoch(train, recipe.batch_size),

@@ -87,6 +87,10 @@ def test_a_process_needs_the_rows_of_its_devices(own, expected):
         ({"devices": 9}, "devices must be from 1 to the 8 there are, got 9"),
         ({"devices": 8}, "a batch of 12 does not split evenly over 8 devices"),
         ({"devices": 4, "accumulate": 2}, "a batch of 12 in 2 parts does not split evenly over 4"),
+        (
+            {"mesh": "a=2,b=4", "batch_axes": ("b", "a")},
+            "along b=4 and a=2: give .* that 8 divides",
+        ),
         ({"accumulate": 5}, "a batch of 12 does not split evenly into 5 parts"),
         ({"mesh": "data=3"}, "of 3 devices, which does not divide the 8 there are"),
         ({"mesh": "data=4", "devices": 4}, "drop --devices 4"),
@@ -105,3 +109,10 @@ def test_a_process_needs_the_rows_of_its_devices(own, expected):
 def test_what_cannot_be_placed(options, message):
     with pytest.raises(ValueError, match=message):
         place(12, **options)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_several_processes_need_all_devices(monkeypatch, devices):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"need all of their 8 devices, got {devices}"):
+        place(16, devices=devices)
