@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -39,7 +40,11 @@ def split(
 
     def partition(mesh: Mesh, arguments: Any, result: Any) -> tuple[Any, ...]:
         del arguments
-        spec = (*result.sharding.spec, *[None] * len(output))
+        spec: tuple[Any, ...] = (None,) * len(output)
+        if mesh.empty:  # Nothing lies on a mesh: all is whole everywhere.
+            mesh = Mesh(np.array(list(result.sharding.device_set)), ("devices",))
+        else:
+            spec = (*result.sharding.spec, *spec)
         axes = {
             name: entry
             for name, entry, size in zip(output, spec, result.shape, strict=False)

@@ -123,6 +123,13 @@ def test_gradients_and_mapped_layers_on_a_mesh():
     np.testing.assert_allclose(y[1], x @ nmjax.unpack(packed), atol=1e-4)
 
 
+def test_operands_of_no_mesh_with_a_mesh_in_sight():
+    x, packed = numbers((8, 16)), packed_weight((16, 64), "2:4")
+    product = jax.jit(lambda x, packed: nmjax.packed_matmul(x, packed, implementation="ffi"))
+    with jax.set_mesh(make_mesh()):
+        np.testing.assert_allclose(product(x, packed), x @ nmjax.unpack(packed), atol=1e-4)
+
+
 def test_whole_operands_on_an_explicit_mesh():
     mesh, x, packed = make_mesh(AxisType.Explicit), numbers((8, 16)), packed_weight((16, 64), "2:4")
     expected = x @ nmjax.unpack(packed)
