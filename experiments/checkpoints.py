@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from experiments.orbax_noise import hold_back
 from experiments.placement import HERE, Placement
+from experiments.processes import is_first, tell_all, together
 from experiments.stored_state import checksums, from_stored, split_alike, to_stored
 from nmjax.trees import named_leaves
 
@@ -55,6 +57,7 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._about = dict(about or {})
         self._placement = placement
+        hold_back()
         rules: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
         if keep_best:
             rules.append(policies.BestN(get_metric_fn=_score, n=keep_best))
@@ -118,18 +121,19 @@ class Checkpoints:
           ValueError: if what is stored is of another model, plan or pattern, or if there are
             checkpoints and none is whole.
         """
-        found = sorted(self._manager.all_steps(), reverse=True)
-        for steps in found:
+        is_damaged = False
+        while (steps := self._newest()) is not None:
             try:
                 return steps, self._read(steps, like)
             except DamagedError as error:
-                aside = self._put_aside(steps)
-                print(
-                    f"warning: the checkpoint {self.folder / str(steps)} is damaged: {error}; it "
-                    f"is now {aside.name}, and the one before is used",
-                    file=sys.stderr,
-                )
-        if found:
+                is_damaged, aside = True, self._put_aside(steps)
+                if is_first():
+                    print(
+                        f"warning: the checkpoint {self.folder / str(steps)} is damaged: {error}; "
+                        f"it is now {aside.name}, and the one before is used",
+                        file=sys.stderr,
+                    )
+        if is_damaged:
             raise ValueError(
                 f"no checkpoint in {self.folder} is whole; move the run's folder away to begin anew"
             )
@@ -140,10 +144,18 @@ class Checkpoints:
         with self._telling_what_is_left():
             self._manager.close()
 
+    def _newest(self) -> int | None:
+        """The newest checkpoint that any process sees."""
+        latest = self.latest()
+        seen = [int(text) for text in tell_all("" if latest is None else str(latest)) if text]
+        return max(seen, default=None)
+
     def _read(self, steps: int, like: Any) -> Any:
         path = self.folder / str(steps)
-        read = partial(_read_item, self._manager, steps)
-        about = read(about=ocp.args.JsonRestore())
+        read_about = partial(
+            _read, path / "about", ocp.JsonCheckpointHandler, ocp.args.JsonRestore()
+        )
+        about = together(read_about, (DamagedError,))
         target = self._place_stored(like)
         expected = {**self._about, "leaves": _leaves(target["state"])}
         differences = list(_differences(about, expected))
@@ -152,17 +164,17 @@ class Checkpoints:
                 f"the checkpoint {path} does not fit this run: {'; '.join(differences[:4])}. Give "
                 "the flags it was made with, or another --name"
             )
+        hollow = target
         if self._placement.layout is None:
             # NumPy's arrays: any others go to the devices they were written from.
             hollow = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
-            stored = read(state=ocp.args.StandardRestore(hollow))
-        else:
-            stored = read(state=ocp.args.StandardRestore(target))
+        restore = ocp.args.StandardRestore(hollow)
+        # A process reads its shards only, so that one may fail where another does not.
+        read_state = partial(_read, path / "state", ocp.StandardCheckpointHandler, restore)
+        stored = together(read_state, (DamagedError,))
         sums = self._jit(checksums, target["checksums"])(stored["state"])
-        wrong = np.flatnonzero(jax.device_get(sums) != jax.device_get(stored["checksums"]))
-        if wrong.size:
-            names = list(named_leaves(like))
-            raise DamagedError(f"{names[wrong[0]]} is not what was written")
+        check = partial(_check, list(named_leaves(like)), sums, stored["checksums"])
+        together(check, (DamagedError,))
         unpack = self._jit(partial(from_stored, like=like), self._placement.like(like))
         return unpack(stored["state"])
 
@@ -187,8 +199,7 @@ class Checkpoints:
 
     def _put_aside(self, steps: int) -> Path:
         aside = self.folder / f"damaged-{steps}"
-        multihost_utils.sync_global_devices("every process has tried to read")
-        if jax.process_index() == 0:
+        if is_first():
             number = 0
             while aside.exists():
                 number += 1
@@ -216,13 +227,23 @@ def _score(metrics: Mapping[str, float]) -> float:
     return metrics["score"]
 
 
-def _read_item(manager: ocp.CheckpointManager, steps: int, **item: Any) -> Any:
-    """Reads one item of a checkpoint; whatever goes wrong means that it is damaged."""
+def _read(path: Path, handler: Callable[[], ocp.CheckpointHandler], args: Any) -> Any:
+    """Reads a folder of a checkpoint; whatever goes wrong means that it is damaged."""
+    process = jax.process_index()
+    # In this process alone: where readers wait for each other, one that fails leaves the rest.
+    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     try:
-        restored = manager.restore(steps, args=ocp.args.Composite(**item))
+        with ocp.Checkpointer(handler(), multiprocessing_options=alone) as reader:
+            return reader.restore(path, args=args)
     except Exception as error:  # Orbax and tensorstore raise many kinds.
         raise DamagedError(_first_line(error)) from error
-    return restored[next(iter(item))]
+
+
+def _check(names: Sequence[str], sums: jax.Array, expected: Any) -> None:
+    """Raises DamagedError if checksums are not those that were written."""
+    wrong = np.flatnonzero(jax.device_get(sums) != jax.device_get(expected))
+    if wrong.size:
+        raise DamagedError(f"{names[wrong[0]]} is not what was written")
 
 
 def _leaves(state: Any) -> dict[str, str]:

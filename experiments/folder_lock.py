@@ -7,9 +7,15 @@ import os
 import platform
 from pathlib import Path
 
+_NAME = ".lock"
+
 
 class FolderLock:
-    """Holds a folder until it is released or the process ends, however it ends."""
+    """Holds a folder until it is released or the process ends, however it ends.
+
+    Attributes:
+      owner: the process that holds it, as others read it in the folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Takes the folder, making it if needed.
@@ -19,7 +25,7 @@ class FolderLock:
         """
         folder.mkdir(parents=True, exist_ok=True)
         # "a+" and not "w": the file tells who has it until we do.
-        self._file = (folder / ".lock").open("a+")
+        self._file = (folder / _NAME).open("a+")
         try:
             # Of the open file, not of its name: the system takes it back from a dead process.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -30,10 +36,22 @@ class FolderLock:
             raise ValueError(
                 f"{folder} is in use by {owner}: wait for that run to end, or give another --name"
             ) from error
+        self.owner = f"process {os.getpid()} on {platform.node()}"
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._file.write(self.owner + "\n")
         self._file.flush()
 
     def release(self) -> None:
         """Gives the folder back."""
         self._file.close()
+
+
+def check_held(folder: Path, owner: str) -> None:
+    """Raises ValueError if this process does not see that `owner` holds the folder."""
+    path = folder / _NAME
+    seen = path.read_text().strip() if path.exists() else ""
+    if seen != owner:
+        raise ValueError(
+            f"{folder.absolute()} on {platform.node()} is not the folder that {owner} made: put "
+            "--runs-dir on a disk that all processes share"
+        )

@@ -66,21 +66,21 @@ class Layout:
         put = jax.sharding.reshard if self.is_explicit else jax.lax.with_sharding_constraint
         return map_named(lambda name, leaf: put(leaf, self.sharding(name, leaf.shape)), tree)
 
-    def batch_sharding(self, examples: int, axis: int = 0) -> NamedSharding:
-        """Of an array of a batch; one that does not split evenly is whole everywhere.
-
-        Args:
-          examples: in the batch.
-          axis: along which they lie.
-        """
-        if examples % self.batch_shards:
-            return self._named(_NOWHERE)
+    def batch_sharding(self, axis: int = 0) -> NamedSharding:
+        """Of an array of a batch whose examples lie along this axis."""
         return self._named(PartitionSpec(*[None] * axis, self.batch_axes))
 
     @property
     def batch_shards(self) -> int:
         """Into how many parts each batch is split."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
+
+    @cached_property
+    def own_batch_shards(self) -> tuple[int, ...]:
+        """Which of these parts this process's devices hold, ascending; not always neighbours."""
+        shards = self.batch_shards
+        held = self.batch_sharding().addressable_devices_indices_map((shards,))
+        return tuple(sorted({index[0].indices(shards)[0] for index in held.values() if index}))
 
     @property
     def is_explicit(self) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from experiments.placement import HERE, Placement
 from experiments.seeds import one_seed, stack
 from experiments.step import Job, Programs, RunState, TrainState, make_programs
-from experiments.tasks.task import Batch, Task
+from experiments.tasks.task import Batch, Rows, Task
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def train(
     for epoch in range(first_epoch, task.recipe.epochs):
         began = time.perf_counter()
         first = first_step if epoch == first_epoch else 0
-        batches = map(placement.put_train, _batches(job, seeds, epoch, first, placement.rows))
+        rows = placement.rows_of(task.recipe.batch_size)
+        batches = map(placement.put, _batches(job, seeds, epoch, first, rows))
         state = _train_epoch(job, programs, state, epoch, first, batches, watch_every, on_step)
         forward = programs.forward(state.train)
         masks = programs.masks(state.train.params)
@@ -137,31 +138,27 @@ def evaluate(
     forward = programs.forward(state)
     seeds = np.size(state.step)
     sums: dict[str, np.ndarray] = {}
-    batches, predictions = [], []
-    for batch in job.task.eval_batches():
-        placed = placement.put_eval(stack([batch] * seeds) if programs.seeds else batch)
+    predictions = []
+    for batch in job.task.read_test(placement.rows_of):
+        placed = placement.put(stack([batch] * seeds) if programs.seeds else batch)
         for name, value in programs.evaluate(forward, state.collections, placed).items():
             sums[name] = sums.get(name, 0) + np.atleast_1d(jax.device_get(value)).astype(float)
         if programs.predict is not None:
-            batches.append(batch)
             predicted = jax.device_get(programs.predict(forward, state.collections, placed))
             predictions.append(predicted if programs.seeds else one_seed(predicted))
     count = sums.pop("count")
-    return {name: value / count for name, value in sums.items()} | _scores(
-        job.task, batches, predictions, seeds
-    )
+    means = {name: value / count for name, value in sums.items()}
+    return means | _scores(job.task, predictions, seeds)
 
 
-def _scores(
-    task: Task, batches: list[Batch], predictions: list[Any], seeds: int
-) -> dict[str, np.ndarray]:
+def _scores(task: Task, predictions: list[Any], seeds: int) -> dict[str, np.ndarray]:
     """What the task makes of its predictions, seed by seed."""
     if task.score is None:
         return {}
-    found = [
-        task.score(batches, [jax.tree.map(lambda x, s=seed: x[s], p) for p in predictions])
-        for seed in range(seeds)
-    ]
+    found = []
+    for seed in range(seeds):
+        own = jax.tree.map(lambda values, seed=seed: values[seed], predictions)
+        found.append(task.score([batch for batch, _ in own], [made for _, made in own]))
     return {name: np.array([scores[name] for scores in found]) for name in found[0]}
 
 
@@ -192,7 +189,7 @@ def _train_epoch(
 
 
 def _batches(
-    job: Job, seeds: Sequence[int], epoch: int, first_step: int, rows: slice
+    job: Job, seeds: Sequence[int], epoch: int, first_step: int, rows: Rows
 ) -> Iterator[Batch]:
     streams = [job.task.read(seed, epoch, first_step, rows) for seed in seeds]
     if len(streams) == 1:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 import nmjax
 from experiments.layout import Layout, Preset, make_layout, parse_mesh
 from experiments.seeds import OverSeeds, fastest
-from experiments.tasks.task import Batch
+from experiments.tasks.task import Batch, Rows
 
 
 class Placement(NamedTuple):
@@ -22,37 +22,40 @@ class Placement(NamedTuple):
     Attributes:
       over_seeds: for `make_programs`; None for a single seed.
       layout: over a mesh; None for one device.
-      rows: of each training batch, those that this process needs.
-      batch_size: examples in a training batch, over all processes.
     """
 
     over_seeds: OverSeeds | None = None
     layout: Layout | None = None
-    rows: slice = slice(None)
-    batch_size: int = 0
 
-    def put_train(self, batch: Batch) -> Any:
-        """Places the rows of a training batch that this process has."""
+    def rows_of(self, examples: int) -> Rows:
+        """Which rows of a batch of so many examples this process needs.
+
+        Where the devices do not split it evenly, the last rows are past its end: padding.
+        """
+        if self.layout is None:
+            return np.arange(examples)
+        each = -(-examples // self.layout.batch_shards)
+        first = each * np.array(self.layout.own_batch_shards)
+        return (first[:, None] + np.arange(each)).ravel()
+
+    def put(self, batch: Batch) -> Any:
+        """Places a batch, of which this process has the rows that it needs."""
         if self.layout is None:
             return batch
-        axis, sharding = self._axis, self.layout.batch_sharding(self.batch_size, self._axis)
+        layout, axis, own = self.layout, self._axis, self.layout.own_batch_shards
 
         def put(rows: np.ndarray) -> jax.Array:
-            shape = (*rows.shape[:axis], self.batch_size, *rows.shape[axis + 1 :])
-            return jax.make_array_from_process_local_data(sharding, rows, shape)
+            each = rows.shape[axis] // len(own)
+            shape = (*rows.shape[:axis], each * layout.batch_shards, *rows.shape[axis + 1 :])
+
+            def shard(index: Any) -> np.ndarray:
+                start = each * own.index((index[axis].start or 0) // each)
+                part: np.ndarray = rows[(*index[:axis], slice(start, start + each))]
+                return part
+
+            return jax.make_array_from_callback(shape, layout.batch_sharding(axis), shard)
 
         return {name: put(rows) for name, rows in batch.items()}
-
-    def put_eval(self, batch: Batch) -> Any:
-        """Places a batch that every process has in full; of any size."""
-        if self.layout is None:
-            return batch
-        examples = next(iter(batch.values())).shape[self._axis]
-        sharding = self.layout.batch_sharding(examples, self._axis)
-        return {
-            name: jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
-            for name, values in batch.items()
-        }
 
     def like(self, shapes: Any) -> Any:
         """A tree of shapes, with the shardings that arrays of a training state have here."""
@@ -116,18 +119,21 @@ def make_placement(
     if made is None:
         if rules or batch_axes or preset != "data":
             raise ValueError("a layout needs devices to split parameters over: give a --mesh")
-        return Placement(fastest(seeds) if seeds > 1 else None, batch_size=batch_size)
+        return Placement(fastest(seeds) if seeds > 1 else None)
     if seeds > 1 and axis_type == AxisType.Explicit:
         raise ValueError("several seeds train together on Auto axes only: drop --axis-types")
     layout = make_layout(made, params, preset=preset, rules=rules, batch_axes=batch_axes)
     shards = layout.batch_shards
     if batch_size // accumulate % shards:
         parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        axes = " and ".join(f"{axis}={made.shape[axis]}" for axis in layout.batch_axes)
         raise ValueError(
-            f"a batch of {batch_size}{parts} does not split evenly over {shards} devices"
+            f"a batch of {batch_size}{parts} does not split evenly over {shards} devices, which "
+            f"the mesh has along {axes}: give a --batch-size that {shards * accumulate} divides, "
+            "or other --batch-axes"
         )
     nmjax.check_sharding(params, plan, _by_leaf(layout, params))
-    return Placement(over_seeds, layout, _own_rows(layout, batch_size), batch_size)
+    return Placement(over_seeds, layout)
 
 
 def _mesh(devices: int | None, mesh: str | None, axis_type: AxisType) -> Mesh | None:
@@ -141,10 +147,10 @@ def _mesh(devices: int | None, mesh: str | None, axis_type: AxisType) -> Mesh | 
         devices = 1 if alone else present
     if not 1 <= devices <= present:
         raise ValueError(f"devices must be from 1 to the {present} there are, got {devices}")
-    if devices == 1:
-        return None
     if devices < present and jax.process_count() > 1:
         raise ValueError(f"several processes need all of their {present} devices, got {devices}")
+    if devices == 1:
+        return None
     return jax.make_mesh((devices,), ("data",), (axis_type,), devices=jax.devices()[:devices])
 
 
@@ -153,10 +159,3 @@ def _by_leaf(layout: Layout, params: Any) -> Mapping[str, Any]:
         lambda leaf: leaf.sharding, layout.place_like(params)
     )
     return shardings
-
-
-def _own_rows(layout: Layout, batch_size: int) -> slice:
-    """The rows of a batch that this process's devices hold: in a row, as a mesh lays them out."""
-    held = layout.batch_sharding(batch_size).addressable_devices_indices_map((batch_size,))
-    parts = [index[0].indices(batch_size) for index in held.values() if index is not None]
-    return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))

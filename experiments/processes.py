@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+# Bytes of what a process tells the others.
+_LONGEST = 4096
 
 
 def join_processes(
@@ -40,3 +52,55 @@ def join_processes(
 def is_first() -> bool:
     """Whether this process writes and prints for all."""
     return jax.process_index() == 0
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process at once, though others of its run have not come to their end.
+
+    Python's own exit would wait for them for minutes, and they may be waiting for this one. JAX
+    ends them when it notices.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def tell_all(text: str) -> list[str]:
+    """What every process says, in their order. Each must call this, and waits for the others.
+
+    Args:
+      text: of this process; what is beyond 4,096 bytes is cut off.
+    """
+    said = np.zeros(_LONGEST, np.uint8)
+    encoded = np.frombuffer(text.encode()[:_LONGEST], np.uint8)
+    said[: len(encoded)] = encoded
+    rows = multihost_utils.process_allgather(said)
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def together(act: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+    """What `act` returns, if it returns in every process: either all go on, or none does.
+
+    Each process must call this, and waits for the others. A process that fails alone would leave
+    them waiting where it never comes.
+
+    Args:
+      act: must not wait for other processes.
+      errors: that it may raise, each made of one text.
+
+    Raises:
+      One of `errors`: what `act` raised here, or else the first of them, with what it raised in
+        the first process that it failed in.
+    """
+    failure: Exception | None = None
+    try:
+        result = act()
+    except errors as error:
+        failure = error
+    said = tell_all("" if failure is None else str(failure) or type(failure).__name__)
+    if failure is not None:
+        raise failure
+    for process, text in enumerate(said):
+        if text:
+            raise errors[0](f"process {process}: {text}")
+    return result

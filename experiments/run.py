@@ -12,21 +12,23 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from experiments.checkpoints import Checkpoints
 from experiments.flags import Flags, make_job, make_run_placement, strength
-from experiments.folder_lock import FolderLock
+from experiments.folder_lock import FolderLock, check_held
 from experiments.loop import EpochReport, begin, train
 from experiments.metrics_log import MetricsLog
 from experiments.placement import Placement
-from experiments.processes import is_first
-from experiments.settings import claim_folder
+from experiments.processes import is_first, tell_all, together
+from experiments.settings import check_alike, claim_folder
 from experiments.step import Job, Programs, RunState, TrainState, make_programs
 from experiments.stopping import Preempted, Preemption
 from experiments.tasks.task import Task
 
 COMPLETE, INTERRUPTED, PREEMPTED = 0, 130, 143
+
+# What a run that cannot begin raises.
+_REFUSALS = (ValueError, OSError)
 
 
 class Run(NamedTuple):
@@ -59,11 +61,12 @@ def open_run(flags: Flags) -> Run:
     Raises:
       MissingDatasetError: if the data set has not been prepared.
       ValueError: if a flag asks for what there is not, or the folder is in use or holds another
-        run.
+        run; of several processes, if one was given other flags or does not see the folder. What
+        one cannot do ends all.
     """
-    job = make_job(flags)
-    placement = make_run_placement(flags, job)
-    lock = FolderLock(flags.folder) if is_first() else None
+    check_alike(flags)
+    job, placement = together(partial(_make, flags), _REFUSALS)
+    lock = together(partial(_claim, flags, job, placement), _REFUSALS)
     try:
         return _open(flags, job, placement, lock)
     except BaseException:
@@ -72,10 +75,26 @@ def open_run(flags: Flags) -> Run:
         raise
 
 
-def _open(flags: Flags, job: Job, placement: Placement, lock: FolderLock | None) -> Run:
-    if is_first():
+def _make(flags: Flags) -> tuple[Job, Placement]:
+    job = make_job(flags)
+    return job, make_run_placement(flags, job)
+
+
+def _claim(flags: Flags, job: Job, placement: Placement) -> FolderLock | None:
+    if not is_first():
+        return None
+    lock = FolderLock(flags.folder)
+    try:
         claim_folder(flags, job, placement)
-    multihost_utils.sync_global_devices("the first process has the folder")
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _open(flags: Flags, job: Job, placement: Placement, lock: FolderLock | None) -> Run:
+    owner = tell_all("" if lock is None else lock.owner)[0]
+    together(partial(check_held, flags.folder, owner), _REFUSALS)
     programs = make_programs(job, over_seeds=placement.over_seeds, layout=placement.layout)
     checkpoints = Checkpoints(
         flags.folder / "checkpoints",

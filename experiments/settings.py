@@ -15,6 +15,7 @@ import optax
 
 from experiments.flags import Flags
 from experiments.placement import Placement
+from experiments.processes import tell_all
 from experiments.step import Job
 
 # Flags that change how fast a run goes and what it leaves behind, but, rounding aside, not what
@@ -46,6 +47,39 @@ _FREE_FLAGS = frozenset(
         "log_every",
     ]
 )
+
+# Flags that each of several processes has for itself.
+_OWN_FLAGS = frozenset(
+    [
+        "distributed",
+        "coordinator",
+        "processes",
+        "process",
+        "data_dir",
+        "workers",
+        "threads",
+        "runs_dir",
+    ]
+)
+
+
+def check_alike(flags: Flags) -> None:
+    """Compares the flags of all processes, each of which must call this.
+
+    Raises:
+      ValueError: if one was started with other flags, in every process.
+    """
+    own = [f"{k} {v}" for k, v in dataclasses.asdict(flags).items() if k not in _OWN_FLAGS]
+    first, *others = (text.splitlines() for text in tell_all("\n".join(own)))
+    for process, lines in enumerate(others, start=1):
+        differ = [
+            f"{one}, not {other}" for one, other in zip(lines, first, strict=False) if one != other
+        ]
+        if differ:
+            raise ValueError(
+                f"process {process} was started with other flags than process 0: "
+                f"{'; '.join(differ)}. Give all the same"
+            )
 
 
 def claim_folder(flags: Flags, job: Job, placement: Placement) -> None:

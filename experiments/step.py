@@ -96,7 +96,8 @@ class Programs(NamedTuple):
       step: (TrainState, batch) -> TrainState. Gives up its first argument's memory.
       forward: TrainState -> the parameters of the forward pass.
       evaluate: (those parameters, collections, batch) -> sums.
-      predict: (the same) -> predictions; None for a task without them.
+      predict: (the same) -> (what of the batch they are scored by, predictions), both whole on
+        every device; None for a task without them.
       masks: params -> masks.
       remember: (TrainState, masks of the initial weights) -> Topology.
       count_flips: (Topology, masks before a step, masks after it) -> Topology.
@@ -290,10 +291,12 @@ def _evaluate(task: Task, params: Any, collections: Variables, batch: Batch) -> 
     return task.evaluate(params, collections, batch)
 
 
-def _predict(task: Task, params: Any, collections: Variables, batch: Batch) -> Any:
+def _predict(task: Task, params: Any, collections: Variables, batch: Batch) -> tuple[Batch, Any]:
     if task.predict is None:
         raise TypeError(f"task {task.name} predicts nothing")
-    return task.predict(params, collections, batch)
+    # A process has read its rows only, and scores all: what it needs of the others comes along.
+    needed = {name: batch[name] for name in ("valid", *task.scored_by) if name in batch}
+    return needed, task.predict(params, collections, batch)
 
 
 def _masks(plan: nmjax.Plan, params: Any) -> Masks:

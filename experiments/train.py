@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import jax
 import tyro
 
 from experiments.flags import Flags
-from experiments.processes import join_processes
-from experiments.run import finish, open_run
+from experiments.processes import join_processes, leave
+from experiments.run import COMPLETE, PREEMPTED, finish, open_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,12 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
       it cannot go on.
     """
     flags = tyro.cli(Flags, args=argv, prog="python -m experiments.train")
+    run = None
     try:
         join_processes(flags.distributed, flags.coordinator, flags.processes, flags.process)
-        return finish(open_run(flags))
+        run = open_run(flags)
+        status = finish(run)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        status = 1
+    # All processes are refused, complete or preempted together; else this one may be alone.
+    if run is not None and status not in (COMPLETE, PREEMPTED) and jax.process_count() > 1:
+        leave(status)
+    return status
 
 
 if __name__ == "__main__":

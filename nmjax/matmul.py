@@ -48,8 +48,10 @@ def packed_matmul(
     Differentiable in `x`, the packed values and `bias`, so that kept weights can be fine-tuned
     packed, in reverse mode. Under `jax.vmap` over `x` the new axis joins the batch. Inside
     `jax.shard_map` the arrays of `packed` may be a shard of its outputs; the result is then that
-    shard's. The compiler cannot split a compiled kernel: outside `jax.shard_map`, operands sharded
-    over explicit axes of a mesh take the unpacked product, and over automatic axes are gathered.
+    shard's. Outside, under `jax.jit`, a batch or outputs sharded over automatic axes of a mesh
+    stay so, without communication: a sharded batch of `x`, and the last axis of an N:M weight's
+    arrays or the first of a 1xN weight's. Operands sharded over explicit axes take the unpacked
+    product.
 
     Args:
       x: (..., *reduction axes of the weight), floating.

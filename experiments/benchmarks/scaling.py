@@ -98,7 +98,7 @@ def place(job: Job, devices: int, preset: Preset) -> tuple[Placement, Programs, 
     with placement.active():
         state = begin(programs, (0,), job.task.recipe.lambda_w)
     (batch,) = job.task.train_batches(0, 0)
-    return placement, programs, state, placement.put_train(batch)
+    return placement, programs, state, placement.put(batch)
 
 
 def measure_steps(

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from experiments.tasks.task import Batch
+from experiments.tasks.task import Batch, Rows
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -50,7 +50,7 @@ def train_epoch(
     seed: int,
     epoch: int,
     first_step: int = 0,
-    rows: slice = slice(None),
+    rows: Rows | None = None,
     reading: Reading = Reading(),
 ) -> Iterator[Batch]:
     """Yields the batches of one epoch, in an order and with augmentations of its own.
@@ -66,13 +66,13 @@ def train_epoch(
       seed: of the run, not negative.
       epoch: which epoch of the run, from 0.
       first_step: batches to leave out at the start, without reading them.
-      rows: of each batch; the others are not read, for other processes may.
+      rows: of each batch, all by default; the others are not read, for other processes may.
       reading: threads and processes.
     """
     both = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     examples = grain.MapDataset.source(records).seed(both).shuffle().random_map(transform)
     batches = grain.MapDataset.range(len(records) // batch_size).map(
-        partial(_batch_rows, examples, batch_size, rows)
+        partial(_batch_rows, examples, batch_size, np.arange(batch_size) if rows is None else rows)
     )
     return _read(batches[first_step:], reading)
 
@@ -82,22 +82,26 @@ def eval_epoch(
     transform: Callable[[T], Batch],
     *,
     batch_size: int,
+    rows_of: Callable[[int], Rows] = np.arange,
     reading: Reading = Reading(),
 ) -> Iterator[Batch]:
     """Yields every example once, in the order of the records, in batches of one shape.
 
-    Each batch has a "valid" array (batch_size,): 1, or 0 where the last batch is padded with
-    zeros.
+    Each batch has a "valid" array (batch_size,): 1, or 0 where it is padded with zeros.
 
     Args:
       records: the examples, by index.
       transform: `example -> arrays of one example`.
       batch_size: examples a batch.
+      rows_of: batch size -> rows of each batch; the others are not read, for other processes may.
+        Rows from the batch size on are padding.
       reading: threads and processes.
     """
-    batches = grain.MapDataset.source(records).map(transform).batch(batch_size)
-    for batch in _read(batches, reading):
-        yield pad_batch(batch, batch_size)
+    examples = grain.MapDataset.source(records).map(transform)
+    batches = grain.MapDataset.range(-(-len(records) // batch_size)).map(
+        partial(_padded_rows, examples, batch_size, rows_of(batch_size))
+    )
+    return _read(batches, reading)
 
 
 def steps_per_epoch(records: Indexed[T], batch_size: int) -> int:
@@ -122,10 +126,21 @@ def pad_batch(batch: Batch, batch_size: int) -> Batch:
     return {**padded, "valid": (np.arange(batch_size) < count).astype(np.int32)}
 
 
-def _batch_rows(examples: Any, batch_size: int, rows: slice, index: int) -> Batch:
+def _batch_rows(examples: Any, batch_size: int, rows: Rows, index: int) -> Batch:
     # What is not asked for is not read.
-    chosen = [examples[index * batch_size + row] for row in range(batch_size)[rows]]
+    chosen = [examples[index * batch_size + int(row)] for row in rows]
     return {name: np.stack([example[name] for example in chosen]) for name in chosen[0]}
+
+
+def _padded_rows(examples: Any, batch_size: int, rows: Rows, index: int) -> Batch:
+    there = rows[rows < min(batch_size, len(examples) - index * batch_size)]
+    if len(there):
+        return pad_batch(_batch_rows(examples, batch_size, there, index), len(rows))
+    # The shapes of nothing but padding are those of any example.
+    nothing = {
+        name: values[:0] for name, values in _batch_rows(examples, 1, rows[:1] * 0, 0).items()
+    }
+    return pad_batch(nothing, len(rows))
 
 
 def _read(batches: Any, reading: Reading) -> Iterator[Batch]:

@@ -64,15 +64,17 @@ def cifar10_task(
     epochs = partial(
         train_epoch, train, train_example, batch_size=recipe.batch_size, reading=reading
     )
+    evaluation = partial(
+        eval_epoch, test, eval_example, batch_size=recipe.batch_size, reading=reading
+    )
     return classification_task(
         name="cifar10",
         model=make_image_network(model, 10, stem="cifar", dtype=dtype),
         input_shape=(32, 32, 3),
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
         train_rows=epochs,
-        eval_batches=partial(
-            eval_epoch, test, eval_example, batch_size=recipe.batch_size, reading=reading
-        ),
+        eval_batches=evaluation,
+        eval_rows=evaluation,
         steps_per_epoch=steps_per_epoch(train, recipe.batch_size),
         recipe=recipe,
         keep_dense=keep_dense,

@@ -30,6 +30,7 @@ def classification_task(
     recipe: Recipe,
     keep_dense: tuple[str, ...] = (),
     train_rows: Callable[..., Iterator[Batch]] | None = None,
+    eval_rows: Callable[..., Iterator[Batch]] | None = None,
 ) -> Task:
     """Makes the task of classifying images with a Flax linen module.
 
@@ -50,6 +51,7 @@ def classification_task(
       recipe: default hyper-parameters; its label smoothing acts on the training loss.
       keep_dense: path rules of layers that stay dense.
       train_rows: as `Task` has it.
+      eval_rows: as `Task` has it.
 
     Returns:
       The task.
@@ -87,6 +89,7 @@ def classification_task(
         recipe=recipe,
         keep_dense=keep_dense,
         train_rows=train_rows,
+        eval_rows=eval_rows,
     )
 
 

@@ -65,18 +65,21 @@ def coco_task(
         batch_size=recipe.batch_size,
         reading=reading,
     )
+    evaluation = partial(
+        eval_epoch,
+        validation,
+        partial(as_arrays, size=size, most=MOST_OBJECTS),
+        batch_size=_EVAL_BATCH,
+        reading=reading,
+    )
     return object_detection_task(
         name="coco",
         model=MaskRCNN(pyramid=FeaturePyramid(), classes=CLASSES),
         image_shape=(size, size),
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
-        eval_batches=partial(
-            eval_epoch,
-            validation,
-            partial(as_arrays, size=size, most=MOST_OBJECTS),
-            batch_size=_EVAL_BATCH,
-            reading=reading,
-        ),
+        train_rows=epochs,
+        eval_batches=evaluation,
+        eval_rows=evaluation,
         steps_per_epoch=steps_per_epoch(train, recipe.batch_size),
         recipe=recipe,
         notes=(count_boxes(validation, MOST_OBJECTS),),

@@ -88,7 +88,7 @@ def chairs_trained_task(
     Args:
       name: of the task.
       folder: the unpacked FlyingChairs_release.
-      eval_batches: see `optical_flow_task`.
+      eval_batches: see `optical_flow_task`; takes "rows_of" too, as `Task.eval_rows` does.
       recipe: hyper-parameters.
       reading: threads and processes that read.
       eval_iterations: of the network in evaluation.
@@ -102,7 +102,9 @@ def chairs_trained_task(
         model=Raft(),
         eval_iterations=eval_iterations,
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
+        train_rows=epochs,
         eval_batches=eval_batches,
+        eval_rows=eval_batches,
         steps_per_epoch=steps_per_epoch(train, recipe.batch_size),
         recipe=recipe,
         compared=Compared(seeds=(0,)),

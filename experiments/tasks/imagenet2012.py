@@ -135,15 +135,17 @@ def imagenet2012_task(
     epochs = partial(
         train_epoch, train, train_example, batch_size=recipe.batch_size, reading=reading
     )
+    evaluation = partial(
+        eval_epoch, held_out, eval_example, batch_size=recipe.batch_size, reading=reading
+    )
     return classification_task(
         name="imagenet2012",
         model=make_image_network(model, 1000, dtype=dtype),
         input_shape=(_SIZE, _SIZE, 3),
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
         train_rows=epochs,
-        eval_batches=partial(
-            eval_epoch, held_out, eval_example, batch_size=recipe.batch_size, reading=reading
-        ),
+        eval_batches=evaluation,
+        eval_rows=evaluation,
         steps_per_epoch=steps_per_epoch(train, recipe.batch_size),
         recipe=recipe,
         keep_dense=keep_dense,

@@ -75,23 +75,27 @@ def object_detection_task(
         keep_dense=KEEP_DENSE,
         metrics=BOX_METRICS + (MASK_METRICS if model.with_masks else ()),
         predict=partial(_predict, model),
-        score=detection_scores,
+        score=partial(detection_scores, image_shape),
+        scored_by=("boxes", "classes", "masks", "is_crowd"),
         show=partial(_show, model, eval_batches),
         **described,
     )
 
 
-def detection_scores(batches: list[Batch], predictions: list[Any]) -> dict[str, float]:
+def detection_scores(
+    image_shape: tuple[int, int], batches: list[Batch], predictions: list[Any]
+) -> dict[str, float]:
     """Average precision of boxes and, where there are masks, of masks.
 
     Args:
-      batches: see `object_detection_task`.
+      image_shape: (height, width).
+      batches: see `object_detection_task`; the images are not needed.
       predictions: `Found` of each batch.
     """
     truth, found = [], []
     for batch, prediction in zip(batches, predictions, strict=True):
         keep = np.flatnonzero(batch["valid"])
-        true, seen = true_objects(batch), annotated(batch, prediction)
+        true, seen = true_objects(image_shape, batch), annotated(image_shape, prediction)
         truth += [true[index] for index in keep]
         found += [seen[index] for index in keep]
     boxes = average_precision(truth, found, "bbox")
@@ -102,14 +106,14 @@ def detection_scores(batches: list[Batch], predictions: list[Any]) -> dict[str, 
     return scores
 
 
-def true_objects(batch: Batch) -> list[Annotated]:
+def true_objects(image_shape: tuple[int, int], batch: Batch) -> list[Annotated]:
     """The objects of each image of a batch, without padding."""
     found = []
     for index, classes in enumerate(batch["classes"]):
         there = classes > 0
         found.append(
             Annotated(
-                size=batch["image"].shape[1:3],
+                size=image_shape,
                 boxes=batch["boxes"][index][there],
                 classes=classes[there],
                 masks=batch["masks"][index][there] if "masks" in batch else None,
@@ -119,20 +123,22 @@ def true_objects(batch: Batch) -> list[Annotated]:
     return found
 
 
-def annotated(batch: Batch, prediction: Any) -> list[Annotated]:
+def annotated(image_shape: tuple[int, int], prediction: Any) -> list[Annotated]:
     """The detections of each image of a batch, masks pasted into it."""
     detections, masks = prediction
-    size, found = batch["image"].shape[1:3], []
-    for index in range(len(batch["image"])):
+    found = []
+    for index in range(len(detections.classes)):
         boxes, classes, scores = (np.asarray(values[index]) for values in detections)
         there = classes > 0
         found.append(
             Annotated(
-                size=size,
+                size=image_shape,
                 boxes=boxes[there],
                 classes=classes[there],
                 scores=scores[there],
-                masks=None if masks is None else paste(masks[index][there], boxes[there], size),
+                masks=None
+                if masks is None
+                else paste(masks[index][there], boxes[there], image_shape),
             )
         )
     return found
@@ -140,8 +146,8 @@ def annotated(batch: Batch, prediction: Any) -> list[Annotated]:
 
 def shown_images(batch: Batch, found: list[Annotated]) -> list[Shown]:
     """Draws the truth of some images, and what a network found with a score of 0.5 or more."""
-    rows = []
-    for image, true, seen in zip(batch["image"], true_objects(batch), found, strict=True):
+    rows, true_found = [], true_objects(batch["image"].shape[1:3], batch)
+    for image, true, seen in zip(batch["image"], true_found, found, strict=True):
         pixels = np.clip(np.rint(127.5 * (image + 1)), 0, 255).astype(np.uint8)
         scores = np.ones(len(seen.classes)) if seen.scores is None else seen.scores
         sure = np.flatnonzero(scores >= _SHOWN_SCORE)
@@ -242,4 +248,4 @@ def _show(
 ) -> list[Shown]:
     batch = {name: values[:_SHOWN] for name, values in next(eval_batches()).items()}
     found = jax.device_get(jax.jit(partial(_predict, model))(params, collections, batch))
-    return shown_images(batch, annotated(batch, found))
+    return shown_images(batch, annotated(batch["image"].shape[1:3], found))

@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 Batch = dict[str, np.ndarray]
+# Which rows of a batch, ascending.
+Rows = NDArray[np.integer[Any]]
 Variables = dict[str, Any]
 Sums = dict[str, jax.Array]
 Shown = dict[str, str]
@@ -151,7 +154,10 @@ class Task:
       predict: `(params, collections, batch) -> arrays` with one entry an example, such as
         translations; None where `evaluate` says all.
       score: `(batches, their predictions) -> {name: value}`, for metrics that are no means over
-        examples. Computed on the host, with NumPy arrays.
+        examples. Computed on the host, with NumPy arrays; of the batches it gets "valid" and
+        what `scored_by` says.
+      scored_by: names of the arrays of a batch that predictions are compared with, where it has
+        them.
       show: `(params, collections) -> rows of a table`, column -> text: what a trained network does
         with some test examples, the same at every call. The last column is the network's own,
         the others describe the example. A text of `image_uri` is shown as a picture.
@@ -163,6 +169,8 @@ class Task:
       train_rows: `(*, seed, epoch, first_step, rows) -> iterator of host batches`: those of
         `train_batches(seed, epoch)` from a step on, and of each the rows of a slice. For tasks
         that can leave the others unread; None: they are made and dropped.
+      eval_rows: `(*, rows_of) -> iterator of host batches`: of each batch of `eval_batches()`, with
+        n examples, the rows `rows_of(n)`; those from the n-th on are padding. None as above.
     """
 
     name: str
@@ -177,16 +185,33 @@ class Task:
     metrics: tuple[Metric, ...] = (Metric(),)
     predict: Callable[[Any, Variables, Batch], Any] | None = None
     score: Callable[[list[Batch], list[Any]], dict[str, float]] | None = None
+    scored_by: tuple[str, ...] = ()
     show: Callable[[Any, Variables], list[Shown]] | None = None
     baselines: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
     identity: tuple[tuple[str, str], ...] = ()
     compared: Compared = Compared()
     train_rows: Callable[..., Iterator[Batch]] | None = None
+    eval_rows: Callable[..., Iterator[Batch]] | None = None
 
-    def read(self, seed: int, epoch: int, first_step: int, rows: slice) -> Iterator[Batch]:
+    def read(self, seed: int, epoch: int, first_step: int, rows: Rows) -> Iterator[Batch]:
         """The batches of an epoch from a step on, and of each the given rows."""
         if self.train_rows is not None:
             return self.train_rows(seed=seed, epoch=epoch, first_step=first_step, rows=rows)
         batches = islice(self.train_batches(seed, epoch), first_step, None)
         return ({name: values[rows] for name, values in batch.items()} for batch in batches)
+
+    def read_test(self, rows_of: Callable[[int], Rows]) -> Iterator[Batch]:
+        """Of each batch of the test set, with n examples, the rows `rows_of(n)`, as `eval_rows`."""
+        if self.eval_rows is not None:
+            return self.eval_rows(rows_of=rows_of)
+        return (
+            {name: _padded_rows(values, rows_of(len(values))) for name, values in batch.items()}
+            for batch in self.eval_batches()
+        )
+
+
+def _padded_rows(values: np.ndarray, rows: Rows) -> np.ndarray:
+    """The given rows, zeros for those past the end."""
+    there = rows[rows < len(values)]
+    return np.pad(values[there], [(0, len(rows) - len(there))] + [(0, 0)] * (values.ndim - 1))

@@ -109,6 +109,7 @@ def translation_task(
         recipe=recipe,
         metrics=metrics,
         predict=predict,
+        scored_by=("index",),
         score=partial(_score, vocabulary, [target for _, target in texts], bleu_tokens),
         show=partial(_show, network, vocabulary, test, texts, beams),
         notes=(*notes, train.note("training"), test.note("test")),

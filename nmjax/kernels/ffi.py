@@ -20,10 +20,14 @@ from nmjax.kernels.operands import (
     result_dtype,
     taps_of,
 )
+from nmjax.kernels.split import split
 from nmjax.packed_blocks import PackedBlocks
 from nmjax.packed_nm import PackedNM
 
 _ONE_TAP = Window((1, 1), ((0, 0), (0, 0)), (1, 1))
+
+# Outputs that the kernel for groups computes at a time.
+_LANES = 16
 
 
 def matmul(
@@ -64,40 +68,70 @@ def _blocks(
     activation: Activation,
 ) -> jax.Array:
     """X (images, height, width, inputs) -> (images, height, width, outputs)."""
-    shape = (x.shape[0], *window.output(x.shape[1:3], taps), outputs_of(packed))
     before = [low for low, _ in window.padding]
     moves = np.array([*taps, *window.strides, *before, *window.dilation], np.int64)
-    pointers = packed.row_pointers
-    return jax.ffi.ffi_call(
-        "nmjax_blocks", result_like(shape, result_dtype(x, packed), x, packed.values)
-    )(
+    n = packed.leaf_plan.pattern.n
+
+    def kernel(x: jax.Array, bias: jax.Array, *arrays: jax.Array) -> jax.Array:
+        part = jax.tree.unflatten(jax.tree.structure(packed), arrays)
+        shape = (x.shape[0], *window.output(x.shape[1:3], taps), outputs_of(part))
+        pointers = part.row_pointers
+        y = jax.ffi.ffi_call(
+            "nmjax_blocks", result_like(shape, result_dtype(x, part), x, part.values)
+        )(
+            x,
+            part.values,
+            part.indices,
+            jnp.zeros(0, jnp.int32) if pointers is None else pointers,
+            bias.ravel(),
+            n=np.int64(n),
+            relu=activation == "relu",
+            window=moves,
+        )
+        return y.reshape(*shape[:-1], shape[-1] // n, n)
+
+    # A product's rows are the width of one image; of other images, a pixel needs its neighbours.
+    images = "h w b" if window == _ONE_TAP and x.shape[:2] == (1, 1) else "b h w"
+    is_uniform = packed.row_pointers is None
+    weight = "r k v, r k" if is_uniform else "k v, k, p"
+    rule = f"{images} i, {'r' if bias is not None else 'z'} n, {weight} -> {images} r n"
+    arrays = jax.tree.leaves(packed)
+    y = split(
+        kernel,
         x,
-        packed.values,
-        packed.indices,
-        jnp.zeros(0, jnp.int32) if pointers is None else pointers,
-        _float32(bias),
-        n=np.int64(packed.leaf_plan.pattern.n),
-        relu=activation == "relu",
-        window=moves,
+        _float32(bias).reshape(-1, n),
+        *arrays,
+        rule=rule,
+        whole="h w n" if is_uniform else "h w n r",
     )
+    return y.reshape(*y.shape[:-2], outputs_of(packed))
 
 
 def _groups(
     x: jax.Array, packed: PackedNM, bias: jax.Array | None, *, activation: Activation
 ) -> jax.Array:
     """X (batch, inputs) -> (batch, outputs)."""
-    inputs, groups = x.shape[-1], packed.values.shape[-3]
-    shape = (x.shape[0], outputs_of(packed))
-    return jax.ffi.ffi_call(
-        "nmjax_groups", result_like(shape, result_dtype(x, packed), x, packed.values)
-    )(
+    m = np.int64(x.shape[-1] // packed.values.shape[-3])
+
+    def kernel(x: jax.Array, bias: jax.Array, *tiled: jax.Array) -> jax.Array:
+        values, codes = (array.reshape(*array.shape[:-2], -1) for array in tiled)
+        shape = (x.shape[0], values.shape[-1])
+        y = jax.ffi.ffi_call(
+            "nmjax_groups", result_like(shape, result_dtype(x, packed), x, values)
+        )(x, values, codes, bias.ravel(), m=m, relu=activation == "relu")
+        return y.reshape(shape[0], shape[1] // _LANES, _LANES)
+
+    y = split(
+        kernel,
         x,
-        packed.values,
-        packed.codes,
-        _float32(bias),
-        m=np.int64(inputs // groups),
-        relu=activation == "relu",
+        *(
+            array.reshape(*array.shape[:-1], -1, _LANES)
+            for array in (_float32(bias), packed.values, packed.codes)
+        ),
+        rule=f"b i, {'o' if bias is not None else 'z'} l, g n o l, c o l -> b o l",
+        whole="l",
     )
+    return y.reshape(x.shape[0], outputs_of(packed))
 
 
 def batched(

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType
 
 import nmjax
+from experiments import checkpoints, processes
 from experiments.checkpoints import Checkpoints
 from experiments.placement import make_placement
 
@@ -234,7 +235,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
         steps, restored = Checkpoints(folder).restore(LIKE)
         assert_identical(restored, make_state(step=steps))
         error = capsys.readouterr().err
-        assert (steps == 1) == bool(error), file
+        assert error.count("\n") == (steps == 1), file
         if error:
             noticed += 1
             assert f"warning: the checkpoint {folder}/2 is damaged: " in error
@@ -247,18 +248,30 @@ def test_numbers_that_changed_on_disk_are_noticed(tmp_path, capsys, monkeypatch)
     """What the file format itself does not notice: another number in place of one."""
     saved_twice(tmp_path)
     store = Checkpoints(tmp_path)
-    restore = store._manager.restore
+    read = checkpoints._read
 
-    def restore_changed(steps, args):
-        restored = restore(steps, args=args)
-        if steps == 2 and "state" in args:
-            layer = restored["state"]["state"].params["layer"]
-            layer["kernel"][3, 5] += 1e-4
+    def read_changed(path, *args):
+        restored = read(path, *args)
+        if path == tmp_path / "2" / "state":
+            restored["state"].params["layer"]["kernel"][3, 5] += 1e-4
         return restored
 
-    monkeypatch.setattr(store._manager, "restore", restore_changed)
+    monkeypatch.setattr(checkpoints, "_read", read_changed)
     assert store.restore(LIKE)[0] == 1
     assert "2 is damaged: params/layer/kernel is not what was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["about", "state", "checksums"])
+def test_what_another_process_cannot_read_is_not_used(tmp_path, capsys, monkeypatch, step):
+    saved_twice(tmp_path)
+    complaints = iter({"about": [1], "state": [0, 1], "checksums": [0, 0, 1]}[step])
+
+    def tell_all(text):
+        return [text, "cut off" if next(complaints, 0) else ""]
+
+    monkeypatch.setattr(processes, "tell_all", tell_all)
+    assert Checkpoints(tmp_path).restore(LIKE)[0] == 1
+    assert f"{tmp_path}/2 is damaged: process 1: cut off; it is" in capsys.readouterr().err
 
 
 def test_no_whole_checkpoint_is_an_error(tmp_path):
@@ -280,18 +293,23 @@ def test_a_half_written_checkpoint_is_none_and_goes(tmp_path):
     assert names(tmp_path) == ["1", "2"]
 
 
-def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path):
-    """Writing fails in the background: the system refuses files that large, as a full disk does."""
+def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path, caplog):
+    """Writing fails in the background: the system refuses files that large, as a full disk does.
+
+    One line says so, and the error of the writer is behind it.
+    """
     saved_twice(tmp_path)
     store = Checkpoints(tmp_path, keep=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
     try:
         store.save(3, {"noise": jax.random.bits(jax.random.key(0), (10**6,))})
-        with pytest.raises(OSError, match=r"File too large.* steps 1, 2 are whole; make room"):
+        with pytest.raises(OSError, match=r"too large.* steps 1, 2 are whole; make room") as error:
             store.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in str(error.value.__cause__)
+    assert not [record.getMessage() for record in caplog.records if record.exc_info]
     store.close()
     store = Checkpoints(tmp_path, keep=1)
     assert store.restore(LIKE)[0] == 2

@@ -68,7 +68,7 @@ def test_the_data_are_described():
 
 def test_a_network_that_knows_the_truth_is_perfect():
     batches, _ = module.test_batches()
-    scores = detection_scores(batches, [perfect(batch) for batch in batches])
+    scores = detection_scores((64, 64), batches, [perfect(batch) for batch in batches])
     assert scores["box AP"] == pytest.approx(1)
     assert scores["mask AP50"] == pytest.approx(1)
     # Masks of 28 x 28 lose something.
@@ -81,15 +81,15 @@ def test_padded_images_do_not_count():
     found = perfect(batch)
     wrong = found.detections._replace(boxes=found.detections.boxes.copy())
     wrong.boxes[3] += 40
-    scores = detection_scores([batch], [Found(wrong, found.masks)])
+    scores = detection_scores((64, 64), [batch], [Found(wrong, found.masks)])
     assert scores["box AP"] == pytest.approx(1)
 
 
 def test_padding_of_annotation_and_detections_is_left_out():
     batch, _ = draw_batch(np.random.default_rng(0), 3, "test")
     counts = [int((classes > 0).sum()) for classes in batch["classes"]]
-    assert [len(one.classes) for one in true_objects(batch)] == counts
-    assert [len(one.scores) for one in annotated(batch, perfect(batch))] == counts
+    assert [len(one.classes) for one in true_objects((64, 64), batch)] == counts
+    assert [len(one.scores) for one in annotated((64, 64), perfect(batch))] == counts
 
 
 def test_loss_and_predictions_have_static_shapes():
@@ -126,7 +126,7 @@ def test_a_few_sparse_steps_can_be_scored_and_shown():
 def test_what_is_drawn_lies_where_the_object_is():
     batch, _ = draw_batch(np.random.default_rng(1), 8, "test")
     index = next(i for i, classes in enumerate(batch["classes"]) if classes[0] > 0)
-    true = true_objects(batch)[index]
+    true = true_objects((64, 64), batch)[index]
     pixels = np.zeros((64, 64, 3), np.uint8)
     drawn = draw_objects(pixels, true, [0], enlarge=3)
     assert drawn.shape == (192, 192, 3)

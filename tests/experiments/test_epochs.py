@@ -112,7 +112,7 @@ def test_processes_share_batches_without_overlap_or_gap(shares):
                 seed=0,
                 epoch=0,
                 first_step=1,
-                rows=slice(share * step, (share + 1) * step),
+                rows=np.arange(share * step, (share + 1) * step),
             )
         )
         for share, source in enumerate(sources)
@@ -131,6 +131,33 @@ def test_evaluation_sees_every_example_once_in_order_and_pads():
     assert order(batches)[:12] == list(range(12))
     assert not batches[-1]["square"][2:].any()
     assert_same(batches, eval_epoch(Squares(12), plain, batch_size=5, reading=Reading(threads=0)))
+
+
+@pytest.mark.parametrize(
+    "shares", [[[0, 1, 2, 3, 4]], [[0, 1], [2, 3, 4]], [[0, 3], [1, 2], [4, 5]]]
+)
+def test_processes_share_evaluation_without_overlap_or_gap(shares):
+    """The third share of three ends with padding, in every batch; of the last, it has only that."""
+    whole = list(eval_epoch(Squares(12), plain, batch_size=5))
+    sources = [Squares(12) for _ in shares]
+    parts = [
+        list(
+            eval_epoch(source, plain, batch_size=5, rows_of=lambda size, rows=rows: np.array(rows))
+        )
+        for source, rows in zip(sources, shares, strict=True)
+    ]
+    order = np.concatenate(shares)
+    for batch, *own in zip(whole, *parts, strict=True):
+        for name, values in batch.items():
+            joined = np.concatenate([part[name] for part in own])
+            np.testing.assert_array_equal(joined[order < 5], values[order[order < 5]])
+            assert joined.dtype == values.dtype
+            assert not joined[order >= 5].any()
+    reads = [sum(row < 5 for row in rows) * 2 + sum(row < 2 for row in rows) for rows in shares]
+    # One that has nothing but padding of a batch reads an example to know its shapes.
+    assert [source.reads for source in sources] == [
+        count + all(row >= 2 for row in rows) for count, rows in zip(reads, shares, strict=True)
+    ]
 
 
 def test_padding_keeps_dtypes():

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments.folder_lock import FolderLock
+from experiments.folder_lock import FolderLock, check_held
 from experiments.metrics_log import MetricsLog
 from tests.experiments.training_processes import end, last_state, start
 
@@ -130,6 +130,11 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, compiled):
 
 def test_a_folder_is_held_once(tmp_path):
     lock = FolderLock(tmp_path / "run")
+    check_held(tmp_path / "run", lock.owner)
+    with pytest.raises(ValueError, match=r"run on .* is not the folder that process 0 on x made"):
+        check_held(tmp_path / "run", "process 0 on x")
+    with pytest.raises(ValueError, match="put --runs-dir on a disk that all processes share"):
+        check_held(tmp_path / "elsewhere", lock.owner)
     with pytest.raises(ValueError, match=r"run is in use by process \d+ on "):
         FolderLock(tmp_path / "run")
     lock.release()

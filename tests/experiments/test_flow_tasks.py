@@ -139,7 +139,11 @@ def test_chairs_come_in_batches_of_one_shape(tmp_path, monkeypatch):
     batches = list(task.train_batches(0, 0))
     assert [batch["first"].shape for batch in batches] == [(2, 4, 8, 3)] * 2
     assert batches[0]["flow"].shape == (2, 4, 8, 2)
+    (second,) = task.train_rows(seed=0, epoch=0, first_step=1, rows=np.array([1]))
+    np.testing.assert_array_equal(second["first"], batches[1]["first"][1:])
     (batch,) = task.eval_batches()
+    (part,) = task.eval_rows(rows_of=lambda size: np.arange(size // 2))
+    np.testing.assert_array_equal(part["first"], batch["first"][:4])
     assert batch["first"].shape == (8, 6, 8, 3)
     assert batch["valid"].tolist() == [1] + [0] * 7
     assert np.abs(batch["first"]).max() <= 1

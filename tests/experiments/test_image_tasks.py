@@ -55,6 +55,9 @@ def test_cifar10_evaluation_is_the_normalised_image(cifar_folder):
         level = 255 * pixels.mean(axis=(1, 2, 3))
         expected = 22 * batch["label"] + 9.5
         assert np.abs(level - expected)[batch["valid"] == 1].max() < 1
+    halves = list(task.eval_rows(rows_of=lambda size: np.arange(size // 2, size)))
+    np.testing.assert_array_equal(halves[0]["image"], batches[0]["image"][8:])
+    assert not halves[1]["valid"].any()
 
 
 def test_imagenet_batches(imagenet_folder):

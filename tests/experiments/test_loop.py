@@ -1,7 +1,5 @@
 """The training loop: seeds, repetition, compilation, continuing, stopping."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import optax
@@ -13,7 +11,7 @@ from experiments.methods import METHODS, Method, learning_rate
 from experiments.seeds import across_cores, one_by_one
 from experiments.step import Job, make_programs, plan_of
 from nmjax.trees import named_leaves
-from tests.experiments.tiny import STEPS, Perceptron, tiny_task
+from tests.experiments.tiny import STEPS, tiny_task, with_predictions
 
 
 def make_job(method, **task):
@@ -176,23 +174,7 @@ def test_what_a_report_measures():
 def test_predictions_are_scored_seed_by_seed(seeds):
     """A task that predicts logits and counts right answers itself, as its accuracy does."""
     job = make_job("ste", epochs=1)
-    network = Perceptron()
-
-    def score(batches, predictions):
-        right = [
-            (logits.argmax(axis=1) == batch["label"])[batch["valid"] == 1]
-            for batch, logits in zip(batches, predictions, strict=True)
-        ]
-        return {"counted": np.concatenate(right).mean()}
-
-    task = dataclasses.replace(
-        job.task,
-        predict=lambda params, collections, batch: network.apply(
-            {"params": params, **collections}, batch["image"], train=False
-        ),
-        score=score,
-    )
-    report = last(train(job._replace(task=task), seeds=seeds))
+    report = last(train(job._replace(task=with_predictions(job.task)), seeds=seeds))
     np.testing.assert_allclose(report.test["counted"], report.test["accuracy"], rtol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """The training loop on meshes of eight simulated devices, against one device."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -8,12 +9,12 @@ import pytest
 from jax.sharding import AxisType
 
 from experiments.economy import in_auto_axes
-from experiments.loop import train
+from experiments.loop import begin, evaluate, train
 from experiments.methods import METHODS
 from experiments.placement import HERE, make_placement
 from experiments.step import Job, make_programs, plan_of
 from nmjax.trees import named_leaves
-from tests.experiments.tiny import tiny_task
+from tests.experiments.tiny import tiny_task, with_predictions
 
 LAYOUTS = {
     "data parallel": {"mesh": "data=8"},
@@ -127,6 +128,31 @@ def test_seeds_on_a_mesh():
         for name, leaf in named_leaves(jax.device_get(expected.state.train.params)).items():
             got = named_leaves(jax.device_get(report.state.train.params))[name][seed]
             np.testing.assert_allclose(got, leaf, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_test_set_that_does_not_split_is_evaluated_as_on_one_device(axis_type):
+    """Batches of 27, of which the last has 20 examples, on four devices."""
+    job = make_job("sr_ste")
+
+    def eval_batches():
+        for batch in tiny_task().eval_batches():
+            yield {name: values[:27] for name, values in batch.items()}
+
+    task = dataclasses.replace(with_predictions(job.task), eval_batches=eval_batches)
+    found = []
+    for placement in (HERE, place(job, "fsdp", axis_type=axis_type)):
+        is_explicit = placement.layout is not None and axis_type == AxisType.Explicit
+        placed = job._replace(task=in_auto_axes(task) if is_explicit else task)
+        programs = make_programs(placed, layout=placement.layout)
+        with placement.active():
+            state = begin(programs, (0,), 0.0)
+            found.append(evaluate(placed, programs, state.train, placement))
+    expected, split = found
+    assert expected.keys() == {"loss", "accuracy", "counted"}
+    assert split["counted"] == expected["counted"]
+    assert split["accuracy"] == expected["accuracy"]
+    np.testing.assert_allclose(split["loss"], expected["loss"], rtol=1e-5)
 
 
 def test_the_first_state_is_the_same_on_any_mesh():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import signal
 import socket
 import time
@@ -9,8 +10,9 @@ import time
 import numpy as np
 import pytest
 
+from experiments import processes
 from experiments.metrics_log import MetricsLog
-from experiments.processes import is_first, join_processes
+from experiments.processes import is_first, join_processes, tell_all, together
 from tests.experiments.training_processes import end, last_state, start
 
 FLAGS = ["--epochs", "4", "--log-every", "0", "--checkpoint-steps", "13"]
@@ -22,12 +24,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_two(flags, **options):
-    """Two processes of four devices each."""
-    together = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
+def start_two(flags, own=(), **environment):
+    """Two processes of four devices each; the second has flags of its own."""
+    known = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
     return [
-        start([*flags, *together, "--process", str(process)], devices=4, **options)
-        for process in range(2)
+        start([*flags, *known, "--process", str(process), *its], devices=4, **environment)
+        for process, its in enumerate([(), own])
     ]
 
 
@@ -47,25 +49,38 @@ def assert_same_training(folder, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "read"),
     [
-        ["--mesh", "data=8"],
+        # Of batches of 32 and 20 examples.
+        (["--mesh", "data=8"], (16 + 16, 16 + 4)),
         # Each process needs every row of a batch, and holds half of each kernel.
-        ["--mesh", "model=2,data=4", "--batch-axes", "data", "--shard", "middle/kernel=model"],
-        ["--mesh", "data=8", "--layout", "fsdp", "--axis-types", "explicit"],
+        (
+            ["--mesh", "model=2,data=4", "--batch-axes", "data", "--shard", "middle/kernel=model"],
+            (52, 52),
+        ),
+        (["--mesh", "data=8", "--layout", "fsdp", "--axis-types", "explicit"], (32, 20)),
+        # Each process has every other of eight shards of four.
+        (["--mesh", "a=2,b=4", "--batch-axes", "b", "a"], (16 + 12, 16 + 8)),
     ],
-    ids=["data", "model", "fsdp"],
+    ids=["data", "model", "fsdp", "strided"],
 )
-def test_two_processes_train_as_one(tmp_path, layout):
+def test_two_processes_train_as_one(tmp_path, layout, read):
+    """And each reads only those of the test examples that its devices need."""
     flags = [*FLAGS, *layout, "--runs-dir", str(tmp_path), "--name"]
     end(start([*flags, "one"], devices=8))
-    first, second = start_two([*flags, "two"])
-    assert "epoch 4/4" in end(first)[0]
-    assert "epoch" not in end(second)[0]  # One prints for all.
+    (out, said), (quiet, other_said) = (end(process) for process in start_two([*flags, "two"]))
+    assert "epoch 4/4" in out
+    assert "epoch" not in quiet  # One prints for all.
+    for share, error in zip(read, (said, other_said), strict=True):
+        assert f"{4 * share} test examples read" in error
     assert_same_training(tmp_path / "two", tmp_path / "one")
     ours, theirs = (MetricsLog(tmp_path / name).read() for name in ("two", "one"))
     assert [line["sad_epoch"] for line in ours] == [line["sad_epoch"] for line in theirs]
     assert [line["density"] for line in ours] == [line["density"] for line in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert our["test"]["counted"] == pytest.approx(our["test"]["accuracy"])
+        assert our["test"]["accuracy"] == their["test"]["accuracy"]
+        np.testing.assert_allclose(our["test"]["loss"], their["test"]["loss"], rtol=1e-4)
     settings = json.loads((tmp_path / "two" / "settings.json").read_text())
     assert settings["machine"]["device"].startswith("8 x cpu")
     # What two processes wrote, one goes on from.
@@ -95,9 +110,97 @@ def test_sigterm_to_one_process_saves_and_ends_both(tmp_path):
     assert last_state(folder)[1]["['train']['step']"] == steps
 
 
+@pytest.mark.slow
+def test_a_full_disk_ends_both_with_a_line_each(tmp_path):
+    """The system refuses files that large, to both processes."""
+    flags = ["--epochs", "1000", "--evaluate-every", "1000", "--log-every", "0", "--mesh", "data=8"]
+    flags += ["--layout", "fsdp", "--runs-dir", str(tmp_path), "--name", "full"]
+    both = start_two(flags, TINY_WIDTH="128")
+    while len(MetricsLog(tmp_path / "full").read()) < 2:
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.05)
+    for process in both:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4000, 4000))
+    ends = [process.communicate(timeout=100) for process in both]
+    assert any(process.returncode == 1 for process in both)
+    assert not any(process.returncode == 0 for process in both)
+    errors = [error for _, error in ends if "error: a checkpoint could not be written" in error]
+    assert errors
+    assert all("whole; make room, then go on with --resume" in error for error in errors)
+    assert "Traceback" not in errors[0]
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_read_none_goes_on_from(tmp_path):
+    """Damage that the first process does not see, since its devices need none of those shards."""
+    flags = [*FLAGS, "--mesh", "data=8", "--layout", "fsdp"]
+    flags += ["--runs-dir", str(tmp_path), "--name", "two"]
+    # Smaller shards would all lie in one file.
+    for process in start_two(flags, TINY_WIDTH="128"):
+        end(process)
+    folder = tmp_path / "two"
+    steps, whole = last_state(folder)
+    written = folder / "checkpoints" / str(steps) / "state" / "ocdbt.process_1" / "d"
+    for file in written.iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    both = start_two([*flags, "--resume"], TINY_WIDTH="128")
+    (out, said), (_, other_said) = (end(process) for process in both)
+    assert f"/{steps} is damaged: process 1: " in said
+    assert f"it is now damaged-{steps}, and the one before is used" in said
+    assert "damaged" not in other_said
+    assert "3 of 4 epochs done" in out
+    _, again = last_state(folder)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (["--epochs", "5"], "process 1 was started with other flags .*: epochs 5, not epochs 4"),
+        (["--runs-dir", "elsewhere"], "is not the folder that process .* put --runs-dir on a disk"),
+    ],
+)
+def test_what_one_process_is_told_otherwise_ends_all(tmp_path, own, message):
+    flags = [*FLAGS, "--runs-dir", str(tmp_path)]
+    own = [str(tmp_path / flag) if flag == "elsewhere" else flag for flag in own]
+    for process in start_two(flags, own=own):
+        _, error = end(process, status=1)
+        assert re.search(f"error: .*{message}", error)
+
+
+@pytest.mark.slow
+def test_what_one_process_may_not_none_does(tmp_path):
+    """The first process knows of the run that is there already, and the other learns it."""
+    flags = [*FLAGS, "--runs-dir", str(tmp_path)]
+    (tmp_path / "digits-small_resnet-sr_ste-2_4").mkdir()
+    (tmp_path / "digits-small_resnet-sr_ste-2_4" / "settings.json").write_text("{}")
+    first, second = start_two(flags)
+    assert "error: /" in end(first, status=1)[1]
+    assert re.search("error: process 0: .* holds a run already", end(second, status=1)[1])
+
+
 def test_one_process_joins_nothing():
     join_processes(False, None, None, None)
     assert is_first()
+    assert tell_all("täglich") == ["täglich"]
+    assert tell_all("") == [""]
+    assert tell_all("ä" * 4000) == ["ä" * 2048]
+
+
+def test_processes_go_on_together_or_not_at_all(monkeypatch):
+    def fail():
+        raise OSError("disk full")
+
+    assert together(lambda: 3, (ValueError,)) == 3
+    with pytest.raises(OSError, match=r"^disk full$"):
+        together(fail, (ValueError, OSError))
+    monkeypatch.setattr(processes, "tell_all", lambda text: [text, "", "no such file"])
+    with pytest.raises(ValueError, match=r"^process 2: no such file$"):
+        together(lambda: 3, (ValueError, OSError))
+    with pytest.raises(OSError, match=r"^disk full$"):
+        together(fail, (ValueError, OSError))
 
 
 @pytest.mark.parametrize("given", [("host:1", None, None), (None, 2, 0), ("host:1", 2, None)])

@@ -24,7 +24,7 @@ def test_a_metric_whose_best_value_is_zero_falls():
 
 
 @pytest.mark.parametrize("first_step", [0, 3, STEPS])
-@pytest.mark.parametrize("rows", [slice(None), slice(2, 6)])
+@pytest.mark.parametrize("rows", [np.arange(BATCH), np.array([2, 3, 5])])
 def test_reading_from_the_middle_and_in_part(first_step, rows):
     task = tiny_task()
     expected = list(task.train_batches(7, 1))[first_step:]
@@ -34,7 +34,7 @@ def test_reading_from_the_middle_and_in_part(first_step, rows):
         assert ours.keys() == theirs.keys()
         for name, values in theirs.items():
             np.testing.assert_array_equal(ours[name], values[rows])
-    assert all(len(batch["label"]) == len(range(BATCH)[rows]) for batch in got)
+    assert all(len(batch["label"]) == len(rows) for batch in got)
 
 
 def test_a_task_that_reads_in_part_is_asked_to():
@@ -45,5 +45,24 @@ def test_a_task_that_reads_in_part_is_asked_to():
         return iter([])
 
     task = dataclasses.replace(tiny_task(), train_rows=train_rows)
-    assert list(task.read(7, 1, 3, slice(2, 6))) == []
-    assert asked == [{"seed": 7, "epoch": 1, "first_step": 3, "rows": slice(2, 6)}]
+    rows = np.arange(2, 6)
+    assert list(task.read(7, 1, 3, rows)) == []
+    assert asked == [{"seed": 7, "epoch": 1, "first_step": 3, "rows": rows}]
+
+
+def test_the_test_set_is_read_in_part_and_filled_up():
+    task, rows = tiny_task(), np.array([3, 30, 31, 32, 33])
+    expected = list(task.eval_batches())
+    for ours, theirs in zip(task.read_test(lambda size: rows), expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, values in theirs.items():
+            assert ours[name].dtype == values.dtype
+            np.testing.assert_array_equal(ours[name][:3], values[rows[:3]])
+            assert not ours[name][3:].any()
+
+
+def test_a_task_that_reads_the_test_set_in_part_is_asked_to():
+    asked = []
+    task = dataclasses.replace(tiny_task(), eval_rows=lambda rows_of: iter([asked.append(rows_of)]))
+    assert list(task.read_test(np.arange)) == [None]
+    assert asked == [np.arange]

@@ -1,5 +1,7 @@
 """A task that compiles and trains in a moment: a small multilayer perceptron on four blobs."""
 
+import dataclasses
+
 import flax.linen as nn
 import numpy as np
 
@@ -11,13 +13,15 @@ BATCH = 8
 
 
 class Perceptron(nn.Module):
+    width: int = 16
+
     @nn.compact
     def __call__(self, x, train):
         x = x.reshape(len(x), -1)
-        x = nn.Dense(16, name="stem")(x)
+        x = nn.Dense(self.width, name="stem")(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(x)
-        x = nn.relu(nn.Dense(16, name="middle")(nn.relu(x)))
-        return nn.Dense(4, name="head")(nn.relu(nn.Dense(16, name="last")(x)))
+        x = nn.relu(nn.Dense(self.width, name="middle")(nn.relu(x)))
+        return nn.Dense(4, name="head")(nn.relu(nn.Dense(self.width, name="last")(x)))
 
 
 def draw(rng, count):
@@ -27,7 +31,7 @@ def draw(rng, count):
     return {"image": images, "label": labels}
 
 
-def tiny_task(*, epochs=4, learning_rate=0.05, scale=1.0, **recipe):
+def tiny_task(*, epochs=4, learning_rate=0.05, scale=1.0, width=16, **recipe):
     """`scale` multiplies the training images: infinity makes the loss NaN."""
 
     def train_batches(seed, epoch):
@@ -43,7 +47,7 @@ def tiny_task(*, epochs=4, learning_rate=0.05, scale=1.0, **recipe):
 
     return classification_task(
         name="digits",
-        model=Perceptron(),
+        model=Perceptron(width),
         input_shape=(2, 2, 1),
         train_batches=train_batches,
         eval_batches=eval_batches,
@@ -57,3 +61,21 @@ def tiny_task(*, epochs=4, learning_rate=0.05, scale=1.0, **recipe):
         ),
         keep_dense=("^stem/", "^head/"),
     )
+
+
+def with_predictions(task):
+    """The task, which also predicts logits and counts right answers itself, as "counted"."""
+
+    def predict(params, collections, batch):
+        network = Perceptron(params["middle"]["bias"].shape[0])
+        return network.apply({"params": params, **collections}, batch["image"], train=False)
+
+    def score(batches, predictions):
+        right = [
+            (logits.argmax(axis=1) == batch["label"])[batch["valid"] == 1]
+            for batch, logits in zip(batches, predictions, strict=True)
+        ]
+        assert batches[0].keys() == {"label", "valid"}
+        return {"counted": np.concatenate(right).mean()}
+
+    return dataclasses.replace(task, predict=predict, score=score, scored_by=("label",))

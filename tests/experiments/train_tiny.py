@@ -1,11 +1,46 @@
 """`python -m tests.experiments.train_tiny`: experiments.train, with a task that compiles fast."""
 
+import dataclasses
+import os
 import sys
+from functools import partial
+
+import numpy as np
 
 import experiments.flags
+from experiments.data.epochs import eval_epoch
 from experiments.train import main
-from tests.experiments.tiny import tiny_task
+from tests.experiments.tiny import tiny_task, with_predictions
+
+
+class Examples:
+    """The examples of a task's test set; notes which are read."""
+
+    def __init__(self, task):
+        batches = list(task.eval_batches())
+        valid = np.concatenate([batch.pop("valid") for batch in batches]) != 0
+        self.arrays = {
+            name: np.concatenate([batch[name] for batch in batches])[valid] for name in batches[0]
+        }
+        self.read = []
+
+    def __len__(self):
+        return len(self.arrays["label"])
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return {name: values[index] for name, values in self.arrays.items()}
+
+
+def make_task(flags):
+    task = tiny_task(epochs=flags.epochs, width=int(os.environ.get("TINY_WIDTH", "16")))
+    rows = partial(eval_epoch, EXAMPLES, dict, batch_size=32)
+    return with_predictions(dataclasses.replace(task, eval_rows=rows))
+
 
 if __name__ == "__main__":
-    experiments.flags._task = lambda flags: tiny_task(epochs=flags.epochs)
-    sys.exit(main())
+    EXAMPLES = Examples(tiny_task())
+    experiments.flags._task = make_task
+    status = main()
+    print(f"{len(EXAMPLES.read)} test examples read", file=sys.stderr)
+    sys.exit(status)

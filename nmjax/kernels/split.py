@@ -1,0 +1,68 @@
+"""How the compiler splits a compiled kernel over the automatic axes of a mesh.
+
+On its own it knows nothing about a kernel, and gathers all operands on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def split(
+    kernel: Callable[..., jax.Array], *operands: jax.Array, rule: str, whole: str = ""
+) -> jax.Array:
+    """`kernel(*operands)`, of which each device computes the part that it has the operands for.
+
+    Inside of `jax.shard_map`, and where axes of the mesh are explicit, it is called as it is.
+
+    Args:
+      kernel: makes of parts of the operands that part of the result.
+      *operands: arrays.
+      rule: names of all axes, as in `"b i, i o -> b o"`. What has one name is split alike; a name
+        that the result lacks is whole on every device.
+      whole: more such names.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # With one device only nothing is split, and calls outside of `jax.jit` are faster so.
+    if mesh.manual_axes or mesh.explicit_axes or (mesh.empty and jax.device_count() == 1):
+        return kernel(*operands)
+    given, _, made = rule.partition("->")
+    inputs, output = [part.split() for part in given.split(",")], made.split()
+    named = dict.fromkeys(name for names in (*inputs, output) for name in names)
+    never = tuple(name for name in named if name not in output or name in whole.split())
+
+    def partition(mesh: Mesh, arguments: Any, result: Any) -> tuple[Any, ...]:
+        del arguments
+        spec: tuple[Any, ...] = (None,) * len(output)
+        if mesh.empty:  # Nothing lies on a mesh: all is whole everywhere.
+            mesh = Mesh(np.array(list(result.sharding.device_set)), ("devices",))
+        else:
+            spec = (*result.sharding.spec, *spec)
+        axes = {
+            name: entry
+            for name, entry, size in zip(output, spec, result.shape, strict=False)
+            if name not in never and size % _parts(mesh, entry) == 0
+        }
+
+        def place(names: list[str]) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*[axes.get(name) for name in names]))
+
+        return mesh, kernel, place(output), tuple(map(place, inputs))
+
+    call = custom_partitioning(kernel)
+    call.def_partition(partition, sharding_rule=rule, need_replication_factors=never)
+    y: jax.Array = call(*operands)
+    return y
+
+
+def _parts(mesh: Mesh, entry: Any) -> int:
+    """Into how many parts an entry of a PartitionSpec splits an axis."""
+    names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    return math.prod(mesh.shape[name] for name in names)
