@@ -1,8 +1,8 @@
 """Pairs of images with exact dense flow: photographs that move in layers.
 
-scikit-learn ships two photographs; they are given some coloured grain. A background and a few
-blobs are cut out of them at random and each moves by an affine map of its own, the blobs in front
-of the background and of each other.
+scikit-learn ships two photographs; they are given coloured grain, in parts stronger than what they
+show. A background and a few blobs are cut out of them at random and each moves by an affine map of
+its own, the blobs in front of the background and of each other.
 The flow is exact: texture and outline of a layer are functions of the position in the first image,
 and the second image evaluates them at the position that the inverse map takes a pixel from. Pixels
 that are hidden in the second image have a true flow too, as in FlyingChairs.
