@@ -72,12 +72,12 @@ class Flags:
         bottlenecks.
       epochs: passes over the training data. None for the recipe's: digits 60, cifar10 200,
         imagenet2012 120, number_names 8, wmt14 23, python_bytes 20 (of windows drawn at random),
-        flow 14 and detection 16 (of generated images), flying_chairs and sintel 36, coco 12.
+        flow 6 and detection 16 (of generated images), flying_chairs and sintel 36, coco 12.
         Here and below, imagenet2012 with blocks has another recipe: 250 epochs, batches of 512, no
         warm-up, weight decay 1e-4 but none on vectors, label smoothing 0.1.
       batch_size: examples a step, over all devices. None for the recipe's: digits 25, cifar10
         128, imagenet2012 256, number_names 32, wmt14 1024, python_bytes 32 to 128,
-        flow 6, detection 8, flying_chairs and sintel 4, coco 16.
+        flow and detection 8, flying_chairs and sintel 4, coco 16.
       optimizer: sgd, or adamw. None for the recipe's: sgd for images, adamw for text,
         generated images and optical flow.
       learning_rate: peak, after linear warm-up and before the decay. None for the recipe's, 0.1

@@ -1,8 +1,8 @@
 """Pairs of images with exact dense flow: photographs that move in layers.
 
-scikit-learn ships two photographs; they are given some grain. A background and a few blobs are cut
-out of them at random and each moves by an affine map of its own, the blobs in front of the
-background and of each other.
+scikit-learn ships two photographs; they are given coloured grain, in parts stronger than what they
+show. A background and a few blobs are cut out of them at random and each moves by an affine map of
+its own, the blobs in front of the background and of each other.
 The flow is exact: texture and outline of a layer are functions of the position in the first image,
 and the second image evaluates them at the position that the inverse map takes a pixel from. Pixels
 that are hidden in the second image have a true flow too, as in FlyingChairs.
@@ -25,11 +25,12 @@ Array = NDArray[np.float64]
 
 # Scaled down, so that a cut of 64 pixels holds more than one leaf.
 SHRINK = 2
-# Standard deviation of the grain, in grey values, and its width in pixels. Sky and what is out of
-# focus have no texture of their own, so that nothing could be told about their motion. Grain much
-# finer than a pixel of the network's maps would look like another one after half of it.
-GRAIN = 0.15
-GRAIN_WIDTH = 2.0
+# Standard deviation of the grain, each channel's own, in values from 0 to 1, and its width in
+# pixels. Sky and what is out of focus have no texture of their own, so that nothing could be told
+# about their motion. Grain much finer than a pixel of the network's maps would look like another
+# one after half of it.
+GRAIN = 0.2
+GRAIN_WIDTH = 3.0
 # The part of the photographs' width that training images come from.
 TRAIN_SHARE = 0.65
 # The largest number of blobs, and standard deviations of a layer's motion.
@@ -143,8 +144,8 @@ def grained(split: Split) -> tuple[Array, ...]:
     rng = np.random.default_rng(0)
     found = []
     for texture in photographs(split):
-        grain = gaussian_filter(rng.standard_normal(texture.shape[:2]), GRAIN_WIDTH)
-        found.append(np.clip(texture + (GRAIN / grain.std() * grain)[..., None], 0, 1))
+        grain = gaussian_filter(rng.standard_normal(texture.shape), GRAIN_WIDTH, axes=(0, 1))
+        found.append(np.clip(texture + GRAIN / grain.std() * grain, 0, 1))
     return tuple(found)
 
 

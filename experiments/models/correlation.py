@@ -83,9 +83,8 @@ def look_up(pyramid: list[jax.Array], points: jax.Array, radius: int) -> jax.Arr
     windows = []
     for index, level in enumerate(pyramid):
         x, y = jnp.moveaxis(points / 2**index, -1, 0)[..., None] + offsets
-        window = jnp.einsum(
-            "bijyk,bijkl,bijxl->bijyx", _hats(y, level.shape[3]), level, _hats(x, level.shape[4])
-        )
+        rows, columns = _hats(y, level.shape[3]), _hats(x, level.shape[4])
+        window = rows @ level @ jnp.swapaxes(columns, -1, -2)
         windows.append(window.reshape(*window.shape[:3], -1))
     return jnp.concatenate(windows, axis=-1)
 

@@ -10,8 +10,8 @@ from experiments.flags import Flags, make_job, make_task
 from experiments.loop import train
 from experiments.models.raft import tiny_raft
 from experiments.tasks import flow as module
-from experiments.tasks.flow import draw_batch, flow_task
-from experiments.tasks.flying_chairs import flying_chairs_task
+from experiments.tasks.flow import drawn_pairs, flow_task, train_example
+from experiments.tasks.flying_chairs import as_arrays, flying_chairs_task
 from experiments.tasks.optical_flow import flow_sums, no_motion_error, shown_pairs
 from experiments.tasks.sintel import eval_example, sintel_task
 from tests.experiments.test_flow_folders import write_chairs, write_sintel
@@ -23,13 +23,11 @@ TINIER = {"widths": (8,), "strides": (4, 1), "iterations": 1, "hidden": 8}
 @pytest.fixture(scope="module", autouse=True)
 def _small():
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TRAIN_PAIRS", 24)
         patch.setattr(module, "TEST_PAIRS", 8)
-        patch.setattr(module, "STEPS_PER_EPOCH", 3)
         patch.setattr(module, "_EVAL_BATCH", 4)
         patch.setattr(module, "tiny_raft", lambda: replace(tiny_raft(), **TINIER))
-        module.test_batches.cache_clear()
         yield
-    module.test_batches.cache_clear()
 
 
 def test_batches_depend_on_seed_and_epoch_only():
@@ -44,16 +42,62 @@ def test_batches_depend_on_seed_and_epoch_only():
 
 
 def test_batches_are_what_the_loss_asks_for():
-    batch = draw_batch(np.random.default_rng(0), 3, "train")
-    shapes = {name: values.shape for name, values in batch.items()}
-    assert shapes == {
-        "first": (3, 64, 64, 3),
-        "second": (3, 64, 64, 3),
-        "flow": (3, 64, 64, 2),
-        "known": (3, 64, 64),
-    }
-    assert all(values.dtype == np.float32 for values in batch.values())
-    assert -1 <= batch["first"].min() < -0.5 < 0.5 < batch["first"].max() <= 1
+    task = flow_task()
+    for batch, count in ((next(task.train_batches(0, 0)), 8), (next(task.eval_batches()), 4)):
+        shapes = {name: values.shape for name, values in batch.items() if name != "valid"}
+        assert shapes == {
+            "first": (count, 64, 64, 3),
+            "second": (count, 64, 64, 3),
+            "flow": (count, 64, 64, 2),
+            "known": (count, 64, 64),
+        }
+        assert all(batch[name].dtype == np.float32 for name in shapes)
+        assert -1 <= batch["first"].min() < -0.5 < 0.5 < batch["first"].max() <= 1
+        assert batch["known"].all()
+
+
+def test_an_epoch_sees_every_pair_once():
+    task = flow_task()
+    assert task.steps_per_epoch == 3
+    epochs = [list(task.train_batches(0, epoch)) for epoch in (0, 1)]
+    # Mirroring changes no component's size.
+    sums = [
+        np.sort(np.concatenate([np.abs(batch["flow"]).sum(axis=(1, 2, 3)) for batch in batches]))
+        for batches in epochs
+    ]
+    drawn = [np.abs(flow).sum() for _, _, flow in drawn_pairs("train", 24)]
+    assert len(set(drawn)) == 24
+    for found in sums:
+        np.testing.assert_allclose(found, np.sort(drawn), rtol=1e-5)
+
+
+def test_a_pair_comes_in_four_ways_that_keep_the_flow_true():
+    pair = drawn_pairs("train", 24)[0]
+    seen = {}
+    for seed in range(30):
+        batch = train_example(pair, np.random.default_rng(seed))
+        seen[batch["flow"].tobytes()] = batch
+    assert len(seen) == 4
+    plain = as_arrays(pair)
+    for batch in seen.values():
+        across, down = np.sign(
+            batch["flow"].mean(axis=(0, 1)) * plain["flow"].mean(axis=(0, 1))
+        ).astype(int)
+        for name in ("first", "second"):
+            np.testing.assert_array_equal(batch[name], plain[name][::down, ::across])
+        expected = plain["flow"][::down, ::across] * np.array([across, down])
+        np.testing.assert_array_equal(batch["flow"], expected)
+
+
+def test_training_and_test_pairs_move_differently():
+    train, test = drawn_pairs("train", 24), drawn_pairs("test", 8)
+    assert not {flow.tobytes() for _, _, flow in train} & {flow.tobytes() for _, _, flow in test}
+    assert all(image.dtype == np.uint8 for image in train[0][:2])
+
+
+def test_a_batch_larger_than_the_training_set_is_refused():
+    with pytest.raises(ValueError, match="from 1 to 24"):
+        make_task(Flags(task="flow", batch_size=25))
 
 
 def test_no_motion_is_as_wrong_as_the_flow_is_long():
@@ -97,7 +141,7 @@ def test_loss_and_metrics_are_scalars():
 
 @pytest.mark.slow
 def test_a_few_sparse_steps_change_the_error_and_can_be_shown():
-    job = make_job(Flags(task="flow", pattern="2:4", method="sr_ste", epochs=1, batch_size=2))
+    job = make_job(Flags(task="flow", pattern="2:4", method="sr_ste", epochs=1, batch_size=8))
     (report,) = train(job, watch_every=3)
     assert report.density[0] == pytest.approx(0.5)
     assert np.isfinite(report.train_loss).all()
@@ -110,7 +154,7 @@ def test_a_few_sparse_steps_change_the_error_and_can_be_shown():
 
 
 def test_pictures_leave_unknown_flow_out():
-    batch = draw_batch(np.random.default_rng(0), 1, "test")
+    batch = {name: values[:1] for name, values in next(flow_task().eval_batches()).items()}
     batch["flow"][0, 0, 0] = np.nan
     flow = np.zeros_like(batch["flow"])
     batch["known"][0, 0, 0] = 0

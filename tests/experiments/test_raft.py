@@ -7,6 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.data.synthetic_flow import grained
+from experiments.models.correlation import centre_and_scale, correlation_pyramid
+from experiments.models.flow_encoder import Encoder
 from experiments.models.raft import Raft, convex_upsample, tiny_raft
 from nmjax import make_plan
 
@@ -68,6 +71,23 @@ def test_sides_must_fit_the_strides():
 
 def test_steps_share_their_parameters():
     assert count(shapes(tiny_raft(iterations=1))) == count(shapes(tiny_raft(iterations=5)))
+
+
+def test_untrained_features_of_the_small_model_find_a_shift():
+    texture = 2 * grained("train")[0][40:120, 40:120].astype(np.float32) - 1
+    # What lies at (x, y) in the first image lies at (x + 8, y - 4) in the second.
+    images = np.stack([texture[8:72, 8:72], texture[12:76, :64]])
+    np.testing.assert_array_equal(images[0, 4:, :-8], images[1, :-4, 8:])
+    model = tiny_raft()
+    encoder = Encoder(model.widths, model.strides, model.features, "instance")
+    maps, _ = jax.jit(lambda x: encoder.init_with_output(jax.random.key(0), x, train=False))(images)
+    (level,) = correlation_pyramid(*np.split(np.asarray(centre_and_scale(maps)), 2), levels=1)
+    best = np.asarray(level).reshape(16, 16, 256).argmax(axis=2)
+    y, x = np.mgrid[:16, :16]
+    # A pixel of the maps is four of the images.
+    found = (best % 16 - x == 2) & (best // 16 - y == -1)
+    # Of the pixels that are in sight in both images.
+    assert found[1:, :-2].mean() > 0.5
 
 
 @settings(max_examples=10, deadline=None)

@@ -119,8 +119,10 @@ def test_grain_is_added_once_and_stays_the_same(monkeypatch):
     (again,) = grained("train")
     grained.cache_clear()
     np.testing.assert_array_equal(once, again)
-    assert once.std() == pytest.approx(0.15, rel=0.01)
-    assert np.ptp(once, axis=-1).max() == 0
+    # A little less where it was cut off at 0 and 1.
+    assert once.std() == pytest.approx(0.2, rel=0.1)
+    # A colour of its own at every point.
+    assert np.ptp(once, axis=-1).mean() > 0.2
 
 
 def test_splits_are_other_parts_of_the_photographs():
