@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.data.scenes import CLASSES, MOST_OBJECTS, box_of, draw_scene, load_digits
+from experiments.data.scenes import CLASSES, DARKENED, MOST_OBJECTS, box_of, draw_scene, load_digits
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,17 @@ def test_boxes_are_those_of_the_masks(scenes):
             assert mask[:, right - 1].any()
 
 
-def test_masks_do_not_overlap_and_have_one_colour(scenes):
+def test_masks_do_not_overlap_and_have_one_tint(scenes):
     for scene in scenes:
         assert scene.masks.sum(axis=0).max() <= 1
         for mask in scene.masks[scene.classes > 0]:
             assert np.ptp(scene.image[mask > 0], axis=0).max() == 0
+
+
+def test_whatever_is_lighter_than_the_photograph_is_annotated(scenes):
+    for scene in scenes:
+        drawn = (scene.image > DARKENED).all(axis=-1)
+        np.testing.assert_array_equal(drawn, scene.masks.any(axis=0))
 
 
 def test_padding_comes_last_and_every_class_and_count_occurs(scenes):
@@ -44,7 +50,6 @@ def test_padding_comes_last_and_every_class_and_count_occurs(scenes):
         assert 0 <= scene.image.min() <= scene.image.max() <= 1
     assert set(counts) == set(range(MOST_OBJECTS + 1))
     assert set(np.concatenate([s.classes for s in scenes])) == set(range(CLASSES))
-    assert sum(scene.hidden for scene in scenes) > 0
 
 
 def test_the_same_generator_gives_the_same_scene():
