@@ -21,6 +21,7 @@ from experiments.data.synthetic_flow import Split, photographs
 
 CLASSES = 11  # the background and ten digits
 MOST_OBJECTS = 4
+MOST_TRIES = 7  # to put one somewhere
 SIDES = (22, 36)  # of an enlarged digit, in pixels
 # Brightness that a photograph is darkened to, and the darkest tint of a digit in each channel.
 DARKENED = 0.5
@@ -28,7 +29,7 @@ DARKEST_TINT = 0.7
 # Fractions: of the digits, for training; of grey that is ink; of a digit that must be seen.
 _TRAIN_SHARE = 0.7
 _INK = 0.3
-_SEEN = 0.6
+_SEEN = 0.75
 
 
 class Scene(NamedTuple):
@@ -60,7 +61,9 @@ def draw_scene(rng: np.random.Generator, size: int, split: Split) -> Scene:
     masks: list[NDArray[np.bool_]] = []
     areas: list[int] = []
     classes: list[int] = []
-    for _ in range(rng.integers(0, MOST_OBJECTS + 1)):
+    for _ in range(rng.integers(0, MOST_TRIES + 1)):
+        if len(masks) == MOST_OBJECTS:
+            break
         at = rng.integers(len(labels))
         ink = _place(rng, digits[at], size)
         seen = [mask & ~ink for mask in masks]

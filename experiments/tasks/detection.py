@@ -29,7 +29,7 @@ from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 SIZE = 64
 TEST_SCENES = 128
-STEPS_PER_EPOCH = 125
+STEPS_PER_EPOCH = 175
 _EVAL_BATCH = 32
 
 RECIPE = Recipe(

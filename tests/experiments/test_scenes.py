@@ -1,8 +1,11 @@
 """Scenes: annotations that are exact, deterministic, and of other digits in training and test."""
 
+import itertools
+
 import numpy as np
 import pytest
 
+from experiments.data import scenes as module
 from experiments.data.scenes import CLASSES, DARKENED, MOST_OBJECTS, box_of, draw_scene, load_digits
 
 
@@ -50,6 +53,20 @@ def test_padding_comes_last_and_every_class_and_count_occurs(scenes):
         assert 0 <= scene.image.min() <= scene.image.max() <= 1
     assert set(counts) == set(range(MOST_OBJECTS + 1))
     assert set(np.concatenate([s.classes for s in scenes])) == set(range(CLASSES))
+
+
+@pytest.mark.parametrize(("hidden", "most"), [(2, 2), (3, 1), (10, 1)])
+def test_a_digit_that_hides_more_than_a_quarter_of_another_is_left_out(monkeypatch, hidden, most):
+    places = np.zeros((2, 64, 64), bool)
+    places[0, :10, 20:30] = True
+    places[1, :10, 10 + hidden : 20 + hidden] = True
+    turns = itertools.cycle(places)
+    monkeypatch.setattr(module, "_place", lambda *_: next(turns))
+    drawn = [draw_scene(np.random.default_rng(seed), 64, "train") for seed in range(20)]
+    counts = [int((scene.classes > 0).sum()) for scene in drawn]
+    assert max(counts) == most
+    areas = {int(scene.masks[0].sum()) for scene, n in zip(drawn, counts, strict=True) if n == most}
+    assert areas == {100 - 10 * hidden if most == 2 else 100}
 
 
 def test_the_same_generator_gives_the_same_scene():
