@@ -38,7 +38,7 @@ class Scene(NamedTuple):
     Attributes:
       image: (size, size, 3) float32 in [0, 1].
       boxes: (MOST_OBJECTS, 4) float32: left, top, right, bottom, in pixels.
-      classes: (MOST_OBJECTS,) int32: the digit + 1; 0 is padding.
+      classes: (MOST_OBJECTS,) int32: the digit, 10 for a zero; 0 is padding.
       masks: (MOST_OBJECTS, size, size) uint8.
     """
 
@@ -70,7 +70,9 @@ def draw_scene(rng: np.random.Generator, size: int, split: Split) -> Scene:
         if any(mask.sum() < _SEEN * area for mask, area in zip(seen, areas, strict=True)):
             continue
         image[ink] = rng.uniform(DARKEST_TINT, 1, 3)
-        masks, areas, classes = [*seen, ink], [*areas, ink.sum()], [*classes, labels[at] + 1]
+        # Class 0 is the background.
+        number = int(labels[at]) or 10
+        masks, areas, classes = [*seen, ink], [*areas, ink.sum()], [*classes, number]
     return _annotated(image, classes, masks)
 
 

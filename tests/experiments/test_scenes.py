@@ -75,6 +75,14 @@ def test_the_same_generator_gives_the_same_scene():
         np.testing.assert_array_equal(a, b)
 
 
+def test_classes_are_digits_and_ten_for_zero(monkeypatch):
+    digits = np.ones((3, 8, 8))
+    for label, number in ((0, 10), (1, 1), (9, 9)):
+        monkeypatch.setattr(module, "load_digits", lambda _, n=label: (digits, np.full(3, n)))
+        scene = draw_scene(np.random.default_rng(3), 64, "train")
+        assert set(scene.classes[scene.classes > 0]) == {number}
+
+
 def test_digits_are_split():
     train, test = load_digits("train"), load_digits("test")
     assert len(train[1]) + len(test[1]) == 1797
