@@ -1,11 +1,11 @@
 """Scenes to detect objects in: handwritten digits over photographs, with exact boxes and masks.
 
-scikit-learn ships both. A digit is enlarged, coloured and put somewhere; later ones hide parts of
-earlier ones. Its mask is what is seen of it and its box is that mask's. Training scenes are made
-of other digits and of other parts of the photographs than test scenes.
+scikit-learn ships both. A digit is enlarged, tinted and put somewhere on a darkened photograph, as
+chalk would look; later ones hide parts of earlier ones. Its mask is what is seen of it and its box
+is that mask's. Training scenes are made of other digits and of other parts of the photographs than
+test scenes.
 
-A digit of which too little is left to be seen is taken out of the scene's annotation, as an
-annotator would; `Scene.hidden` counts them.
+Whatever is drawn is annotated: a digit that would hide too much of another is left out.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from experiments.data.synthetic_flow import Split, photographs
 
 CLASSES = 11  # the background and ten digits
 MOST_OBJECTS = 4
-SIDES = (18, 34)  # of an enlarged digit, in pixels
-# Fractions: of the digits, for training; of grey that is ink; of a mask that must be seen.
+MOST_TRIES = 7  # to put one somewhere
+SIDES = (22, 36)  # of an enlarged digit, in pixels
+# Brightness that a photograph is darkened to, and the darkest tint of a digit in each channel.
+DARKENED = 0.5
+DARKEST_TINT = 0.7
+# Fractions: of the digits, for training; of grey that is ink; of a digit that must be seen.
 _TRAIN_SHARE = 0.7
 _INK = 0.3
-_SEEN = 0.4
+_SEEN = 0.75
 
 
 class Scene(NamedTuple):
@@ -34,16 +38,14 @@ class Scene(NamedTuple):
     Attributes:
       image: (size, size, 3) float32 in [0, 1].
       boxes: (MOST_OBJECTS, 4) float32: left, top, right, bottom, in pixels.
-      classes: (MOST_OBJECTS,) int32: the digit + 1; 0 is padding.
+      classes: (MOST_OBJECTS,) int32: the digit, 10 for a zero; 0 is padding.
       masks: (MOST_OBJECTS, size, size) uint8.
-      hidden: digits that are not annotated, because too little of them is seen.
     """
 
     image: NDArray[np.float32]
     boxes: NDArray[np.float32]
     classes: NDArray[np.int32]
     masks: NDArray[np.uint8]
-    hidden: int
 
 
 def draw_scene(rng: np.random.Generator, size: int, split: Split) -> Scene:
@@ -56,18 +58,22 @@ def draw_scene(rng: np.random.Generator, size: int, split: Split) -> Scene:
     """
     image = _background(rng, size, split)
     digits, labels = load_digits(split)
-    count = int(rng.integers(0, MOST_OBJECTS + 1))
-    masks = np.zeros((count, size, size), bool)
-    whole = np.zeros(count, int)
-    classes = np.zeros(count, np.int32)
-    for index in range(count):
-        at = int(rng.integers(len(labels)))
-        mask = _place(rng, digits[at], size)
-        image[mask] = _ink(rng, image[mask].mean(axis=0))
-        masks[:index] &= ~mask
-        masks[index], whole[index], classes[index] = mask, mask.sum(), labels[at] + 1
-    seen = masks.sum(axis=(1, 2)) > _SEEN * whole
-    return _annotated(image, classes[seen], masks[seen], int((~seen).sum()))
+    masks: list[NDArray[np.bool_]] = []
+    areas: list[int] = []
+    classes: list[int] = []
+    for _ in range(rng.integers(0, MOST_TRIES + 1)):
+        if len(masks) == MOST_OBJECTS:
+            break
+        at = rng.integers(len(labels))
+        ink = _place(rng, digits[at], size)
+        seen = [mask & ~ink for mask in masks]
+        if any(mask.sum() < _SEEN * area for mask, area in zip(seen, areas, strict=True)):
+            continue
+        image[ink] = rng.uniform(DARKEST_TINT, 1, 3)
+        # Class 0 is the background.
+        number = int(labels[at]) or 10
+        masks, areas, classes = [*seen, ink], [*areas, ink.sum()], [*classes, number]
+    return _annotated(image, classes, masks)
 
 
 def box_of(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
@@ -93,7 +99,7 @@ def _background(rng: np.random.Generator, size: int, split: Split) -> NDArray[np
     texture = textures[rng.integers(len(textures))]
     top = rng.integers(texture.shape[0] - size + 1)
     left = rng.integers(texture.shape[1] - size + 1)
-    return np.array(texture[top : top + size, left : left + size], np.float32)
+    return np.array(DARKENED * texture[top : top + size, left : left + size], np.float32)
 
 
 def _place(rng: np.random.Generator, digit: NDArray[np.float64], size: int) -> NDArray[np.bool_]:
@@ -111,29 +117,16 @@ def _place(rng: np.random.Generator, digit: NDArray[np.float64], size: int) -> N
     return mask
 
 
-def _ink(rng: np.random.Generator, below: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A colour that can be told from what it covers."""
-    while True:
-        colour = rng.uniform(0, 1, 3)
-        if np.abs(colour - below).max() > 0.35:
-            return colour.astype(np.float32)
-
-
 def _annotated(
-    image: NDArray[np.float32],
-    classes: NDArray[np.int32],
-    masks: NDArray[np.bool_],
-    hidden: int,
+    image: NDArray[np.float32], classes: list[int], masks: list[NDArray[np.bool_]]
 ) -> Scene:
     """Pads the annotation to its static shape."""
-    missing = MOST_OBJECTS - len(classes)
-    boxes = np.zeros((MOST_OBJECTS, 4), np.float32)
-    for index, mask in enumerate(masks):
-        boxes[index] = box_of(mask)
-    return Scene(
+    scene = Scene(
         image=image,
-        boxes=boxes,
-        classes=np.pad(classes, (0, missing)),
-        masks=np.pad(masks, ((0, missing), (0, 0), (0, 0))).astype(np.uint8),
-        hidden=hidden,
+        boxes=np.zeros((MOST_OBJECTS, 4), np.float32),
+        classes=np.zeros(MOST_OBJECTS, np.int32),
+        masks=np.zeros((MOST_OBJECTS, *image.shape[:2]), np.uint8),
     )
+    for index, (number, mask) in enumerate(zip(classes, masks, strict=True)):
+        scene.boxes[index], scene.classes[index], scene.masks[index] = box_of(mask), number, mask
+    return scene

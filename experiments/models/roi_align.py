@@ -15,6 +15,9 @@ from experiments.models.boxes import area
 
 # Samples a side of each cell of the grid, as in torchvision.
 SAMPLES = 2
+# Maps of so few pixels in all are read by matrix products, since the gradient of reading single
+# pixels is slow on CPUs. With many pixels the products would be larger than all other work.
+_FEW_PIXELS = 1024
 
 
 def roi_align(
@@ -30,9 +33,6 @@ def roi_align(
     more than a pixel outside of the map are zero, nearer ones are those of its border. Boxes are
     given no gradient.
 
-    The levels are joined to one long list of pixels, so that each box reads from its own level
-    only, whatever that is.
-
     Args:
       levels: maps (rows, columns, features) of one image, or of one mask.
       strides: pixels of the image between two of the map, one a level.
@@ -43,25 +43,10 @@ def roi_align(
     Returns:
       (n, size, size, features).
     """
-    pixels = jnp.concatenate([level.reshape(-1, level.shape[-1]) for level in levels])
-    counts = [level.shape[0] * level.shape[1] for level in levels]
-    starts = jnp.array([sum(counts[:index]) for index in range(len(counts))])[which]
-    rows = jnp.array([level.shape[0] for level in levels])[which]
-    columns = jnp.array([level.shape[1] for level in levels])[which]
-    scale = 1 / jnp.array(strides, boxes.dtype)[which]
-    boxes = jax.lax.stop_gradient(boxes) * scale[:, None] - 0.5
-    top, below, y_weights = _samples(boxes[:, 1], boxes[:, 3], rows, size)
-    left, right, x_weights = _samples(boxes[:, 0], boxes[:, 2], columns, size)
-    count = size * SAMPLES
-    values = jnp.zeros((len(boxes), count, count, pixels.shape[-1]), pixels.dtype)
-    for row, row_weight in zip((top, below), y_weights, strict=True):
-        for column, column_weight in zip((left, right), x_weights, strict=True):
-            at = starts[:, None, None] + row[:, :, None] * columns[:, None, None]
-            weight = row_weight[:, :, None] * column_weight[:, None, :]
-            values += weight[..., None] * pixels[at + column[:, None, :]]
-    features = pixels.shape[-1]
-    cells = values.reshape(len(boxes), size, SAMPLES, size, SAMPLES, features)
-    return cells.mean(axis=(2, 4))
+    boxes = jax.lax.stop_gradient(boxes)
+    pixels = sum(level.shape[0] * level.shape[1] for level in levels)
+    read = _by_products if pixels <= _FEW_PIXELS else _by_samples
+    return read(levels, strides, boxes, which, size)
 
 
 def level_of(
@@ -83,17 +68,84 @@ def level_of(
     return jnp.clip(jnp.floor(level), 0, levels - 1).astype(jnp.int32)
 
 
-def _samples(
+def _by_products(
+    levels: Sequence[jax.Array],
+    strides: Sequence[int],
+    boxes: jax.Array,
+    which: jax.Array,
+    size: int,
+) -> jax.Array:
+    """`roi_align` as products of every map with what each of its rows and columns weighs."""
+    features = levels[0].shape[-1]
+    values = jnp.zeros((len(boxes), size, size, features), levels[0].dtype)
+    for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
+        scaled = boxes / stride - 0.5
+        rows = _weights(scaled[:, 1], scaled[:, 3], level.shape[0], size)
+        columns = _weights(scaled[:, 0], scaled[:, 2], level.shape[1], size)
+        own = jnp.where((which == index)[:, None, None], rows, 0)
+        across = jnp.einsum("nir,rcf->nicf", own, level)
+        values += jnp.einsum("nicf,njc->nijf", across, columns)
+    return values
+
+
+def _weights(begin: jax.Array, end: jax.Array, length: int, size: int) -> jax.Array:
+    """Along one axis: how much of each pixel is in each cell, (n, size, length)."""
+    at, is_near = _positions(begin, end, length, size)
+    weights = jnp.maximum(1 - jnp.abs(at[..., None] - jnp.arange(length)), 0)
+    weights = jnp.where(is_near[..., None], weights, 0)
+    return weights.reshape(len(at), size, SAMPLES, length).mean(axis=2)
+
+
+def _by_samples(
+    levels: Sequence[jax.Array],
+    strides: Sequence[int],
+    boxes: jax.Array,
+    which: jax.Array,
+    size: int,
+) -> jax.Array:
+    """`roi_align` by reading the four neighbours of every sample.
+
+    The levels are joined to one long list of pixels, so that each box reads from its own level
+    only, whatever that is.
+    """
+    pixels = jnp.concatenate([level.reshape(-1, level.shape[-1]) for level in levels])
+    counts = [level.shape[0] * level.shape[1] for level in levels]
+    starts = jnp.array([sum(counts[:index]) for index in range(len(counts))])[which]
+    rows = jnp.array([level.shape[0] for level in levels])[which]
+    columns = jnp.array([level.shape[1] for level in levels])[which]
+    scale = 1 / jnp.array(strides, boxes.dtype)[which]
+    boxes = boxes * scale[:, None] - 0.5
+    top, below, y_weights = _neighbours(boxes[:, 1], boxes[:, 3], rows, size)
+    left, right, x_weights = _neighbours(boxes[:, 0], boxes[:, 2], columns, size)
+    count = size * SAMPLES
+    values = jnp.zeros((len(boxes), count, count, pixels.shape[-1]), pixels.dtype)
+    for row, row_weight in zip((top, below), y_weights, strict=True):
+        for column, column_weight in zip((left, right), x_weights, strict=True):
+            at = starts[:, None, None] + row[:, :, None] * columns[:, None, None]
+            weight = row_weight[:, :, None] * column_weight[:, None, :]
+            values += weight[..., None] * pixels[at + column[:, None, :]]
+    features = pixels.shape[-1]
+    cells = values.reshape(len(boxes), size, SAMPLES, size, SAMPLES, features)
+    return cells.mean(axis=(2, 4))
+
+
+def _neighbours(
     begin: jax.Array, end: jax.Array, length: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     """Along one axis: the pixels below and above each sample, and their weights, (n, samples)."""
-    count = size * SAMPLES
-    at = begin[:, None] + (jnp.arange(count) + 0.5) / count * (end - begin)[:, None]
     limit = length[:, None]
-    is_near = (at >= -1) & (at <= limit)
-    at = jnp.clip(at, 0, limit - 1)
+    at, is_near = _positions(begin, end, limit, size)
     low = jnp.floor(at).astype(jnp.int32)
     high = jnp.minimum(low + 1, limit - 1)
     share = at - low
     zero = jnp.zeros_like(share)
     return low, high, (jnp.where(is_near, 1 - share, zero), jnp.where(is_near, share, zero))
+
+
+def _positions(
+    begin: jax.Array, end: jax.Array, length: jax.Array | int, size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Along one axis: where each sample is read, and whether it counts, (n, samples)."""
+    count = size * SAMPLES
+    at = begin[:, None] + (jnp.arange(count) + 0.5) / count * (end - begin)[:, None]
+    return jnp.clip(at, 0, length - 1), (at >= -1) & (at <= length)

@@ -7,9 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.models import roi_align as module
 from experiments.models.roi_align import level_of, roi_align
 
-align_jit = jax.jit(roi_align, static_argnums=(1, 4))
+
+@pytest.fixture(scope="module", params=[0, 10**6], ids=["by samples", "by products"])
+def align_jit(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_FEW_PIXELS", request.param)
+        # A new function, or programs that the other way was traced into would be found.
+        yield jax.jit(lambda *args: roi_align(*args), static_argnums=(1, 4))
 
 
 def sample(image, x, y):
@@ -38,7 +45,7 @@ def align(image, stride, box, size):
 
 @settings(max_examples=15, deadline=None)
 @given(size=st.integers(1, 3), seed=st.integers(0, 999))
-def test_every_box_is_read_from_its_own_level(size, seed):
+def test_every_box_is_read_from_its_own_level(align_jit, size, seed):
     rng = np.random.default_rng(seed)
     levels = [rng.standard_normal(s).astype("f4") for s in ((8, 12, 2), (4, 6, 2), (2, 3, 2))]
     strides = (2, 4, 8)
@@ -51,7 +58,7 @@ def test_every_box_is_read_from_its_own_level(size, seed):
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_box_over_whole_pixels_gives_them_back():
+def test_a_box_over_whole_pixels_gives_them_back(align_jit):
     image = np.arange(36, dtype=np.float32).reshape(6, 6, 1)
     box = np.array([[1, 2, 5, 6]], np.float32)
     # Linear in the position, so the mean of a cell is the value at its centre.
@@ -60,13 +67,13 @@ def test_a_box_over_whole_pixels_gives_them_back():
     np.testing.assert_allclose(inside, image[2:5, 1:5, 0], atol=1e-5)
 
 
-def test_gradients_reach_the_map_and_not_the_boxes():
+def test_gradients_reach_the_map_and_not_the_boxes(align_jit):
     rng = np.random.default_rng(0)
     image = jnp.array(rng.standard_normal((5, 5, 1)), jnp.float32)
     box = jnp.array([[0.7, 1.1, 3.9, 4.2]])
 
     def total(image, box):
-        return roi_align([image], (1,), box, jnp.zeros(1, int), 2).sum()
+        return align_jit([image], (1,), box, jnp.zeros(1, int), 2).sum()
 
     by_image, by_box = jax.jit(jax.grad(total, argnums=(0, 1)))(image, box)
     assert (by_box == 0).all()
