@@ -45,6 +45,7 @@ def multiply(x: jax.Array, values: jax.Array, words: jax.Array) -> jax.Array:
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="nmjax_sparse_wgmma",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
     return kernel(x, values, words)
