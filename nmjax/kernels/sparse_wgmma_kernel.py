@@ -26,7 +26,7 @@ from jaxlib.mlir.dialects import llvm, nvvm
 
 from nmjax.kernels.position_words import INPUTS, OUTPUTS
 
-ROWS = 256  # The most that an instruction takes, and each reads its 64 outputs' values anew.
+ROWS = 256  # The most that an instruction takes; fewer would read the values more often.
 STEPS = 4  # In shared memory at a time: 41 KB each, of Hopper's 227 KB.
 SLAB = 64  # Rows that are stored at a time.
 SWIZZLE = 128
@@ -122,6 +122,7 @@ def _step(dtype: str, _: Any, sums: Any, x: Any, values: Any, words: Any) -> Any
     nvvm.wgmma_commit_group_sync_aligned()
     nvvm.wgmma_wait_group_sync_aligned(0)
     done = FragmentedArray(_registers=registers, _layout=accumulator._value.layout, _is_signed=None)
+    # The compiler may not use the sums before the wait is over.
     return optimization_barrier(done).to_layout(sums.layout)
 
 
