@@ -220,7 +220,7 @@ def _variant(vector: Literal[2, 4, 8], xs: list[Any], packed: list[Any]) -> Func
 
 
 def packed_weights(ws: list[jax.Array]) -> list[PackedNM]:
-    """The weights, pruned to 2:4 and packed."""
+    """The weights, all of one shape, pruned to 2:4 and packed."""
     plan = nmjax.make_plan({"w": jax.ShapeDtypeStruct(ws[0].shape, ws[0].dtype)}, "2:4")
     pack = jax.jit(lambda w: nmjax.pack({"w": w}, plan)["w"])
     return [pack(w) for w in ws]
@@ -311,8 +311,7 @@ def lowered_products() -> Iterator[tuple[Product, str]]:
         yield product, _cuda_text(multiply_sparse, x, w)
     for product in FEW_ROWS:
         w = jax.ShapeDtypeStruct((product.inputs, product.outputs), product.dtype)
-        plan = nmjax.make_plan({"w": w}, "2:4")
-        packed = jax.eval_shape(lambda w, plan=plan: nmjax.pack({"w": w}, plan)["w"], w)
+        packed = jax.eval_shape(lambda w: packed_weights([w])[0], w)
         obstacle = decode.why_not(w.dtype, packed)
         if obstacle:
             raise ValueError(obstacle)
