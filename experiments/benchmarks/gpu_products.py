@@ -18,9 +18,11 @@ import jax.numpy as jnp
 
 import nmjax
 from experiments.benchmarks.timing import interleaved_times
-from nmjax.kernels import cusparselt, decode
+from nmjax.kernels import cusparselt, decode, sparse_wgmma
 from nmjax.kernels.cusparselt_limits import RESULTS
+from nmjax.kernels.position_words import position_words
 from nmjax.kernels.quantized import quantize
+from nmjax.packed_nm import PackedNM
 
 Functions = dict[str, Callable[[], Any]]
 
@@ -73,6 +75,7 @@ FEW_ROWS = [
     )
     for rows in many
 ]
+WGMMA_ROWS = [Product(*shape, "bfloat16") for shape in _MANY_ROWS[:2]]
 SMALL = [
     Product("small", 32, 64, 128, dtype)
     for dtype in ("bfloat16", "float16", "int8", "float8_e4m3fn")
@@ -194,9 +197,7 @@ def sparse_functions(product: Product, xs: list[Any], ws: list[Any], transposed:
 def time_few_rows(product: Product, rounds: int) -> dict[str, Any]:
     """The kernel of nmjax that reads packed weights: as it chooses, its variants, and integers."""
     xs, ws = operands(product)
-    plan = nmjax.make_plan({"w": jax.ShapeDtypeStruct(ws[0].shape, ws[0].dtype)}, "2:4")
-    pack = jax.jit(lambda w: nmjax.pack({"w": w}, plan)["w"])
-    packed = [pack(w) for w in ws]
+    packed = packed_weights(ws)
     candidates = dense_functions(product, xs, ws)
     candidates["sparse"] = lambda: {"sparse": many(decode.matmul, xs, packed)}
     vectors: tuple[Literal[2, 4, 8], ...] = (8, 4, 2)
@@ -216,6 +217,36 @@ def time_few_rows(product: Product, rounds: int) -> dict[str, Any]:
 def _variant(vector: Literal[2, 4, 8], xs: list[Any], packed: list[Any]) -> Functions:
     multiply_one = partial(decode.matmul, vector=vector)
     return {f"variant, {vector} outputs a thread": many(multiply_one, xs, packed)}
+
+
+def packed_weights(ws: list[jax.Array]) -> list[PackedNM]:
+    """The weights, all of one shape, pruned to 2:4 and packed."""
+    plan = nmjax.make_plan({"w": jax.ShapeDtypeStruct(ws[0].shape, ws[0].dtype)}, "2:4")
+    pack = jax.jit(lambda w: nmjax.pack({"w": w}, plan)["w"])
+    return [pack(w) for w in ws]
+
+
+def time_sparse_wgmma(product: Product, rounds: int) -> dict[str, Any]:
+    """Hopper's instruction from Mosaic GPU, with cuSPARSELt beside it."""
+    xs, ws = operands(product)
+    to_words = jax.jit(position_words)
+    weights = [(packed, to_words(packed)) for packed in packed_weights(ws)]
+    candidates = dense_functions(product, xs, ws)
+    candidates["sparse wgmma"] = lambda: {"sparse wgmma": many(multiply_wgmma, xs, weights)}
+    candidates["cusparselt"] = lambda: {
+        name.replace("sparse", "cusparselt"): function
+        for name, function in sparse_functions(product, xs, ws, False).items()
+    }
+    timed = measured(product, candidates, rounds)
+    theirs = [ms for name, ms in timed["ms"].items() if name.startswith("cusparselt")]
+    if theirs:
+        timed["time over cuSPARSELt's"] = timed["ms"]["sparse wgmma"] / min(theirs)
+    return timed
+
+
+def multiply_wgmma(x: jax.Array, weight: tuple[PackedNM, jax.Array]) -> jax.Array:
+    """A product by Hopper's instruction, of words that are there already."""
+    return sparse_wgmma.matmul(x, *weight)
 
 
 def row(product: Product, functions: Functions, rounds: int) -> dict[str, Any]:
@@ -280,13 +311,21 @@ def lowered_products() -> Iterator[tuple[Product, str]]:
         yield product, _cuda_text(multiply_sparse, x, w)
     for product in FEW_ROWS:
         w = jax.ShapeDtypeStruct((product.inputs, product.outputs), product.dtype)
-        plan = nmjax.make_plan({"w": w}, "2:4")
-        packed = jax.eval_shape(lambda w, plan=plan: nmjax.pack({"w": w}, plan)["w"], w)
+        packed = jax.eval_shape(lambda w: packed_weights([w])[0], w)
         obstacle = decode.why_not(w.dtype, packed)
         if obstacle:
             raise ValueError(obstacle)
         x = jax.ShapeDtypeStruct((product.rows, product.inputs), product.dtype)
         yield product, _cuda_text(decode.matmul, x, packed)
+
+
+def lowered_wgmma() -> Iterator[str]:
+    """As `lowered_products`, of what is timed for Hopper's instruction alone."""
+    for product in WGMMA_ROWS:
+        w = jax.ShapeDtypeStruct((product.inputs, product.outputs), product.dtype)
+        weight = jax.eval_shape(lambda w: [(p, position_words(p)) for p in packed_weights([w])], w)
+        x = jax.ShapeDtypeStruct((product.rows, product.inputs), product.dtype)
+        yield _cuda_text(multiply_wgmma, x, weight[0])
 
 
 def _cuda_text(function: Callable[..., Any], *arguments: Any) -> str:

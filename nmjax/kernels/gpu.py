@@ -19,3 +19,14 @@ def why_no_gpu(dtype: np.dtype | None = None) -> str | None:
     if dtype == jnp.float8_e4m3fn and version < (8, 9):
         return f"{kind} has no tensor cores for {dtype}; those came with Ada and Hopper"
     return None
+
+
+def why_no_wgmma() -> str | None:
+    """Why the device that JAX would use has no `wgmma` instruction, or None: Hopper alone has."""
+    obstacle = why_no_gpu()
+    if obstacle:
+        return obstacle
+    device = jax.devices()[0]
+    if not str(getattr(device, "compute_capability", "")).startswith("9."):
+        return f"{device.device_kind} has no wgmma instruction; only Hopper has: H100, H200, GH200"
+    return None

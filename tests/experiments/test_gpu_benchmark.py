@@ -10,10 +10,13 @@ import pytest
 
 import nmjax
 from experiments.benchmarks import gpu, gpu_checks, gpu_products
-from nmjax.kernels import cusparselt, decode, quantized, reference
+from nmjax.kernels import cusparselt, decode, quantized, reference, sparse_wgmma
 from nmjax.kernels.cusparselt_library import CusparseLt
 from nmjax.kernels.cusparselt_limits import GELU, RESULTS
 from nmjax.kernels.quantized import QuantizedNM
+from nmjax.kernels.sparse_wgmma import why_no_kernel
+
+WGMMA = gpu_products.Product("small", 8, 64, 128, "bfloat16")
 
 
 @pytest.fixture
@@ -44,6 +47,9 @@ def dense_kernels(monkeypatch):
     monkeypatch.setattr(cusparselt, "matmul", matmul)
     monkeypatch.setattr(cusparselt, "tune", lambda *arguments, **settings: None)
     monkeypatch.setattr(decode, "matmul", decode_matmul)
+    monkeypatch.setattr(
+        sparse_wgmma, "matmul", lambda x, packed, words=None: reference.matmul(x, packed)
+    )
 
 
 def run(monkeypatch, tmp_path, only):
@@ -88,6 +94,9 @@ def test_every_section_of_a_gpu_runs(dense_kernels, monkeypatch, tmp_path):
 
     check_sparse_dense = gpu_checks.check_sparse_dense
     monkeypatch.setattr(gpu, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "why_no_wgmma", lambda: None)
+    monkeypatch.setattr(gpu, "why_no_kernel", lambda: None)
+    monkeypatch.setattr(gpu, "translated_wgmma", dict)
     monkeypatch.setattr(gpu, "built", lambda: {"cusparselt": "compiled"})
     monkeypatch.setattr(gpu, "translated", dict)
     monkeypatch.setattr(gpu, "masked", small(gpu.masked, 16))
@@ -99,6 +108,7 @@ def test_every_section_of_a_gpu_runs(dense_kernels, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_checks, "ROWS_AND_VECTORS", ((3, 2),))
     monkeypatch.setattr(gpu_products, "MANY_ROWS", gpu_products.SMALL[:1])
     monkeypatch.setattr(gpu_products, "FEW_ROWS", gpu_products.SMALL[:1])
+    monkeypatch.setattr(gpu_products, "WGMMA_ROWS", [WGMMA])
     monkeypatch.setattr(gpu_products.Product, "repeats", 2)
     results, code = run(monkeypatch, tmp_path, "")
     assert code == 0, results
@@ -106,6 +116,7 @@ def test_every_section_of_a_gpu_runs(dense_kernels, monkeypatch, tmp_path):
     assert sections == set(results["seconds"])
     assert sections >= {"few rows", "many rows", "mask and apply", "train step", "check decode"}
     assert results["many rows"][0]["speedup"] > 0
+    assert results["check and time sparse wgmma"]["times"][0]["speedup"] > 0
 
 
 def test_every_timed_program_translates(monkeypatch):
@@ -209,6 +220,44 @@ def test_few_rows_are_timed(dense_kernels, monkeypatch):
     row = gpu_products.time_few_rows(gpu_products.SMALL[0], 1)
     assert set(row["ms"]) > {"dense", "sparse", "variant, 8 outputs a thread", "int8 values"}
     assert row["speedup of int8 values"] > 0
+
+
+def test_hopper_s_instruction_is_timed_beside_cusparselt(dense_kernels, monkeypatch):
+    monkeypatch.setattr(gpu_products.Product, "repeats", 2)
+    row = gpu_products.time_sparse_wgmma(WGMMA, 1)
+    ms = row["ms"]
+    assert set(ms) > {"sparse wgmma", "cusparselt", "cusparselt, not tuned", "dense"}
+    fastest = min(ms["cusparselt"], ms["cusparselt, not tuned"])
+    assert row["time over cuSPARSELt's"] == ms["sparse wgmma"] / fastest
+
+
+def test_hopper_s_instruction_is_not_timed_where_it_is_wrong(dense_kernels, monkeypatch):
+    monkeypatch.setattr(gpu, "why_no_wgmma", lambda: None)
+    monkeypatch.setattr(gpu, "why_no_kernel", lambda: None)
+    monkeypatch.setattr(gpu, "timed", lambda *arguments: ["timed"])
+    monkeypatch.setattr(gpu_checks, "WGMMA_SHAPES", gpu_checks.WGMMA_SHAPES[:1])
+    assert gpu.checked_and_timed_wgmma(1, np.inf)["times"] == ["timed"]
+    right = sparse_wgmma.matmul
+    monkeypatch.setattr(sparse_wgmma, "matmul", lambda *arguments: right(*arguments)[::-1])
+    result = gpu.outcome(lambda: gpu.checked_and_timed_wgmma(1, np.inf), np.inf)
+    assert '"right": false' in result["failed"]
+
+
+def test_without_the_instruction_it_is_skipped(monkeypatch):
+    result = gpu.outcome(lambda: gpu.checked_and_timed_wgmma(1, np.inf), np.inf)
+    assert "not on an NVIDIA GPU" in result["skipped"]
+    monkeypatch.setattr(gpu, "why_no_kernel", lambda: "JAX 0.99 lacks part of Mosaic GPU")
+    result = gpu.outcome(gpu.translated_wgmma, np.inf)
+    assert result == {"skipped": "JAX 0.99 lacks part of Mosaic GPU"}
+
+
+@pytest.mark.skipif(why_no_kernel() is not None, reason=str(why_no_kernel()))
+def test_what_is_timed_of_hopper_s_instruction_translates():
+    found = gpu.translated_wgmma()
+    assert found == {
+        "programs": len(gpu_products.WGMMA_ROWS),
+        "instructions": ["wgmma.mma_async.sp.sync.aligned.m64n256k32.f32.bf16.bf16"],
+    }
 
 
 def test_a_product_that_fails_is_a_row(capsys):

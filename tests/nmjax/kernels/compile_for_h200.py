@@ -13,7 +13,7 @@ import optax
 from jax.experimental import topologies
 
 import nmjax
-from nmjax.kernels import cusparselt, decode, quantized
+from nmjax.kernels import cusparselt, decode, quantized, sparse_wgmma
 
 H200 = """
 gpu_device_info {
@@ -88,12 +88,18 @@ def with_decode(w, x):
     return decode.matmul(x, packed), decode.matmul(x, quantized.quantize(packed))
 
 
+def with_sparse_wgmma(w, x):
+    packed = nmjax.pack({"w": w}, nmjax.make_plan({"w": w}, "2:4"))["w"]
+    return sparse_wgmma.matmul(jnp.tile(x, (4, 1)), packed)  # 256 rows take most registers.
+
+
 def main():
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     on_h200 = jax.sharding.SingleDeviceSharding(topology.devices[0])
     programs = [masked, dense_training, sr_ste_training, sparse_dense]
     ready = {name for name, state in nmjax.backends().items() if state.startswith("ready")}
     programs += [with_cusparselt] * ("cusparselt" in ready) + [with_decode] * ("decode" in ready)
+    programs += [with_sparse_wgmma] * (sparse_wgmma.why_no_kernel() is None)
     found = {}
     for program in programs:
         shapes = [(512, 256)] if program is masked else [(512, 256), (64, 512)]

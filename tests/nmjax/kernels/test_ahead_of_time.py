@@ -14,14 +14,19 @@ PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 @pytest.mark.slow  # Half a minute.
-def test_programs_compile_for_an_h200():
+def test_programs_compile_for_an_h200(tmp_path):
     if not any(importlib.util.find_spec(plugin) for plugin in PLUGINS):
         pytest.skip("no jax-cuda13-plugin: 140 MB with jax-cuda13-pjrt, of jax's own version")
     if shutil.which("ptxas") is None:
         pytest.skip("no ptxas: it comes with the CUDA toolkit")
     run = subprocess.run(
         [sys.executable, Path(__file__).with_name("compile_for_h200.py")],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+            "MOSAIC_GPU_DUMP_TO": str(tmp_path),
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -36,3 +41,7 @@ def test_programs_compile_for_an_h200():
         ("with_decode", {"nmjax_decode"}),
     ):
         assert name not in programs or calls <= set(programs[name]["calls"])
+    if "with_sparse_wgmma" in programs:
+        (ptxas,) = (path.read_text() for path in tmp_path.glob("*.ptxas"))
+        assert "0 bytes spill stores, 0 bytes spill loads" in ptxas
+        assert "serialized" not in ptxas  # A warning of products that would wait for each other.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nmjax.kernels.gpu import why_no_gpu
+from nmjax.kernels.gpu import why_no_gpu, why_no_wgmma
 
 
 def test_a_cpu_is_none():
@@ -30,4 +30,22 @@ def test_old_gpus_are_told_from_new_ones(monkeypatch, kind, capability, dtype, o
 
     monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
     found = why_no_gpu(None if dtype is None else jnp.dtype(dtype))
+    assert (found is None) if obstacle is None else (obstacle in found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "obstacle"),
+    [
+        ("NVIDIA H200", "9.0", None),
+        ("NVIDIA A100", "8.0", "A100 has no wgmma instruction; only Hopper has"),
+        ("NVIDIA B200", "10.0", "B200 has no wgmma instruction"),
+        ("Tesla V100", "7.0", "no sparse tensor cores"),
+    ],
+)
+def test_hopper_alone_has_wgmma(monkeypatch, kind, capability, obstacle):
+    class Gpu:
+        platform, device_kind, compute_capability = "gpu", kind, capability
+
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+    found = why_no_wgmma()
     assert (found is None) if obstacle is None else (obstacle in found)
