@@ -17,11 +17,15 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     """What `jax.vmap(function)` returns, computed for one seed after the other.
 
     On a CPU this is faster: the arrays of one small network fit its caches, and batched matrix
-    products of small matrices are slow there.
+    products of small matrices are slow there. A single seed is not looped over, because XLA on a
+    CPU is slow on convolutions inside of loops.
     """
 
     @wraps(function)
     def mapped(*args: Any) -> Any:
+        if jax.tree.leaves(args)[0].shape[0] == 1:
+            one = function(*jax.tree.map(lambda values: values[0], args))
+            return jax.tree.map(lambda values: values[None], one)
         return jax.lax.map(lambda seed_args: function(*seed_args), args)
 
     return mapped
