@@ -72,7 +72,7 @@ class Flags:
         bottlenecks.
       epochs: passes over the training data. None for the recipe's: digits 60, cifar10 200,
         imagenet2012 120, number_names 8, wmt14 23, python_bytes 20 (of windows drawn at random),
-        flow 6 and detection 12 (of generated images), flying_chairs and sintel 36, coco 12.
+        flow 5 and detection 12 (of generated images), flying_chairs and sintel 36, coco 12.
         Here and below, imagenet2012 with blocks has another recipe: 250 epochs, batches of 512, no
         warm-up, weight decay 1e-4 but none on vectors, label smoothing 0.1.
       batch_size: examples a step, over all devices. None for the recipe's: digits 25, cifar10

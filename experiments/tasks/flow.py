@@ -36,12 +36,12 @@ TEST_PAIRS = 96
 _EVAL_BATCH = 32
 
 RECIPE = Recipe(
-    epochs=6,
+    epochs=5,
     batch_size=8,
     optimizer="adamw",
     learning_rate=2e-3,
     schedule="linear",
-    warmup_epochs=0.3,
+    warmup_epochs=0.25,
     clip=1.0,
     weight_decay=1e-4,
 )
