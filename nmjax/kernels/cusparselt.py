@@ -173,7 +173,7 @@ def tune(
     """Times every kernel that cuSPARSELt has for a product; products traced later take the fastest.
 
     In this process and, since it is kept on disk, in later ones, which need not search; see
-    `nmjax.kernels.algorithms`.
+    `nmjax.kernels.algorithms`. A warning says where it cannot be kept.
 
     Args:
       x: as for `matmul`; neither it nor the weight may be traced. Where devices share a batch, as
