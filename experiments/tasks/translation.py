@@ -98,13 +98,17 @@ def translation_task(
         del collections
         return translate(network, params, jnp.asarray(batch["source"]), length=length, beams=beams)
 
+    batches = partial(training_batches, train, recipe.batch_size)
+    tests = partial(evaluation_batches, test, eval_batch_size)
     return Task(
         name=name,
         init=init,
         loss=loss,
         evaluate=evaluate,
-        train_batches=partial(training_batches, train, recipe.batch_size),
-        eval_batches=partial(evaluation_batches, test, eval_batch_size),
+        train_batches=batches,
+        train_rows=batches,
+        eval_batches=tests,
+        eval_rows=tests,
         steps_per_epoch=len(train.source) // recipe.batch_size,
         recipe=recipe,
         metrics=metrics,
