@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from experiments.data.epochs import pad_batch
 from experiments.data.vocabulary import BEGIN, END, PADDING, Vocabulary
-from experiments.tasks.task import Batch
+from experiments.tasks.task import Batch, Rows
 
 Tokens = NDArray[np.uint16]
 Pair = tuple[str, str]
@@ -84,23 +84,37 @@ def encode_pairs(pairs: Iterable[Pair], vocabulary: Vocabulary, *, length: int) 
 
 
 def training_batches(
-    pairs: EncodedPairs, batch_size: int, seed: int, epoch: int
+    pairs: EncodedPairs,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    *,
+    first_step: int = 0,
+    rows: Rows | None = None,
 ) -> Iterator[Batch]:
     """Every pair at most once, in an order that depends on seed and epoch.
 
-    "source" and "target" are (batch, length) int32.
+    "source" and "target" are (batch, length) int32. Batches before `first_step`, and rows of a
+    batch other than `rows`, are not read.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(pairs.source))
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        yield _batch(pairs, order[start : start + batch_size])
+    for start in range(first_step * batch_size, len(order) - batch_size + 1, batch_size):
+        chosen = order[start : start + batch_size]
+        yield _batch(pairs, chosen if rows is None else chosen[rows])
 
 
-def evaluation_batches(pairs: EncodedPairs, batch_size: int) -> Iterator[Batch]:
-    """Every pair once, with "index" (batch,) int32 and "valid", 0 where the last is filled up."""
+def evaluation_batches(
+    pairs: EncodedPairs, batch_size: int, *, rows_of: Callable[[int], Rows] = np.arange
+) -> Iterator[Batch]:
+    """Every pair once, with "index" (batch,) int32 and "valid", 0 where the last is filled up.
+
+    Of each batch the rows `rows_of(batch_size)`; those from the batch size on are padding.
+    """
+    rows = rows_of(batch_size)
     for start in range(0, len(pairs.source), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(pairs.source)))
-        batch = {**_batch(pairs, rows), "index": rows.astype(np.int32)}
-        yield pad_batch(batch, batch_size)
+        index = start + rows[rows < min(batch_size, len(pairs.source) - start)]
+        batch = {**_batch(pairs, index), "index": index.astype(np.int32)}
+        yield pad_batch(batch, len(rows))
 
 
 def shifted(target: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -31,11 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.data.epochs import pad_batch
 from experiments.data.library_sources import Bytes, Sources, load_sources
 from experiments.models.decoding import draw
 from experiments.models.transformer import DECODERS, Decoder
 from experiments.tasks.classification import cross_entropy
-from experiments.tasks.task import Batch, Metric, Recipe, Shown, Sums, Task, Variables
+from experiments.tasks.task import Batch, Metric, Recipe, Rows, Shown, Sums, Task, Variables
 
 METRIC = Metric("bits per byte", unit="", step="bits", perfect=0.0, scale=1.0, close=0.02)
 TEMPERATURE = 0.7
@@ -133,13 +134,17 @@ def python_bytes_task(
         count = valid.sum().astype(jnp.float32)
         return {"count": count, "loss": total, METRIC.name: total / np.log(2)}
 
+    batches = partial(_train_batches, sources.train, portion, recipe.batch_size)
+    tests = partial(_eval_batches, sources.test, portion)
     return Task(
         name="python_bytes",
         init=init,
         loss=loss,
         evaluate=evaluate,
-        train_batches=partial(_train_batches, sources.train, portion, recipe.batch_size),
-        eval_batches=partial(_eval_batches, sources.test, portion),
+        train_batches=batches,
+        train_rows=batches,
+        eval_batches=tests,
+        eval_rows=tests,
         steps_per_epoch=portion.steps_per_epoch,
         recipe=recipe,
         metrics=(METRIC,),
@@ -193,24 +198,32 @@ def _check_long_enough(sources: Sources, window: int) -> None:
 
 
 def _train_batches(
-    stream: Bytes, portion: Portion, batch_size: int, seed: int, epoch: int
+    stream: Bytes,
+    portion: Portion,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    *,
+    first_step: int = 0,
+    rows: Rows | None = None,
 ) -> Iterator[Batch]:
     rng = np.random.default_rng((seed, epoch))
-    for _ in range(portion.steps_per_epoch):
+    for step in range(portion.steps_per_epoch):
         starts = rng.integers(0, len(stream) - portion.window, batch_size)
-        yield {"tokens": _windows(stream, starts, portion.window)}
+        if step >= first_step:
+            chosen = starts if rows is None else starts[rows]
+            yield {"tokens": _windows(stream, chosen, portion.window)}
 
 
-def _eval_batches(stream: Bytes, portion: Portion) -> Iterator[Batch]:
+def _eval_batches(
+    stream: Bytes, portion: Portion, *, rows_of: Callable[[int], Rows] = np.arange
+) -> Iterator[Batch]:
     starts = _spread(stream, portion.window, portion.test_windows)
+    rows = rows_of(_EVAL_BATCH)
     for first in range(0, len(starts), _EVAL_BATCH):
         chosen = starts[first : first + _EVAL_BATCH]
-        valid = np.arange(_EVAL_BATCH) < len(chosen)
-        padded = np.pad(chosen, (0, _EVAL_BATCH - len(chosen)))
-        yield {
-            "tokens": _windows(stream, padded, portion.window),
-            "valid": valid.astype(np.int32),
-        }
+        there = chosen[rows[rows < len(chosen)]]
+        yield pad_batch({"tokens": _windows(stream, there, portion.window)}, len(rows))
 
 
 def _spread(stream: Bytes, window: int, count: int) -> NDArray[np.int64]:

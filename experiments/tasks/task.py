@@ -167,8 +167,9 @@ class Task:
         is only resumed where these are the same.
       compared: what `experiments.compare` trains by default.
       train_rows: `(*, seed, epoch, first_step, rows) -> iterator of host batches`: those of
-        `train_batches(seed, epoch)` from a step on, and of each the rows of a slice. For tasks
-        that can leave the others unread; None: they are made and dropped.
+        `train_batches(seed, epoch)` from a step on, and of each the given rows. For tasks that can
+        leave the others unread; None: they are made and dropped, as tasks do whose data is made
+        up or lies in memory whole: digits, detection, flow.
       eval_rows: `(*, rows_of) -> iterator of host batches`: of each batch of `eval_batches()`, with
         n examples, the rows `rows_of(n)`; those from the n-th on are padding. None as above.
     """

@@ -98,13 +98,18 @@ def translation_task(
         del collections
         return translate(network, params, jnp.asarray(batch["source"]), length=length, beams=beams)
 
+    trivial = _without_learning(vocabulary, train, texts, bleu_tokens)
+    batches = partial(training_batches, train, recipe.batch_size)
+    tests = partial(evaluation_batches, test, eval_batch_size)
     return Task(
         name=name,
         init=init,
         loss=loss,
         evaluate=evaluate,
-        train_batches=partial(training_batches, train, recipe.batch_size),
-        eval_batches=partial(evaluation_batches, test, eval_batch_size),
+        train_batches=batches,
+        train_rows=batches,
+        eval_batches=tests,
+        eval_rows=tests,
         steps_per_epoch=len(train.source) // recipe.batch_size,
         recipe=recipe,
         metrics=metrics,
@@ -112,7 +117,13 @@ def translation_task(
         scored_by=("index",),
         score=partial(_score, vocabulary, [target for _, target in texts], bleu_tokens),
         show=partial(_show, network, vocabulary, test, texts, beams),
-        notes=(*notes, train.note("training"), test.note("test")),
+        baselines=tuple((name, scores[metrics[0].name]) for name, scores in trivial.items()),
+        notes=(
+            *notes,
+            train.note("training"),
+            test.note("test"),
+            *(_note(name, scores, metrics) for name, scores in trivial.items()),
+        ),
         identity=(("vocabulary", vocabulary.fingerprint),),
     )
 
@@ -162,6 +173,24 @@ def text_scores(
         CHRF_METRIC.name: chrf.score / 100,
         EXACT_METRIC.name: float(np.mean(equal)),
     }
+
+
+def _without_learning(
+    vocabulary: Vocabulary, train: EncodedPairs, texts: Sequence[tuple[str, str]], bleu_tokens: str
+) -> dict[str, dict[str, float]]:
+    """The scores of what takes no network to say, by name."""
+    sources, references = zip(*texts, strict=True)
+    (first,) = vocabulary.decode(train.target[:1].tolist())
+    said = {"the source as it is": sources, "one training sentence for all": [first] * len(texts)}
+    return {
+        name: text_scores(translations, references, bleu_tokens=bleu_tokens)
+        for name, translations in said.items()
+    }
+
+
+def _note(name: str, scores: dict[str, float], metrics: tuple[Metric, ...]) -> str:
+    values = [f"{m.title} {m.scale * scores[m.name]:.{m.digits}f}" for m in metrics]
+    return f"Without learning, {name}: {', '.join(values)}."
 
 
 def _score(

@@ -60,26 +60,40 @@ class Question(NamedTuple):
         return json.dumps(self)
 
 
+# What this process found, by file and question: it counts where no file can be written too.
+_found: dict[tuple[Path, str], Algorithm] = {}
+
+
 def known_algorithm(question: Question) -> Algorithm | None:
     """The fastest kernel for a product, if it has been tuned on this kind of GPU."""
-    found = _known(_file()).get(question.key)
-    return None if found is None else Algorithm(*found)
+    path = _file()
+    if (path, question.key) in _found:
+        return _found[path, question.key]
+    stored = _known(path).get(question.key)
+    return None if stored is None else Algorithm(*stored)
 
 
 def remember_algorithm(question: Question, algorithm: Algorithm) -> None:
-    """Keeps the fastest kernel for a product, here and on disk.
+    """Keeps the fastest kernel for a product, for this process and on disk.
 
-    Raises:
-      OSError: the file cannot be written.
+    Where the file cannot be written, a warning says so, and later processes search again.
     """
     path = _file()
+    _found[path, question.key] = algorithm
     # What other processes have found meanwhile is kept; of two that write at once, one is.
     known = _read(path) | {question.key: list(algorithm)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        new = Path(folder) / path.name
-        new.write_text(json.dumps(known, indent=1))
-        new.replace(path)  # Whole or not at all.
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            new = Path(folder) / path.name
+            new.write_text(json.dumps(known, indent=1))
+            new.replace(path)  # Whole or not at all.
+    except OSError as error:
+        warnings.warn(
+            f"the fastest kernel is known to this process alone: {path} cannot be written "
+            f"({error}); name another folder in NMJAX_CACHE_DIR",
+            stacklevel=2,
+        )
     _known.cache_clear()
 
 

@@ -7,6 +7,7 @@ keep packed weights in files, and compress them where they run.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from nmjax.kernels.algorithms import Algorithm, Question, known_algorithm, remem
 from nmjax.kernels.cusparselt_library import load_cusparselt
 from nmjax.kernels.cusparselt_limits import (
     RESULTS,
+    batch_step,
     bias_dtype,
     compressed_bytes,
     compressing_bytes,
@@ -33,6 +35,7 @@ from nmjax.kernels.ffi import batched, result_like
 from nmjax.kernels.gpu import why_no_gpu
 from nmjax.kernels.operands import FusedActivation, inputs_of, outputs_of
 from nmjax.kernels.reference import dense_weight
+from nmjax.kernels.split import split
 from nmjax.packed_nm import PackedNM
 
 
@@ -155,7 +158,7 @@ def matmul(
         raise ValueError(
             f"cuSPARSELt cannot multiply {x.dtype}{x.shape} by {w.dtype}{w.shape}: {obstacle}"
         )
-    return batched(partial(_call, "matmul", activation, result), x, w, bias)
+    return batched(partial(_split, activation, result), x, w, bias)
 
 
 def tune(
@@ -170,10 +173,11 @@ def tune(
     """Times every kernel that cuSPARSELt has for a product; products traced later take the fastest.
 
     In this process and, since it is kept on disk, in later ones, which need not search; see
-    `nmjax.kernels.algorithms`.
+    `nmjax.kernels.algorithms`. A warning says where it cannot be kept.
 
     Args:
-      x: as for `matmul`; neither it nor the weight may be traced.
+      x: as for `matmul`; neither it nor the weight may be traced. Where devices share a batch, as
+        many rows as one of them has.
       w: as for `matmul`.
       bias: as for `matmul`.
       activation: as for `matmul`.
@@ -191,6 +195,25 @@ def tune(
     if again or known_algorithm(question) is None:
         jax.block_until_ready(jax.jit(partial(_call, "search", activation, result))(x, w, bias))
         remember_algorithm(question, load_cusparselt().found())
+
+
+def _split(
+    activation: FusedActivation,
+    dtype: np.dtype,
+    x: jax.Array,
+    w: Compressed,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """The product, of which each device computes some rows with the whole weight."""
+
+    def kernel(x: jax.Array, data: jax.Array, *biases: jax.Array) -> jax.Array:
+        part = dataclasses.replace(w, data=data)
+        return _call("matmul", activation, dtype, x, part, *(biases or (None,)))
+
+    biases = () if bias is None else (bias,)
+    rule = f"b i, c{', o' * len(biases)} -> b o"
+    steps = {"b": batch_step(x.dtype)}
+    return split(kernel, x, w.data, *biases, rule=rule, whole="o", steps=steps)
 
 
 def _call(

@@ -15,7 +15,10 @@ from nmjax.kernels.handlers import register_handlers
 
 _NAME = "libcusparseLt.so.0"
 HANDLERS = ("nmjax_cusparselt_compress", "nmjax_cusparselt_matmul", "nmjax_cusparselt_search")
-_INITIALIZE = {"nmjax_cusparselt_matmul": "nmjax_cusparselt_prepare"}
+_INITIALIZE = {
+    "nmjax_cusparselt_compress": "nmjax_cusparselt_start",
+    "nmjax_cusparselt_matmul": "nmjax_cusparselt_prepare",
+}
 
 
 @dataclass(frozen=True)

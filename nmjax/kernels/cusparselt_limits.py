@@ -80,9 +80,14 @@ def why_not_matrix(dtype: np.dtype, shape: tuple[int, ...], transposed: bool) ->
     return None
 
 
+def batch_step(dtype: np.dtype) -> int:
+    """What the rows of an input of a dtype are a multiple of."""
+    return 16 // min(np.dtype(dtype).itemsize, 2)
+
+
 def why_not_batch(dtype: np.dtype, batch: int) -> str | None:
     """Why cuSPARSELt does not take so many rows of an input, or None."""
-    step = 16 // min(np.dtype(dtype).itemsize, 2)
+    step = batch_step(dtype)
     return f"the batch must be a multiple of {step}, not {batch}; pad it" if batch % step else None
 
 

@@ -13,8 +13,12 @@ from nmjax.kernels.decode_library import why_no_decode
 from nmjax.kernels.ffi import batched, result_like
 from nmjax.kernels.operands import Activation, kernel_taps
 from nmjax.kernels.quantized import QuantizedNM
+from nmjax.kernels.split import split
 from nmjax.packed_nm import PackedNM
 from nmjax.patterns import NM
+
+# The kernel takes weights whose sizes are multiples of it.
+_STEP = 16
 
 
 def matmul(
@@ -63,8 +67,8 @@ def why_not(dtype: np.dtype, packed: PackedNM | QuantizedNM) -> str | None:
     elif dtype not in (jnp.bfloat16, jnp.float16) or leaf.dtype != dtype:
         return f"it takes bfloat16 or float16 throughout, not {dtype} and {leaf.dtype}"
     groups, _, outputs = leaf.values.shape
-    if groups % 4 or outputs % 16:
-        return "it takes sizes that are multiples of 16"
+    if 4 * groups % _STEP or outputs % _STEP:
+        return f"it takes sizes that are multiples of {_STEP}"
     return None
 
 
@@ -79,14 +83,21 @@ def _call(
     leaf, scales = (
         (packed.packed, packed.scales) if isinstance(packed, QuantizedNM) else (packed, none)
     )
-    shape = (x.shape[0], leaf.values.shape[-1])
-    result = result_like(shape, x.dtype, x, leaf.values)
-    return jax.ffi.ffi_call("nmjax_decode", result)(
+
+    def kernel(x: jax.Array, *arrays: jax.Array) -> jax.Array:
+        shape = (x.shape[0], arrays[0].shape[-1])
+        call = jax.ffi.ffi_call("nmjax_decode", result_like(shape, x.dtype, x, arrays[0]))
+        y: jax.Array = call(x, *arrays, relu=activation == "relu", vector=np.int64(vector))
+        return y
+
+    return split(
+        kernel,
         x,
         leaf.values,
         leaf.codes,
         scales,
         none if bias is None else bias.astype(jnp.float32),
-        relu=activation == "relu",
-        vector=np.int64(vector),
+        rule=f"b i, g n o, c o, {'o' if scales.size else 'y'}, {'z' if bias is None else 'o'} "
+        "-> b o",
+        steps={"o": _STEP},
     )

@@ -113,25 +113,21 @@ def _groups(
     """X (batch, inputs) -> (batch, outputs)."""
     m = np.int64(x.shape[-1] // packed.values.shape[-3])
 
-    def kernel(x: jax.Array, bias: jax.Array, *tiled: jax.Array) -> jax.Array:
-        values, codes = (array.reshape(*array.shape[:-2], -1) for array in tiled)
+    def kernel(x: jax.Array, bias: jax.Array, values: jax.Array, codes: jax.Array) -> jax.Array:
         shape = (x.shape[0], values.shape[-1])
-        y = jax.ffi.ffi_call(
+        return jax.ffi.ffi_call(
             "nmjax_groups", result_like(shape, result_dtype(x, packed), x, values)
-        )(x, values, codes, bias.ravel(), m=m, relu=activation == "relu")
-        return y.reshape(shape[0], shape[1] // _LANES, _LANES)
+        )(x, values, codes, bias, m=m, relu=activation == "relu")
 
-    y = split(
+    return split(
         kernel,
         x,
-        *(
-            array.reshape(*array.shape[:-1], -1, _LANES)
-            for array in (_float32(bias), packed.values, packed.codes)
-        ),
-        rule=f"b i, {'o' if bias is not None else 'z'} l, g n o l, c o l -> b o l",
-        whole="l",
+        _float32(bias),
+        packed.values,
+        packed.codes,
+        rule=f"b i, {'o' if bias is not None else 'z'}, g n o, c o -> b o",
+        steps={"o": _LANES},
     )
-    return y.reshape(x.shape[0], outputs_of(packed))
 
 
 def batched(

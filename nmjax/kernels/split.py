@@ -6,7 +6,7 @@ On its own it knows nothing about a kernel, and gathers all operands on every de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def split(
-    kernel: Callable[..., jax.Array], *operands: jax.Array, rule: str, whole: str = ""
+    kernel: Callable[..., jax.Array],
+    *operands: jax.Array,
+    rule: str,
+    whole: str = "",
+    steps: Mapping[str, int] | None = None,
 ) -> jax.Array:
     """`kernel(*operands)`, of which each device computes the part that it has the operands for.
 
@@ -28,6 +32,8 @@ def split(
       rule: names of all axes, as in `"b i, i o -> b o"`. What has one name is split alike; a name
         that the result lacks is whole on every device.
       whole: more such names.
+      steps: name -> what the size of a part is a multiple of. An axis that has no such parts is
+        whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     # With one device only nothing is split, and calls outside of `jax.jit` are faster so.
@@ -48,7 +54,7 @@ def split(
         axes = {
             name: entry
             for name, entry, size in zip(output, spec, result.shape, strict=False)
-            if name not in never and size % _parts(mesh, entry) == 0
+            if name not in never and size % ((steps or {}).get(name, 1) * _parts(mesh, entry)) == 0
         }
 
         def place(names: list[str]) -> NamedSharding:

@@ -13,6 +13,7 @@ from experiments.loop import train
 from experiments.methods import METHODS
 from experiments.models import transformer
 from experiments.step import Job, plan_of
+from experiments.tasks import python_bytes
 from experiments.tasks.python_bytes import METRIC, RECIPES, Portion, baselines, python_bytes_task
 
 RNG = np.random.default_rng(0)
@@ -48,6 +49,31 @@ def test_test_windows_are_spread_from_the_first_byte_to_the_last(task):
     assert rows.shape == (40, 17)
     np.testing.assert_array_equal(rows[0], SOURCES.test[:17])
     np.testing.assert_array_equal(rows[-1], SOURCES.test[-17:])
+
+
+def test_a_process_reads_its_rows_alone(task, monkeypatch):
+    read = []
+
+    def windows(stream, starts, window):
+        read.append(len(starts))
+        return real(stream, starts, window)
+
+    real = python_bytes._windows
+    whole, tests = list(task.train_batches(3, 1)), list(task.eval_batches())
+    monkeypatch.setattr(python_bytes, "_windows", windows)
+    rows = np.array([1, 3])
+    parts = list(task.read(3, 1, 5, rows))
+    assert read == [2, 2, 2]
+    for part, batch in zip(parts, whole[5:], strict=True):
+        np.testing.assert_array_equal(part["tokens"], batch["tokens"][rows])
+    read.clear()
+    own = np.array([5, 9, 31, 32])
+    parts = list(task.read_test(lambda size: own))
+    assert read == [3, 1]
+    for part, batch in zip(parts, tests, strict=True):
+        for name, values in batch.items():
+            np.testing.assert_array_equal(part[name][:3], values[own[:3]])
+            assert not part[name][3:].any()
 
 
 def test_bits_per_byte_against_numpy(task):

@@ -69,6 +69,17 @@ def test_every_pair_is_seen_once_in_an_order_of_its_own(encoded):
     assert (first[0] != first[2]).any()
 
 
+def test_a_process_reads_its_rows_from_a_step_on(encoded):
+    rows = np.array([1, 2, 7])
+    parts = list(training_batches(encoded, 8, seed=3, epoch=1, first_step=1, rows=rows))
+    whole = list(training_batches(encoded, 8, 3, 1))[1:]
+    assert len(parts) == len(whole) == 2
+    for part, batch in zip(parts, whole, strict=True):
+        assert part.keys() == batch.keys()
+        for name, values in batch.items():
+            np.testing.assert_array_equal(part[name], values[rows])
+
+
 def test_the_decoder_reads_what_comes_before(encoded):
     batch = next(training_batches(encoded, 8, 0, 0))
     assert (batch["read"][:, 0] == BEGIN).all()
@@ -82,3 +93,18 @@ def test_evaluation_sees_every_pair_in_order(encoded):
     index = np.concatenate([batch["index"][batch["valid"] == 1] for batch in batches])
     np.testing.assert_array_equal(index, np.arange(25))
     assert {batch["source"].shape for batch in batches} == {(10, 12)}
+
+
+@pytest.mark.parametrize("rows", [np.arange(3), np.array([4, 7, 9, 10, 11]), np.array([10, 11])])
+def test_a_process_tests_its_rows_and_fills_them_up(encoded, rows):
+    parts = list(evaluation_batches(encoded, 10, rows_of=lambda size: rows))
+    whole = list(evaluation_batches(encoded, 10))
+    assert len(parts) == len(whole)
+    for part, batch in zip(parts, whole, strict=True):
+        assert part.keys() == batch.keys()
+        for name, values in batch.items():
+            there = values[rows[rows < 10]]
+            assert part[name].dtype == values.dtype
+            np.testing.assert_array_equal(part[name][: len(there)], there)
+            assert len(part[name]) == len(rows)
+            assert not part[name][len(there) :].any()

@@ -103,6 +103,22 @@ def test_the_mean_of_what_is_counted():
     assert masked_mean(values, jnp.array([[True, False], [True, False]])) == 2
 
 
+def test_baselines_are_scores_of_what_takes_no_network():
+    test = [("one two", "two one"), ("three", "three"), ("four", PAIRS[0][1])]
+    task = make_task(test=test)
+    assert dict(task.baselines) == pytest.approx(
+        {"the source as it is": 1 / 3, "one training sentence for all": 1 / 3}
+    )
+    copied = sacrebleu.corpus_bleu(
+        ["one two", "three", "four"], [[reference for _, reference in test]]
+    )
+    assert task.notes[-2] == (
+        f"Without learning, the source as it is: exact match % 33.33, BLEU {copied.score:.2f}."
+    )
+    swapped = make_task(test=test, metrics=(BLEU_METRIC,))
+    assert dict(swapped.baselines)["the source as it is"] == pytest.approx(copied.score / 100)
+
+
 def test_scores_are_sacrebleus():
     references = ["the cat sat on the mat today", "one two three four five"]
     translations = ["the cat sat on a mat today", references[1]]
@@ -149,8 +165,8 @@ def test_what_is_shown_are_test_pairs_the_longest_first(params):
 
 def test_notes_count_what_was_left_out_and_the_vocabulary_has_a_name():
     task = make_task([*PAIRS, ("", "one"), ("one " * 30, "two")])
-    assert "16 test pairs of at most 10 tokens" in task.notes[-1]
-    assert "left out: 1 with an empty side, 1 too long" in task.notes[-1]
+    assert "16 test pairs of at most 10 tokens" in task.notes[1]
+    assert "left out: 1 with an empty side, 1 too long" in task.notes[1]
     ((name, fingerprint),) = task.identity
     assert name == "vocabulary"
     assert fingerprint.startswith("36 pieces ")

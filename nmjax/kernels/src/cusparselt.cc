@@ -47,6 +47,12 @@ Room room(ffi::Result<ffi::Buffer<ffi::U8>>& buffer) {
   return {buffer->untyped_data(), buffer->size_bytes()};
 }
 
+// Before anything runs or is recorded: cuSPARSELt's own memory is not allocated in a CUDA graph.
+ffi::Error start(cudaStream_t, int32_t ordinal, ffi::AnyBuffer, ffi::Result<ffi::Buffer<ffi::U8>>,
+                 ffi::Result<ffi::Buffer<ffi::U8>>, bool) {
+  return as_error(device(ordinal).prepare());
+}
+
 // w (rows, columns) -> compressed.
 ffi::Error compress(cudaStream_t stream, int32_t ordinal, ffi::AnyBuffer w,
                     ffi::Result<ffi::Buffer<ffi::U8>> compressed,
@@ -131,6 +137,17 @@ ffi::Error search(cudaStream_t stream, int32_t ordinal, ffi::AnyBuffer x,
 }
 
 template <ffi::ExecutionStage kStage>
+auto bind_compression() {
+  return ffi::Ffi::Bind<kStage>()
+      .template Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .template Ctx<ffi::DeviceOrdinal>()
+      .template Arg<ffi::AnyBuffer>()        // w (rows, columns)
+      .template Ret<ffi::Buffer<ffi::U8>>()  // compressed
+      .template Ret<ffi::Buffer<ffi::U8>>()  // workspace
+      .template Attr<bool>("transposed");
+}
+
+template <ffi::ExecutionStage kStage>
 auto bind_product() {
   return ffi::Ffi::Bind<kStage>()
       .template Ctx<ffi::PlatformStream<cudaStream_t>>()
@@ -150,14 +167,9 @@ constexpr auto kExecute = ffi::ExecutionStage::kExecute;
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_compress, compress,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Arg<ffi::AnyBuffer>()        // w (rows, columns)
-                                  .Ret<ffi::Buffer<ffi::U8>>()  // compressed
-                                  .Ret<ffi::Buffer<ffi::U8>>()  // workspace
-                                  .Attr<bool>("transposed"),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_start, start, bind_compression<kInitialize>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_compress, compress, bind_compression<kExecute>(),
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_prepare, prepare, bind_product<kInitialize>());

@@ -201,8 +201,13 @@ class Device {
     return {};
   }
 
-  // Makes the plan of a product, so that multiplying finds it: while CUDA records a graph nothing
-  // may be set up, and cuSPARSELt does not promise that planning allocates nothing.
+  // While CUDA records a graph nothing may be set up. So compressing finds cuSPARSELt started ...
+  Complaint prepare() {
+    const std::lock_guard<std::mutex> turn(mutex_);
+    return start();
+  }
+
+  // ... and multiplying finds a plan: cuSPARSELt does not promise that planning allocates nothing.
   Complaint prepare(const Product& product) {
     const std::lock_guard<std::mutex> turn(mutex_);
     Plan* plan = nullptr;

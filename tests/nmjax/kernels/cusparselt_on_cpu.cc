@@ -1,5 +1,5 @@
 // What XLA calls for products by cuSPARSELt, as calls on the CPU, with fake_cusparselt.cc behind
-// them: there is no stream, and setting up comes just before the product.
+// them: there is no stream, and setting up comes just before what it is for.
 #include "cusparselt.cc"
 
 namespace {
@@ -8,6 +8,8 @@ namespace ffi = xla::ffi;
 using Bytes = ffi::Result<ffi::Buffer<ffi::U8>>;
 
 ffi::Error compress(ffi::AnyBuffer w, Bytes compressed, Bytes workspace, bool transposed) {
+  const auto wrong = nmjax::start(nullptr, 0, w, compressed, workspace, transposed);
+  if (wrong.failure()) return wrong;
   return nmjax::compress(nullptr, 0, w, compressed, workspace, transposed);
 }
 

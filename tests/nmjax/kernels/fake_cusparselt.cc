@@ -334,6 +334,11 @@ const char* test_compress(int ordinal, int64_t rows, int64_t columns, int transp
   return said.c_str();
 }
 
+const char* test_start(int ordinal) {
+  said = nmjax::device(ordinal).prepare();
+  return said.c_str();
+}
+
 const char* test_multiply(int ordinal, int64_t rows, int64_t columns, int transposed, int type,
                           int64_t batch, int result_type, int activation, const void* bias,
                           const int* algorithm, const void* x, const void* compressed, void* y,

@@ -14,14 +14,20 @@ QUESTION = Question("0.8.0", (8, 32, 16), False, ("bfloat16", "bfloat16"), True,
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
     monkeypatch.setenv("NMJAX_CACHE_DIR", str(tmp_path / "new"))
-    algorithms._known.cache_clear()
+    forget_all()
     return tmp_path / "new"
+
+
+def forget_all():
+    """As another process begins."""
+    algorithms._known.cache_clear()
+    algorithms._found.clear()
 
 
 def test_what_is_remembered_is_known_to_another_process(folder):
     assert known_algorithm(QUESTION) is None
     remember_algorithm(QUESTION, Algorithm(7, 2, 1, 500))
-    algorithms._known.cache_clear()
+    forget_all()
     assert known_algorithm(QUESTION) == Algorithm(7, 2, 1, 500)
     assert [file.name for file in folder.iterdir()] == ["cusparselt-cpu.json"]
 
@@ -69,18 +75,27 @@ def test_a_damaged_file_is_said_ignored_and_written_anew(folder, text):
         assert known_algorithm(QUESTION) == Algorithm(7, 2, 1, 500)
 
 
-def test_a_failed_write_leaves_the_file_as_it_was(folder, monkeypatch):
+def test_a_failed_write_is_said_and_leaves_the_file_as_it_was(folder, monkeypatch):
     remember_algorithm(QUESTION, Algorithm(7, 2, 1, 500))
 
     def fail(path, text):
         raise OSError("disk full")
 
     monkeypatch.setattr(algorithms.Path, "write_text", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.warns(UserWarning, match=r"cusparselt-cpu\.json cannot be written \(disk full\)"):
         remember_algorithm(QUESTION, Algorithm(8, 2, 1, 500))
-    algorithms._known.cache_clear()
+    assert known_algorithm(QUESTION) == Algorithm(8, 2, 1, 500)
+    forget_all()
     assert known_algorithm(QUESTION) == Algorithm(7, 2, 1, 500)
     assert [file.name for file in folder.iterdir()] == ["cusparselt-cpu.json"]
+
+
+def test_a_folder_that_cannot_be_made_loses_no_search(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NMJAX_CACHE_DIR", str(tmp_path / "file" / "nmjax"))
+    with pytest.warns(UserWarning, match="known to this process alone.*NMJAX_CACHE_DIR"):
+        remember_algorithm(QUESTION, Algorithm(7, 2, 1, 500))
+    assert known_algorithm(QUESTION) == Algorithm(7, 2, 1, 500)
 
 
 def test_where_the_file_is(monkeypatch, tmp_path):

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import nmjax
 from nmjax.kernels import cusparselt
@@ -75,6 +77,35 @@ def test_a_mapped_axis_joins_the_batch():
     text = cuda_text(jax.vmap(cusparselt.matmul, (0, None)), xs, compressed_like())
     assert text.count("@nmjax_cusparselt_matmul") == 1
     assert "tensor<24x32xbf16>" in text
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("batch", "rows"), [(32, 8), (48, 48)])
+def test_devices_share_a_batch_where_each_gets_rows_enough(monkeypatch, batch, rows, with_bias):
+    """Steps of 8 rows: 4 devices have one each; of 6 steps none has a part."""
+    asked = []
+
+    def stand_in(name, results):
+        def multiply(x, data, bias, **attributes):
+            asked.append(x.shape)
+            y = jnp.zeros(results[0].shape) + x.sum(axis=1, keepdims=True) + data.sum()
+            y += bias if bias.size else 0
+            return y.astype(results[0].dtype), jnp.zeros(results[1].shape, jnp.uint8)
+
+        return multiply
+
+    monkeypatch.setattr(cusparselt.jax.ffi, "ffi_call", stand_in)
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    by_rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    x = jax.device_put(jnp.arange(batch * 32.0).reshape(batch, 32) % 5, by_rows)
+    x = x.astype(jnp.bfloat16)
+    w, bias = jax.device_put((compressed_like(), jnp.arange(16.0) if with_bias else None), whole)
+    y = jax.jit(cusparselt.matmul)(x, w, bias)
+    assert asked[-1] == (rows, 32)
+    expected = np.asarray(x, float).sum(axis=1, keepdims=True) + np.zeros(16)
+    np.testing.assert_array_equal(np.asarray(y, float), expected + (np.arange(16) * with_bias))
+    if rows < batch:
+        assert y.sharding.is_equivalent_to(by_rows, 2)
 
 
 def test_integers_have_a_bias_of_float32_and_gelu():

@@ -108,7 +108,8 @@ def test_it_compiles_and_loads(fresh, tmp_path):
     symbols = subprocess.run(
         ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
     ).stdout
-    assert all(handler in symbols for handler in (*HANDLERS, "nmjax_cusparselt_prepare"))
+    before = ("nmjax_cusparselt_start", "nmjax_cusparselt_prepare")
+    assert all(handler in symbols for handler in (*HANDLERS, *before))
     fresh.setenv("NMJAX_CUSPARSELT_LIBRARY", str(library))
     loaded = load_cusparselt()
     if loaded.library is None:

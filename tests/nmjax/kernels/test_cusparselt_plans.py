@@ -42,7 +42,8 @@ def library(request, tmp_path_factory):
     command += ["-Wl,-Bsymbolic", "-fno-gnu-unique", *(f"-I{folder}" for folder in folders)]
     subprocess.run([*command, "-o", str(path)], check=True)
     loaded = ctypes.CDLL(str(path))
-    for function in (loaded.test_compress, loaded.test_multiply, loaded.test_search):
+    for name in ("start", "compress", "multiply", "search"):
+        function = getattr(loaded, f"test_{name}")
         function.restype = ctypes.c_char_p
     return loaded
 
@@ -176,6 +177,15 @@ def test_bytes_are_taken_only_along_the_sum(library):
     compressed, _ = compress(library, w, False)
     _, said = multiply(library, x, w, compressed, False, dtype="int32")
     assert said == "cusparseLtMatmulDescriptorInit: not supported"
+
+
+def test_a_started_device_compresses_without_another_handle(library):
+    before = counts(library)["handles"]
+    assert library.test_start(8) == b""
+    assert counts(library)["handles"] == before + 1
+    _, said = compress(library, sparse((32, 16), "bfloat16", False), False, device=8)
+    assert said == ""
+    assert counts(library)["handles"] == before + 1
 
 
 def test_what_is_prepared_needs_no_plan_later(library):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import nmjax
 from nmjax.kernels import build, quantized, reference
@@ -178,6 +180,32 @@ def test_a_mapped_axis_joins_the_batch(called):
     xs = jnp.asarray(np.random.default_rng(0).integers(-2, 3, (3, 2, 32)), jnp.bfloat16)
     mapped = jax.vmap(called, (0, None))(xs, w)
     np.testing.assert_array_equal(mapped, reference.matmul(xs.reshape(6, 32), w).reshape(3, 2, 64))
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.parametrize(
+    ("batch_axis", "output_axis"), [("data", None), (None, "model"), ("data", "model")]
+)
+def test_batch_and_outputs_stay_where_they_are(called, is_quantized, batch_axis, output_axis):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    packed, _ = packed_and_pruned(jnp.asarray(integers((32, 64), 0), jnp.bfloat16))
+    w = quantized.quantize(packed) if is_quantized else packed
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.integers(-2, 3, (6, 32)), jnp.bfloat16)
+    bias = jnp.asarray(rng.integers(-9, 9, 64), jnp.float32) if is_quantized else None
+    expected = called(x, w, bias)
+
+    def place(array, *axes):
+        return jax.device_put(array, NamedSharding(mesh, P(*axes)))
+
+    x = place(x, batch_axis)
+    w = jax.tree.map(lambda array: place(array, *[None] * (array.ndim - 1), output_axis), w)
+    compiled = jax.jit(called).lower(x, w, bias).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert "nmjax_decode" in compiled.as_text()
+    y = compiled(x, w, bias)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(batch_axis, output_axis)), 2)
+    np.testing.assert_array_equal(y, expected)
 
 
 @pytest.mark.parametrize(

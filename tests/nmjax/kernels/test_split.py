@@ -105,6 +105,16 @@ def test_what_cannot_be_split_is_gathered_and_right(pattern, spec):
     np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
+def test_outputs_that_some_devices_would_have_steps_of():
+    """Two steps of 16 outputs on four devices."""
+    mesh, x, packed = make_mesh(), numbers((8, 16)), packed_weight((16, 32), "2:4")
+    product = jax.jit(lambda x, packed: nmjax.packed_matmul(x, packed, implementation="ffi"))
+    y = product(
+        jax.device_put(x, NamedSharding(mesh, P())), put_weight(packed, ("data", "model"), mesh)
+    )
+    np.testing.assert_allclose(y, x @ nmjax.unpack(packed), atol=1e-4)
+
+
 def test_gradients_and_mapped_layers_on_a_mesh():
     mesh, x = make_mesh(), numbers((8, 16))
     packed = packed_weight((16, 64), "2:4")
