@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,7 +31,8 @@ class Annotated:
       boxes: (n, 4): left, top, right, bottom, in pixels.
       classes: (n,) from 1.
       scores: (n,); None for true objects.
-      masks: (n, height, width) booleans; None where only boxes are compared.
+      masks: (n, height / k, width / k) booleans, of any whole k that is the same for all images;
+        None where only boxes are compared.
       is_crowd: (n,) marks regions that detections are neither rewarded nor punished in; None for
         none.
     """
@@ -45,9 +46,11 @@ class Annotated:
 
 
 def average_precision(
-    truth: Sequence[Annotated], found: Sequence[Annotated], kind: Kind
+    truth: Iterable[Annotated], found: Iterable[Annotated], kind: Kind
 ) -> dict[str, float]:
     """Returns "AP" (mean over overlaps of 0.5, 0.55, ... 0.95), "AP50" and "AP75".
+
+    Images are taken one after the other, and only run lengths of their masks are kept.
 
     Args:
       truth: an entry an image.
@@ -63,12 +66,12 @@ def average_precision(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    if len(truth) != len(found):
-        raise ValueError(f"{len(truth)} images have a truth, but {len(found)} were looked at")
-    entries = [entry for image, one in enumerate(truth) for entry in _entries(image, one, kind)]
+    sizes, entries = _collect(truth, kind)
+    looked_at, results = _collect(found, kind)
+    if len(sizes) != len(looked_at):
+        raise ValueError(f"{len(sizes)} images have a truth, but {len(looked_at)} were looked at")
     if not entries:
         raise ValueError("no image has a true object: average precision means nothing")
-    results = [entry for image, one in enumerate(found) for entry in _entries(image, one, kind)]
     if not results:
         return dict.fromkeys(_PLACES, 0.0)
     classes = sorted({entry["category_id"] for entry in entries})
@@ -78,8 +81,8 @@ def average_precision(
         reference.dataset = {
             "info": {},
             "images": [
-                {"id": image + 1, "height": one.size[0], "width": one.size[1]}
-                for image, one in enumerate(truth)
+                {"id": image + 1, "height": height, "width": width}
+                for image, (height, width) in enumerate(sizes)
             ],
             "categories": [{"id": number} for number in classes],
             "annotations": [{**entry, "id": at} for at, entry in enumerate(entries, start=1)],
@@ -118,6 +121,17 @@ def paste(
         top, left = max(-y, 0), max(-x, 0)
         part[...] = np.asarray(scaled)[top:, left:][: part.shape[0], : part.shape[1]] > 0.5
     return masks
+
+
+def _collect(
+    images: Iterable[Annotated], kind: Kind
+) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
+    """Sizes of images, and COCO's annotations of all of them."""
+    sizes, entries = [], []
+    for image, one in enumerate(images):
+        sizes.append(one.size)
+        entries += _entries(image, one, kind)
+    return sizes, entries
 
 
 def _entries(image: int, one: Annotated, kind: Kind) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from experiments.models.proposals import Detections
 from experiments.tasks import detection as module
 from experiments.tasks.detection import detection_task, draw_batch
 from experiments.tasks.object_detection import (
+    Seen,
     annotated,
     detection_scores,
     draw_objects,
@@ -47,6 +48,11 @@ def perfect(batch, score=0.9):
     return Found(Detections(batch["boxes"], batch["classes"], scores), masks)
 
 
+def seen(batch, found):
+    """The same with the true masks, as the task predicts it."""
+    return Seen(found, np.packbits(batch["masks"], axis=-1))
+
+
 def test_batches_depend_on_seed_and_epoch_only():
     task = detection_task()
 
@@ -67,7 +73,7 @@ def test_the_data_are_described():
 
 def test_a_network_that_knows_the_truth_is_perfect():
     batches = module.test_batches()
-    scores = detection_scores((64, 64), batches, [perfect(batch) for batch in batches])
+    scores = detection_scores((64, 64), batches, [seen(batch, perfect(batch)) for batch in batches])
     assert scores["box AP"] == pytest.approx(1)
     assert scores["mask AP50"] == pytest.approx(1)
     # Masks of 28 x 28 lose something.
@@ -80,7 +86,7 @@ def test_padded_images_do_not_count():
     found = perfect(batch)
     wrong = found.detections._replace(boxes=found.detections.boxes.copy())
     wrong.boxes[3] += 40
-    scores = detection_scores((64, 64), [batch], [Found(wrong, found.masks)])
+    scores = detection_scores((64, 64), [batch], [seen(batch, Found(wrong, found.masks))])
     assert scores["box AP"] == pytest.approx(1)
 
 
@@ -105,8 +111,9 @@ def test_loss_and_predictions_have_static_shapes():
     loss, sums, found = jax.eval_shape(run, jax.random.key(0))
     assert loss.shape == ()
     assert set(sums) == {"count", "loss"}
-    assert found.detections.boxes.shape == (4, 5, 4)
-    assert found.masks.shape == (4, 5, 6, 6)
+    assert found.found.detections.boxes.shape == (4, 5, 4)
+    assert found.found.masks.shape == (4, 5, 6, 6)
+    assert found.true_masks.shape == (4, 4, 64, 8)
 
 
 @pytest.mark.slow
