@@ -96,7 +96,7 @@ def average_precision(
 
 
 def paste(
-    probabilities: NDArray[Any], boxes: NDArray[Any], size: tuple[int, int]
+    probabilities: NDArray[Any], boxes: NDArray[Any], size: tuple[int, int], *, stride: int = 1
 ) -> NDArray[np.bool_]:
     """Masks over the whole image from probabilities inside of boxes: where one half is exceeded.
 
@@ -107,9 +107,14 @@ def paste(
       probabilities: (n, side, side).
       boxes: (n, 4).
       size: (height, width) of the image.
+      stride: pixels of the image between two of a mask; what is in their middle counts.
+
+    Returns:
+      (n, height / stride, width / stride).
     """
-    height, width = size
-    masks = np.zeros((len(boxes), height, width), bool)
+    masks = np.zeros((len(boxes), *(side // stride for side in size)), bool)
+    whole = np.zeros(size, bool)
+    middles = slice(stride // 2, None, stride)
     for mask, drawn, (left, top, right, bottom) in zip(masks, probabilities, boxes, strict=True):
         x, y = math.floor(left), math.floor(top)
         wide, high = max(math.ceil(right) - x, 1), max(math.ceil(bottom) - y, 1)
@@ -117,9 +122,11 @@ def paste(
             (wide, high), Image.Resampling.BILINEAR
         )
         rows, columns = slice(max(y, 0), max(y + high, 0)), slice(max(x, 0), max(x + wide, 0))
-        part = mask[rows, columns]
+        whole[...] = False
+        part = whole[rows, columns]
         top, left = max(-y, 0), max(-x, 0)
         part[...] = np.asarray(scaled)[top:, left:][: part.shape[0], : part.shape[1]] > 0.5
+        mask[...] = whole[middles, middles]
     return masks
 
 

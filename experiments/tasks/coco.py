@@ -1,13 +1,12 @@
 """COCO 2017 with Faster R-CNN, or Mask R-CNN, over a ResNet-50 feature pyramid.
 
 What this is for: the N:M paper's object detection and instance segmentation, whose code was never
-released. SGD with
-momentum 0.9 at 0.02, weight decay 1e-4, 12 epochs of batches of 16. Unlike the usual recipe the
-backbone starts from scratch and its normalisation is trained, the learning rate falls as a cosine
-instead of in two steps, and images are scaled to a longer side of 1,024 pixels on a square canvas,
-so that all have one shape. Masks are kept, learnt and compared at a quarter of that resolution,
-whereas COCO's evaluation compares them at the original size of each image. Average precision and
-time have not been measured with this code.
+released. SGD with momentum 0.9 at 0.02, weight decay 1e-4, 12 epochs of batches of 16. Unlike the
+usual recipe the backbone starts from scratch and its normalisation is trained, the learning rate
+falls as a cosine instead of in two steps, and images are scaled to a longer side of 1,024 pixels on
+a square canvas, so that all have one shape. Masks are kept, learnt and compared at a quarter of
+that resolution, whereas COCO's evaluation compares them at the original size of each image. Average
+precision and time have not been measured with this code.
 
 Run:
   tfds build coco/2017 --file_format=array_record     # once; needs TensorFlow and the network
@@ -67,9 +66,10 @@ def coco_task(
         damaged.
     """
     network = make_network(model)
-    train, validation = (
+    # The small one first: a folder that is not prepared is found out before much is read.
+    validation, train = (
         open_coco(split, data_dir, with_masks=network.with_masks)
-        for split in ("train", "validation")
+        for split in ("validation", "train")
     )
     epochs = partial(
         train_epoch,

@@ -144,18 +144,17 @@ def annotated(
     Args:
       image_shape: (height, width).
       prediction: for the batch.
-      stride: pixels of the image between two of a mask; what is in their middle counts.
+      stride: pixels of the image between two of a mask.
     """
     detections, masks = prediction
-    middles = slice(stride // 2, None, stride)
     found = []
     for index in range(len(detections.classes)):
         boxes, classes, scores = (np.asarray(values[index]) for values in detections)
         there = classes > 0
         pasted = None
         if masks is not None:
-            pasted = paste(np.asarray(masks[index])[there], boxes[there], image_shape)
-            pasted = pasted[:, middles, middles].copy()  # so that the whole ones are given up
+            own = np.asarray(masks[index])[there]
+            pasted = paste(own, boxes[there], image_shape, stride=stride)
         found.append(
             Annotated(
                 size=image_shape,

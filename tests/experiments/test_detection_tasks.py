@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.coco_metrics import Annotated
 from experiments.flags import Flags, make_job, make_task
 from experiments.loop import train
 from experiments.models.mask_rcnn import Found
@@ -88,6 +89,34 @@ def test_padded_images_do_not_count():
     wrong.boxes[3] += 40
     scores = detection_scores((64, 64), [batch], [seen(batch, Found(wrong, found.masks))])
     assert scores["box AP"] == pytest.approx(1)
+
+
+def test_coarse_masks_are_compared_at_their_own_resolution():
+    # 40 x 40 pixels of 64 x 48 are 10 x 10 of 16 x 12; a found one of 24 rows has 6 of these.
+    boxes = np.array([[[4, 8, 44, 48]]], np.float32)
+    masks = np.zeros((1, 1, 16, 12), np.uint8)
+    masks[0, 0, 2:12, 1:11] = 1
+    classes = np.array([[1]], np.int32)
+    batch = {"boxes": boxes, "classes": classes, "valid": np.array([1]), "masks": masks}
+    drawn = np.ones((1, 1, 20, 20), np.float32)
+    for rows, expected in ((20, 1.0), (12, 0.3)):
+        drawn[:, :, rows:] = 0
+        found = Found(Detections(boxes, classes, np.array([[0.9]])), drawn)
+        scores = detection_scores((64, 48), [batch], [seen(batch, found)])
+        assert scores["box AP"] == pytest.approx(1)
+        assert scores["mask AP"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_coarse_masks_are_drawn_as_large_as_the_image():
+    mask = np.random.default_rng(0).integers(0, 2, (1, 4, 6))
+    fine = mask.repeat(4, axis=1).repeat(4, axis=2)
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    boxes = np.array([[0, 0, 24, 16]])
+    coarse, whole = (
+        draw_objects(pixels, Annotated((16, 24), boxes, np.array([1]), masks=one), [0])
+        for one in (mask, fine)
+    )
+    np.testing.assert_array_equal(coarse, whole)
 
 
 def test_padding_of_annotation_and_detections_is_left_out():
