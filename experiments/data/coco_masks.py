@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as run_lengths
+from pycocotools.coco import COCO
 
 from experiments.data.records import MissingDatasetError, data_folder
 
@@ -42,16 +44,12 @@ class Outline(NamedTuple):
 
     def decode(self) -> NDArray[np.uint8]:
         """Returns (height, width), 1 where the object is seen."""
-        from pycocotools import mask
-
-        pixels: NDArray[np.uint8] = mask.decode(self._run_lengths())
+        pixels: NDArray[np.uint8] = run_lengths.decode(self._run_lengths())
         return pixels
 
     def is_empty(self) -> bool:
         """Whether no pixel of the image shows the object."""
-        from pycocotools import mask
-
-        return not mask.area(self._run_lengths())
+        return not run_lengths.area(self._run_lengths())
 
     def _run_lengths(self) -> dict[str, Any]:
         return {"size": list(self.size), "counts": self.counts}
@@ -81,13 +79,13 @@ class CocoMasks:
           ValueError: the file does not know an object, or knows it in another image.
         """
         for number in objects:
-            outline = self.outlines.get(int(number))
+            outline = self.outlines.get(number)
             if outline is None or outline.image != image:
                 raise ValueError(
                     f"{name}: {self.file} has no annotation {number} of image {image}. Both have "
                     "to be the same split of COCO 2017"
                 )
-        return [self.outlines[int(number)] for number in objects]
+        return [self.outlines[number] for number in objects]
 
 
 def open_masks(split: str, data_dir: str | Path | None = None) -> CocoMasks:
@@ -100,8 +98,6 @@ def open_masks(split: str, data_dir: str | Path | None = None) -> CocoMasks:
       ValueError: it is not a file of annotations, or a segmentation is neither polygons nor run
         lengths of its image; the message names file and annotation.
     """
-    from pycocotools.coco import COCO
-
     file = data_folder(data_dir) / "coco" / "annotations" / _FILES[split]
     if not file.is_file():
         raise MissingDatasetError(
@@ -114,7 +110,7 @@ def open_masks(split: str, data_dir: str | Path | None = None) -> CocoMasks:
         with redirect_stdout(io.StringIO()):
             index = COCO(file)
     except Exception as error:  # AssertionError, KeyError, TypeError, JSON's errors, ...
-        raise ValueError(f"{file} is no file of annotations: {_kind(error)}") from error
+        raise ValueError(f"{file} is no file of annotations: {_describe(error)}") from error
     sizes = {number: (image["height"], image["width"]) for number, image in index.imgs.items()}
     outlines = {}
     for number, annotation in index.anns.items():
@@ -123,7 +119,7 @@ def open_masks(split: str, data_dir: str | Path | None = None) -> CocoMasks:
             counts = _compress(annotation["segmentation"], *sizes[image])
         except Exception as error:  # pycocotools raises plain Exceptions too.
             raise ValueError(
-                f"{file}: annotation {number} has no readable segmentation: {_kind(error)}"
+                f"{file}: annotation {number} has no readable segmentation: {_describe(error)}"
             ) from error
         outlines[number] = Outline(image, sizes[image], counts)
     return CocoMasks(file, outlines)
@@ -161,21 +157,19 @@ def sample_masks(
 
 def _compress(segmentation: Any, height: int, width: int) -> bytes:
     """Run lengths of polygons, of run lengths in a list, or of nothing."""
-    from pycocotools import mask
-
     if isinstance(segmentation, dict):
         if list(segmentation["size"]) != [height, width]:
             raise ValueError(f"its size {segmentation['size']} is not {[height, width]}")
         if sum(segmentation["counts"]) != height * width:
             raise ValueError(f"its run lengths do not add up to {height} x {width} pixels")
-        found = mask.frPyObjects(segmentation, height, width)
+        found = run_lengths.frPyObjects(segmentation, height, width)
     elif segmentation:
-        found = mask.merge(mask.frPyObjects(segmentation, height, width))
+        found = run_lengths.merge(run_lengths.frPyObjects(segmentation, height, width))
     else:
-        found = mask.encode(np.zeros((height, width), np.uint8, order="F"))
+        found = run_lengths.encode(np.zeros((height, width), np.uint8, order="F"))
     counts: bytes = found["counts"]
     return counts
 
 
-def _kind(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
