@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,7 +31,8 @@ class Annotated:
       boxes: (n, 4): left, top, right, bottom, in pixels.
       classes: (n,) from 1.
       scores: (n,); None for true objects.
-      masks: (n, height, width) booleans; None where only boxes are compared.
+      masks: (n, height / k, width / k) booleans, of any whole k that is the same for all images;
+        None where only boxes are compared.
       is_crowd: (n,) marks regions that detections are neither rewarded nor punished in; None for
         none.
     """
@@ -45,9 +46,11 @@ class Annotated:
 
 
 def average_precision(
-    truth: Sequence[Annotated], found: Sequence[Annotated], kind: Kind
+    truth: Iterable[Annotated], found: Iterable[Annotated], kind: Kind
 ) -> dict[str, float]:
     """Returns "AP" (mean over overlaps of 0.5, 0.55, ... 0.95), "AP50" and "AP75".
+
+    Images are taken one after the other, and only run lengths of their masks are kept.
 
     Args:
       truth: an entry an image.
@@ -63,12 +66,12 @@ def average_precision(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    if len(truth) != len(found):
-        raise ValueError(f"{len(truth)} images have a truth, but {len(found)} were looked at")
-    entries = [entry for image, one in enumerate(truth) for entry in _entries(image, one, kind)]
+    sizes, entries = _collect(truth, kind)
+    looked_at, results = _collect(found, kind)
+    if len(sizes) != len(looked_at):
+        raise ValueError(f"{len(sizes)} images have a truth, but {len(looked_at)} were looked at")
     if not entries:
         raise ValueError("no image has a true object: average precision means nothing")
-    results = [entry for image, one in enumerate(found) for entry in _entries(image, one, kind)]
     if not results:
         return dict.fromkeys(_PLACES, 0.0)
     classes = sorted({entry["category_id"] for entry in entries})
@@ -78,8 +81,8 @@ def average_precision(
         reference.dataset = {
             "info": {},
             "images": [
-                {"id": image + 1, "height": one.size[0], "width": one.size[1]}
-                for image, one in enumerate(truth)
+                {"id": image + 1, "height": height, "width": width}
+                for image, (height, width) in enumerate(sizes)
             ],
             "categories": [{"id": number} for number in classes],
             "annotations": [{**entry, "id": at} for at, entry in enumerate(entries, start=1)],
@@ -93,7 +96,7 @@ def average_precision(
 
 
 def paste(
-    probabilities: NDArray[Any], boxes: NDArray[Any], size: tuple[int, int]
+    probabilities: NDArray[Any], boxes: NDArray[Any], size: tuple[int, int], *, stride: int = 1
 ) -> NDArray[np.bool_]:
     """Masks over the whole image from probabilities inside of boxes: where one half is exceeded.
 
@@ -104,9 +107,14 @@ def paste(
       probabilities: (n, side, side).
       boxes: (n, 4).
       size: (height, width) of the image.
+      stride: pixels of the image between two of a mask; what is in their middle counts.
+
+    Returns:
+      (n, height / stride, width / stride).
     """
-    height, width = size
-    masks = np.zeros((len(boxes), height, width), bool)
+    masks = np.zeros((len(boxes), *(side // stride for side in size)), bool)
+    whole = np.zeros(size, bool)
+    middles = slice(stride // 2, None, stride)
     for mask, drawn, (left, top, right, bottom) in zip(masks, probabilities, boxes, strict=True):
         x, y = math.floor(left), math.floor(top)
         wide, high = max(math.ceil(right) - x, 1), max(math.ceil(bottom) - y, 1)
@@ -114,10 +122,23 @@ def paste(
             (wide, high), Image.Resampling.BILINEAR
         )
         rows, columns = slice(max(y, 0), max(y + high, 0)), slice(max(x, 0), max(x + wide, 0))
-        part = mask[rows, columns]
+        whole[...] = False
+        part = whole[rows, columns]
         top, left = max(-y, 0), max(-x, 0)
         part[...] = np.asarray(scaled)[top:, left:][: part.shape[0], : part.shape[1]] > 0.5
+        mask[...] = whole[middles, middles]
     return masks
+
+
+def _collect(
+    images: Iterable[Annotated], kind: Kind
+) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
+    """Sizes of images, and COCO's annotations of all of them."""
+    sizes, entries = [], []
+    for image, one in enumerate(images):
+        sizes.append(one.size)
+        entries += _entries(image, one, kind)
+    return sizes, entries
 
 
 def _entries(image: int, one: Annotated, kind: Kind) -> list[dict[str, Any]]:

@@ -30,6 +30,8 @@ DEFAULT_MODELS = {
     "detection": "mask_rcnn_tiny",
     "coco": "faster_rcnn",
 }
+# Of tasks whose other models are not those of any other task.
+_OTHER_MODELS = {"coco": ("mask_rcnn",)}
 TaskName = Literal[
     "digits",
     "cifar10",
@@ -60,8 +62,9 @@ class Flags:
       model: None for the task's: small_resnet for digits, resnet18 for cifar10, resnet50 for
         imagenet2012, transformer_tiny for number_names, transformer_base for wmt14, decoder_tiny
         for python_bytes. Also resnet8, resnet20, resnet34, resnet101, mobilenet_v1;
-        transformer_big; decoder_small, decoder_medium. Without a choice: raft_tiny for
-        flow, raft for flying_chairs and sintel, mask_rcnn_tiny for detection, faster_rcnn for coco.
+        transformer_big; decoder_small, decoder_medium. For coco faster_rcnn or mask_rcnn, which
+        also needs COCO's own annotations. Without a choice: raft_tiny for flow, raft for
+        flying_chairs and sintel, mask_rcnn_tiny for detection.
       pattern: weights kept of each group, N:M, or blocks of N output channels and the fraction of
         them that is dropped, 1xN@S. Dense training watches the topology that this pattern would
         have.
@@ -349,6 +352,7 @@ def _of_objects(flags: Flags) -> Task:
     from experiments.tasks.coco import coco_task
 
     return coco_task(
+        flags.model_name,
         recipe=_changed(COCO_RECIPE, flags),
         data_dir=flags.data_dir,
         reading=Reading(workers=flags.workers, threads=flags.threads),
@@ -376,12 +380,12 @@ def _of_flow(flags: Flags) -> Task:
 
 
 def _check_only_model(flags: Flags, dtypes: tuple[str, ...] = ("float32",)) -> None:
-    """Raises ValueError if a task that has one model is asked for another, or for other dtypes."""
-    only = DEFAULT_MODELS[flags.task]
-    if flags.model_name != only or flags.dtype not in dtypes:
+    """Raises ValueError if a task is asked for a model that it has not, or for other dtypes."""
+    models = (DEFAULT_MODELS[flags.task], *_OTHER_MODELS.get(flags.task, ()))
+    if flags.model_name not in models or flags.dtype not in dtypes:
         raise ValueError(
-            f"{flags.task} is trained with the model {only} in {' or '.join(dtypes)} only, got "
-            f"{flags.model_name} in {flags.dtype}"
+            f"{flags.task} is trained with the model {' or '.join(models)} in "
+            f"{' or '.join(dtypes)} only, got {flags.model_name} in {flags.dtype}"
         )
 
 

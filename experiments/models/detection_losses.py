@@ -137,19 +137,20 @@ def box_losses(
     )
 
 
-def mask_loss(chosen: Chosen, logits: jax.Array, masks: jax.Array) -> jax.Array:
+def mask_loss(chosen: Chosen, logits: jax.Array, masks: jax.Array, *, stride: int = 1) -> jax.Array:
     """Mean binary cross entropy of the masks drawn for objects, 0 where there is no object.
 
     Args:
       chosen: proposals.
       logits: (n, size, size, classes); those of the true class are learnt.
-      masks: (objects, height, width).
+      masks: (objects, height / stride, width / stride).
+      stride: pixels of the image between two of a mask.
     """
     is_object = chosen.classes > 0
     size = logits.shape[1]
     # Every object's mask is a level of its own, and each box reads from its object's.
     levels = [mask[..., None].astype(logits.dtype) for mask in masks]
-    truth = roi_align(levels, (1,) * len(levels), chosen.boxes, chosen.object, size)[..., 0]
+    truth = roi_align(levels, (stride,) * len(levels), chosen.boxes, chosen.object, size)[..., 0]
     own = jnp.take_along_axis(logits, chosen.classes[:, None, None, None], axis=-1)[..., 0]
     entropy = optax.sigmoid_binary_cross_entropy(own, truth).mean(axis=(1, 2))
     return jnp.where(is_object, entropy, 0).sum() / jnp.maximum(is_object.sum(), 1)

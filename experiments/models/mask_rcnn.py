@@ -37,7 +37,8 @@ class Objects(NamedTuple):
     Attributes:
       boxes: (batch, objects, 4).
       classes: (batch, objects) int32, from 1; 0 is padding.
-      masks: (batch, objects, height, width), 1 where the object is seen; None if not known.
+      masks: (batch, objects, height / k, width / k), 1 where the object is seen, of images
+        (height, width) and any whole k; None if not known.
     """
 
     boxes: jax.Array
@@ -166,6 +167,9 @@ class MaskRCNN(nn.Module):
           truth: of the images.
           key: draws the samples.
           train: whether the batch's own statistics normalise.
+
+        Raises:
+          ValueError: the model needs masks that are missing, or that do not fit the images.
         """
         maps, logits, codes = self._look(images, train)
         anchors = self._anchors(maps, images)
@@ -190,7 +194,9 @@ class MaskRCNN(nn.Module):
             # Objects come first among the chosen.
             first = jax.tree.map(lambda x: x[:, : self.box_samples // 4], chosen)
             drawn = self._flat(self.masks, self._crop(maps, first.boxes, self.mask_size))
-            named["masks"] = jax.vmap(mask_loss)(first, drawn, truth.masks)
+            stride = mask_stride(_size(images), truth.masks.shape[2:])
+            own_loss = partial(mask_loss, stride=stride)
+            named["masks"] = jax.vmap(own_loss)(first, drawn, truth.masks)
         return named
 
     def find(self, images: jax.Array) -> Found:
@@ -256,6 +262,25 @@ class MaskRCNN(nn.Module):
         batch, count = regions.shape[:2]
         answers = head(regions.reshape(batch * count, *regions.shape[2:]))
         return jax.tree.map(lambda x: x.reshape(batch, count, *x.shape[1:]), answers)
+
+
+def mask_stride(image: tuple[int, ...], mask: tuple[int, ...]) -> int:
+    """Returns how many pixels of an image lie between two of a mask.
+
+    Args:
+      image: (height, width).
+      mask: the same of the mask.
+
+    Raises:
+      ValueError: it is not the same whole number along both axes.
+    """
+    stride = max(image[0] // mask[0], 1)
+    if (stride * mask[0], stride * mask[1]) != tuple(image):
+        raise ValueError(
+            f"masks of {tuple(mask)} pixels do not fit images of {tuple(image)}: both sides have "
+            "to be smaller by the same whole factor"
+        )
+    return stride
 
 
 def _size(images: jax.Array) -> tuple[int, int]:

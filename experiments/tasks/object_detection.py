@@ -5,18 +5,18 @@ Source: Ren et al., "Faster R-CNN", NeurIPS 2015; He et al., "Mask R-CNN", ICCV 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
-from experiments.coco_metrics import Annotated, average_precision, paste
+from experiments.coco_metrics import Annotated, Kind, average_precision, paste
 from experiments.data.images import Pixels, image_uri
-from experiments.models.mask_rcnn import MaskRCNN, Objects
+from experiments.models.mask_rcnn import Found, MaskRCNN, Objects, mask_stride
 from experiments.tasks.task import Batch, Metric, Recipe, Shown, Sums, Task, Variables
 
 # Layers that see three channels, which no group of four fits into.
@@ -29,6 +29,20 @@ _SHOWN_SCORE = 0.5
 _COLOURS = np.array(
     [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)]
 )
+
+
+class Seen(NamedTuple):
+    """What scores are made of, besides boxes and classes.
+
+    Attributes:
+      found: by the network.
+      true_masks: (batch, objects, rows, columns / 8, rounded up) uint8, the true masks with eight
+        pixels a byte; None without masks. All of a test set wait until it is scored: COCO's, at a
+        byte a pixel, would take 33 GB.
+    """
+
+    found: Found
+    true_masks: jax.Array | None
 
 
 def object_detection_task(
@@ -53,7 +67,8 @@ def object_detection_task(
       image_shape: (height, width).
       train_batches: `(seed, epoch) -> batches` with "image" (batch, *image_shape, 3) float32 in
         [-1, 1], "boxes" (batch, objects, 4) float32, "classes" (batch, objects) int32 from 1, 0
-        where padded, and for a model with masks "masks" (batch, objects, *image_shape) uint8.
+        where padded, and for a model with masks "masks" (batch, objects, rows, columns) uint8,
+        as large as the image or smaller by a whole factor, in which they are scored too.
       eval_batches: `() -> batches`, the same plus "valid" (batch,), 0 where padded. May have
         "is_crowd" (batch, objects).
       steps_per_epoch: how many batches `train_batches` yields.
@@ -76,32 +91,30 @@ def object_detection_task(
         metrics=BOX_METRICS + (MASK_METRICS if model.with_masks else ()),
         predict=partial(_predict, model),
         score=partial(detection_scores, image_shape),
-        scored_by=("boxes", "classes", "masks", "is_crowd"),
+        scored_by=("boxes", "classes", "is_crowd"),
         show=partial(_show, model, eval_batches),
         **described,
     )
 
 
 def detection_scores(
-    image_shape: tuple[int, int], batches: list[Batch], predictions: list[Any]
+    image_shape: tuple[int, int], batches: list[Batch], predictions: list[Seen]
 ) -> dict[str, float]:
     """Average precision of boxes and, where there are masks, of masks.
 
+    Masks are compared at the resolution of the true ones, which may be coarser than the image;
+    COCO's own evaluation compares them at the original size of each image.
+
     Args:
       image_shape: (height, width).
-      batches: see `object_detection_task`; the images are not needed.
-      predictions: `Found` of each batch.
+      batches: see `object_detection_task`; images and masks are not needed.
+      predictions: `Seen` of each batch.
     """
-    truth, found = [], []
-    for batch, prediction in zip(batches, predictions, strict=True):
-        keep = np.flatnonzero(batch["valid"])
-        true, seen = true_objects(image_shape, batch), annotated(image_shape, prediction)
-        truth += [true[index] for index in keep]
-        found += [seen[index] for index in keep]
-    boxes = average_precision(truth, found, "bbox")
+    boxes_only = [Seen(seen.found._replace(masks=None), None) for seen in predictions]
+    boxes = _precision(image_shape, batches, boxes_only, "bbox")
     scores = {f"box {name}": value for name, value in boxes.items()}
-    if truth[0].masks is not None:
-        masks = average_precision(truth, found, "segm")
+    if predictions[0].true_masks is not None:
+        masks = _precision(image_shape, batches, predictions, "segm")
         scores |= {f"mask {name}": value for name, value in masks.items()}
     return scores
 
@@ -123,22 +136,32 @@ def true_objects(image_shape: tuple[int, int], batch: Batch) -> list[Annotated]:
     return found
 
 
-def annotated(image_shape: tuple[int, int], prediction: Any) -> list[Annotated]:
-    """The detections of each image of a batch, masks pasted into it."""
+def annotated(
+    image_shape: tuple[int, int], prediction: Found, *, stride: int = 1
+) -> list[Annotated]:
+    """The detections of each image of a batch, masks pasted into it.
+
+    Args:
+      image_shape: (height, width).
+      prediction: for the batch.
+      stride: pixels of the image between two of a mask.
+    """
     detections, masks = prediction
     found = []
     for index in range(len(detections.classes)):
         boxes, classes, scores = (np.asarray(values[index]) for values in detections)
         there = classes > 0
+        pasted = None
+        if masks is not None:
+            own = np.asarray(masks[index])[there]
+            pasted = paste(own, boxes[there], image_shape, stride=stride)
         found.append(
             Annotated(
                 size=image_shape,
                 boxes=boxes[there],
                 classes=classes[there],
                 scores=scores[there],
-                masks=None
-                if masks is None
-                else paste(masks[index][there], boxes[there], image_shape),
+                masks=pasted,
             )
         )
     return found
@@ -172,7 +195,8 @@ def draw_objects(pixels: Pixels, objects: Annotated, which: Any, enlarge: int = 
     canvas = np.repeat(np.repeat(pixels, enlarge, axis=0), enlarge, axis=1).astype(float)
     for index in which:
         if objects.masks is not None:
-            mask = np.kron(objects.masks[index] != 0, np.ones((enlarge, enlarge))) > 0
+            side = len(canvas) // objects.masks.shape[1]
+            mask = np.kron(objects.masks[index] != 0, np.ones((side, side))) > 0
             canvas[mask] = (canvas[mask] + _colour(objects.classes[index])) / 2
     image = Image.fromarray(canvas.astype(np.uint8))
     draw = ImageDraw.Draw(image)
@@ -183,6 +207,36 @@ def draw_objects(pixels: Pixels, objects: Annotated, which: Any, enlarge: int = 
         score = "" if objects.scores is None else f" {objects.scores[index]:.2f}"
         draw.text((left + 2, top), f"{objects.classes[index]}{score}", fill=colour)
     return np.asarray(image)
+
+
+def _precision(
+    image_shape: tuple[int, int], batches: list[Batch], predictions: list[Seen], kind: Kind
+) -> dict[str, float]:
+    """Average precision over the images that are no padding, which are taken batch by batch."""
+
+    def valid(images: Iterable[list[Annotated]]) -> Iterator[Annotated]:
+        for batch, found in zip(batches, images, strict=True):
+            yield from (found[index] for index in np.flatnonzero(batch["valid"]))
+
+    truth = (_unpacked(image_shape, *pair) for pair in zip(batches, predictions, strict=True))
+    found = (
+        annotated(image_shape, seen.found, stride=_stride(image_shape, seen.true_masks))
+        for seen in predictions
+    )
+    return average_precision(valid(truth), valid(found), kind)
+
+
+def _unpacked(image_shape: tuple[int, int], batch: Batch, seen: Seen) -> list[Annotated]:
+    """The true objects of each image of a batch that has come without masks."""
+    if seen.true_masks is None:
+        return true_objects(image_shape, batch)
+    columns = image_shape[1] // _stride(image_shape, seen.true_masks)
+    masks = np.unpackbits(np.asarray(seen.true_masks), axis=-1, count=columns)
+    return true_objects(image_shape, {**batch, "masks": masks})
+
+
+def _stride(image_shape: tuple[int, int], packed: jax.Array | None) -> int:
+    return 1 if packed is None else image_shape[0] // packed.shape[2]
 
 
 def _objects(batch: Batch) -> Objects:
@@ -236,8 +290,14 @@ def _evaluate(model: MaskRCNN, params: Any, collections: Variables, batch: Batch
     return {"count": keep.sum().astype(jnp.float32), "loss": jnp.where(keep, losses, 0).sum()}
 
 
-def _predict(model: MaskRCNN, params: Any, collections: Variables, batch: Batch) -> Any:
-    return model.apply({"params": params, **collections}, batch["image"], method="find")
+def _find(model: MaskRCNN, params: Any, collections: Variables, batch: Batch) -> Found:
+    found: Any = model.apply({"params": params, **collections}, batch["image"], method="find")
+    return Found(*found)
+
+
+def _predict(model: MaskRCNN, params: Any, collections: Variables, batch: Batch) -> Seen:
+    masks = jnp.packbits(batch["masks"], axis=-1) if "masks" in batch else None
+    return Seen(_find(model, params, collections, batch), masks)
 
 
 def _show(
@@ -247,5 +307,7 @@ def _show(
     collections: Variables,
 ) -> list[Shown]:
     batch = {name: values[:_SHOWN] for name, values in next(eval_batches()).items()}
-    found = jax.device_get(jax.jit(partial(_predict, model))(params, collections, batch))
-    return shown_images(batch, annotated(batch["image"].shape[1:3], found))
+    found = jax.device_get(jax.jit(partial(_find, model))(params, collections, batch))
+    size = batch["image"].shape[1:3]
+    stride = mask_stride(size, batch["masks"].shape[2:]) if "masks" in batch else 1
+    return shown_images(batch, annotated(size, found, stride=stride))

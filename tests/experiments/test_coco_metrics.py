@@ -85,6 +85,9 @@ def test_masks_are_pasted_where_their_boxes_are():
     expected[0, 3:5, 2:6] = True
     expected[1, 10:12, 10:12] = expected[1, 12:14, 12:14] = True
     np.testing.assert_array_equal(masks, expected)
+    boxes = np.array([[2, 3, 6, 5], [10, 10, 14, 14]])
+    coarse = paste(probabilities, boxes, (20, 16), stride=4)
+    np.testing.assert_array_equal(coarse, expected[:, 2::4, 2::4])
 
 
 def test_boxes_over_the_border_are_cut_off():

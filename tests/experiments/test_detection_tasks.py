@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.coco_metrics import Annotated
 from experiments.flags import Flags, make_job, make_task
 from experiments.loop import train
 from experiments.models.mask_rcnn import Found
@@ -13,6 +14,7 @@ from experiments.models.proposals import Detections
 from experiments.tasks import detection as module
 from experiments.tasks.detection import detection_task, draw_batch
 from experiments.tasks.object_detection import (
+    Seen,
     annotated,
     detection_scores,
     draw_objects,
@@ -47,6 +49,11 @@ def perfect(batch, score=0.9):
     return Found(Detections(batch["boxes"], batch["classes"], scores), masks)
 
 
+def seen(batch, found):
+    """The same with the true masks, as the task predicts it."""
+    return Seen(found, np.packbits(batch["masks"], axis=-1))
+
+
 def test_batches_depend_on_seed_and_epoch_only():
     task = detection_task()
 
@@ -67,7 +74,7 @@ def test_the_data_are_described():
 
 def test_a_network_that_knows_the_truth_is_perfect():
     batches = module.test_batches()
-    scores = detection_scores((64, 64), batches, [perfect(batch) for batch in batches])
+    scores = detection_scores((64, 64), batches, [seen(batch, perfect(batch)) for batch in batches])
     assert scores["box AP"] == pytest.approx(1)
     assert scores["mask AP50"] == pytest.approx(1)
     # Masks of 28 x 28 lose something.
@@ -80,8 +87,36 @@ def test_padded_images_do_not_count():
     found = perfect(batch)
     wrong = found.detections._replace(boxes=found.detections.boxes.copy())
     wrong.boxes[3] += 40
-    scores = detection_scores((64, 64), [batch], [Found(wrong, found.masks)])
+    scores = detection_scores((64, 64), [batch], [seen(batch, Found(wrong, found.masks))])
     assert scores["box AP"] == pytest.approx(1)
+
+
+def test_coarse_masks_are_compared_at_their_own_resolution():
+    # 40 x 40 pixels of 64 x 48 are 10 x 10 of 16 x 12; a found one of 24 rows has 6 of these.
+    boxes = np.array([[[4, 8, 44, 48]]], np.float32)
+    masks = np.zeros((1, 1, 16, 12), np.uint8)
+    masks[0, 0, 2:12, 1:11] = 1
+    classes = np.array([[1]], np.int32)
+    batch = {"boxes": boxes, "classes": classes, "valid": np.array([1]), "masks": masks}
+    drawn = np.ones((1, 1, 20, 20), np.float32)
+    for rows, expected in ((20, 1.0), (12, 0.3)):
+        drawn[:, :, rows:] = 0
+        found = Found(Detections(boxes, classes, np.array([[0.9]])), drawn)
+        scores = detection_scores((64, 48), [batch], [seen(batch, found)])
+        assert scores["box AP"] == pytest.approx(1)
+        assert scores["mask AP"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_coarse_masks_are_drawn_as_large_as_the_image():
+    mask = np.random.default_rng(0).integers(0, 2, (1, 4, 6))
+    fine = mask.repeat(4, axis=1).repeat(4, axis=2)
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    boxes = np.array([[0, 0, 24, 16]])
+    coarse, whole = (
+        draw_objects(pixels, Annotated((16, 24), boxes, np.array([1]), masks=one), [0])
+        for one in (mask, fine)
+    )
+    np.testing.assert_array_equal(coarse, whole)
 
 
 def test_padding_of_annotation_and_detections_is_left_out():
@@ -105,8 +140,9 @@ def test_loss_and_predictions_have_static_shapes():
     loss, sums, found = jax.eval_shape(run, jax.random.key(0))
     assert loss.shape == ()
     assert set(sums) == {"count", "loss"}
-    assert found.detections.boxes.shape == (4, 5, 4)
-    assert found.masks.shape == (4, 5, 6, 6)
+    assert found.found.detections.boxes.shape == (4, 5, 4)
+    assert found.found.masks.shape == (4, 5, 6, 6)
+    assert found.true_masks.shape == (4, 4, 64, 8)
 
 
 @pytest.mark.slow

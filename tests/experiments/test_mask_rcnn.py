@@ -8,7 +8,7 @@ import pytest
 from experiments.models.boxes import encode
 from experiments.models.detection_losses import Chosen, box_losses, choose, mask_loss, region_losses
 from experiments.models.feature_pyramid import FeaturePyramid
-from experiments.models.mask_rcnn import MaskRCNN, Objects
+from experiments.models.mask_rcnn import MaskRCNN, Objects, mask_stride
 from experiments.models.proposals import BOX_WEIGHTS, REGION_WEIGHTS, detect, propose
 from experiments.models.resnet import BasicBlock
 from nmjax import make_plan
@@ -178,6 +178,38 @@ def test_mask_loss_is_the_entropy_inside_of_the_box():
     logits = logits.at[1, ..., 1].set(50.0)
     found = float(jax.jit(mask_loss)(chosen, logits, mask))
     assert found == pytest.approx(np.log1p(np.exp(-3)), rel=0.05)
+
+
+def test_targets_of_coarse_masks_are_those_of_fine_ones():
+    fine = np.zeros((2, 64, 64), np.uint8)
+    fine[1, 8:40, 16:48] = 1
+    coarse = fine[:, 2::4, 2::4]
+    # Every sample of these boxes is as far from an edge as the middle of a coarse pixel, or more.
+    chosen = Chosen(
+        boxes=jnp.array([[8.0, 0, 56, 48], [16, 8, 48, 40], [0, 0, 64, 64]]),
+        object=jnp.array([1, 1, 0]),
+        classes=jnp.array([1, 2, 1]),
+        weights=jnp.ones(3),
+    )
+    # The loss is linear in the targets, so that these gradients tell all of them.
+    grad = jax.jit(jax.grad(mask_loss, argnums=1), static_argnames="stride")
+    logits = jnp.zeros((3, 2, 2, 3))
+    expected = grad(chosen, logits, jnp.asarray(fine))
+    np.testing.assert_allclose(
+        grad(chosen, logits, jnp.asarray(coarse), stride=4), expected, atol=1e-7
+    )
+    # A quarter of each cell of the first box is object, or all of the second.
+    assert np.ptp(np.asarray(expected)[0, ..., 1]) == 0
+    assert (expected[1, ..., 2] < 0).all()
+    assert (expected[2, ..., 1] > 0).all()
+
+
+def test_masks_are_coarser_by_a_whole_factor():
+    assert mask_stride((64, 96), (64, 96)) == 1
+    assert mask_stride((64, 96), (16, 24)) == 4
+    for mask in ((16, 96), (15, 24), (128, 192)):
+        with pytest.raises(ValueError, match="the same whole factor"):
+            mask_stride((64, 96), mask)
 
 
 @pytest.mark.slow
