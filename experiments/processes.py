@@ -86,21 +86,30 @@ def together(act: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
 
     Args:
       act: must not wait for other processes.
-      errors: that it may raise, each made of one text.
+      errors: that it may raise, each made of one text, the gravest first.
 
     Raises:
-      One of `errors`: what `act` raised here, or else the first of them, with what it raised in
-        the first process that it failed in.
+      An error of the same kind in every process, the gravest that `act` raised in any: what it
+        raised here, or else with the text of the first process that raised it. What is not among
+        `errors` is graver than these, and a RuntimeError in the other processes.
     """
+    kinds: tuple[type[Exception], ...] = (RuntimeError, *errors)
     failure: Exception | None = None
+    grade, own = 0, ""
     try:
         result = act()
-    except errors as error:
+    except Exception as error:
         failure = error
-    said = tell_all("" if failure is None else str(failure) or type(failure).__name__)
-    if failure is not None:
+        grade = next((at for at, kind in enumerate(errors, 1) if isinstance(error, kind)), 0)
+        name = type(error).__name__
+        own = f"{grade} {(str(error) or name) if grade else f'{name}: {error}'}"
+    said = [(text.partition(" "), process) for process, text in enumerate(tell_all(own)) if text]
+    if not said:
+        return result
+    # One that went on, or treated it otherwise, would wait where the others never come.
+    gravest, process, text = min(
+        (int(number), process, text) for (number, _, text), process in said
+    )
+    if failure is not None and grade == gravest:
         raise failure
-    for process, text in enumerate(said):
-        if text:
-            raise errors[0](f"process {process}: {text}")
-    return result
+    raise kinds[gravest](f"process {process}: {text}") from failure
