@@ -17,6 +17,7 @@ from experiments.flags import Flags
 from experiments.placement import Placement
 from experiments.processes import tell_all
 from experiments.step import Job
+from experiments.whole_files import write_whole
 
 # Flags that change how fast a run goes and what it leaves behind, but, rounding aside, not what
 # comes out.
@@ -47,6 +48,9 @@ _FREE_FLAGS = frozenset(
         "log_every",
     ]
 )
+
+# Parts of settings.json that decide what comes out.
+_DECIDING = frozenset(["flags", "recipe", "keep_dense", "identity"])
 
 # Flags that each of several processes has for itself.
 _OWN_FLAGS = frozenset(
@@ -87,7 +91,7 @@ def claim_folder(flags: Flags, job: Job, placement: Placement) -> None:
 
     Raises:
       ValueError: if another run is there; with `resume`, if that differs in what decides the
-        result.
+        result, or its settings cannot be read.
     """
     path = flags.folder / "settings.json"
     settings = {
@@ -104,11 +108,25 @@ def claim_folder(flags: Flags, job: Job, placement: Placement) -> None:
             raise ValueError(
                 f"{flags.folder} holds a run already: give --resume to go on, or another --name"
             )
-        _check_same(json.loads(path.read_text()), settings, flags.folder)
+        _check_same(_read(path), settings, flags.folder)
     flags.folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    text = json.dumps(settings, indent=2) + "\n"
+    write_whole(path, lambda part: part.write_text(text))
     (flags.folder / "plan.txt").write_text(f"{job.plan}\n")
     (flags.folder / "layout.txt").write_text(f"{placement.layout or 'one device'}\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict) or not stored.keys() >= _DECIDING:
+            raise ValueError(f"expected an object with {', '.join(sorted(_DECIDING))}")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} does not hold the settings of a run: {error}. If nobody has them, delete the "
+            "file, and --resume goes on with the flags given now"
+        ) from error
+    return stored
 
 
 def _check_same(stored: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
