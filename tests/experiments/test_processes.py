@@ -161,6 +161,7 @@ def test_what_one_process_cannot_read_none_goes_on_from(tmp_path):
     [
         (["--epochs", "5"], "process 1 was started with other flags .*: epochs 5, not epochs 4"),
         (["--runs-dir", "elsewhere"], "is not the folder that process .* put --runs-dir on a disk"),
+        (["--data-dir", "elsewhere"], "process 1 has another task digits .*: corpus .*elsewhere"),
     ],
 )
 def test_what_one_process_is_told_otherwise_ends_all(tmp_path, own, message):
