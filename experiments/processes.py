@@ -13,6 +13,9 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
+# What JAX reads where it is not told the coordinator.
+_COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+
 # Bytes of what a process tells the others.
 _LONGEST = 4096
 
@@ -24,16 +27,18 @@ def join_processes(
 
     Args:
       distributed: whether to ask the cluster (Slurm, Open MPI, Kubernetes, TPU) for what is not
-        given. JAX_COORDINATOR_ADDRESS is heeded too.
+        given. Implied where the environment has JAX_COORDINATOR_ADDRESS, which stands in for
+        `coordinator`.
       coordinator: "host:port" of process 0.
       processes: how many there are.
       process: which one this is, from 0.
 
     Raises:
-      ValueError: some of the last three are given and others not, without `distributed`; or the
+      ValueError: some of the last three are given and others not, without a cluster to ask; or the
         cluster does not say what is missing.
     """
     given = (coordinator, processes, process)
+    distributed = distributed or bool(os.environ.get(_COORDINATOR))
     if not distributed and given == (None, None, None):
         return
     if not distributed and None in given:
@@ -45,7 +50,8 @@ def join_processes(
         jax.distributed.initialize(coordinator, processes, process)
     except ValueError as error:
         raise ValueError(
-            f"the processes cannot be joined: {error} Give --coordinator, --processes and --process"
+            f"the processes cannot be joined: {error} Give --coordinator, --processes and "
+            f"--process; for one process alone, give no --distributed and unset {_COORDINATOR}"
         ) from error
 
 

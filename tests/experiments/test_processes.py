@@ -241,6 +241,49 @@ def test_what_is_missing_is_said(given):
 
 
 @pytest.mark.slow
-def test_a_cluster_that_is_none_is_said():
-    _, err = end(start(["--distributed", "--epochs", "1"]), status=1)
+@pytest.mark.parametrize(
+    ("flags", "environment"),
+    [(["--distributed"], {}), ([], {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"})],
+)
+def test_a_cluster_that_is_none_is_said(flags, environment):
+    _, err = end(start([*flags, "--epochs", "1"], **environment), status=1)
     assert re.search("cannot be joined: .* Give --coordinator, --processes and --process", err)
+    assert "unset JAX_COORDINATOR_ADDRESS" in err
+
+
+def test_a_coordinator_in_the_environment_is_heeded(monkeypatch):
+    joined = []
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *of: joined.append(of))
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "")
+    join_processes(False, None, None, None)
+    assert not joined
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    join_processes(False, None, None, None)
+    join_processes(False, None, 2, 1)
+    assert joined == [(None, None, None), (None, 2, 1)]
+
+
+@pytest.mark.slow
+def test_processes_join_through_the_environment(tmp_path):
+    """No flag says so: the address is JAX's own variable, the numbers are those of Open MPI."""
+    flags = ["--epochs", "1", "--log-every", "0", "--mesh", "data=8", "--runs-dir", str(tmp_path)]
+    known = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+    }
+    both = [
+        start(
+            [*flags, "--name", "joined"],
+            devices=4,
+            OMPI_COMM_WORLD_RANK=rank,
+            OMPI_COMM_WORLD_LOCAL_RANK=rank,
+            **known,
+        )
+        for rank in ("0", "1")
+    ]
+    (out, _), (quiet, _) = (end(process) for process in both)
+    assert "epoch 1/1" in out
+    assert "epoch" not in quiet
+    settings = json.loads((tmp_path / "joined" / "settings.json").read_text())
+    assert settings["machine"]["device"].startswith("8 x cpu")
