@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import re
 import signal
 import sys
 import threading
@@ -15,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from experiments.orbax_noise import hold_back
@@ -24,9 +25,25 @@ from experiments.processes import is_first, tell_all, together
 from experiments.stored_state import checksums, from_stored, split_alike, to_stored
 from nmjax.trees import named_leaves
 
+# What reading takes and this machine does not give, whatever the checkpoint holds.
+_LACKING = frozenset(
+    [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE]
+)
+# How XLA and tensorstore say so.
+_SAYS_LACKING = re.compile("RESOURCE_EXHAUSTED|PERMISSION_DENIED")
+_SAYS_ERRNO = re.compile(r"os_error_code='(\d+)'")
+
 
 class DamagedError(Exception):
     """A checkpoint that cannot be read, or is not what was written."""
+
+
+class UnreadableError(OSError):
+    """A checkpoint that cannot be read here and now, though it may be whole."""
+
+
+# Gravest first, as for `together`.
+_FAILURES = (UnreadableError, DamagedError)
 
 
 class Checkpoints:
@@ -111,6 +128,8 @@ class Checkpoints:
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """Reads the newest checkpoint that is whole; says which ones are not, and puts them aside.
 
+        Nothing is put aside before one was read: what none can be read for may not be damage.
+
         Args:
           like: a tree of shapes and dtypes of the state.
 
@@ -120,22 +139,24 @@ class Checkpoints:
         Raises:
           ValueError: if what is stored is of another model, plan or pattern, or if there are
             checkpoints and none is whole.
+          OSError: if this machine lacks what reading takes, such as memory, files or permission;
+            or one that is damaged cannot be put aside.
         """
-        is_damaged = False
-        while (steps := self._newest()) is not None:
+        failed: dict[int, str] = {}
+        for steps in self._newest_first():
             try:
-                return steps, self._read(steps, like)
+                state = self._read(steps, like)
             except DamagedError as error:
-                is_damaged, aside = True, self._put_aside(steps)
-                if is_first():
-                    print(
-                        f"warning: the checkpoint {self.folder / str(steps)} is damaged: {error}; "
-                        f"it is now {aside.name}, and the one before is used",
-                        file=sys.stderr,
-                    )
-        if is_damaged:
+                failed[steps] = str(error)  # The error itself holds arrays.
+                continue
+            for damaged, cause in failed.items():
+                self._put_aside(damaged, cause)
+            return steps, state
+        if failed:
+            steps, cause = next(iter(failed.items()))
             raise ValueError(
-                f"no checkpoint in {self.folder} is whole; move the run's folder away to begin anew"
+                f"no checkpoint in {self.folder} is whole; that of {steps} steps: {cause}. All are "
+                "left as they are; move the run's folder away to begin anew"
             )
         return None
 
@@ -144,18 +165,19 @@ class Checkpoints:
         with self._telling_what_is_left():
             self._manager.close()
 
-    def _newest(self) -> int | None:
-        """The newest checkpoint that any process sees."""
-        latest = self.latest()
-        seen = [int(text) for text in tell_all("" if latest is None else str(latest)) if text]
-        return max(seen, default=None)
+    def _newest_first(self) -> Iterator[int]:
+        """The checkpoints that any process sees."""
+        own = sorted(self._manager.all_steps(), reverse=True)
+        while seen := [int(text) for text in tell_all(str(own[0]) if own else "") if text]:
+            yield max(seen)
+            own = [steps for steps in own if steps < max(seen)]
 
     def _read(self, steps: int, like: Any) -> Any:
         path = self.folder / str(steps)
         read_about = partial(
             _read, path / "about", ocp.JsonCheckpointHandler, ocp.args.JsonRestore()
         )
-        about = together(read_about, (DamagedError,))
+        about = together(read_about, _FAILURES)
         target = self._place_stored(like)
         expected = {**self._about, "leaves": _leaves(target["state"])}
         differences = list(_differences(about, expected))
@@ -171,12 +193,13 @@ class Checkpoints:
         restore = ocp.args.StandardRestore(hollow)
         # A process reads its shards only, so that one may fail where another does not.
         read_state = partial(_read, path / "state", ocp.StandardCheckpointHandler, restore)
-        stored = together(read_state, (DamagedError,))
-        sums = self._jit(checksums, target["checksums"])(stored["state"])
-        check = partial(_check, list(named_leaves(like)), sums, stored["checksums"])
-        together(check, (DamagedError,))
-        unpack = self._jit(partial(from_stored, like=like), self._placement.like(like))
-        return unpack(stored["state"])
+        stored = together(read_state, _FAILURES)
+        with _lack_is_no_damage(path):
+            sums = self._jit(checksums, target["checksums"])(stored["state"])
+            check = partial(_check, list(named_leaves(like)), sums, stored["checksums"])
+            together(check, _FAILURES)
+            unpack = self._jit(partial(from_stored, like=like), self._placement.like(like))
+            return unpack(stored["state"])
 
     def _place_stored(self, state: Any) -> Any:
         """Shapes and shardings of a state's stored form: packed masks are split as masks are."""
@@ -197,17 +220,16 @@ class Checkpoints:
             function = jax.sharding.auto_axes(function, out_sharding=shardings)
         return jax.jit(function, out_shardings=shardings)
 
-    def _put_aside(self, steps: int) -> Path:
-        aside = self.folder / f"damaged-{steps}"
-        if is_first():
-            number = 0
-            while aside.exists():
-                number += 1
-                aside = aside.with_name(f"damaged-{steps}-{number}")
-            (self.folder / str(steps)).rename(aside)
-        multihost_utils.sync_global_devices("put aside")
+    def _put_aside(self, steps: int, cause: str) -> None:
+        path = self.folder / str(steps)
+        name = together(partial(_rename_damaged, path), (OSError,))
         self._manager.reload()
-        return aside
+        if is_first():
+            print(
+                f"warning: the checkpoint {path} is damaged: {cause}; it is now {name}, and the "
+                "one before is used",
+                file=sys.stderr,
+            )
 
     @contextmanager
     def _telling_what_is_left(self) -> Iterator[None]:
@@ -228,15 +250,60 @@ def _score(metrics: Mapping[str, float]) -> float:
 
 
 def _read(path: Path, handler: Callable[[], ocp.CheckpointHandler], args: Any) -> Any:
-    """Reads a folder of a checkpoint; whatever goes wrong means that it is damaged."""
+    """Reads a folder of a checkpoint; what goes wrong means that it is damaged, or a lack."""
     process = jax.process_index()
     # In this process alone: where readers wait for each other, one that fails leaves the rest.
     alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     try:
-        with ocp.Checkpointer(handler(), multiprocessing_options=alone) as reader:
+        with (
+            _lack_is_no_damage(path.parent),
+            ocp.Checkpointer(handler(), multiprocessing_options=alone) as reader,
+        ):
             return reader.restore(path, args=args)
+    except UnreadableError:
+        raise
     except Exception as error:  # Orbax and tensorstore raise many kinds.
         raise DamagedError(_first_line(error)) from error
+
+
+@contextmanager
+def _lack_is_no_damage(path: Path) -> Iterator[None]:
+    """Raises UnreadableError where reading a checkpoint fails for what the machine lacks."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, _FAILURES) or not _is_lack(error):
+            raise
+        raise UnreadableError(
+            f"the checkpoint {path} cannot be read here: {_first_line(error)}. It may be whole and "
+            "stays as it is; give the run what it lacks, then go on with --resume"
+        ) from error
+
+
+def _is_lack(error: BaseException | None) -> bool:
+    """Whether the machine, and not the checkpoint, is a cause of an error."""
+    if error is None:
+        return False
+    codes = {int(code) for code in _SAYS_ERRNO.findall(str(error))}
+    if isinstance(error, OSError) and error.errno is not None:
+        codes.add(error.errno)
+    return (
+        isinstance(error, MemoryError | PermissionError)
+        or bool(codes & _LACKING)
+        or _SAYS_LACKING.search(str(error)) is not None
+        or _is_lack(error.__cause__ or error.__context__)
+    )
+
+
+def _rename_damaged(path: Path) -> str:
+    """Renames a checkpoint, in the first process only; returns its name there."""
+    name, number = f"damaged-{path.name}", 0
+    while path.with_name(name).exists():
+        number += 1
+        name = f"damaged-{path.name}-{number}"
+    if is_first():
+        path.rename(path.with_name(name))
+    return name
 
 
 def _check(names: Sequence[str], sums: jax.Array, expected: Any) -> None:

@@ -121,7 +121,8 @@ class Flags:
         each of the trailing axes, such as 'out/kernel=model,*'. First match wins, before --layout.
       batch_axes: of the mesh, that split each batch. By default the first.
       distributed: this is one process of several, and the cluster (Slurm, Open MPI, Kubernetes,
-        TPU) knows the others. A run's folder must be on a disk that all of them share.
+        TPU) knows the others. JAX_COORDINATOR_ADDRESS in the environment implies it. A run's
+        folder must be on a disk that all of them share.
       coordinator: HOST:PORT of process 0, where the cluster does not know it.
       processes: how many there are, with --coordinator.
       process: which one this is, from 0, with --coordinator.

@@ -5,9 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import time
 from pathlib import Path
 
 _NAME = ".lock"
+
+# Seconds between looks at a folder that does not show its owner.
+_PAUSES = (0.5, 1, 2, 2)
 
 
 class FolderLock:
@@ -40,6 +44,7 @@ class FolderLock:
         self._file.truncate(0)
         self._file.write(self.owner + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # Other hosts see it only then.
 
     def release(self) -> None:
         """Gives the folder back."""
@@ -47,11 +52,22 @@ class FolderLock:
 
 
 def check_held(folder: Path, owner: str) -> None:
-    """Raises ValueError if this process does not see that `owner` holds the folder."""
-    path = folder / _NAME
-    seen = path.read_text().strip() if path.exists() else ""
-    if seen != owner:
-        raise ValueError(
-            f"{folder.absolute()} on {platform.node()} is not the folder that {owner} made: put "
-            "--runs-dir on a disk that all processes share"
-        )
+    """Raises ValueError if this process does not see within seconds that `owner` holds the folder.
+
+    A disk of another machine may show for a while what it held before.
+    """
+    for pause in (0, *_PAUSES):
+        time.sleep(pause)
+        if _owner(folder / _NAME) == owner:
+            return
+    raise ValueError(
+        f"{folder.absolute()} on {platform.node()} is not the folder that {owner} made: put "
+        "--runs-dir on a disk that all processes share"
+    )
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return ""

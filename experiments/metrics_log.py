@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.loop import EpochReport
+from experiments.whole_files import write_whole
 
 
 class MetricsLog:
@@ -34,9 +35,8 @@ class MetricsLog:
     def keep_until(self, epoch: int) -> None:
         """Drops the lines of later epochs, which will be trained again."""
         kept = [line for line in self.read() if line["epoch"] <= epoch]
-        shorter = self._path.with_suffix(".tmp")
-        shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        shorter.replace(self._path)  # whole or not at all, also if interrupted here
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self._path, lambda part: part.write_text(text))
 
 
 def _line(report: EpochReport, steps_per_epoch: int) -> dict[str, Any]:

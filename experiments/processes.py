@@ -13,6 +13,9 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
+# What JAX reads where it is not told the coordinator.
+_COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+
 # Bytes of what a process tells the others.
 _LONGEST = 4096
 
@@ -24,16 +27,18 @@ def join_processes(
 
     Args:
       distributed: whether to ask the cluster (Slurm, Open MPI, Kubernetes, TPU) for what is not
-        given. JAX_COORDINATOR_ADDRESS is heeded too.
+        given. Implied where the environment has JAX_COORDINATOR_ADDRESS, which stands in for
+        `coordinator`.
       coordinator: "host:port" of process 0.
       processes: how many there are.
       process: which one this is, from 0.
 
     Raises:
-      ValueError: some of the last three are given and others not, without `distributed`; or the
+      ValueError: some of the last three are given and others not, without a cluster to ask; or the
         cluster does not say what is missing.
     """
     given = (coordinator, processes, process)
+    distributed = distributed or bool(os.environ.get(_COORDINATOR))
     if not distributed and given == (None, None, None):
         return
     if not distributed and None in given:
@@ -45,7 +50,8 @@ def join_processes(
         jax.distributed.initialize(coordinator, processes, process)
     except ValueError as error:
         raise ValueError(
-            f"the processes cannot be joined: {error} Give --coordinator, --processes and --process"
+            f"the processes cannot be joined: {error} Give --coordinator, --processes and "
+            f"--process; for one process alone, give no --distributed and unset {_COORDINATOR}"
         ) from error
 
 
@@ -86,21 +92,30 @@ def together(act: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
 
     Args:
       act: must not wait for other processes.
-      errors: that it may raise, each made of one text.
+      errors: that it may raise, each made of one text, the gravest first.
 
     Raises:
-      One of `errors`: what `act` raised here, or else the first of them, with what it raised in
-        the first process that it failed in.
+      An error of the same kind in every process, the gravest that `act` raised in any: what it
+        raised here, or else with the text of the first process that raised it. What is not among
+        `errors` is graver than these, and a RuntimeError in the other processes.
     """
+    kinds: tuple[type[Exception], ...] = (RuntimeError, *errors)
     failure: Exception | None = None
+    grade, own = 0, ""
     try:
         result = act()
-    except errors as error:
+    except Exception as error:
         failure = error
-    said = tell_all("" if failure is None else str(failure) or type(failure).__name__)
-    if failure is not None:
+        grade = next((at for at, kind in enumerate(errors, 1) if isinstance(error, kind)), 0)
+        name = type(error).__name__
+        own = f"{grade} {(str(error) or name) if grade else f'{name}: {error}'}"
+    said = [(text.partition(" "), process) for process, text in enumerate(tell_all(own)) if text]
+    if not said:
+        return result
+    # One that went on, or treated it otherwise, would wait where the others never come.
+    gravest, process, text = min(
+        (int(number), process, text) for (number, _, text), process in said
+    )
+    if failure is not None and grade == gravest:
         raise failure
-    for process, text in enumerate(said):
-        if text:
-            raise errors[0](f"process {process}: {text}")
-    return result
+    raise kinds[gravest](f"process {process}: {text}") from failure

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from experiments.loop import EpochReport
+from experiments.whole_files import write_whole
 
 Numbers = dict[str, Any]
 
@@ -99,9 +100,8 @@ class Results:
     def save(self) -> None:
         """Writes the file, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".tmp")
-        part.write_text(json.dumps(_plain(self.data), separators=(",", ":")) + "\n")
-        part.replace(self.path)
+        text = json.dumps(_plain(self.data), separators=(",", ":")) + "\n"
+        write_whole(self.path, lambda part: part.write_text(text))
 
 
 def epoch_numbers(report: EpochReport) -> Numbers:

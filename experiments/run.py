@@ -20,7 +20,7 @@ from experiments.loop import EpochReport, begin, train
 from experiments.metrics_log import MetricsLog
 from experiments.placement import Placement
 from experiments.processes import is_first, tell_all, together
-from experiments.settings import check_alike, claim_folder
+from experiments.settings import check_alike, check_same_task, claim_folder
 from experiments.step import Job, Programs, RunState, TrainState, make_programs
 from experiments.stopping import Preempted, Preemption
 from experiments.tasks.task import Task
@@ -61,11 +61,12 @@ def open_run(flags: Flags) -> Run:
     Raises:
       MissingDatasetError: if the data set has not been prepared.
       ValueError: if a flag asks for what there is not, or the folder is in use or holds another
-        run; of several processes, if one was given other flags or does not see the folder. What
-        one cannot do ends all.
+        run; of several processes, if one was given other flags, has other data or does not see
+        the folder. What one cannot do ends all.
     """
     check_alike(flags)
     job, placement = together(partial(_make, flags), _REFUSALS)
+    check_same_task(job.task)
     lock = together(partial(_claim, flags, job, placement), _REFUSALS)
     try:
         return _open(flags, job, placement, lock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from experiments.flags import Flags
 from experiments.placement import Placement
 from experiments.processes import tell_all
 from experiments.step import Job
+from experiments.tasks.task import Task
+from experiments.whole_files import write_whole
 
 # Flags that change how fast a run goes and what it leaves behind, but, rounding aside, not what
 # comes out.
@@ -48,6 +51,9 @@ _FREE_FLAGS = frozenset(
     ]
 )
 
+# Parts of settings.json that decide what comes out.
+_DECIDING = frozenset(["flags", "recipe", "keep_dense", "identity"])
+
 # Flags that each of several processes has for itself.
 _OWN_FLAGS = frozenset(
     [
@@ -69,17 +75,44 @@ def check_alike(flags: Flags) -> None:
     Raises:
       ValueError: if one was started with other flags, in every process.
     """
-    own = [f"{k} {v}" for k, v in dataclasses.asdict(flags).items() if k not in _OWN_FLAGS]
-    first, *others = (text.splitlines() for text in tell_all("\n".join(own)))
+    own = {k: v for k, v in dataclasses.asdict(flags).items() if k not in _OWN_FLAGS}
+    if found := _first_other(own):
+        process, differ = found
+        raise ValueError(
+            f"process {process} was started with other flags than process 0: {differ}. Give all "
+            "the same"
+        )
+
+
+def check_same_task(task: Task) -> None:
+    """Compares what all processes made of the flags, as each may have data of its own.
+
+    Raises:
+      ValueError: if the data or the recipe of one differ, in every process. They would wait for
+        each other at different steps.
+    """
+    own = {
+        "steps_per_epoch": task.steps_per_epoch,
+        **dataclasses.asdict(task.recipe),
+        **dict(task.identity),
+    }
+    if found := _first_other(own):
+        process, differ = found
+        raise ValueError(
+            f"process {process} has another task {task.name} than process 0: {differ}. Give all "
+            "the same data, and the same versions of Python and of the packages"
+        )
+
+
+def _first_other(own: dict[str, Any]) -> tuple[int, str] | None:
+    """The first process that has other entries than process 0, and which; None if all agree."""
+    said = tell_all("\n".join(f"{name} {value}" for name, value in own.items()))
+    first, *others = (text.splitlines() for text in said)
     for process, lines in enumerate(others, start=1):
-        differ = [
-            f"{one}, not {other}" for one, other in zip(lines, first, strict=False) if one != other
-        ]
-        if differ:
-            raise ValueError(
-                f"process {process} was started with other flags than process 0: "
-                f"{'; '.join(differ)}. Give all the same"
-            )
+        pairs = zip_longest(lines, first, fillvalue="nothing")
+        if differ := [f"{one}, not {other}" for one, other in pairs if one != other]:
+            return process, "; ".join(differ)
+    return None
 
 
 def claim_folder(flags: Flags, job: Job, placement: Placement) -> None:
@@ -87,7 +120,7 @@ def claim_folder(flags: Flags, job: Job, placement: Placement) -> None:
 
     Raises:
       ValueError: if another run is there; with `resume`, if that differs in what decides the
-        result.
+        result, or its settings cannot be read.
     """
     path = flags.folder / "settings.json"
     settings = {
@@ -104,11 +137,25 @@ def claim_folder(flags: Flags, job: Job, placement: Placement) -> None:
             raise ValueError(
                 f"{flags.folder} holds a run already: give --resume to go on, or another --name"
             )
-        _check_same(json.loads(path.read_text()), settings, flags.folder)
+        _check_same(_read(path), settings, flags.folder)
     flags.folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    text = json.dumps(settings, indent=2) + "\n"
+    write_whole(path, lambda part: part.write_text(text))
     (flags.folder / "plan.txt").write_text(f"{job.plan}\n")
     (flags.folder / "layout.txt").write_text(f"{placement.layout or 'one device'}\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict) or not stored.keys() >= _DECIDING:
+            raise ValueError(f"expected an object with {', '.join(sorted(_DECIDING))}")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} does not hold the settings of a run: {error}. If nobody has them, delete the "
+            "file, and --resume goes on with the flags given now"
+        ) from error
+    return stored
 
 
 def _check_same(stored: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 import jax
@@ -32,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        # Of no process alone is it known whether the others fail too.
+        traceback.print_exc()
+        leave(1)
     # All processes are refused, complete or preempted together; else this one may be alone.
     if run is not None and status not in (COMPLETE, PREEMPTED) and jax.process_count() > 1:
         leave(status)

@@ -20,8 +20,7 @@ Source: Vaswani et al., "Attention Is All You Need", 2017, sections 5 and 6.
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from experiments.data.vocabulary import Vocabulary, load_vocabulary, train_vocab
 from experiments.models.transformer import find_transformer
 from experiments.tasks.task import Compared, Recipe, Task
 from experiments.tasks.translation import BLEU_METRIC, CHRF_METRIC, translation_task
+from experiments.whole_files import write_whole
 
 DATASET = "wmt14_translate/de-en"
 PIECES = 32_000
@@ -136,7 +136,7 @@ def _vocabulary(train: _Pairs, path: Path, pieces: int) -> Vocabulary:
     if not path.exists():
         chosen = np.linspace(0, len(train) - 1, min(SAMPLE, len(train))).astype(int)
         vocabulary = train_vocabulary(_sides(train, chosen), pieces)
-        _write(path, lambda part: part.write_bytes(vocabulary.model))
+        write_whole(path, lambda part: part.write_bytes(vocabulary.model))
     return load_vocabulary(path, size=pieces)
 
 
@@ -149,7 +149,7 @@ def _encoded(train: _Pairs, vocabulary: Vocabulary, path: Path) -> EncodedPairs:
     """The training pairs as tokens, from the file of an earlier run where there is one."""
     if not path.exists():
         pairs = encode_pairs(train, vocabulary, length=TRAIN_LENGTH)
-        _write(path, lambda part: _save(part, pairs))
+        write_whole(path, lambda part: _save(part, pairs))
     with np.load(path) as stored:
         arrays = {name: stored[name] for name in EncodedPairs._fields}
     return EncodedPairs(
@@ -161,10 +161,3 @@ def _save(path: Path, pairs: EncodedPairs) -> None:
     arrays: dict[str, Any] = pairs._asdict()
     with path.open("wb") as file:
         np.savez(file, **arrays)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file, whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(part)
-    part.replace(path)

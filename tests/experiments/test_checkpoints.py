@@ -1,5 +1,6 @@
 """States that come back from disk as they went, onto any mesh; and what is done about damage."""
 
+import errno
 import re
 import resource
 import shutil
@@ -267,20 +268,74 @@ def test_what_another_process_cannot_read_is_not_used(tmp_path, capsys, monkeypa
     complaints = iter({"about": [1], "state": [0, 1], "checksums": [0, 0, 1]}[step])
 
     def tell_all(text):
-        return [text, "cut off" if next(complaints, 0) else ""]
+        return [text, "2 cut off" if next(complaints, 0) else ""]
 
     monkeypatch.setattr(processes, "tell_all", tell_all)
     assert Checkpoints(tmp_path).restore(LIKE)[0] == 1
     assert f"{tmp_path}/2 is damaged: process 1: cut off; it is" in capsys.readouterr().err
 
 
-def test_no_whole_checkpoint_is_an_error(tmp_path):
-    store = Checkpoints(tmp_path)
-    store.save(1, make_state())
-    store.close()
-    shutil.rmtree(tmp_path / "1" / "state")
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole; move the run's folder"):
+def test_no_whole_checkpoint_is_an_error_and_all_stay(tmp_path):
+    """The cause may be the same for all, and none of theirs."""
+    saved_twice(tmp_path)
+    (tmp_path / "1" / "state").rename(tmp_path / "state")
+    (tmp_path / "2" / "about" / "metadata").write_text("{")
+    message = r"is whole; that of 2 steps: Expecting .* as they are; move the run's folder"
+    with pytest.raises(ValueError, match=message):
         Checkpoints(tmp_path).restore(LIKE)
+    assert names(tmp_path) == ["1", "2", "state"]
+    (tmp_path / "state").rename(tmp_path / "1" / "state")
+    assert Checkpoints(tmp_path).restore(LIKE)[0] == 1
+    assert names(tmp_path) == ["1", "damaged-2"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        PermissionError("not for you"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        OSError(errno.EMFILE, "Too many open files"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        # As tensorstore says it.
+        ValueError("NOT_FOUND: Failed to open: Too many open files [os_error_code='24']"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("is_behind", [False, True])
+def test_what_the_machine_lacks_is_no_damage(tmp_path, monkeypatch, error, is_behind):
+    saved_twice(tmp_path)
+
+    def restore(self, *args, **kwargs):
+        if is_behind:
+            raise KeyError("metadata") from error
+        raise error
+
+    monkeypatch.setattr(checkpoints.ocp.Checkpointer, "restore", restore)
+    message = rf"the checkpoint {tmp_path}/2 cannot be read here: .* with --resume"
+    with pytest.raises(OSError, match=message):
+        Checkpoints(tmp_path).restore(LIKE)
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_memory_that_a_device_lacks_is_no_damage(tmp_path, monkeypatch):
+    saved_twice(tmp_path)
+
+    def unpack(stored, *, like):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(checkpoints, "from_stored", unpack)
+    with pytest.raises(OSError, match="2 cannot be read here: RESOURCE_EXHAUSTED"):
+        Checkpoints(tmp_path).restore(LIKE)
+
+
+def test_a_checkpoint_that_another_process_lacks_memory_for_ends_all(tmp_path, monkeypatch):
+    saved_twice(tmp_path)
+    complaint = "1 the checkpoint /2 cannot be read here"
+    monkeypatch.setattr(processes, "tell_all", lambda text: [text, complaint])
+    with pytest.raises(OSError, match="process 1: the checkpoint /2 cannot be read here"):
+        Checkpoints(tmp_path).restore(LIKE)
+    assert names(tmp_path) == ["1", "2"]
 
 
 def test_a_half_written_checkpoint_is_none_and_goes(tmp_path):

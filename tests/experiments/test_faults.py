@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from experiments import folder_lock
 from experiments.folder_lock import FolderLock, check_held
 from experiments.metrics_log import MetricsLog
 from tests.experiments.training_processes import end, last_state, start
@@ -128,7 +129,8 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, compiled):
     assert sorted(path.name for path in (tmp_path / "taken").iterdir()) == [".lock"]
 
 
-def test_a_folder_is_held_once(tmp_path):
+def test_a_folder_is_held_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock.time, "sleep", lambda seconds: None)
     lock = FolderLock(tmp_path / "run")
     check_held(tmp_path / "run", lock.owner)
     with pytest.raises(ValueError, match=r"run on .* is not the folder that process 0 on x made"):
@@ -142,3 +144,35 @@ def test_a_folder_is_held_once(tmp_path):
     # Left by a process that died, however it died: the file alone means nothing.
     (tmp_path / "run" / ".lock").write_text("process 1 on elsewhere")
     FolderLock(tmp_path / "run").release()
+
+
+@pytest.mark.parametrize("before", [None, "", "process 1 on elsewhere"])
+def test_a_disk_that_shows_the_owner_late_is_waited_for(tmp_path, monkeypatch, before):
+    """As another machine's may; but not for ever."""
+    path = tmp_path / ".lock"
+    if before is not None:
+        path.write_text(before)
+    pauses = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 4:
+            path.write_text("process 0 on x\n")
+
+    monkeypatch.setattr(folder_lock.time, "sleep", sleep)
+    check_held(tmp_path, "process 0 on x")
+    assert len(pauses) == 4
+    pauses.clear()
+    with pytest.raises(ValueError, match="is not the folder that process 2 on x made"):
+        check_held(tmp_path, "process 2 on x")
+    assert 3 <= sum(pauses) <= 10
+
+
+def test_the_owner_is_on_the_disk_before_others_look(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        folder_lock.os, "fsync", lambda file: written.append((tmp_path / ".lock").read_text())
+    )
+    lock = FolderLock(tmp_path)
+    assert written == [lock.owner + "\n"]
+    lock.release()

@@ -35,7 +35,8 @@ class Examples:
 def make_task(flags):
     task = tiny_task(epochs=flags.epochs, width=int(os.environ.get("TINY_WIDTH", "16")))
     rows = partial(eval_epoch, EXAMPLES, dict, batch_size=32)
-    return with_predictions(dataclasses.replace(task, eval_rows=rows))
+    identity = (("corpus", str(flags.data_dir)),)
+    return with_predictions(dataclasses.replace(task, eval_rows=rows, identity=identity))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""`python -m experiments.train`: how a process ends."""
+
+import jax
+import pytest
+
+from experiments import train
+
+
+class LeftError(Exception):
+    """In place of the end of the process."""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("is_open", [False, True])
+def test_an_error_nobody_expects_leaves_no_other_process_waiting(
+    monkeypatch, capsys, is_open, processes
+):
+    def fail(given):
+        raise LookupError("nobody expects it")
+
+    def leave(status):
+        raise LeftError(status)
+
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(train, "open_run", (lambda flags: "run") if is_open else fail)
+    monkeypatch.setattr(train, "finish", fail)
+    monkeypatch.setattr(train, "leave", leave)
+    # Alone it ends as any Python does.
+    with pytest.raises(LookupError if processes == 1 else LeftError):
+        train.main([])
+    told = "LookupError: nobody expects it" in capsys.readouterr().err
+    assert told == (processes == 2)
+
+
+@pytest.mark.parametrize(("is_open", "leaves"), [(False, False), (True, True)])
+def test_a_refusal_is_one_line(monkeypatch, capsys, is_open, leaves):
+    """All processes are refused together; one that has begun may fail alone."""
+
+    def refuse(given):
+        raise OSError("disk full")
+
+    left = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(train, "open_run", (lambda flags: "run") if is_open else refuse)
+    monkeypatch.setattr(train, "finish", refuse)
+    monkeypatch.setattr(train, "leave", left.append)
+    assert train.main([]) == 1
+    assert capsys.readouterr().err == "error: disk full\n"
+    assert left == [1] * leaves
