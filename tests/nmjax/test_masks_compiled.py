@@ -151,6 +151,7 @@ def test_equal_masks_in_one_program_are_one_computation(n, m):
     assert operations(twice, w, w) == operations(once, w, w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["2:4", "1:16"])
 def test_asking_twice_for_the_masks_is_as_good_as_handing_them_over(pattern):
     module, x = nn.MultiHeadDotProductAttention(4), jnp.ones((2, 8, 32))
