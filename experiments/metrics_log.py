@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.loop import EpochReport
-from experiments.whole_files import write_whole
+from nmjax.whole_files import write_whole
 
 
 class MetricsLog:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from experiments.loop import EpochReport
-from experiments.whole_files import write_whole
+from nmjax.whole_files import write_whole
 
 Numbers = dict[str, Any]
 

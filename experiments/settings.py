@@ -19,7 +19,7 @@ from experiments.placement import Placement
 from experiments.processes import tell_all
 from experiments.step import Job
 from experiments.tasks.task import Task
-from experiments.whole_files import write_whole
+from nmjax.whole_files import write_whole
 
 # Flags that change how fast a run goes and what it leaves behind, but, rounding aside, not what
 # comes out.

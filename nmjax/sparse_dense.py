@@ -39,8 +39,8 @@ def sparse_dense(
       w: (inputs, outputs), real floating, both sizes multiples of 4. The mask is chosen in its
         dtype, the products are computed in the dtype that `x` and `w` promote to.
       mask: booleans of `w`'s shape, what `nmjax.transposable_mask` returned, now or some steps ago;
-        default that of `w`, chosen anew in each call. One that keeps more makes wrong products on
-        GPUs.
+        default that of `w`, chosen anew in each call. One that keeps more makes wrong products by
+        cuSPARSELt.
       implementation: `"xla"`, the default, or `"cusparselt"`.
 
     Returns:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from nmjax.whole_files import write_whole
 
 # The key of the header under which nmjax says what a file holds, as JSON.
 NOTE = "nmjax"
@@ -70,16 +71,10 @@ def write_tensors(
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        save_file(arrays, draft, metadata=dict(metadata))
-        _flush(draft)
-        draft.replace(path)
-        _flush(path.parent)
+        write_whole(path, lambda draft: save_file(arrays, draft, metadata=dict(metadata)))
     except safetensors.SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -134,15 +129,6 @@ def _array(tensor: Mapping[str, Any]) -> np.ndarray:
     if array.dtype == bool and (array.view(np.uint8) > 1).any():
         raise ValueError("a boolean is neither 0 nor 1")
     return array
-
-
-def _flush(path: Path) -> None:
-    """Returns when a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _safetensors() -> Any:

@@ -33,7 +33,7 @@ from experiments.data.vocabulary import Vocabulary, load_vocabulary, train_vocab
 from experiments.models.transformer import find_transformer
 from experiments.tasks.task import Compared, Recipe, Task
 from experiments.tasks.translation import BLEU_METRIC, CHRF_METRIC, translation_task
-from experiments.whole_files import write_whole
+from nmjax.whole_files import write_whole
 
 DATASET = "wmt14_translate/de-en"
 PIECES = 32_000

@@ -11,12 +11,13 @@ import functools
 import json
 import os
 import re
-import tempfile
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+
+from nmjax.whole_files import write_whole
 
 
 class Algorithm(NamedTuple):
@@ -84,10 +85,7 @@ def remember_algorithm(question: Question, algorithm: Algorithm) -> None:
     known = _read(path) | {question.key: list(algorithm)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            new = Path(folder) / path.name
-            new.write_text(json.dumps(known, indent=1))
-            new.replace(path)  # Whole or not at all.
+        write_whole(path, lambda draft: draft.write_text(json.dumps(known, indent=1)))
     except OSError as error:
         warnings.warn(
             f"the fastest kernel is known to this process alone: {path} cannot be written "

@@ -152,12 +152,7 @@ def matmul(
     Raises:
       ValueError: shapes, dtypes or the activation do not fit; cuSPARSELt or a GPU is not there.
     """
-    result = np.dtype(dtype or RESULTS.get(str(w.dtype), (w.dtype,))[0])
-    obstacle = _why_not_product(x, w, bias, result, activation) or _why_not_here(x, w.data)
-    if obstacle:
-        raise ValueError(
-            f"cuSPARSELt cannot multiply {x.dtype}{x.shape} by {w.dtype}{w.shape}: {obstacle}"
-        )
+    result = _checked_result(x, w, bias, activation, dtype)
     return batched(partial(_split, activation, result), x, w, bias)
 
 
@@ -187,14 +182,28 @@ def tune(
     Raises:
       ValueError: as for `matmul`.
     """
-    result = np.dtype(dtype or RESULTS[str(w.dtype)][0])
-    obstacle = _why_not_product(x, w, bias, result, activation) or _why_not_here(x, w.data)
-    if obstacle:
-        raise ValueError(f"cuSPARSELt cannot search for {x.shape} by {w.shape}: {obstacle}")
+    result = _checked_result(x, w, bias, activation, dtype)
     question = _question(x, w, bias, activation, result)
     if again or known_algorithm(question) is None:
         jax.block_until_ready(jax.jit(partial(_call, "search", activation, result))(x, w, bias))
         remember_algorithm(question, load_cusparselt().found())
+
+
+def _checked_result(
+    x: jax.Array,
+    w: Compressed,
+    bias: jax.Array | None,
+    activation: FusedActivation,
+    dtype: Any,
+) -> np.dtype:
+    """The result's dtype; raises ValueError if cuSPARSELt cannot make the product here."""
+    result = np.dtype(dtype or RESULTS.get(str(w.dtype), (w.dtype,))[0])
+    obstacle = _why_not_product(x, w, bias, result, activation) or _why_not_here(x, w.data)
+    if obstacle:
+        raise ValueError(
+            f"cuSPARSELt cannot multiply {x.dtype}{x.shape} by {w.dtype}{w.shape}: {obstacle}"
+        )
+    return result
 
 
 def _split(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.whole_files import write_whole
+from nmjax.whole_files import write_whole
 
 
 def write(text):
