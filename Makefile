@@ -10,7 +10,7 @@ help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 # The kernels are compiled by the installation.
-$(READY): requirements.txt pyproject.toml hatch_build.py $(wildcard nmjax/kernels/src/*)
+$(READY): requirements.txt pyproject.toml hatch_build.py $(wildcard nmjax/kernels/*/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(READY)

@@ -20,7 +20,7 @@ OLDEST_XLA = "jaxlib==0.10.*"  # Its headers; dependencies of its own are not us
 
 
 class KernelsBuildHook(BuildHookInterface):
-    """Compiles `nmjax/kernels/src` into a library beside it."""
+    """Compiles `nmjax/kernels/cpu/src` into a library beside it."""
 
     def dependencies(self) -> list[str]:
         """What the build needs: headers, if there is a compiler to read them."""

@@ -32,17 +32,23 @@ from rich.progress import (
 )
 
 import nmjax
-from experiments.flags import Flags as TrainFlags
-from experiments.flags import make_task
-from experiments.loop import begin, train
-from experiments.methods import NEGATIVE_FRACTION, check_fits, find_row, is_blocks, total_rate
-from experiments.reasons import PAPER_LAMBDA_W
-from experiments.results import Numbers, Results, Trial, epoch_numbers
-from experiments.seeds import fastest, stack, use_every_core
-from experiments.snapshots import block_masks, example_images, kernel_shapes, shown
-from experiments.step import Job, Programs, RunState, make_programs, plan_of
-from experiments.step_times import Timed, step_times
+from experiments.distributed.seeds import fastest, stack, use_every_core
+from experiments.report.reasons import PAPER_LAMBDA_W
 from experiments.tasks.task import Compared, Task
+from experiments.training.flags import Flags as TrainFlags
+from experiments.training.flags import make_task
+from experiments.training.loop import begin, train
+from experiments.training.methods import (
+    NEGATIVE_FRACTION,
+    check_fits,
+    find_row,
+    is_blocks,
+    total_rate,
+)
+from experiments.training.results import Numbers, Results, Trial, epoch_numbers
+from experiments.training.snapshots import block_masks, example_images, kernel_shapes, shown
+from experiments.training.step import Job, Programs, RunState, make_programs, plan_of
+from experiments.training.step_times import Timed, step_times
 
 TIMED_STEPS = 40
 
@@ -278,7 +284,7 @@ def compare(flags: Flags, console: Console) -> int:
     Returns:
       The exit status: 0, or 130 if Ctrl-C cut it short.
     """
-    from experiments.report import print_table, write_report
+    from experiments.report.page import print_table, write_report
 
     comparison = Comparison(flags)
     for note in comparison.task.notes:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import jax
 import tyro
 
-from experiments.flags import Flags
-from experiments.processes import join_processes, leave
-from experiments.run import COMPLETE, PREEMPTED, finish, open_run
+from experiments.distributed.processes import join_processes, leave
+from experiments.training.flags import Flags
+from experiments.training.run import COMPLETE, PREEMPTED, finish, open_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,18 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from nmjax.checkpoints import read_checkpoint
-from nmjax.files import FORMAT, load_packed, save_packed
-from nmjax.kernels.choice import choose, expected_speedup
-from nmjax.kernels.cusparselt_limits import why_not_2_4
+from nmjax.analysis.layer_times import layer_times
+from nmjax.files.checkpoints import read_checkpoint
+from nmjax.files.packed_files import FORMAT, load_packed, save_packed
+from nmjax.files.tensor_files import NOTE, read_note, read_tensors
+from nmjax.kernels.cpu.choice import choose, expected_speedup
+from nmjax.kernels.gpu.cusparselt_limits import why_not_2_4
 from nmjax.kernels.operands import one_layer
-from nmjax.layer_times import layer_times
-from nmjax.packing import check_sparse, is_packed, pack
+from nmjax.packed.packing import check_sparse, is_packed, pack
+from nmjax.packed.storage import sizes
 from nmjax.plans import Plan, make_plan
-from nmjax.sizes import sizes
 from nmjax.tables import text_table
-from nmjax.tensor_files import NOTE, read_note, read_tensors
-from nmjax.trees import named_leaves
+from nmjax.trees.leaves import named_leaves
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nmjax.blocks import split_blocks
+from nmjax.masks.blocks import split_blocks
 from nmjax.patterns import Block1xN
 from nmjax.plans import Plan
-from nmjax.sparsify import Masks, check_masks, fits
+from nmjax.pruning import Masks, check_masks, fits
 
 
 class RowBalance(NamedTuple):

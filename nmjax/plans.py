@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from nmjax.layouts import Axes, GivenAxes, Shape, given_axes, layout, size_along
-from nmjax.path_rules import PathRules, as_rules, check_rules, first_match
+from nmjax.masks.scores import Score, magnitude
 from nmjax.patterns import Pattern, parse_pattern
-from nmjax.scores import Score, magnitude
 from nmjax.tables import Row, html_table, text_table
-from nmjax.trees import named_leaves
+from nmjax.trees.leaves import named_leaves
+from nmjax.trees.path_rules import PathRules, as_rules, check_rules, first_match
 
 _HEADER = ("leaf", "shape", "pattern", "axes", "weights", "kept", "why dense")
 _NUMBERS = (4, 5)

@@ -11,9 +11,9 @@ import optax
 from jax.typing import ArrayLike
 
 from nmjax.plans import Plan
-from nmjax.sparsify import Masks, check_masks, leaf_mask, planned_leaves
-from nmjax.straight_through import check_lambda, sparse_refined_term
-from nmjax.trees import map_named
+from nmjax.pruning import Masks, check_masks, leaf_mask, planned_leaves
+from nmjax.ste import check_lambda, sparse_refined_term
+from nmjax.trees.leaves import map_named
 
 _NO_PARAMS = (
     "You are using a transformation that requires the current value of parameters, but you are "

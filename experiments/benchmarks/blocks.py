@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 import nmjax
 from experiments.benchmarks.timing import interleaved_medians, print_table, write_results
-from experiments.models.image_networks import dense_for_blocks, make_image_network
+from experiments.models.images.networks import dense_for_blocks, make_image_network
 
 PATTERN = nmjax.Block1xN(32, 66 / 128)
 SCORES = ("l1", "bpar")

@@ -38,11 +38,9 @@ from experiments.benchmarks import gpu_checks, gpu_products
 from experiments.benchmarks.gpu_products import many, milliseconds, numbers
 from experiments.benchmarks.timing import RESULTS, machine, print_table
 from experiments.benchmarks.train_step import TransformerBlock, make_call, make_training
-from nmjax.kernels import build, cusparselt_limits
-from nmjax.kernels.gpu import why_no_gpu, why_no_wgmma
-from nmjax.kernels.sparse_wgmma import why_no_kernel
-
-FOR_WGMMA = 40.0  # Seconds that the last section has at least, unless a product takes longer.
+from nmjax.kernels import build
+from nmjax.kernels.gpu import cusparselt_limits
+from nmjax.kernels.gpu.devices import why_no_gpu
 
 
 class SkippedError(Exception):
@@ -111,16 +109,6 @@ def translated() -> dict[str, Any]:
     return {"programs": len(programs), "calls": calls}
 
 
-def translated_wgmma() -> dict[str, Any]:
-    """As `translated`, of Hopper's own instruction; needs JAX's Mosaic GPU only."""
-    obstacle = why_no_kernel()
-    if obstacle:
-        raise SkippedError(obstacle)
-    texts = list(gpu_products.lowered_wgmma())
-    found = {name for text in texts for name in re.findall(r"wgmma\.mma_async\.sp[\w.]+", text)}
-    return {"programs": len(texts), "instructions": sorted(found)}
-
-
 def checked(checks: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Errors against float64; one that is too large fails the section, but is in the table."""
     rows: list[dict[str, Any]] = []
@@ -156,16 +144,6 @@ def timed(
             rows.append(what | {"failed": str(error)})
         print(json.dumps(rows[-1]), flush=True)
     return rows
-
-
-def checked_and_timed_wgmma(rounds: int, deadline: float) -> dict[str, Any]:
-    """Hopper's own instruction, which is timed only where it is right."""
-    obstacle = why_no_wgmma() or why_no_kernel()
-    if obstacle:
-        raise SkippedError(obstacle)
-    checks = checked(gpu_checks.check_sparse_wgmma)
-    products, measure = gpu_products.WGMMA_ROWS, gpu_products.time_sparse_wgmma
-    return {"checks": checks, "times": timed(products, measure, rounds, deadline)}
 
 
 def masked(size: int, rounds: int) -> list[dict[str, Any]]:
@@ -206,7 +184,6 @@ def sections(rounds: int, deadline: float) -> dict[str, Callable[[], Any]]:
     anywhere = {
         "build": built,
         "translate": translated,
-        "translate sparse wgmma": translated_wgmma,
         "check sparse_dense in XLA": lambda: checked(lambda: checks.check_sparse_dense("xla")),
     }
     on_gpus: dict[str, Callable[[], Any]] = {
@@ -223,9 +200,7 @@ def sections(rounds: int, deadline: float) -> dict[str, Callable[[], Any]]:
         "few rows": lambda: timed(few, time_few, rounds, deadline, minutes=1.2),
         "mask and apply": lambda: masked(8192, rounds),
         "train step": lambda: trained(Transformer(), (8, 1024), rounds),
-        "many rows": lambda: timed(many_rows, time_many, rounds, deadline - FOR_WGMMA),
-        # Last: what has not run on a GPU may leave one in a state that nothing runs in.
-        "check and time sparse wgmma": lambda: checked_and_timed_wgmma(rounds, deadline),
+        "many rows": lambda: timed(many_rows, time_many, rounds, deadline),
     }
     obstacle = why_no_gpu()
     if obstacle is None:

@@ -15,11 +15,11 @@ import numpy as np
 
 import nmjax
 from experiments.benchmarks.gpu_products import numbers, pruned
-from nmjax.kernels import cusparselt, decode, sparse_wgmma
-from nmjax.kernels.cusparselt_limits import GELU, RESULTS
+from nmjax.kernels.gpu import cusparselt, decode
+from nmjax.kernels.gpu.cusparselt_limits import GELU, RESULTS
 from nmjax.kernels.quantized import dequantize, quantize
-from nmjax.packed_nm import unpack_nm
-from nmjax.transposable import transposable_mask
+from nmjax.masks.transposable import transposable_mask
+from nmjax.packed.nm import unpack_nm
 
 # Rounding to bfloat16 alone gives an error of about 0.0017, to float16 0.0002; sums of integers are
 # exact. Tensor cores keep fewer bits of float8 sums than float32 has.
@@ -28,7 +28,6 @@ FLOAT8_LIMIT = 1e-2
 # cuSPARSELt's GELU is of float32, as the hardware approximates it, and then rounded.
 GELU_LIMIT = 1e-2
 SHAPES = ((8, 64, 32), (16, 1024, 256), (512, 2048, 4096))
-WGMMA_SHAPES = ((64, 64, 128), (256, 256, 256), (24, 1024, 512))
 # Each takes another variant of the kernel for few rows, or fills it otherwise.
 ROWS_AND_VECTORS: tuple[tuple[int, Literal[0, 2, 4, 8]], ...] = (
     *((1, 0), (5, 2), (8, 8), (13, 4), (16, 8)),
@@ -86,22 +85,6 @@ def check_packed_matmul() -> Iterator[dict[str, Any]]:
         y = nmjax.packed_matmul(x, packed, implementation=implementation)
         w = pruned(w, -2)
         yield _row(f'packed_matmul, implementation="{implementation}"', x, w, y, _exact(x, w))
-
-
-def check_sparse_wgmma() -> Iterator[dict[str, Any]]:
-    """Hopper's instruction from Mosaic GPU: one block and one step, several, and few rows.
-
-    The first weight keeps the first two of each group, so that an error of the second alone tells
-    of the positions.
-    """
-    multiply = jax.jit(sparse_wgmma.matmul)
-    for dtype in ("bfloat16", "float16"):
-        for rows, inputs, outputs in WGMMA_SHAPES:
-            x, w = numbers((rows, inputs), dtype, 0), numbers((inputs, outputs), dtype, 1)
-            if inputs == 64:
-                w = jnp.where((jnp.arange(inputs) % 4 < 2)[:, None], w, jnp.zeros((), w.dtype))
-            w = pruned(w, -2)
-            yield _row("sparse wgmma", x, w, multiply(x, _packed(w)), _exact(x, w))
 
 
 def check_sparse_dense(implementation: Any) -> Iterator[dict[str, Any]]:

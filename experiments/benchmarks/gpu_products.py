@@ -18,11 +18,10 @@ import jax.numpy as jnp
 
 import nmjax
 from experiments.benchmarks.timing import interleaved_times
-from nmjax.kernels import cusparselt, decode, sparse_wgmma
-from nmjax.kernels.cusparselt_limits import RESULTS
-from nmjax.kernels.position_words import position_words
+from nmjax.kernels.gpu import cusparselt, decode
+from nmjax.kernels.gpu.cusparselt_limits import RESULTS
 from nmjax.kernels.quantized import quantize
-from nmjax.packed_nm import PackedNM
+from nmjax.packed.nm import PackedNM
 
 Functions = dict[str, Callable[[], Any]]
 
@@ -75,7 +74,6 @@ FEW_ROWS = [
     )
     for rows in many
 ]
-WGMMA_ROWS = [Product(*shape, "bfloat16") for shape in _MANY_ROWS[:2]]
 SMALL = [
     Product("small", 32, 64, 128, dtype)
     for dtype in ("bfloat16", "float16", "int8", "float8_e4m3fn")
@@ -226,29 +224,6 @@ def packed_weights(ws: list[jax.Array]) -> list[PackedNM]:
     return [pack(w) for w in ws]
 
 
-def time_sparse_wgmma(product: Product, rounds: int) -> dict[str, Any]:
-    """Hopper's instruction from Mosaic GPU, with cuSPARSELt beside it."""
-    xs, ws = operands(product)
-    to_words = jax.jit(position_words)
-    weights = [(packed, to_words(packed)) for packed in packed_weights(ws)]
-    candidates = dense_functions(product, xs, ws)
-    candidates["sparse wgmma"] = lambda: {"sparse wgmma": many(multiply_wgmma, xs, weights)}
-    candidates["cusparselt"] = lambda: {
-        name.replace("sparse", "cusparselt"): function
-        for name, function in sparse_functions(product, xs, ws, False).items()
-    }
-    timed = measured(product, candidates, rounds)
-    theirs = [ms for name, ms in timed["ms"].items() if name.startswith("cusparselt")]
-    if theirs:
-        timed["time over cuSPARSELt's"] = timed["ms"]["sparse wgmma"] / min(theirs)
-    return timed
-
-
-def multiply_wgmma(x: jax.Array, weight: tuple[PackedNM, jax.Array]) -> jax.Array:
-    """A product by Hopper's instruction, of words that are there already."""
-    return sparse_wgmma.matmul(x, *weight)
-
-
 def row(product: Product, functions: Functions, rounds: int) -> dict[str, Any]:
     """Times, and the ratio of the fastest dense product to the fastest of ours."""
     times = milliseconds(functions, product.repeats, rounds)
@@ -317,15 +292,6 @@ def lowered_products() -> Iterator[tuple[Product, str]]:
             raise ValueError(obstacle)
         x = jax.ShapeDtypeStruct((product.rows, product.inputs), product.dtype)
         yield product, _cuda_text(decode.matmul, x, packed)
-
-
-def lowered_wgmma() -> Iterator[str]:
-    """As `lowered_products`, of what is timed for Hopper's instruction alone."""
-    for product in WGMMA_ROWS:
-        w = jax.ShapeDtypeStruct((product.inputs, product.outputs), product.dtype)
-        weight = jax.eval_shape(lambda w: [(p, position_words(p)) for p in packed_weights([w])], w)
-        x = jax.ShapeDtypeStruct((product.rows, product.inputs), product.dtype)
-        yield _cuda_text(multiply_wgmma, x, weight[0])
 
 
 def _cuda_text(function: Callable[..., Any], *arguments: Any) -> str:

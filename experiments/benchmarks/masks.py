@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks.timing import interleaved_medians, print_table, write_results
-from nmjax.masks import nm_mask
+from nmjax.masks.nm import nm_mask
 
 PATTERNS = [(2, 4), (4, 8), (1, 16), (8, 32)]
 AXES = [-2, -1]

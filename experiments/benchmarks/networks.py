@@ -20,9 +20,9 @@ import numpy as np
 
 import nmjax
 from experiments.benchmarks.timing import interleaved_times, rows_by_threads, write_results
-from experiments.models.image_networks import dense_for_blocks, make_image_network
+from experiments.models.images.networks import dense_for_blocks, make_image_network
 from nmjax.linen import fold_batch_norm, packed_apply
-from nmjax.trees import named_leaves
+from nmjax.trees.leaves import named_leaves
 
 # The plans that SUBP reports, by their sparsity; experiments/tasks/imagenet2012.py has the source.
 NETWORKS = (

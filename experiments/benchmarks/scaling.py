@@ -32,14 +32,14 @@ import numpy as np
 
 from experiments.benchmarks.large_model import COLLECTIVES
 from experiments.benchmarks.timing import interleaved_medians, print_table, write_results
-from experiments.checkpoints import Checkpoints
-from experiments.layout import Preset
-from experiments.loop import begin
-from experiments.methods import find_row
-from experiments.placement import Placement, make_placement
-from experiments.step import Job, Programs, RunState, make_programs, plan_of
-from experiments.tasks.classification import classification_task
+from experiments.checkpointing.checkpoints import Checkpoints
+from experiments.distributed.layout import Preset
+from experiments.distributed.placement import Placement, make_placement
+from experiments.tasks.families.classification import classification_task
 from experiments.tasks.task import Batch, Recipe, Task
+from experiments.training.loop import begin
+from experiments.training.methods import find_row
+from experiments.training.step import Job, Programs, RunState, make_programs, plan_of
 
 CLASSES = 16
 

@@ -22,8 +22,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from nmjax.timing import interleaved_times as interleaved_times
-from nmjax.timing import output_on_cores
+from nmjax.analysis.timing import interleaved_times as interleaved_times
+from nmjax.analysis.timing import output_on_cores
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 def interleaved_medians(
     functions: Mapping[str, Callable[..., Any]], *arguments: Any, **settings: Any
 ) -> dict[str, float]:
-    """Median seconds of each function; arguments are those of `nmjax.timing.interleaved_times`."""
+    """Median seconds of each function, timed by `nmjax.analysis.timing.interleaved_times`."""
     times = interleaved_times(functions, *arguments, **settings)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 

@@ -19,10 +19,10 @@ import tensorflow_datasets as tfds
 from numpy.typing import NDArray
 from PIL import Image
 
+from experiments.data.batches import Batch
 from experiments.data.coco_masks import STRIDE, CocoMasks, Outline, open_masks, sample_masks
 from experiments.data.images import decode_image
 from experiments.data.records import open_source
-from experiments.tasks.task import Batch
 
 DATASET = "coco/2017"
 CLASSES = 81  # the background and 80 categories

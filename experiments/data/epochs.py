@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from experiments.tasks.task import Batch, Rows
+from experiments.data.batches import Batch, Rows
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

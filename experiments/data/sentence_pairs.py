@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.data.batches import Batch, Rows
 from experiments.data.epochs import pad_batch
 from experiments.data.vocabulary import BEGIN, END, PADDING, Vocabulary
-from experiments.tasks.task import Batch, Rows
 
 Tokens = NDArray[np.uint16]
 Pair = tuple[str, str]

@@ -22,8 +22,8 @@ import numpy as np
 from experiments.data import images
 from experiments.data.epochs import Reading, eval_epoch, steps_per_epoch, train_epoch
 from experiments.data.records import Record, decode, open_images
-from experiments.models.image_networks import make_image_network
-from experiments.tasks.classification import classification_task
+from experiments.models.images.networks import make_image_network
+from experiments.tasks.families.classification import classification_task
 from experiments.tasks.task import Batch, Recipe, Task
 
 # Of the training images, each channel, scaled to [0, 1].
@@ -46,7 +46,7 @@ def cifar10_task(
     """Makes the CIFAR-10 task.
 
     Args:
-      model: one of `experiments.models.image_networks.IMAGE_NETWORKS`; gets the stem for small
+      model: one of `experiments.models.images.networks.IMAGE_NETWORKS`; gets the stem for small
         images.
       recipe: hyper-parameters; its batch size is that of the batches.
       data_dir: folder of prepared data sets; see `open_images`.

@@ -27,9 +27,9 @@ import numpy as np
 
 from experiments.data.coco import CLASSES, CocoRecord, as_arrays, count_boxes, open_coco
 from experiments.data.epochs import Reading, eval_epoch, steps_per_epoch, train_epoch
-from experiments.models.feature_pyramid import FeaturePyramid
-from experiments.models.mask_rcnn import MaskRCNN
-from experiments.tasks.object_detection import object_detection_task
+from experiments.models.detection.feature_pyramid import FeaturePyramid
+from experiments.models.detection.mask_rcnn import MaskRCNN
+from experiments.tasks.families.object_detection import object_detection_task
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 MODELS = ("faster_rcnn", "mask_rcnn")

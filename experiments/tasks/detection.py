@@ -21,10 +21,10 @@ import numpy as np
 
 from experiments.data.scenes import CLASSES, draw_scene
 from experiments.data.synthetic_flow import Split
-from experiments.models.feature_pyramid import FeaturePyramid
-from experiments.models.mask_rcnn import MaskRCNN
-from experiments.models.resnet import BasicBlock
-from experiments.tasks.object_detection import object_detection_task
+from experiments.models.detection.feature_pyramid import FeaturePyramid
+from experiments.models.detection.mask_rcnn import MaskRCNN
+from experiments.models.images.resnet import BasicBlock
+from experiments.tasks.families.object_detection import object_detection_task
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 SIZE = 64

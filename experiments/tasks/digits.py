@@ -28,8 +28,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.models.small_resnet import SmallResNet
-from experiments.tasks.classification import classification_task
+from experiments.models.images.small_resnet import SmallResNet
+from experiments.tasks.families.classification import classification_task
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 Images = NDArray[np.float32]

@@ -25,9 +25,9 @@ from experiments.data.epochs import eval_epoch, steps_per_epoch, train_epoch
 from experiments.data.flow_augment import Pair, mirror, turn_over
 from experiments.data.images import Pixels
 from experiments.data.synthetic_flow import Split, draw_pair
-from experiments.models.raft import tiny_raft
+from experiments.models.flow.raft import tiny_raft
+from experiments.tasks.families.optical_flow import no_motion_error, optical_flow_task
 from experiments.tasks.flying_chairs import as_arrays
-from experiments.tasks.optical_flow import no_motion_error, optical_flow_task
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 SIZE = 64

@@ -26,8 +26,8 @@ from experiments.data.epochs import Reading, eval_epoch, steps_per_epoch, train_
 from experiments.data.flow_augment import Pair, augment
 from experiments.data.flow_files import is_known
 from experiments.data.flow_folders import open_chairs
-from experiments.models.raft import Raft
-from experiments.tasks.optical_flow import optical_flow_task
+from experiments.models.flow.raft import Raft
+from experiments.tasks.families.optical_flow import optical_flow_task
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 CROP = (368, 496)

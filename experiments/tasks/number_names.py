@@ -21,14 +21,14 @@ from num2words import num2words
 
 from experiments.data.sentence_pairs import encode_pairs
 from experiments.data.vocabulary import train_vocabulary
-from experiments.models.transformer import find_transformer
-from experiments.tasks.task import Recipe, Task
-from experiments.tasks.translation import (
+from experiments.models.text.transformer import find_transformer
+from experiments.tasks.families.translation import (
     BLEU_METRIC,
     CHRF_METRIC,
     EXACT_METRIC,
     translation_task,
 )
+from experiments.tasks.task import Recipe, Task
 
 DIGITS = 9
 TRAIN_PAIRS = 3200
@@ -63,7 +63,7 @@ def number_names_task(
     """Makes the task of translating number names.
 
     Args:
-      model: one of `experiments.models.transformer.TRANSFORMERS`.
+      model: one of `experiments.models.text.transformer.TRANSFORMERS`.
       recipe: hyper-parameters.
       dtype: the network computes in.
       train_pairs: how many.

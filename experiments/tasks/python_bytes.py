@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 
 from experiments.data.epochs import pad_batch
 from experiments.data.library_sources import Bytes, Sources, load_sources
-from experiments.models.decoding import draw
-from experiments.models.transformer import DECODERS, Decoder
-from experiments.tasks.classification import cross_entropy
+from experiments.models.text.decoding import draw
+from experiments.models.text.transformer import DECODERS, Decoder
+from experiments.tasks.families.classification import cross_entropy
 from experiments.tasks.task import Batch, Metric, Recipe, Rows, Shown, Sums, Task, Variables
 
 METRIC = Metric("bits per byte", unit="", step="bits", perfect=0.0, scale=1.0, close=0.02)

@@ -1,7 +1,7 @@
 """What a task is: data, model, loss, metric and recipe, in the form the training loop takes.
 
 A task is one file in this folder with a constructor that returns a `Task`. The loop in
-`experiments.loop` knows nothing else about it, so a translation task and a classification
+`experiments.training.loop` knows nothing else about it, so a translation task and a classification
 task run through the same code.
 """
 
@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 
-Batch = dict[str, np.ndarray]
-# Which rows of a batch, ascending.
-Rows = NDArray[np.integer[Any]]
+from experiments.data.batches import Batch as Batch
+from experiments.data.batches import Rows as Rows
+
 Variables = dict[str, Any]
 Sums = dict[str, jax.Array]
 Shown = dict[str, str]

@@ -30,10 +30,10 @@ import numpy as np
 from experiments.data.records import data_folder, open_source
 from experiments.data.sentence_pairs import EncodedPairs, encode_pairs
 from experiments.data.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
-from experiments.models.transformer import find_transformer
+from experiments.models.text.transformer import find_transformer
+from experiments.tasks.families.translation import BLEU_METRIC, CHRF_METRIC, translation_task
 from experiments.tasks.task import Compared, Recipe, Task
-from experiments.tasks.translation import BLEU_METRIC, CHRF_METRIC, translation_task
-from nmjax.whole_files import write_whole
+from nmjax.files.whole_files import write_whole
 
 DATASET = "wmt14_translate/de-en"
 PIECES = 32_000
@@ -73,7 +73,7 @@ def wmt14_task(
     """Makes the WMT14 task.
 
     Args:
-      model: one of `experiments.models.transformer.TRANSFORMERS`.
+      model: one of `experiments.models.text.transformer.TRANSFORMERS`.
       recipe: hyper-parameters; its batch size counts sentences.
       data_dir: folder of prepared data sets; see `open_source`.
       dtype: the network computes in.

@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-LIBRARY = FOLDER / "libnmjax_kernels.so"
-CUSPARSELT_LIBRARY = FOLDER / "libnmjax_cusparselt.so"
-DECODE_LIBRARY = FOLDER / "libnmjax_decode.so"
+LIBRARY = FOLDER / "cpu" / "libnmjax_kernels.so"
+CUSPARSELT_LIBRARY = FOLDER / "gpu" / "libnmjax_cusparselt.so"
+DECODE_LIBRARY = FOLDER / "gpu" / "libnmjax_decode.so"
 
 _COMMON = ["blocks.cc", "groups.cc", "ffi.cc"]
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]
@@ -71,7 +71,7 @@ def compile_library(
             for isa, isa_flags in isas.items()
         ]
         commands = [
-            [compiler, *flags, *more, "-c", str(FOLDER / "src" / name), "-o", str(to)]
+            [compiler, *flags, *more, "-c", str(FOLDER / "cpu" / "src" / name), "-o", str(to)]
             for name, more, to in sources
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -103,7 +103,7 @@ def compile_cusparselt(compiler: str, library: Path = CUSPARSELT_LIBRARY) -> Pat
     headers = [f"-isystem{folder}" for folder in (include_folder(), *nvidia_folders("include"))]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         linked = Path(folder) / library.name
-        source = str(FOLDER / "src" / "cusparselt.cc")
+        source = str(FOLDER / "gpu" / "src" / "cusparselt.cc")
         flags = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-shared", "-s"]
         _run([compiler, *flags, *headers, source, "-o", str(linked)])
         linked.replace(library)
@@ -156,7 +156,7 @@ def compile_decode(library: Path = DECODE_LIBRARY) -> Path:
         raise RuntimeError("no nvcc: install the CUDA toolkit, and set CUDA_HOME")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         linked = Path(folder) / library.name
-        sources = [str(FOLDER / "src" / name) for name in ("decode.cu", "decode_ffi.cc")]
+        sources = [str(FOLDER / "gpu" / "src" / name) for name in ("decode.cu", "decode_ffi.cc")]
         # All cores: every variant of the kernel is compiled for every GPU.
         flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC,-s", "--threads=0", *_GPUS]
         _run([nvcc, *flags, f"-I{include_folder()}", *sources, "-o", str(linked)])

@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 
 from nmjax.layouts import Shape
-from nmjax.packed_blocks import PackedBlocks
-from nmjax.packed_nm import PackedNM
+from nmjax.packed.blocks import PackedBlocks
+from nmjax.packed.nm import PackedNM
 from nmjax.patterns import NM
 from nmjax.plans import LeafPlan
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from nmjax.kernels.operands import Activation
 from nmjax.kernels.reference import dense_weight, finish
-from nmjax.packed_nm import PackedNM
+from nmjax.packed.nm import PackedNM
 
 _LARGEST = 127
 

@@ -20,8 +20,8 @@ from nmjax.kernels.operands import (
     reduction_shape,
     result_dtype,
 )
-from nmjax.packed_blocks import unpack_blocks
-from nmjax.packed_nm import PackedNM, unpack_nm
+from nmjax.packed.blocks import unpack_blocks
+from nmjax.packed.nm import PackedNM, unpack_nm
 
 
 def matmul(

@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from experiments import compare as module
-from experiments.block_findings import block_tables
 from experiments.compare import Comparison, Flags, compare, main
-from experiments.findings import metric_of, rows
-from experiments.report import block_cells, table_cells
+from experiments.report.block_findings import block_tables
+from experiments.report.findings import metric_of, rows
+from experiments.report.page import block_cells, table_cells
 from experiments.tasks.task import Compared
 from tests.experiments.tiny import tiny_task
 
@@ -228,7 +228,7 @@ def test_notes_are_printed_and_what_networks_do_is_kept(tmp_path, monkeypatch):
 
 
 def test_a_missing_data_set_is_an_error_with_the_way_out(tmp_path, monkeypatch, capsys):
-    from experiments.flags import make_task
+    from experiments.training.flags import make_task
 
     monkeypatch.setattr(module, "make_task", make_task)
     assert main(["--task", "wmt14", "--data-dir", str(tmp_path)]) == 1
@@ -241,7 +241,7 @@ def test_a_missing_data_set_is_an_error_with_the_way_out(tmp_path, monkeypatch, 
     [("python_bytes", "bits per byte", 4.0), ("number_names", "exact match", 0.3)],
 )
 def test_tasks_of_text_end_to_end(tmp_path, monkeypatch, task, metric, beats):
-    from experiments.flags import make_task
+    from experiments.training.flags import make_task
 
     monkeypatch.setattr(module, "make_task", make_task)
     given = Flags(task=task, runs_dir=tmp_path, epochs=2, seeds=(0, 1), methods=("dense", "sr_ste"))
@@ -261,7 +261,7 @@ def test_tasks_of_text_end_to_end(tmp_path, monkeypatch, task, metric, beats):
 
 @pytest.mark.slow
 def test_the_digits_end_to_end(tmp_path, monkeypatch):
-    from experiments.flags import make_task
+    from experiments.training.flags import make_task
 
     monkeypatch.setattr(module, "make_task", make_task)
     given = flags(

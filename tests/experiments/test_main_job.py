@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.findings import find_row_of, rows
+from experiments.report.findings import find_row_of, rows
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ import dataclasses
 import flax.linen as nn
 import numpy as np
 
-from experiments.tasks.classification import classification_task
+from experiments.tasks.families.classification import classification_task
 from experiments.tasks.task import Recipe
 
 STEPS = 5

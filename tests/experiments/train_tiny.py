@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-import experiments.flags
+import experiments.training.flags
 from experiments.data.epochs import eval_epoch
 from experiments.train import main
 from tests.experiments.tiny import tiny_task, with_predictions
@@ -41,7 +41,7 @@ def make_task(flags):
 
 if __name__ == "__main__":
     EXAMPLES = Examples(tiny_task())
-    experiments.flags._task = make_task
+    experiments.training.flags._task = make_task
     status = main()
     print(f"{len(EXAMPLES.read)} test examples read", file=sys.stderr)
     sys.exit(status)

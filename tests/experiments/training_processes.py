@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nmjax.checkpoints import read_checkpoint
+from nmjax.files.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

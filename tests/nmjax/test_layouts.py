@@ -14,7 +14,7 @@ from flax import nnx
 
 import nmjax
 from nmjax.layouts import ATTENTION_IN, ATTENTION_OUT, DENSE, Axes, layout
-from nmjax.trees import named_leaves
+from nmjax.trees.leaves import named_leaves
 
 KEY = jax.random.key(0)
 PATTERNS = ["2:4", "1:8"]

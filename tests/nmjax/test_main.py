@@ -11,8 +11,8 @@ import pytest
 
 import nmjax
 from nmjax.__main__ import main
-from nmjax.tensor_files import write_tensors
-from nmjax.trees import named_leaves
+from nmjax.files.tensor_files import write_tensors
+from nmjax.trees.leaves import named_leaves
 
 RNG = np.random.default_rng(0)
 PARAMS = {

@@ -13,7 +13,7 @@ import pytest
 import nmjax
 from nmjax import NM, LeafPlan, make_plan
 from nmjax.plans import DenseLeaf
-from nmjax.trees import named_leaves
+from nmjax.trees.leaves import named_leaves
 
 
 def normal(shape, seed=0, dtype=jnp.float32):

@@ -9,7 +9,7 @@ import pytest
 
 import nmjax
 from nmjax import Axes, make_plan
-from nmjax.trees import named_leaves
+from nmjax.trees.leaves import named_leaves
 
 KEY = jax.random.key(0)
 

@@ -14,7 +14,7 @@ from flax.core import FrozenDict
 
 import nmjax
 from nmjax import make_plan
-from nmjax.trees import named_leaves
+from nmjax.trees.leaves import named_leaves
 
 KEY = jax.random.key(0)
 

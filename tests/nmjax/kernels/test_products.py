@@ -16,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import nmjax
 from nmjax.kernels import build
-from nmjax.kernels.library import load_library
+from nmjax.kernels.cpu.library import load_library
 
 KERNELS = pytest.mark.skipif(
     load_library().instruction_set is None, reason=f"no kernels: {load_library().reason}"

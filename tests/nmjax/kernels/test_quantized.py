@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import nmjax
 from nmjax.kernels import quantized
 from nmjax.kernels.quantized import dequantize, quantize
-from nmjax.packed_nm import unpack_nm
+from nmjax.packed.nm import unpack_nm
 
 SHAPES = ((8, 1), (16, 5), (40, 3))
 

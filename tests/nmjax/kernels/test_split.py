@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nmjax
-from nmjax.kernels.library import load_library
+from nmjax.kernels.cpu.library import load_library
 
 pytestmark = pytest.mark.skipif(
     load_library().instruction_set is None, reason=f"no kernels: {load_library().reason}"

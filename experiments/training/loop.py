@@ -1,0 +1,209 @@
+"""One training loop for every task and method.
+
+`train` yields a report after each epoch. What it trains is one state, or several that differ in
+their seed only and share every step. Within an epoch nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.distributed.placement import HERE, Placement
+from experiments.distributed.seeds import one_seed, stack
+from experiments.tasks.task import Batch, Rows, Task
+from experiments.training.step import Job, Programs, RunState, TrainState, make_programs
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What one epoch measured. Arrays have one entry a seed.
+
+    Attributes:
+      epoch: epochs done.
+      train_loss: mean over the epoch's steps.
+      test: metric -> mean over the test examples; empty where the epoch was not evaluated.
+      sad_first: layer -> mask entries that differ from the initial weights' masks.
+      sad_epoch: mask entries, over all layers, that differ from the previous epoch's.
+      flip_rate: mean over the watched steps of the fraction of mask entries that one step changes.
+      density: fraction of non-zero weights, of the planned leaves, in the forward pass.
+      blocks: of methods that remember masks of 1xN blocks. "sad": entries of those masks that
+        differ from the previous epoch's. "regrown": blocks that are back since then. "kept_rows":
+        layer -> blocks kept in each row of blocks, (seeds, rows).
+      seconds: that the epoch took, evaluation included.
+      state: where training stands. Its arrays are given up to the next step: save or copy what
+        must last before asking for the next report.
+    """
+
+    epoch: int
+    train_loss: np.ndarray
+    test: dict[str, np.ndarray]
+    sad_first: dict[str, np.ndarray]
+    sad_epoch: np.ndarray
+    flip_rate: np.ndarray
+    density: np.ndarray
+    blocks: dict[str, Any]
+    seconds: float
+    state: RunState = field(repr=False)
+
+
+def train(
+    job: Job,
+    *,
+    seeds: Sequence[int] = (0,),
+    lambda_w: float | None = None,
+    programs: Programs | None = None,
+    start: RunState | None = None,
+    evaluate_every: int = 1,
+    watch_every: int = 16,
+    placement: Placement = HERE,
+    on_step: Callable[[int, RunState], None] = lambda steps, state: None,
+) -> Iterator[EpochReport]:
+    """Trains, and yields a report after every epoch.
+
+    Args:
+      job: task, plan and method. The recipe is the task's.
+      seeds: of the initial weights and of the order of the data. Several are trained together.
+      lambda_w: strength of the sparse-refined term; None for the recipe's.
+      programs: from `make_programs`, to share their compilation between runs; with an axis of
+        seeds exactly if there are several, and with the placement's layout.
+      start: goes on from this state, which a report or `on_step` gave. Given up like those.
+      evaluate_every: epochs between two evaluations. The last epoch is always evaluated.
+      watch_every: steps between two whose mask flips are counted; at least one an epoch is.
+      placement: over devices and processes.
+      on_step: called after each step is handed to the device, with the number of steps done and
+        the state, of which the same holds as of a report's.
+
+    Yields:
+      One report an epoch.
+
+    Raises:
+      FloatingPointError: the loss is not finite; says for which seed and at which step.
+      ValueError: `programs` do not fit the number of seeds.
+    """
+    task = job.task
+    programs = programs or make_programs(job, over_seeds=jax.vmap if len(seeds) > 1 else None)
+    if programs.seeds != (len(seeds) > 1):
+        raise ValueError(f"programs with seeds={programs.seeds} were given {len(seeds)} seeds")
+    default = task.recipe.strength(decoupled=job.method.decoupled)
+    strength = default if lambda_w is None else lambda_w
+    state = start if start is not None else begin(programs, seeds, strength)
+    first_epoch, first_step = divmod(state.steps_done(), task.steps_per_epoch)
+    for epoch in range(first_epoch, task.recipe.epochs):
+        began = time.perf_counter()
+        first = first_step if epoch == first_epoch else 0
+        rows = placement.rows_of(task.recipe.batch_size)
+        batches = map(placement.put, _batches(job, seeds, epoch, first, rows))
+        state = _train_epoch(job, programs, state, epoch, first, batches, watch_every, on_step)
+        forward = programs.forward(state.train)
+        masks = programs.masks(state.train.params)
+        state, measured = programs.close(state, masks, forward)
+        done = epoch + 1
+        is_due = done % evaluate_every == 0 or done == task.recipe.epochs
+        test = evaluate(job, programs, state.train, placement) if is_due else {}
+        measured = jax.device_get(measured)
+        if not programs.seeds:
+            measured = one_seed(measured)
+        _check_finite(measured.pop("bad_step"), seeds, epoch, task.steps_per_epoch)
+        seconds = time.perf_counter() - began
+        yield EpochReport(epoch=done, test=test, seconds=seconds, state=state, **measured)
+
+
+def begin(programs: Programs, seeds: Sequence[int], lambda_w: float) -> RunState:
+    """The state of epoch 0; the same for the same seeds."""
+    numbers, strengths = np.asarray(seeds, np.int32), np.full(len(seeds), lambda_w, np.float32)
+    if not programs.seeds:
+        numbers, strengths = numbers[0], strengths[0]
+    variables = programs.init(numbers)
+    train = programs.begin(variables, numbers, strengths)
+    return RunState(train, programs.remember(train, programs.masks(train.params)))
+
+
+def evaluate(
+    job: Job,
+    programs: Programs,
+    state: TrainState,
+    placement: Placement = HERE,
+) -> dict[str, np.ndarray]:
+    """Means over the test examples and scores of the predictions, of the sparse parameters.
+
+    Returns:
+      Metric -> one entry a seed.
+    """
+    forward = programs.forward(state)
+    seeds = np.size(state.step)
+    sums: dict[str, np.ndarray] = {}
+    predictions = []
+    for batch in job.task.read_test(placement.rows_of):
+        placed = placement.put(stack([batch] * seeds) if programs.seeds else batch)
+        for name, value in programs.evaluate(forward, state.collections, placed).items():
+            sums[name] = sums.get(name, 0) + np.atleast_1d(jax.device_get(value)).astype(float)
+        if programs.predict is not None:
+            predicted = jax.device_get(programs.predict(forward, state.collections, placed))
+            predictions.append(predicted if programs.seeds else one_seed(predicted))
+    count = sums.pop("count")
+    means = {name: value / count for name, value in sums.items()}
+    return means | _scores(job.task, predictions, seeds)
+
+
+def _scores(task: Task, predictions: list[Any], seeds: int) -> dict[str, np.ndarray]:
+    """What the task makes of its predictions, seed by seed."""
+    if task.score is None:
+        return {}
+    found = []
+    for seed in range(seeds):
+        own = jax.tree.map(lambda values, seed=seed: values[seed], predictions)
+        found.append(task.score([batch for batch, _ in own], [made for _, made in own]))
+    return {name: np.array([scores[name] for scores in found]) for name in found[0]}
+
+
+def _train_epoch(
+    job: Job,
+    programs: Programs,
+    state: RunState,
+    epoch: int,
+    first: int,
+    batches: Iterator[Any],
+    watch_every: int,
+    on_step: Callable[[int, RunState], None],
+) -> RunState:
+    """The steps of one epoch from `first` on; counts the flips of every `watch_every`-th."""
+    run, topology = state
+    steps = job.task.steps_per_epoch
+    every, refresh_every = min(watch_every, steps), job.method.refresh_every or steps
+    for index, batch in enumerate(batches, first):
+        if (epoch * steps + index) % refresh_every == 0:
+            run = programs.refresh(run)
+        is_watched = index % every == every - 1
+        before = programs.masks(run.params) if is_watched else None
+        run = programs.step(run, batch)
+        if is_watched:
+            topology = programs.count_flips(topology, before, programs.masks(run.params))
+        on_step(epoch * steps + index + 1, RunState(run, topology))
+    return RunState(run, topology)
+
+
+def _batches(
+    job: Job, seeds: Sequence[int], epoch: int, first_step: int, rows: Rows
+) -> Iterator[Batch]:
+    streams = [job.task.read(seed, epoch, first_step, rows) for seed in seeds]
+    if len(streams) == 1:
+        return streams[0]
+    return map(stack, zip(*streams, strict=True))
+
+
+def _check_finite(
+    bad_steps: np.ndarray, seeds: Sequence[int], epoch: int, steps_per_epoch: int
+) -> None:
+    for seed, step in zip(seeds, bad_steps, strict=True):
+        if step >= 0:
+            raise FloatingPointError(
+                f"the loss of seed {seed} is not finite from step {step} on (epoch {epoch + 1}, "
+                f"{steps_per_epoch} steps each): training stopped. Try a lower learning rate, a "
+                "longer warm-up, or a smaller |lambda_w|"
+            )

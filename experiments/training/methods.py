@@ -1,0 +1,318 @@
+"""The methods that a run can train with: name -> sparsifier, transformation, schedule.
+
+A method is added by one row in `METHODS`. Whatever it needs to remember belongs into the
+sparsifier's state, and whatever it does to the gradient into its transformation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+import nmjax
+from experiments.tasks.task import Recipe
+from nmjax.patterns import Pattern
+from nmjax.pruning import Masks
+
+# At -lambda_w itself nothing is learnt: the pruned weights grow exponentially until they displace
+# the kept ones, again and again. This fraction of it is enough to see the harm.
+NEGATIVE_FRACTION = -0.1
+
+
+class Method(NamedTuple):
+    """How the training loop trains sparse.
+
+    Attributes:
+      sparsifier: makes the forward pass sparse.
+      transform: lambda_w -> what comes first in the optimizer's chain. `lambda_w` is traced, so
+        that runs which differ in nothing else share one compilation.
+      decoupled: whether it comes after momentum or Adam instead, as AdamW's weight decay does.
+      restarts: optimizer steps at which the learning rate's schedule starts again from warm-up.
+      refresh_every: optimizer steps from one refresh of the sparsifier to the next; None for once
+        an epoch, before its first step.
+      masks: the sparsifier's state -> the masks that it remembers, which the optimizer then gets
+        as well; None for methods whose masks follow from the weights.
+    """
+
+    sparsifier: nmjax.Sparsifier
+    transform: Callable[[ArrayLike], optax.GradientTransformation]
+    decoupled: bool = False
+    restarts: tuple[int, ...] = ()
+    refresh_every: int | None = None
+    masks: Callable[[Any], Masks] | None = None
+
+
+Build = Callable[[nmjax.Plan, Recipe, int], Method]
+# (peak, steps of warm-up, steps in all) -> rate over the steps after the warm-up.
+Decay = Callable[[float, int, int], optax.Schedule]
+
+
+class Row(NamedTuple):
+    """One row of `METHODS`.
+
+    Attributes:
+      build: (plan, recipe, steps in an epoch) -> the method. Rows with the same `build` are the
+        same program with another `lambda_w`.
+      lambda_fraction: of the recipe's `lambda_w`; 0 where the method has none.
+      what: one line for tables and help.
+      blocks_only: whether it takes 1xN patterns and no others.
+      decoupled: whether its strength is a fraction of the recipe's `lambda_decoupled` instead.
+    """
+
+    build: Build
+    lambda_fraction: float
+    what: str
+    blocks_only: bool = False
+    decoupled: bool = False
+
+    def strength(self, recipe: Recipe) -> float:
+        """The `lambda_w` that the method trains with."""
+        return self.lambda_fraction * recipe.strength(decoupled=self.decoupled)
+
+
+def dense(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """No sparsity."""
+    del plan, recipe, steps_per_epoch
+    return _DENSE
+
+
+def one_shot(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """Dense for half of the epochs, then pruned by magnitude and fine-tuned with that mask.
+
+    The learning rate starts again with the fine-tuning. The budget is that of the other methods.
+
+    Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (ASP).
+    """
+    half = recipe.epochs // 2 * steps_per_epoch
+    return Method(
+        nmjax.one_shot(plan, at_step=half),
+        _nothing,
+        restarts=(half,) if half else (),
+        masks=_state_masks,
+    )
+
+
+def one_by_n(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """`one_shot` with blocks that compete over a whole layer: rows keep what they happen to keep.
+
+    The published method prunes a network trained by somebody else and fine-tunes it for 180
+    epochs at a tenth of its learning rate. Here both halves share the budget of the other methods.
+
+    Source: Lin et al., "1xN Pattern for Pruning Convolutional Neural Networks", TPAMI 2022.
+    """
+    return one_shot(_over_layers(plan), recipe, steps_per_epoch)
+
+
+def subp(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """SUBP: uniform blocks ranked by size and angular redundancy, dropped bit by bit, regrown.
+
+    Masks are renewed once an epoch, and the ramp is the recipe's. The pull on dropped weights is
+    that of SR-STE.
+
+    Source: Xiang et al., "SUBP: Soft Uniform Block Pruning", NeurIPS 2023.
+    """
+    return _soft_uniform("bpar", plan, recipe, steps_per_epoch)
+
+
+def subp_l1(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """SUBP with blocks ranked by size alone, the default of the released code."""
+    return _soft_uniform("l1", plan, recipe, steps_per_epoch)
+
+
+def straight_through(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """STE: masks from the weights at every step, gradient straight through to every weight."""
+    del recipe, steps_per_epoch
+    return Method(nmjax.straight_through(plan), _nothing)
+
+
+def sparse_refined(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """SR-STE: STE with a pull to zero on the pruned weights."""
+    del recipe, steps_per_epoch
+    return Method(
+        nmjax.straight_through(plan), lambda lambda_w: nmjax.add_sparse_refined(plan, lambda_w)
+    )
+
+
+def sparse_refined_decoupled(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """SR-STE with the pull after the preconditioner: a step shrinks by rate * lambda_w exactly."""
+    return sparse_refined(plan, recipe, steps_per_epoch)._replace(decoupled=True)
+
+
+METHODS: dict[str, Row] = {
+    "dense": Row(dense, 0.0, "no sparsity"),
+    "one_shot": Row(one_shot, 0.0, "train dense, prune half-way, fine-tune with the mask fixed"),
+    "ste": Row(straight_through, 0.0, "sparse from the first step, straight-through gradient"),
+    "sr_ste": Row(sparse_refined, 1.0, "STE with a pull to zero on the pruned weights"),
+    "sr_ste_decoupled": Row(
+        sparse_refined_decoupled,
+        1.0,
+        "SR-STE with the pull after momentum or Adam, as decoupled as AdamW's weight decay",
+        decoupled=True,
+    ),
+    "sr_ste_negative": Row(
+        sparse_refined, NEGATIVE_FRACTION, "STE with a push away from zero on the pruned weights"
+    ),
+    "one_by_n": Row(
+        one_by_n, 0.0, "one-shot, the blocks of a layer compete: rows keep unequal numbers", True
+    ),
+    "subp_l1": Row(
+        subp_l1, 1.0, "pruned bit by bit, pruned blocks may return; ranked by L1 norm", True
+    ),
+    "subp": Row(
+        subp, 1.0, "pruned bit by bit, pruned blocks may return; ranked by norm and angle", True
+    ),
+}
+
+
+def find_row(name: str) -> Row:
+    """Returns the row of a method.
+
+    Raises:
+      ValueError: there is no such method.
+    """
+    if name not in METHODS:
+        raise ValueError(f"no method is called {name!r}; there are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def check_fits(name: str, pattern: str | Pattern) -> None:
+    """Raises ValueError if there is no such method, or it does not take the pattern."""
+    if find_row(name).blocks_only and not is_blocks(pattern):
+        raise ValueError(
+            f"method {name!r} prunes blocks and cannot take {pattern}; give it a pattern such as "
+            '"1x16@0.5"'
+        )
+
+
+def is_blocks(pattern: str | Pattern) -> bool:
+    """Whether a pattern is one of 1xN blocks."""
+    return isinstance(nmjax.parse_pattern(pattern), nmjax.Block1xN)
+
+
+def learning_rate(
+    recipe: Recipe, steps_per_epoch: int, restarts: tuple[int, ...] = ()
+) -> optax.Schedule:
+    """Linear warm-up from 0, then the recipe's decay; once from each restart to the next.
+
+    Cosine and linear end at 0. The inverse square root is `peak * sqrt(warmup / step)`.
+
+    Args:
+      recipe: peak, epochs, warm-up and kind of decay.
+      steps_per_epoch: optimizer steps in an epoch.
+      restarts: steps, ascending, at which it all starts again.
+
+    Source of the inverse square root: Vaswani et al., "Attention Is All You Need", 2017, equation
+    3, whose peak is 1 / sqrt(width * warmup).
+    """
+    decay = {"cosine": _cosine, "linear": _linear, "inverse_sqrt": _inverse_sqrt}[recipe.schedule]
+    ends = (*restarts, recipe.epochs * steps_per_epoch)
+    lengths = [end - start for start, end in zip((0, *restarts), ends, strict=True)]
+    warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    parts = [_warmed_up(decay, recipe.learning_rate, min(warmup, n // 2), n) for n in lengths]
+    return optax.join_schedules(parts, list(restarts))
+
+
+def total_rate(recipe: Recipe, steps_per_epoch: int) -> float:
+    """Sum of the learning rate over all steps of a run without restarts."""
+    steps = recipe.epochs * steps_per_epoch
+    rates = jax.vmap(learning_rate(recipe, steps_per_epoch))(jnp.arange(steps))
+    return float(jnp.sum(rates))
+
+
+def optimizer(
+    method: Method, recipe: Recipe, steps_per_epoch: int, lambda_w: ArrayLike
+) -> optax.GradientTransformationExtraArgs:
+    """The recipe's optimizer with the method's own term first in the chain, or after Adam.
+
+    SGD has the order of PyTorch's: coupled weight decay, momentum, a learning rate for each step.
+    First in the chain, the sparse-refined term is clipped with the gradient and goes through
+    momentum or Adam's preconditioner. Decoupled, it is a part of the update like AdamW's weight
+    decay.
+    """
+    term, decay = method.transform(lambda_w), _weight_decay(recipe)
+    if recipe.optimizer == "sgd":
+        direction = [decay, optax.trace(recipe.momentum)]
+    else:
+        adam = optax.scale_by_adam(recipe.momentum, recipe.second_momentum)
+        direction = [adam, decay]
+    clip = [optax.clip_by_global_norm(recipe.clip)] if recipe.clip else []
+    return optax.chain(
+        *([] if method.decoupled else [term]),
+        *clip,
+        *direction,
+        *([term] if method.decoupled else []),
+        optax.scale_by_learning_rate(learning_rate(recipe, steps_per_epoch, method.restarts)),
+    )
+
+
+def _weight_decay(recipe: Recipe) -> optax.GradientTransformation:
+    mask = None if recipe.decay_vectors else _has_several_axes
+    return optax.add_decayed_weights(recipe.weight_decay, mask=mask)
+
+
+def _nothing(lambda_w: ArrayLike) -> optax.GradientTransformation:
+    del lambda_w
+    return optax.identity()
+
+
+def _soft_uniform(score: str, plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    begin, end = (round(share * recipe.epochs) * steps_per_epoch for share in recipe.ramp)
+    return Method(
+        nmjax.soft_uniform_blocks(plan, nmjax.cubic_ramp(begin, end), score=score),
+        lambda lambda_w: nmjax.add_sparse_refined(plan, lambda_w),
+        masks=_state_masks,
+    )
+
+
+def _over_layers(plan: nmjax.Plan) -> nmjax.Plan:
+    """The plan with blocks that compete over a layer."""
+
+    def widen(leaf: Any) -> Any:
+        if not isinstance(leaf, nmjax.LeafPlan) or not isinstance(leaf.pattern, nmjax.Block1xN):
+            return leaf
+        return dataclasses.replace(leaf, pattern=dataclasses.replace(leaf.pattern, uniform=False))
+
+    leaves = tuple((name, widen(leaf)) for name, leaf in plan.leaves)
+    return dataclasses.replace(plan, leaves=leaves)
+
+
+def _has_several_axes(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+
+
+def _state_masks(state: Any) -> Masks:
+    masks: Masks = state.masks
+    return masks
+
+
+# One for all, so that dense runs watched at different patterns share one compilation.
+_DENSE = Method(nmjax.dense(), _nothing)
+
+
+def _warmed_up(decay: Decay, peak: float, warmup: int, steps: int) -> optax.Schedule:
+    decayed = decay(peak, warmup, steps)
+    if warmup == 0:
+        return decayed
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decayed], [warmup])
+
+
+def _cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+
+
+def _linear(peak: float, warmup: int, steps: int) -> optax.Schedule:
+    return optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))
+
+
+def _inverse_sqrt(peak: float, warmup: int, steps: int) -> optax.Schedule:
+    """Of the steps after the warm-up; without one, as if it had been one step long."""
+    del steps
+    start = max(warmup, 1)
+    # Below zero while the warm-up lasts, when what comes out is not used.
+    return lambda step: peak * jnp.sqrt(start / (start + jnp.maximum(step, 0)))

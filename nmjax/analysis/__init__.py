@@ -1,0 +1,1 @@
+"""Costs, sharding checks, pictures and timings."""

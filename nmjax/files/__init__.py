@@ -1,0 +1,1 @@
+"""Packed weights and parameters in files."""

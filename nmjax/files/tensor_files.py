@@ -1,0 +1,142 @@
+"""Named arrays on disk as safetensors: written whole or not at all, read without trust.
+
+The format is a JSON header and raw bytes: nothing in it is ever executed. Every dtype that JAX has
+in whole bytes and safetensors names is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from nmjax.files.whole_files import write_whole
+
+# The key of the header under which nmjax says what a file holds, as JSON.
+NOTE = "nmjax"
+
+_DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_,
+        "I8": np.int8,
+        "U8": np.uint8,
+        "I16": np.int16,
+        "U16": np.uint16,
+        "I32": np.int32,
+        "U32": np.uint32,
+        "I64": np.int64,
+        "U64": np.uint64,
+        "F16": np.float16,
+        "BF16": jnp.bfloat16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "C64": np.complex64,
+        "F8_E4M3": jnp.float8_e4m3fn,
+        "F8_E5M2": jnp.float8_e5m2,
+    }.items()
+}
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Writes arrays and text to a safetensors file.
+
+    The file appears under its name when all of it is on disk; until then an older file of that
+    name stays, whatever happens.
+
+    Args:
+      path: of the file.
+      tensors: name -> array, of JAX or NumPy.
+      metadata: text for the header.
+
+    Raises:
+      TypeError: an array's dtype is none that the format knows.
+      OSError: the file cannot be written.
+      ImportError: safetensors is not installed.
+    """
+    safetensors = _safetensors()
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    for name, array in arrays.items():
+        if array.dtype not in _DTYPES.values():
+            raise TypeError(f"{name} has dtype {array.dtype}, which safetensors does not know")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+    try:
+        write_whole(path, lambda draft: save_file(arrays, draft, metadata=dict(metadata)))
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads a safetensors file: name -> array of NumPy, and the text of its header.
+
+    Raises:
+      ValueError: the file is no safetensors file, or has a dtype that NumPy does not know.
+      ImportError: safetensors is not installed.
+    """
+    safetensors = _safetensors()
+    data = Path(path).read_bytes()
+    try:
+        tensors = safetensors.deserialize(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    try:
+        arrays = {name: _array(tensor) for name, tensor in tensors}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    # What follows was checked by safetensors: a length in 8 bytes, then that much JSON.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return arrays, header.get("__metadata__") or {}
+
+
+def read_note(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file's header says for nmjax, under the key `NOTE`; empty if it says nothing.
+
+    Raises:
+      ValueError: the text is no JSON object, or names something twice.
+    """
+    try:
+        note = json.loads(metadata.get(NOTE, "{}"), object_pairs_hook=_without_repeats)
+    except RecursionError as error:
+        raise ValueError("the header is nested too deep") from error
+    if not isinstance(note, dict):
+        raise ValueError(f"the header is a {type(note).__name__}, not a dict")
+    return note
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("the header names something twice")
+    return values
+
+
+def _array(tensor: Mapping[str, Any]) -> np.ndarray:
+    """A tensor as safetensors hands it out, whose size it has checked."""
+    if tensor["dtype"] not in _DTYPES:
+        raise ValueError(f"the dtype {tensor['dtype']} is not supported")
+    array = np.ndarray(tensor["shape"], _DTYPES[tensor["dtype"]], tensor["data"])
+    if array.dtype == bool and (array.view(np.uint8) > 1).any():
+        raise ValueError("a boolean is neither 0 nor 1")
+    return array
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            "reading and writing safetensors files needs the package safetensors: "
+            "pip install 'nmjax[files]'"
+        ) from error
+    return safetensors

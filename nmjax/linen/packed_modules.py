@@ -1,0 +1,219 @@
+"""Unchanged Flax modules on packed parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import meta
+from jax import lax
+
+from nmjax.kernels.cpu.depthwise import depthwise_conv
+from nmjax.kernels.matmul import Implementation, packed_conv, packed_matmul
+from nmjax.kernels.operands import Packed, as_window, kernel_taps
+from nmjax.packed.packing import is_packed, unpack_leaf
+
+# Layers whose product can be replaced; the layers of an attention are DenseGeneral.
+_DENSE = (nn.Dense, nn.DenseGeneral)
+_LAYERS = (*_DENSE, nn.Conv)
+
+
+def packed_apply(module: nn.Module, *, implementation: Implementation = None) -> Callable[..., Any]:
+    """Makes a function like `module.apply` that takes packed parameters.
+
+    `Dense`, `DenseGeneral` (so attention too) and `Conv` multiply by their packed kernel; whatever
+    else Flax does there, as biases, paddings and dtypes, it still does. Layers whose kernel is not
+    packed run as ever; convolutions of each channel by itself run faster on CPUs. Use it under
+    `jax.jit`: outside, each layer unpacks its kernel only to throw it away, and inside the compiler
+    sees that nobody reads it.
+
+    A program with compiled kernels in it is exported by `jax.export.export` with
+    `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name)]` for the names
+    `"nmjax_blocks"` and `"nmjax_groups"`, closed over the packed variables or with them as
+    arguments. Whoever loads it calls `nmjax.backends()` first, which registers the kernels.
+
+    Args:
+      module: any linen module.
+      implementation: as for `nmjax.packed_matmul`.
+
+    Returns:
+      `apply(variables, *args, **kwargs)`, where `variables["params"]` is what `nmjax.pack` or
+      `nmjax.load_packed` returns, and the rest is as for `module.apply`.
+
+    Raises:
+      TypeError: `module` is not a linen module; from the function, a module of another class reads
+        a packed leaf itself.
+
+    >>> import jax.numpy as jnp
+    >>> import nmjax
+    >>> model = nn.Dense(16)
+    >>> params = model.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
+    >>> plan = nmjax.make_plan(params, "2:4")
+    >>> variables = {"params": nmjax.pack(params, plan)}
+    >>> jax.jit(packed_apply(model))(variables, jnp.ones((1, 8))).shape
+    (1, 16)
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a linen module instance such as nn.Dense(4), got {module!r}")
+
+    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(partial(_multiply_packed, implementation)):
+            return module.apply(variables, *args, **kwargs)
+
+    return apply
+
+
+def _multiply_packed(
+    implementation: Implementation,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Runs a method of a module; Flax's own call of a packed layer runs on a copy of the layer."""
+    layer = context.module
+    own = _own_params(layer)
+    packed = {name: leaf for name, leaf in own.items() if is_packed(leaf)}
+    if not packed and not (_is_grouped(layer) and "kernel" in own):
+        return run(*args, **kwargs)
+    base = next((base for base in _LAYERS if isinstance(layer, base)), None)
+    if base is None or packed.keys() - {"kernel"}:
+        raise TypeError(
+            f"{type(layer).__name__} at {'/'.join(layer.path) or 'the root'} reads the packed "
+            f"{sorted(packed)} itself; packed parameters run in nn.Dense, nn.DenseGeneral and "
+            "nn.Conv. Leave these leaves out of the plan (exclude=), or unpack them"
+        )
+    call = inspect.unwrap(base.__call__)
+    if getattr(context.orig_method, "func", None) is not call:
+        return run(*args, **kwargs)  # What a subclass adds; it comes to Flax's own call later.
+    kernel = own["kernel"]
+    product: dict[str, Any] = (
+        {"conv_general_dilated": _grouped_conv}
+        if not packed
+        else {"dot_general": partial(_dot_general, kernel, implementation)}
+        if isinstance(layer, _DENSE)
+        else {"conv_general_dilated": partial(_conv, kernel, implementation)}
+    )
+    copy = layer.clone(parent=None, **product)
+    # The unpacked kernel gives the copy its shape and dtype; no product reads it.
+    params = {**own, "kernel": unpack_leaf(kernel) if packed else kernel}
+    return copy.apply({"params": params}, *args, method=base.__call__, **kwargs)
+
+
+def _is_grouped(layer: nn.Module) -> bool:
+    """Whether a convolution has groups, and no product of its own (as our copies do)."""
+    return (
+        isinstance(layer, nn.Conv)
+        and layer.feature_group_count > 1
+        and layer.conv_general_dilated is None
+    )
+
+
+def _own_params(module: nn.Module) -> dict[str, Any]:
+    """The module's own leaves, without their boxes."""
+    if module.scope is None:
+        return {}
+    variables = module.scope.variables().get("params", {})
+    leaves = {name: _unboxed(leaf) for name, leaf in variables.items()}
+    return {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Mapping)}
+
+
+def _unboxed(leaf: Any) -> Any:
+    """What is in a box; the sharding that `nn.Partitioned` asks for is that of the dense shape."""
+    if isinstance(leaf, meta.Partitioned) and is_packed(leaf.value):
+        return leaf.value
+    return meta.unbox(leaf)
+
+
+def _dot_general(
+    packed: Packed,
+    implementation: Implementation,
+    x: jax.Array,
+    w: jax.Array,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    **settings: Any,
+) -> jax.Array:
+    """`lax.dot_general`, whose second operand is the packed weight, in w's shape and dtype."""
+    (x_axes, w_axes), (x_batch, _) = dimension_numbers
+    plan = packed.leaf_plan
+    summed = {axis - w.ndim: x_axis for axis, x_axis in zip(w_axes, x_axes, strict=True)}
+    outputs = tuple(axis for axis in range(-w.ndim, 0) if axis not in summed)
+    if x_batch or set(summed) != set(plan.reduction_axes) or outputs != plan.output_axes:
+        return lax.dot_general(
+            x, w, dimension_numbers, precision, preferred_element_type, **settings
+        )
+    last = [summed[axis] for axis in plan.reduction_axes]
+    x = x.transpose(*(axis for axis in range(x.ndim) if axis not in last), *last)
+    y = packed_matmul(x, _cast(packed, w), implementation=implementation)
+    return y.astype(preferred_element_type or y.dtype)
+
+
+def _conv(
+    packed: Packed,
+    implementation: Implementation,
+    x: jax.Array,
+    w: jax.Array,
+    strides: Any,
+    padding: Any,
+    *,
+    lhs_dilation: Any = None,
+    rhs_dilation: Any = None,
+    feature_group_count: int = 1,
+    preferred_element_type: Any = None,
+    **settings: Any,
+) -> jax.Array:
+    """`lax.conv_general_dilated`, channels last, whose kernel is the packed weight."""
+    plain = feature_group_count == 1 and all(d == 1 for d in lhs_dilation or ())
+    if not plain or len(kernel_taps(packed)) != w.ndim - 2:
+        settings |= {
+            "lhs_dilation": lhs_dilation,
+            "rhs_dilation": rhs_dilation,
+            "feature_group_count": feature_group_count,
+            "preferred_element_type": preferred_element_type,
+        }
+        return lax.conv_general_dilated(x, w, strides, padding, **settings)
+    y = packed_conv(
+        x,
+        _cast(packed, w),
+        strides=strides,
+        padding=padding,
+        dilation=rhs_dilation or 1,
+        implementation=implementation,
+    )
+    return y.astype(preferred_element_type or y.dtype)
+
+
+def _grouped_conv(
+    x: jax.Array,
+    w: jax.Array,
+    strides: Any,
+    padding: Any,
+    **settings: Any,
+) -> jax.Array:
+    """`lax.conv_general_dilated`, channels last; where every channel is a group, faster on CPUs."""
+
+    def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(x, w, strides, padding, **settings)
+
+    if w.shape[-2:] != (1, x.shape[-1]) or any(d != 1 for d in settings.get("lhs_dilation") or ()):
+        return convolve(x, w)
+    dilation = settings.get("rhs_dilation") or 1
+    window = as_window(x.shape[1:-1], w.shape[:-2], strides, padding, dilation)
+    dtype = jax.eval_shape(convolve, x, w).dtype
+
+    def shifted(x: jax.Array, w: jax.Array) -> jax.Array:
+        return depthwise_conv(x, w, window).astype(dtype)
+
+    return lax.platform_dependent(x, w, cpu=shifted, default=convolve)
+
+
+def _cast(packed: Packed, w: jax.Array) -> Packed:
+    """The packed weight in the dtype that Flax computes in."""
+    return dataclasses.replace(packed, values=packed.values.astype(w.dtype))

@@ -1,0 +1,1 @@
+"""Which weights stay: importance scores and a pattern give a boolean mask."""

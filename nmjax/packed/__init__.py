@@ -1,0 +1,1 @@
+"""Packed weights: kept values and where they were."""

@@ -1,0 +1,275 @@
+"""One 1xN weight in packed form: the kept blocks, and the input channel of each.
+
+A block is N consecutive output channels at one input channel, with all taps. Its values lie
+together, tap by tap, the N outputs of a tap side by side, so that one vector load brings them all.
+
+Uniform rows keep equally many blocks, so a plain array holds them. Where blocks of the whole layer
+compete, rows differ and the format is block compressed sparse rows (BSR), with pointers that say
+where each row begins.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nmjax.layouts import Shape
+from nmjax.masks.blocks import split_blocks
+from nmjax.packed.bits import as_bits, exactly, from_bits, index_dtype
+from nmjax.patterns import Block1xN
+from nmjax.plans import LeafPlan
+from nmjax.trees.spans import Span, split, stack_axes
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "indices", "row_pointers"],
+    meta_fields=["leaf_plan"],
+)
+@dataclass(frozen=True, eq=False)
+class PackedBlocks:
+    """A weight of which 1xN blocks stay, packed; a pytree node of two or three arrays.
+
+    The stack is every axis of the weight that is neither reduced, an output nor a tap. `rows` are
+    outputs / N, and `block` is taps * N weights: N outputs for the first tap, then for the next.
+
+    Attributes:
+      values: the kept blocks: uniform (*stack, rows, kept, block), else (*stack, kept, block)
+        row after row.
+      indices: the input channel of each, (*stack, rows, kept) or (*stack, kept), ascending in
+        each row; the narrowest unsigned integers that count all inputs.
+      row_pointers: None if uniform, else int32 (*stack, rows + 1): row i holds the blocks
+        row_pointers[i] to row_pointers[i + 1] - 1.
+      leaf_plan: pattern, axes and shape of the weight; static.
+    """
+
+    values: jax.Array
+    indices: jax.Array
+    row_pointers: jax.Array | None
+    leaf_plan: LeafPlan
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the weight: axes in front of the planned ones included, axes sliced off not."""
+        planned, stack = self.leaf_plan.shape, _stack(self)
+        in_front = len(stack) - len(stack_axes(len(planned), _spans(self.leaf_plan)))
+        return (*stack[: max(in_front, 0)], *planned[max(-in_front, 0) :])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the weight."""
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(self))
+
+    @property
+    def least_nbytes(self) -> int:
+        """Bytes that values and any encoding of the indices need: log2 of the ways to choose."""
+        rows, size, kept = _competition(self.leaf_plan)
+        bits = math.prod(_stack(self)) * rows * _log2_choices(size, kept)
+        return self.values.size * self.dtype.itemsize + math.ceil(bits / 8)
+
+
+def pack_blocks(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> PackedBlocks:
+    """Packs the blocks that a mask keeps.
+
+    Args:
+      w: weights of `leaf_plan.shape`, or with more axes in front; a floating dtype of whole bytes.
+      mask: booleans of the same shape. A block with a True is kept, its other weights as zeros;
+        fewer blocks than the pattern keeps are filled up with zeros. Rows, or layers, with more
+        become NaN, which tells of the mistake where a traced mask cannot be looked at.
+      leaf_plan: a 1xN pattern, and the axes.
+
+    There is no gradient: bits have none.
+
+    Raises:
+      TypeError: the dtype does not fill whole bytes.
+    """
+    nan = as_bits(jnp.full((), jnp.nan, w.dtype))
+    values, indices, row_pointers = _pack(as_bits(w), mask, nan, leaf_plan)
+    return PackedBlocks(from_bits(values, w.dtype), indices, row_pointers, leaf_plan)
+
+
+@jax.custom_vjp
+def unpack_blocks(packed: PackedBlocks) -> jax.Array:
+    """The weight, with zeros where nothing was kept; its gradient reaches the values."""
+    bits = as_bits(packed.values)
+    bits = _unpack(bits, packed.indices, packed.row_pointers, packed.shape, packed.leaf_plan)
+    return from_bits(bits, packed.dtype)
+
+
+def _unpack_forward(packed: PackedBlocks) -> tuple[jax.Array, PackedBlocks]:
+    return unpack_blocks(packed), packed
+
+
+def _unpack_backward(packed: PackedBlocks, g: jax.Array) -> tuple[PackedBlocks]:
+    rows, size, _ = _competition(packed.leaf_plan)
+    blocks = _blocks_of(g, packed.leaf_plan)
+    blocks = blocks.reshape(*_stack(packed), rows, size, blocks.shape[-1])
+    places = _places(packed.indices, packed.row_pointers, packed.leaf_plan)
+    values = jnp.take_along_axis(blocks, places[..., None], axis=-2)
+    values = values.reshape(packed.values.shape)
+    return (PackedBlocks(values, None, None, packed.leaf_plan),)  # type: ignore[arg-type]
+
+
+unpack_blocks.defvjp(_unpack_forward, _unpack_backward)
+
+
+def block_misfits(kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
+    """How many blocks are kept beyond what the pattern keeps, and how many blocks there are."""
+    rows, size, allowed = _competition(leaf_plan)
+    flags = _blocks_of(kept, leaf_plan).any(axis=-1)
+    counts = flags.reshape(*flags.shape[:-2], rows, size).sum(axis=-1)
+    return int(jnp.maximum(counts - allowed, 0).sum()), flags.size
+
+
+def check_packed_blocks(packed: PackedBlocks) -> None:
+    """Raises ValueError unless the arrays, of NumPy, are what `pack_blocks` could have made."""
+    plan, pattern = packed.leaf_plan, _pattern(packed.leaf_plan)
+    if plan.misfit is not None:
+        raise ValueError(plan.misfit)
+    rows, _, kept = _competition(plan)
+    taps = math.prod(plan.shape[axis] for axis in plan.tap_axes)
+    planned = [plan.shape[axis] for axis in stack_axes(len(plan.shape), _spans(plan))]
+    expected = [*planned, *([rows] if pattern.uniform else []), kept, taps * pattern.n]
+    if list(packed.values.shape[max(packed.values.ndim - len(expected), 0) :]) != expected:
+        raise ValueError(
+            f"values of shape {packed.values.shape} cannot hold {pattern} of a weight of shape "
+            f"{plan.shape}; expected {tuple(expected)}"
+        )
+    indices, dtype = packed.indices, index_dtype(plan.inputs)
+    if indices.shape != packed.values.shape[:-1] or indices.dtype != dtype:
+        raise ValueError(
+            f"indices are {indices.dtype}{indices.shape}, expected "
+            f"{dtype}{packed.values.shape[:-1]}"
+        )
+    if (indices >= plan.inputs).any():
+        raise ValueError(f"indices reach beyond {plan.inputs} inputs")
+    places = indices.astype(np.int64)
+    if packed.row_pointers is not None:
+        places += plan.inputs * _row_of_each_block(packed)
+    if (places[..., 1:] <= places[..., :-1]).any():
+        raise ValueError("the indices of a row are not ascending")
+
+
+def _row_of_each_block(packed: PackedBlocks) -> np.ndarray:
+    """Rows (*stack, kept) from checked pointers."""
+    pointers, *_, kept = np.asarray(packed.row_pointers), *packed.indices.shape
+    plan = packed.leaf_plan
+    shape = (*packed.indices.shape[:-1], plan.outputs // _pattern(plan).n + 1)
+    if pointers.shape != shape or pointers.dtype != np.int32:
+        raise ValueError(
+            f"row pointers are {pointers.dtype}{pointers.shape}, expected int32{shape}"
+        )
+    counts = np.diff(pointers, axis=-1)
+    if (counts < 0).any() or (pointers[..., 0] != 0).any() or (pointers[..., -1] != kept).any():
+        raise ValueError(f"row pointers do not ascend from 0 to {kept}")
+    rows = np.tile(np.arange(counts.shape[-1]), counts.size // max(counts.shape[-1], 1))
+    return np.repeat(rows, counts.ravel()).reshape(packed.indices.shape)
+
+
+@partial(jax.jit, static_argnames="leaf_plan", inline=True)
+def _pack(
+    bits: jax.Array, mask: jax.Array, nan: jax.Array, leaf_plan: LeafPlan
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Values, indices and row pointers."""
+    rows, size, kept = _competition(leaf_plan)
+    mask = _blocks_of(mask, leaf_plan)
+    blocks = jnp.where(mask, _blocks_of(bits, leaf_plan), 0)
+    *stack, _, _, block = blocks.shape
+    flags = mask.any(axis=-1).reshape(*stack, rows, size)
+    stored = exactly(flags, kept, axis=-1)
+    # A stable sort of booleans puts the False ones first, in order.
+    places = jnp.argsort(~stored, axis=-1, stable=True)[..., :kept]
+    blocks = blocks.reshape(*stack, rows, size, block)
+    values = jnp.take_along_axis(blocks, places[..., None], axis=-2)
+    too_many = (flags.sum(axis=-1) > kept)[..., None, None]
+    values = jnp.where(too_many, nan, values)
+    indices = (places % leaf_plan.inputs).astype(index_dtype(leaf_plan.inputs))
+    if _pattern(leaf_plan).uniform:
+        return values, indices, None
+    counts = stored.reshape(*stack, -1, leaf_plan.inputs).sum(axis=-1, dtype=jnp.int32)
+    begin = jnp.zeros((*stack, 1), jnp.int32)
+    row_pointers = jnp.concatenate([begin, counts.cumsum(axis=-1)], axis=-1)
+    return values.squeeze(-3), indices.squeeze(-2), row_pointers
+
+
+@partial(jax.jit, static_argnames=("shape", "leaf_plan"), inline=True)
+def _unpack(
+    bits: jax.Array,
+    indices: jax.Array,
+    row_pointers: jax.Array | None,
+    shape: Shape,
+    leaf_plan: LeafPlan,
+) -> jax.Array:
+    """The weight's bits from those of the values."""
+    rows, size, kept = _competition(leaf_plan)
+    block, stack = bits.shape[-1], indices.shape[: -1 if row_pointers is not None else -2]
+    places = _places(indices, row_pointers, leaf_plan)
+
+    def place(places: jax.Array, blocks: jax.Array) -> jax.Array:
+        return jnp.zeros((size, block), bits.dtype).at[places].set(blocks, unique_indices=True)
+
+    flat = math.prod(stack) * rows
+    blocks = jax.vmap(place)(places.reshape(flat, kept), bits.reshape(flat, kept, block))
+    return split(_unblocked(blocks.reshape(*stack, -1, block), leaf_plan), shape, _spans(leaf_plan))
+
+
+def _places(indices: jax.Array, row_pointers: jax.Array | None, leaf_plan: LeafPlan) -> jax.Array:
+    """Where among the blocks that it competed with each was: (*stack, parts, kept)."""
+    places = indices.astype(jnp.int32)
+    if row_pointers is None:
+        return places
+    begun = row_pointers[..., 1:, None] <= jnp.arange(indices.shape[-1])
+    return (places + begun.sum(axis=-2, dtype=jnp.int32) * leaf_plan.inputs)[..., None, :]
+
+
+def _blocks_of(x: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
+    """(*stack, rows, inputs, block)."""
+    return split_blocks(x, _pattern(leaf_plan).n, leaf_plan.axes)
+
+
+def _unblocked(blocks: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
+    """(*stack, taps, inputs, outputs) from blocks (*stack, rows * inputs, block)."""
+    n, inputs, outputs = _pattern(leaf_plan).n, leaf_plan.inputs, leaf_plan.outputs
+    *stack, _, block = blocks.shape
+    apart = blocks.reshape(*stack, outputs // n, inputs, block // n, n).swapaxes(-4, -2)
+    return apart.reshape(*stack, block // n, inputs, outputs)
+
+
+def _stack(packed: PackedBlocks) -> Shape:
+    """Sizes of the axes in front of a matrix."""
+    return packed.values.shape[: -3 if _pattern(packed.leaf_plan).uniform else -2]
+
+
+def _competition(leaf_plan: LeafPlan) -> tuple[int, int, int]:
+    """In how many parts blocks compete, of how many blocks each, and how many of those stay."""
+    pattern = _pattern(leaf_plan)
+    rows, size = leaf_plan.outputs // pattern.n, leaf_plan.inputs
+    if not pattern.uniform:
+        rows, size = 1, rows * size
+    return rows, size, pattern.kept_blocks(size)
+
+
+def _spans(leaf_plan: LeafPlan) -> tuple[Span, Span, Span]:
+    return leaf_plan.tap_axes, leaf_plan.reduction_axes, leaf_plan.output_axes
+
+
+def _pattern(leaf_plan: LeafPlan) -> Block1xN:
+    if not isinstance(leaf_plan.pattern, Block1xN):
+        raise TypeError(f"PackedBlocks holds 1xN weights, got the pattern {leaf_plan.pattern}")
+    return leaf_plan.pattern
+
+
+def _log2_choices(size: int, kept: int) -> float:
+    """log2 of the ways to choose so many of so many, by Stirling's series for large numbers."""
+    natural = math.lgamma(size + 1) - math.lgamma(kept + 1) - math.lgamma(size - kept + 1)
+    return natural / math.log(2)

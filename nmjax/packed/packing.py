@@ -1,0 +1,137 @@
+"""Packed parameters: what a plan prunes, stored as kept values and where they were.
+
+A packed tree is the tree of the parameters with a `PackedNM` or `PackedBlocks` in place of each
+planned leaf, inside its box where it had one. Those are pytree nodes, so the packed tree goes
+through `jax.jit`, `jax.tree.map` over arrays, `jax.device_put` and checkpoints by flattening like
+any other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+
+from nmjax.packed.blocks import PackedBlocks, block_misfits, pack_blocks, unpack_blocks
+from nmjax.packed.nm import PackedNM, nm_misfits, pack_nm, unpack_nm
+from nmjax.patterns import NM
+from nmjax.plans import LeafPlan, Plan
+from nmjax.pruning import Masks, check_masks, compute_masks, planned_leaves
+from nmjax.trees.leaves import map_named, named_leaves
+
+Packed = PackedNM | PackedBlocks
+
+
+def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
+    """Prunes and packs the planned leaves, exactly: `unpack(pack(p, plan)) == prune(p, plan)`.
+
+    Outside `jax.jit` every bit of a kept weight is copied. Inside, XLA's CPU compiler may quiet
+    signalling NaNs and flush denormal numbers of bfloat16, as it does whenever it copies those.
+    There is no gradient through `pack`; through `unpack` there is, to the kept values.
+
+    Args:
+      params: dense or pruned parameters that fit the plan. Leaves may have more axes in front than
+        planned.
+      plan: from `nmjax.make_plan`.
+      masks: leaf name -> boolean array, True = kept; computed from `params` by default.
+
+    Returns:
+      The same tree with a `PackedNM` or `PackedBlocks` for each planned leaf; others untouched.
+
+    Raises:
+      ValueError: a planned leaf is packed already; `params` or `masks` do not fit the plan; a mask
+        keeps more than its pattern does.
+        (That cannot be seen of traced masks: inside `jax.jit`, what keeps too many becomes NaN.)
+      TypeError: a mask is not boolean; a weight's dtype does not fill whole bytes.
+
+    >>> import nmjax
+    >>> params = {"kernel": jnp.array([[4.0], [3.0], [-5.0], [1.0]])}
+    >>> packed = pack(params, nmjax.make_plan(params, "2:4"))
+    >>> packed["kernel"].values.ravel().tolist(), packed["kernel"].positions().ravel().tolist()
+    ([4.0, -5.0], [0, 2])
+    >>> unpack(packed)["kernel"].ravel().tolist()
+    [4.0, 0.0, -5.0, 0.0]
+    """
+    already = [n for n, x in named_leaves(params, is_leaf=is_packed).items() if is_packed(x)]
+    if plan.keys() & already:
+        raise ValueError(
+            f"packed already: {', '.join(name for name in already if name in plan)}; nmjax.unpack "
+            "makes them dense again"
+        )
+    leaves = planned_leaves(params, plan)
+    if masks is None:
+        masks = compute_masks(params, plan)
+    else:
+        check_masks(masks, leaves)
+        visible = {n: mask for n, mask in masks.items() if not isinstance(mask, jax.core.Tracer)}
+        _check_misfits(visible, plan, "the masks keep more than the plan does")
+    return map_named(
+        lambda name, leaf: _pack_leaf(leaf, masks[name], plan[name]) if name in masks else leaf,
+        params,
+    )
+
+
+def unpack(packed: Any) -> Any:
+    """Dense parameters with zeros: the inverse of `pack` on pruned parameters.
+
+    Args:
+      packed: a tree with packed leaves; other leaves come back as they are.
+    """
+    return jax.tree.map(lambda x: unpack_leaf(x) if is_packed(x) else x, packed, is_leaf=is_packed)
+
+
+def unpack_leaf(packed: Packed) -> jax.Array:
+    """One packed weight as a dense one."""
+    return unpack_nm(packed) if isinstance(packed, PackedNM) else unpack_blocks(packed)
+
+
+def check_sparse(params: Any, plan: Plan) -> None:
+    """Raises ValueError unless the weights are as sparse as the plan wants them.
+
+    Zeros are what counts, so pruned parameters pass whichever way they were pruned. Not for use
+    inside `jax.jit`: it looks at the values.
+
+    Args:
+      params: parameters that fit the plan.
+      plan: from `nmjax.make_plan`.
+
+    Raises:
+      ValueError: a leaf has groups that keep too many weights (all such leaves are named, with
+        counts); `params` do not fit the plan.
+    """
+    leaves = planned_leaves(params, plan)
+    nonzero = {name: jnp.asarray(leaf) != 0 for name, leaf in leaves.items()}
+    _check_misfits(
+        nonzero, plan, "the weights are not sparse yet; nmjax.prune makes them so. Not sparse are"
+    )
+
+
+def is_packed(node: Any) -> TypeGuard[Packed]:
+    """Whether a node of a tree is a packed weight."""
+    return isinstance(node, Packed)
+
+
+def _pack_leaf(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Packed:
+    pack_one = pack_nm if isinstance(leaf_plan.pattern, NM) else pack_blocks
+    return pack_one(jnp.asarray(w), jnp.asarray(mask), leaf_plan)
+
+
+def _check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:
+    misfits = {name: _misfits(jnp.asarray(mask), plan[name]) for name, mask in kept.items()}
+    if any(misfits.values()):
+        raise ValueError(
+            f"{complaint}:\n"
+            + "\n".join(
+                f"  {name} {kept[name].shape}: {text}" for name, text in misfits.items() if text
+            )
+        )
+
+
+def _misfits(kept: jax.Array, leaf_plan: LeafPlan) -> str:
+    """What is wrong with a weight of which these entries are kept; empty if nothing."""
+    if isinstance(leaf_plan.pattern, NM):
+        wrong, groups = nm_misfits(kept, leaf_plan)
+        return f"{wrong:,} of {groups:,} groups keep more than {leaf_plan.pattern}" if wrong else ""
+    wrong, blocks = block_misfits(kept, leaf_plan)
+    return f"{wrong:,} of {blocks:,} blocks are more than {leaf_plan.pattern}" if wrong else ""

@@ -1,0 +1,187 @@
+"""A plan applied to parameters: masks, sparse parameters to train with, and pruned ones to ship.
+
+All three recompute the masks from the weights unless they are given some. Computing a mask costs
+little more than reading the weights, and inside one jitted training step the forward pass and
+`nmjax.add_sparse_refined` share one computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from nmjax.masks.blocks import block_mask
+from nmjax.masks.nm import nm_mask
+from nmjax.masks.scores import Score, block_sum, score_weights
+from nmjax.patterns import NM
+from nmjax.plans import LeafPlan, Plan
+from nmjax.ste import apply_mask, check_mask, prune_sr_ste, prune_ste
+from nmjax.trees.leaves import IsLeaf, map_named, named_leaves
+
+Masks = Mapping[str, jax.Array]
+
+
+def compute_masks(params: Any, plan: Plan) -> dict[str, jax.Array]:
+    """The masks of the planned leaves, computed from their weights.
+
+    Args:
+      params: a tree that fits the plan. Leaves may have more axes in front than planned.
+      plan: from `nmjax.make_plan`.
+
+    Returns:
+      Leaf name -> boolean array of the leaf's shape, True = kept.
+
+    Raises:
+      ValueError: a planned leaf is missing from `params` or has another shape.
+    """
+    leaves = planned_leaves(params, plan)
+    return {name: leaf_mask(leaf, plan[name], plan.score) for name, leaf in leaves.items()}
+
+
+def sparsify(
+    params: Any, plan: Plan, masks: Masks | None = None, *, lambda_w: ArrayLike | None = None
+) -> Any:
+    """Sparse parameters for the forward pass of training, with a straight-through gradient.
+
+    Call it inside the function that is differentiated. The gradient with respect to a sparse
+    weight reaches every dense weight, pruned ones included (STE). SR-STE adds a pull on the
+    pruned weights: put `nmjax.add_sparse_refined` into the optimizer, or pass `lambda_w` here
+    where the optimizer is out of reach; both together pull twice.
+
+    Args:
+      params: dense parameters that fit the plan.
+      plan: from `nmjax.make_plan`.
+      masks: leaf name -> boolean array; computed from `params` by default.
+      lambda_w: where given, the backward pass adds `lambda_w * ~mask * w`, as `prune_sr_ste`.
+
+    Returns:
+      The same tree with the same dtypes and shardings; leaves outside the plan untouched.
+
+    Raises:
+      ValueError: `params` or `masks` do not fit the plan.
+      TypeError: a mask is not boolean.
+
+    Source: STE and SR-STE as in Zhou et al., ICLR 2021.
+
+    >>> import jax.numpy as jnp
+    >>> import nmjax
+    >>> params = {"kernel": jnp.array([[4.0], [3.0], [2.0], [1.0]])}
+    >>> plan = nmjax.make_plan(params, "2:4")
+    >>> nmjax.sparsify(params, plan)["kernel"].ravel().tolist()
+    [4.0, 3.0, 0.0, 0.0]
+    """
+    if lambda_w is None:
+        return _apply_plan(prune_ste, params, plan, masks)
+    return _apply_plan(lambda w, mask: prune_sr_ste(w, mask, lambda_w), params, plan, masks)
+
+
+def prune(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
+    """Sparse parameters for evaluation and export, with no gradient to the pruned weights.
+
+    Args, Returns and Raises are those of `sparsify`.
+    """
+    return _apply_plan(apply_mask, params, plan, masks)
+
+
+def leaf_mask(w: jax.Array, leaf: LeafPlan, score: Score) -> jax.Array:
+    """The mask of one weight under its part of the plan."""
+    pattern = leaf.pattern
+    if isinstance(pattern, NM):
+        axis = leaf.reduction_axes[0] if len(leaf.reduction_axes) == 1 else leaf.reduction_axes
+        return nm_mask(w, pattern.n, pattern.m, axis, score=score)
+    return block_mask(
+        score_weights(w, score),
+        pattern.n,
+        pattern.sparsity,
+        block_sum,
+        uniform=pattern.uniform,
+        reduction_axes=leaf.reduction_axes,
+        output_axes=leaf.output_axes,
+        tap_axes=leaf.tap_axes,
+    )
+
+
+def planned_leaves(
+    params: Any, plan: Plan, *, is_hidden: IsLeaf | None = None
+) -> dict[str, jax.Array]:
+    """The leaves of `params` that the plan names, checked against it.
+
+    Args:
+      params: a tree that fits the plan.
+      plan: from `nmjax.make_plan`.
+      is_hidden: recognises nodes that stand for leaves or subtrees which are not to be touched;
+        the planned leaves below them are left out.
+
+    Raises:
+      ValueError: a planned leaf is missing or has another shape; all such leaves are named.
+      TypeError: a planned leaf is not of a real floating dtype; all such leaves are named.
+    """
+    leaves = named_leaves(params, is_leaf=is_hidden)
+    hidden = [name for name, leaf in leaves.items() if is_hidden is not None and is_hidden(leaf)]
+    visible = [name for name in plan if not any(_is_below(name, node) for node in hidden)]
+    complaints = [
+        f"  {name}: planned as {plan[name].shape}, "
+        + (f"got {leaves[name].shape}" if name in leaves else _why_missing(name, leaves))
+        for name in visible
+        if name not in leaves or not fits(leaves[name].shape, plan[name])
+    ]
+    if complaints:
+        raise ValueError(
+            "the parameters do not fit the plan:\n"
+            + "\n".join(complaints)
+            + "\nMake the plan from these parameters, or pass the tree that it was made from, "
+            "unflattened."
+        )
+    wrong = [name for name in visible if not jnp.issubdtype(leaves[name].dtype, jnp.floating)]
+    if wrong:
+        raise TypeError(
+            "only weights of a real floating dtype can be sparse, but "
+            + ", ".join(f"{name} has dtype {leaves[name].dtype}" for name in wrong)
+        )
+    return {name: leaves[name] for name in visible}
+
+
+def _why_missing(name: str, leaves: Mapping[str, Any]) -> str:
+    if any(_is_below(leaf, name) for leaf in leaves):
+        return "got a subtree, as a packed weight is: nmjax.unpack makes those dense"
+    return "not in the tree"
+
+
+def _is_below(name: str, node: str) -> bool:
+    return node in ("", name) or name.startswith(f"{node}/")
+
+
+def fits(shape: tuple[int, ...], leaf: LeafPlan) -> bool:
+    """Whether a leaf of this shape can take the plan: equal, or with more axes in front."""
+    return shape[max(len(shape) - len(leaf.shape), 0) :] == leaf.shape
+
+
+def check_masks(masks: Masks, leaves: Mapping[str, jax.Array]) -> None:
+    """Raises ValueError or TypeError unless there is one fitting mask for each of the leaves."""
+    missing, extra = leaves.keys() - masks.keys(), masks.keys() - leaves.keys()
+    if missing or extra:
+        raise ValueError(
+            "masks must have exactly the planned leaves as keys; "
+            f"missing: {sorted(missing) or 'none'}, not planned: {sorted(extra) or 'none'}"
+        )
+    for name, leaf in leaves.items():
+        check_mask(leaf, masks[name], name)
+
+
+def _apply_plan(
+    prune_leaf: Callable[[jax.Array, jax.Array], jax.Array],
+    params: Any,
+    plan: Plan,
+    masks: Masks | None,
+) -> Any:
+    if masks is None:
+        masks = compute_masks(params, plan)
+    else:
+        check_masks(masks, planned_leaves(params, plan))
+    return map_named(
+        lambda name, leaf: prune_leaf(leaf, masks[name]) if name in masks else leaf, params
+    )

@@ -1,0 +1,1 @@
+"""What a program does with each weight, read off its jaxpr."""

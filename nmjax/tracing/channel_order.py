@@ -1,0 +1,132 @@
+"""Channels of a network in another order, with its function unchanged.
+
+1xN patterns keep or drop N consecutive output channels together, so it matters which channels are
+neighbours. Sorting a layer's output channels by their L1 norm puts large ones next to large ones.
+Whatever reads or rescales these channels has to follow: biases, normalisations, their running
+statistics, and the input channels of the next layers. Where several layers add into one stream, as
+in residual networks, they share one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nmjax.trees.leaves import map_named, named_leaves
+
+LeafAxis = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Channels that flow through a network in one order.
+
+    Attributes:
+      writers: (leaf name, axis) of the kernels whose outputs they are; their norms rank them.
+      followers: (leaf name, axis) of all else that runs along them: biases, scales, running
+        statistics, and the inputs of the kernels that read them.
+    """
+
+    writers: tuple[LeafAxis, ...]
+    followers: tuple[LeafAxis, ...] = ()
+
+
+def l1_order(variables: Any, channels: Channels) -> jax.Array:
+    """The order that sorts channels by the L1 norm of their filters, largest first.
+
+    Args:
+      variables: parameters, or Flax variables with other collections beside them.
+      channels: of the tree.
+
+    Returns:
+      int32 (count,), the channel that comes first, second, ... Of equal norms the lower stays
+      first. Where several kernels write the channels, their norms are added.
+
+    Raises:
+      ValueError: a name is not in the tree, an axis not in the leaf, or sizes differ.
+
+    Source: Lin et al., "1xN Pattern for Pruning Convolutional Neural Networks", TPAMI 2022, section
+    3.3, filter rearrangement.
+
+    >>> variables = {"kernel": jnp.array([[1.0, -5.0, 3.0]])}
+    >>> l1_order(variables, Channels((("kernel", -1),))).tolist()
+    [1, 2, 0]
+    """
+    leaves = named_leaves(variables)
+    _check(leaves, channels)
+    if not channels.writers:
+        raise ValueError("channels without writers have no norms to be sorted by")
+    norms = [_norms(leaves[name], axis) for name, axis in channels.writers]
+    return jnp.argsort(-sum(norms[1:], norms[0]), stable=True).astype(jnp.int32)
+
+
+def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequence[int]) -> Any:
+    """The same network with its channels in another order.
+
+    Args:
+      variables: as for `l1_order`.
+      channels: everything that runs along them; a leaf left out changes the function.
+      order: (count,), a permutation of 0 ... count - 1: which channel comes first, second, ...
+
+    Returns:
+      The same tree; leaves that the channels do not name are untouched.
+
+    Raises:
+      ValueError: as for `l1_order`; or `order` is no permutation of the channels.
+
+    >>> variables = {"first": jnp.array([[1.0, 2.0]]), "second": jnp.array([[3.0], [4.0]])}
+    >>> channels = Channels((("first", -1),), (("second", -2),))
+    >>> permute_channels(variables, channels, [1, 0])["second"].tolist()
+    [[4.0], [3.0]]
+    """
+    count = _check(named_leaves(variables), channels)
+    if sorted(np.asarray(order).tolist()) != list(range(count)):
+        raise ValueError(f"the order must hold each of 0 ... {count - 1} once, got {order}")
+    axes: dict[str, list[int]] = {}
+    for name, axis in (*channels.writers, *channels.followers):
+        axes.setdefault(name, []).append(axis)
+
+    def permute(name: str, leaf: Any) -> Any:
+        for axis in axes.get(name, ()):
+            leaf = jnp.take(leaf, jnp.asarray(order), axis=axis)
+        return leaf
+
+    return map_named(permute, variables)
+
+
+def sort_channels(variables: Any, groups: Sequence[Channels]) -> Any:
+    """The same network with each group's channels sorted by L1 norm, largest first.
+
+    Arguments and errors as `l1_order` and `permute_channels`, for one group after the other.
+    """
+    for channels in groups:
+        variables = permute_channels(variables, channels, l1_order(variables, channels))
+    return variables
+
+
+def _norms(kernel: jax.Array, axis: int) -> jax.Array:
+    others = tuple(a for a in range(kernel.ndim) if a != axis % kernel.ndim)
+    return jnp.sum(jnp.abs(kernel.astype(jnp.float32)), axis=others)
+
+
+def _check(leaves: dict[str, Any], channels: Channels) -> int:
+    """The number of channels; raises ValueError where the leaves do not agree on one."""
+    sizes: dict[str, int] = {}
+    for name, axis in (*channels.writers, *channels.followers):
+        if name not in leaves:
+            raise ValueError(f"no leaf is called {name!r}; there are {', '.join(leaves)}")
+        shape = leaves[name].shape
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"{name} of shape {shape} has no axis {axis}")
+        sizes[f"{name} of shape {shape} along axis {axis}"] = shape[axis]
+    if len(set(sizes.values())) != 1:
+        raise ValueError(
+            "channels that share an order must be equally many, but there are\n"
+            + "\n".join(f"  {size} in {what}" for what, size in sizes.items())
+        )
+    return next(iter(sizes.values()))

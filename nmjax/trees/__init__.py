@@ -1,0 +1,1 @@
+"""Pytrees: paths of leaves, rules on paths, spans of axes."""

@@ -1,0 +1,276 @@
+"""Weights to PyTorch and back: exact, and the other library computes the same with them."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import nmjax
+from nmjax.files.tensor_files import read_tensors
+from nmjax.files.torch_layout import from_torch, masks_from_torch, save_torch, to_torch, torch_name
+from nmjax.trees.leaves import map_named
+
+try:
+    import safetensors.torch
+    import torch
+    import torch.nn.utils.prune
+except ImportError:
+    torch = None
+
+needs_torch = pytest.mark.skipif(
+    torch is None, reason="PyTorch, the other side, is not installed: pip install 'nmjax[torch]'"
+)
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+PARAMS = {
+    "stem": {"kernel": normal(3, 2, 8, 4), "bias": normal(4)},
+    "depthwise": {"kernel": normal(3, 3, 1, 4)},
+    "line": {"kernel": normal(5, 8, 4), "bias": normal(4)},
+    "norm": {"scale": normal(4), "bias": normal(4), "mean": normal(4), "var": normal(4)},
+    "attention": {
+        "query": {"kernel": normal(8, 2, 4), "bias": normal(2, 4)},
+        "out": {"kernel": normal(2, 4, 8), "bias": normal(8)},
+    },
+    "embed": {"embedding": normal(16, 8)},
+    "head": {"kernel": normal(8, 6), "bias": normal(6)},
+    "temperature": normal(),
+}
+PLAN = nmjax.make_plan(
+    PARAMS, "2:4", rules={"head": "1x2@0.5"}, include=("stem", "attention", "head")
+)
+
+
+def leaf(tree, name):
+    for key in name.split("/"):
+        tree = tree[key]
+    return np.asarray(tree)
+
+
+def test_names_and_axes():
+    state = to_torch(PARAMS)
+    assert {name: array.shape for name, array in state.items()} == {
+        "attention.out.bias": (8,),
+        "attention.out.weight": (8, 8),
+        "attention.query.bias": (8,),
+        "attention.query.weight": (8, 8),
+        "depthwise.weight": (4, 1, 3, 3),
+        "embed.weight": (16, 8),
+        "head.bias": (6,),
+        "head.weight": (6, 8),
+        "line.bias": (4,),
+        "line.weight": (4, 8, 5),
+        "norm.bias": (4,),
+        "norm.running_mean": (4,),
+        "norm.running_var": (4,),
+        "norm.weight": (4,),
+        "stem.bias": (4,),
+        "stem.weight": (4, 8, 3, 2),
+        "temperature": (),
+    }
+    np.testing.assert_array_equal(state["head.weight"], leaf(PARAMS, "head/kernel").T)
+    stem = leaf(PARAMS, "stem/kernel")
+    np.testing.assert_array_equal(state["stem.weight"], np.einsum("hwio->oihw", stem))
+    query = leaf(PARAMS, "attention/query/kernel")
+    np.testing.assert_array_equal(state["attention.query.weight"], query.reshape(8, 8).T)
+    out = leaf(PARAMS, "attention/out/kernel")
+    np.testing.assert_array_equal(state["attention.out.weight"], out.reshape(8, 8).T)
+    assert all(array.flags.c_contiguous for array in state.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_there_and_back(dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    back = from_torch(to_torch(params), jax.eval_shape(lambda: params))
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    assert jax.tree.map(lambda x: x.dtype, back) == jax.tree.map(lambda x: x.dtype, params)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_equinox_and_other_names_stay():
+    assert torch_name("a/weight") == "a.weight"
+    state = to_torch({"a": {"weight": normal(4, 8)}, "gamma": normal(3)})
+    assert state["a.weight"].shape == (4, 8)
+    assert state["gamma"].shape == (3,)
+
+
+def test_packed_leaves_are_dense_zeros():
+    state = to_torch(nmjax.pack(PARAMS, PLAN))
+    pruned = to_torch(nmjax.prune(PARAMS, PLAN))
+    assert state.keys() == pruned.keys()
+    for name in state:
+        np.testing.assert_array_equal(state[name], pruned[name])
+
+
+def test_files_that_anything_reads(tmp_path):
+    save_torch(tmp_path / "x", nmjax.pack(PARAMS, PLAN))
+    expected = to_torch(nmjax.prune(PARAMS, PLAN))
+    loaded = safetensors.numpy.load_file(tmp_path / "x")
+    assert loaded.keys() == expected.keys()
+    for name, array in loaded.items():
+        np.testing.assert_array_equal(array, expected[name])
+    _, metadata = read_tensors(tmp_path / "x")
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["nmjax"]) == {
+        "format": "dense",
+        "version": 1,
+        "patterns": {
+            "attention.out.weight": "2:4",
+            "attention.query.weight": "2:4",
+            "head.weight": "1x2@0.5",
+            "stem.weight": "2:4",
+        },
+    }
+    back = from_torch(loaded, PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, back, nmjax.prune(PARAMS, PLAN))
+
+
+# Masks
+
+
+def test_masks_there_and_back():
+    masks = nmjax.compute_masks(PARAMS, PLAN)
+    as_floats = map_named(
+        lambda name, x: masks[name].astype(x.dtype) if name in masks else x, PARAMS
+    )
+    state = {f"{name}_mask": array for name, array in to_torch(as_floats).items()}
+    loaded = masks_from_torch(state, PARAMS, PLAN)
+    assert loaded.keys() == masks.keys()
+    for name, mask in masks.items():
+        assert loaded[name].dtype == bool
+        np.testing.assert_array_equal(loaded[name], mask)
+    state["head.weight_mask"] = state["head.weight_mask"] * 0.5
+    with pytest.raises(ValueError, match=r"head\.weight_mask is no mask"):
+        masks_from_torch(state, PARAMS, PLAN)
+    del state["head.weight_mask"]
+    with pytest.raises(ValueError, match=r"head/kernel: no entry 'head\.weight_mask'"):
+        masks_from_torch(state, PARAMS, PLAN)
+
+
+# What is refused
+
+
+def test_states_that_do_not_fit():
+    state = to_torch(PARAMS)
+    state["head.weight"] = state["head.weight"].T
+    del state["stem.bias"]
+    with pytest.raises(ValueError, match="the state dict does not fit") as error:
+        from_torch(state, PARAMS)
+    message = str(error.value)
+    assert "stem/bias: no entry 'stem.bias'" in message
+    assert "head/kernel of shape (8, 6): 'head.weight' should have shape (6, 8), got" in message
+    assert "attention" not in message
+
+
+def test_entries_left_over():
+    state = {**to_torch(PARAMS), "more.weight": np.ones(2), "norm.num_batches_tracked": np.ones(())}
+    with pytest.raises(ValueError, match=r"belong to no leaf: \['more\.weight'\]"):
+        from_torch(state, PARAMS)
+    back = from_torch(state, PARAMS, ignore="^more")
+    jax.tree.map(np.testing.assert_array_equal, back, PARAMS)
+
+
+def test_other_names():
+    state = {f"net.{name}": array for name, array in to_torch(PARAMS).items()}
+    back = from_torch(state, PARAMS, names=lambda name: f"net.{torch_name(name)}")
+    jax.tree.map(np.testing.assert_array_equal, back, PARAMS)
+
+
+def test_stacks_have_no_layout():
+    stack = {"kernel": normal(3, 8, 4), "bias": normal(3, 4)}
+    with pytest.raises(ValueError, match="may be a stack of layers"):
+        to_torch(stack)
+    with pytest.raises(ValueError, match="may be a stack of layers"):
+        to_torch({"kernel": normal(3, 8, 4)})
+
+
+def test_two_leaves_of_one_name():
+    with pytest.raises(ValueError, match=r"not the only leaf to become 'a\.weight'"):
+        to_torch({"a": {"kernel": normal(8, 4), "scale": normal(4)}})
+
+
+# PyTorch itself
+
+
+@needs_torch
+def test_torch_computes_the_same():
+    """Convolution, normalization and matrix, pruned, from Flax to PyTorch."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(8, (3, 3), padding=1, name="conv")(x))
+            return nn.Dense(6, name="head")(nn.LayerNorm(epsilon=1e-5, name="norm")(x.mean((1, 2))))
+
+    x = normal(2, 6, 6, 4)
+    network = Network()
+    params = jax.jit(network.init)(jax.random.key(0), x)["params"]
+    params = nmjax.prune(params, nmjax.make_plan(params, "2:4"))
+    state = {name: torch.from_numpy(array.copy()) for name, array in to_torch(params).items()}
+
+    modules = torch.nn.ModuleDict(
+        {
+            "conv": torch.nn.Conv2d(4, 8, 3, padding=1),
+            "norm": torch.nn.LayerNorm(8),
+            "head": torch.nn.Linear(8, 6),
+        }
+    )
+    modules.load_state_dict(state)
+    with torch.no_grad():
+        y = modules["conv"](torch.from_numpy(np.asarray(x).copy()).permute(0, 3, 1, 2)).relu()
+        y = modules["head"](modules["norm"](y.mean((2, 3))))
+    np.testing.assert_allclose(y, network.apply({"params": params}, x), rtol=1e-4, atol=1e-5)
+    back = from_torch(modules.state_dict(), params)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_tensors_of_torch(dtype):
+    linear = torch.nn.Linear(8, 4, dtype=getattr(torch, dtype))
+    params = {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}
+    loaded = from_torch(linear.state_dict(), params)
+    assert loaded["kernel"].dtype == dtype
+    expected = linear.weight.detach().float().numpy().T.copy()
+    np.testing.assert_array_equal(loaded["kernel"].astype("float32"), expected)
+    with torch.no_grad():
+        linear.weight.zero_()
+    np.testing.assert_array_equal(loaded["kernel"].astype("float32"), expected)
+
+
+@needs_torch
+def test_masks_of_torch_prune():
+    linear = torch.nn.Linear(8, 4)
+    mask = torch.tensor([[1, 0, 0, 1, 0, 1, 1, 0]] * 4)
+    torch.nn.utils.prune.custom_from_mask(linear, "weight", mask)
+    params = {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}
+    plan = nmjax.make_plan(params, "2:4")
+    state = linear.state_dict()
+    assert set(state) == {"bias", "weight_orig", "weight_mask"}
+    masks = masks_from_torch(state, params, plan)
+    np.testing.assert_array_equal(masks["kernel"], mask.numpy().T)
+    names = {"kernel": "weight_orig", "bias": "bias"}
+    loaded = from_torch(state, params, names=names.get, ignore="_mask$")
+    packed = nmjax.pack(loaded, plan, masks)
+    np.testing.assert_array_equal(nmjax.unpack(packed)["kernel"], linear.weight.detach().numpy().T)
+
+
+@needs_torch
+def test_torch_reads_the_file(tmp_path):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    save_torch(tmp_path / "x", nmjax.pack(params, nmjax.make_plan(params, "2:4", include="head")))
+    state = safetensors.torch.load_file(tmp_path / "x")
+    weight = state["head.weight"]
+    assert weight.dtype == torch.bfloat16
+    assert ((weight.reshape(6, 2, 4) != 0).sum(-1) == 2).all()
+    safetensors.torch.save_file(state, tmp_path / "y")
+    back = from_torch(read_tensors(tmp_path / "y")[0], params)
+    jax.tree.map(np.testing.assert_array_equal, back, from_torch(state, params))
