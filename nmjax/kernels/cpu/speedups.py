@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from nmjax.kernels.cpu import compiled
 from nmjax.packed.weight import Packed
 
 # Density and speed-up over the faster of XLA's and PyTorch's dense product of the same dtype: 256
@@ -19,7 +18,7 @@ _SPEEDUPS = {
 }
 
 
-def measured_speedup(dtype: np.dtype, packed: Packed) -> float | None:
+def measured_speedup(work: str, dtype: np.dtype, packed: Packed) -> float | None:
     """Speed-up of the compiled kernels over the dense product on AVX-512, many rows at a time.
 
     Interpolated between measured densities; below the least of them, the value measured there.
@@ -27,13 +26,14 @@ def measured_speedup(dtype: np.dtype, packed: Packed) -> float | None:
     measures your own machine.
 
     Args:
+      work: what the product does, as `compiled.work` names it.
       dtype: of the input.
-      packed: one weight that the kernels take (`compiled.check`).
+      packed: one weight.
 
     Returns:
       A ratio; None where nothing was measured.
     """
-    measured = _SPEEDUPS.get(f"{compiled.work(packed)} {dtype}", ())
+    measured = _SPEEDUPS.get(f"{work} {dtype}", ())
     density = packed.density
     if dtype != packed.dtype or not measured or density > measured[-1][0]:
         return None
