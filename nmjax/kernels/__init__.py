@@ -1,1 +1,1 @@
-"""Products with packed weights: their definition, plain XLA, and C++ behind XLA's FFI."""
+"""Products with packed weights: their definition, plain XLA, and compiled kernels."""

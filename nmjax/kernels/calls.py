@@ -39,6 +39,7 @@ def batched(
                 return call(*chosen)
 
             return jax.lax.map(one, jnp.arange(size)), True
+        # Packed weights are not batched: the mapped axis of x is more rows for the same weight.
         together = jnp.moveaxis(x, 0, axis)
         shape = together.shape
         merged = together.reshape(
@@ -53,6 +54,7 @@ def batched(
 
 def result_like(shape: tuple[int, ...], dtype: np.dtype, *operands: Any) -> jax.ShapeDtypeStruct:
     """A result that varies over the same manual axes of a mesh as its operands."""
+    # A sum of all operands varies over every axis that one of them varies over.
     sums = jax.eval_shape(lambda *operands: sum(jnp.sum(x) for x in operands), *operands)
     varies = sums.manual_axis_type
     mesh = jax.sharding.get_abstract_mesh()

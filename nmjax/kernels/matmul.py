@@ -143,15 +143,16 @@ def packed_matmul(
         `jax.vmap` or `jax.lax.scan`.
       bias: of the shape of the weight's output axes.
       activation: None or `"relu"`, applied after the bias.
-      implementation: `"xla"`; `"ffi"`, the compiled kernels for CPUs; or, for 2:4 on NVIDIA's
-        GPUs, `"decode"` for few rows and `"cusparselt"` for many, which compresses the weight anew
-        in each call (`nmjax.kernels.gpu.cusparselt.prepare` does it once). None takes what measured
-        faster for the platform and the shape, so neither of the last two, which nobody has
-        measured yet. See `nmjax.backends`.
+      implementation: a row of `IMPLEMENTATIONS`, or None for the one that measured fastest for
+        the platform and the shape. `"xla"` unpacks. `"ffi"` is the compiled kernels for CPUs.
+        `"gather"` and `"row_by_row"` are plain XLA for uniform blocks. For 2:4 on NVIDIA GPUs,
+        `"decode"` is for few rows and `"cusparselt"` for many; it compresses the weight in each
+        call (`nmjax.kernels.gpu.cusparselt.prepare` does it once). None never takes these two,
+        since nobody has measured them yet. See `nmjax.backends`.
 
     Returns:
       (..., *output axes of the weight), of the dtype that `x` and the values promote to; sums are
-      kept in float32 at least.
+      kept in float32 or wider.
 
     Raises:
       TypeError: `packed` is not a packed weight, or `x` is not floating.
@@ -178,6 +179,7 @@ def packed_matmul(
             f"x has shape {x.shape}; its last axes should be {inputs}, the reduction axes of the "
             f"weight {packed.shape}"
         )
+    # Every implementation sees one matrix of rows, whatever axes the layer has.
     batch = x.shape[: x.ndim - len(inputs)]
     rows = x.reshape(math.prod(batch), math.prod(inputs))
     way = _select(rows, packed, rows.shape[0], implementation)
@@ -249,6 +251,7 @@ def _select(x: jax.Array, packed: Packed, rows: int, implementation: Implementat
     Raises:
       NotImplementedError: the one asked for cannot take these operands.
     """
+    # The compiler cannot split a custom call over explicit axes.
     cut = any(any(jax.typeof(operand).sharding.spec) for operand in jax.tree.leaves((x, packed)))
     if implementation is None:
         if cut:

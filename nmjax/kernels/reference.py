@@ -1,7 +1,7 @@
-"""The definition of every kernel: unpack the weight, and multiply as XLA does.
+"""The definition of every kernel: unpack the weight and multiply with XLA.
 
-Sums are kept in float32 at least; bias and activation are applied before the result is rounded to
-its dtype, as a fused kernel does.
+Sums are kept in float32 or wider. Bias and activation are applied before the result is rounded to
+its dtype, as in a fused kernel.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def conv(
 def finish(
     y: jax.Array, bias: jax.Array | None, activation: FusedActivation, dtype: np.dtype
 ) -> jax.Array:
-    """Bias, activation and rounding of finished sums."""
+    """Adds the bias to finished sums, applies the activation, and rounds."""
     if bias is not None:
         y = y + bias.astype(y.dtype)
     if activation == "relu":

@@ -68,6 +68,7 @@ class PackedBlocks(Packed, pattern=Block1xN):
         Raises:
           TypeError: the dtype does not fill whole bytes.
         """
+        # As integers, so that XLA copies kept NaNs and denormals bit for bit.
         nan = as_bits(jnp.full((), jnp.nan, w.dtype))
         values, indices, row_pointers = _pack(as_bits(w), mask, nan, leaf_plan)
         return cls(from_bits(values, w.dtype), indices, row_pointers, leaf_plan)
@@ -185,7 +186,7 @@ _unpack_weight.defvjp(_unpack_forward, _unpack_backward)
 
 
 def _row_of_each_block(packed: PackedBlocks) -> np.ndarray:
-    """Rows (*stack, kept) from checked pointers."""
+    """The row of each block, (*stack, kept), after checking the pointers."""
     pointers, *_, kept = np.asarray(packed.row_pointers), *packed.indices.shape
     plan = packed.leaf_plan
     shape = (*packed.indices.shape[:-1], plan.outputs // _pattern(plan).n + 1)
@@ -248,10 +249,11 @@ def _unpack(
 
 
 def _places(indices: jax.Array, row_pointers: jax.Array | None, leaf_plan: LeafPlan) -> jax.Array:
-    """Where among the blocks that it competed with each was: (*stack, parts, kept)."""
+    """The place of each block among those that it competed with: (*stack, parts, kept)."""
     places = indices.astype(jnp.int32)
     if row_pointers is None:
         return places
+    # The row of the i-th block: how many rows begin at or before it. No search, which would gather.
     begun = row_pointers[..., 1:, None] <= jnp.arange(indices.shape[-1])
     return (places + begun.sum(axis=-2, dtype=jnp.int32) * leaf_plan.inputs)[..., None, :]
 
@@ -270,7 +272,7 @@ def _unblocked(blocks: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
 
 
 def _competition(leaf_plan: LeafPlan) -> tuple[int, int, int]:
-    """In how many parts blocks compete, of how many blocks each, and how many of those stay."""
+    """How many sets of blocks compete, how many blocks are in each, and how many of them stay."""
     pattern = _pattern(leaf_plan)
     rows, size = leaf_plan.outputs // pattern.n, leaf_plan.inputs
     if not pattern.uniform:
@@ -289,6 +291,7 @@ def _pattern(leaf_plan: LeafPlan) -> Block1xN:
 
 
 def _log2_choices(size: int, kept: int) -> float:
-    """log2 of the ways to choose so many of so many, by Stirling's series for large numbers."""
+    """log2 of the number of ways to choose `kept` of `size`."""
+    # lgamma does not overflow where the binomial coefficient would.
     natural = math.lgamma(size + 1) - math.lgamma(kept + 1) - math.lgamma(size - kept + 1)
     return natural / math.log(2)

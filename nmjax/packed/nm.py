@@ -56,6 +56,7 @@ class PackedNM(Packed, pattern=NM):
         Raises:
           TypeError: the dtype does not fill whole bytes.
         """
+        # As integers, so that XLA copies kept NaNs and denormals bit for bit.
         nan = as_bits(jnp.full((), jnp.nan, w.dtype))
         values, codes = _pack(as_bits(w), mask, nan, leaf_plan)
         return cls(from_bits(values, w.dtype), codes, leaf_plan)
@@ -203,17 +204,22 @@ def _pack(
 def _unpack(bits: jax.Array, codes: jax.Array, shape: Shape, leaf_plan: LeafPlan) -> jax.Array:
     """The weight's bits from those of the values."""
     index = jnp.arange(_pattern(leaf_plan).m)[:, None]
-    # (*stack, groups, n, m, outputs), which XLA sums without storing; one term is not zero.
+    # (*stack, groups, n, m, outputs), which XLA sums without storing; one term is nonzero.
     here = _positions(codes, leaf_plan)[..., :, None, :] == index
     groups = jnp.where(here, bits[..., :, None, :], 0).sum(axis=-3, dtype=bits.dtype)
     return split(_flat(groups), shape, _spans(leaf_plan))
 
 
 def _gather(bits: jax.Array, stored: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """The n entries of each group (…, m, outputs) that are stored, and where they were."""
+    """The n stored entries of each group (..., m, outputs), and where they were.
+
+    A gather would be the obvious way, but XLA:CPU runs gathers one element at a time. Comparing
+    every member with every place costs n * m operations, which vectorize and fuse.
+    """
     m = stored.shape[-2]
+    # The rank of each stored member in its group, from 1; 0 for the others.
     order = jnp.where(stored, stored.cumsum(axis=-2), 0)[..., None, :, :]
-    # (…, n, m, outputs), which XLA sums without storing; one of the m terms is not zero.
+    # (..., n, m, outputs), which XLA sums without storing; at most one of m terms is nonzero.
     here = order == jnp.arange(1, n + 1)[:, None, None]
     index = jnp.arange(m, dtype=index_dtype(m))[:, None]
     values = jnp.where(here, bits[..., None, :, :], 0).sum(axis=-2, dtype=bits.dtype)
@@ -255,7 +261,7 @@ def _spans(leaf_plan: LeafPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _pattern(leaf_plan: LeafPlan) -> NM:
     if not isinstance(leaf_plan.pattern, NM):
-        raise TypeError(f"PackedNM holds N:M weights, got the pattern {leaf_plan.pattern}")
+        raise TypeError(f"PackedNM holds N:M weights, not the pattern {leaf_plan.pattern}")
     return leaf_plan.pattern
 
 

@@ -1,9 +1,8 @@
 """Packed parameters: what a plan prunes, stored as kept values and where they were.
 
-A packed tree is the tree of the parameters with a `PackedNM` or `PackedBlocks` in place of each
-planned leaf, inside its box where it had one. Those are pytree nodes, so the packed tree goes
-through `jax.jit`, `jax.tree.map` over arrays, `jax.device_put` and checkpoints by flattening like
-any other.
+A packed tree is the parameter tree with a packed weight, such as `PackedNM`, in place of each
+planned leaf, inside its box if it had one. Packed weights are pytree nodes, so the packed tree goes
+through `jax.jit`, `jax.tree.map`, `jax.device_put` and checkpoints like any other.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from nmjax.trees.leaves import map_named, named_leaves
 
 
 def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
-    """Prunes and packs the planned leaves, exactly: `unpack(pack(p, plan)) == prune(p, plan)`.
+    """Prunes and packs the planned leaves exactly: `unpack(pack(p, plan)) == prune(p, plan)`.
 
-    Outside `jax.jit` every bit of a kept weight is copied. Inside, XLA's CPU compiler may quiet
-    signalling NaNs and flush denormal numbers of bfloat16, as it does whenever it copies those.
-    There is no gradient through `pack`; through `unpack` there is, to the kept values.
+    Outside `jax.jit`, every bit of a kept weight is copied. Inside, XLA's CPU compiler may quiet
+    signaling NaNs and flush denormal bfloat16 numbers, as it does whenever it copies them.
+    `pack` has no gradient; `unpack` has one, to the kept values.
 
     Args:
       params: dense or pruned parameters that fit the plan. Leaves may have more axes in front than
@@ -37,8 +36,8 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
 
     Raises:
       ValueError: a planned leaf is packed already; `params` or `masks` do not fit the plan; a mask
-        keeps more than its pattern does.
-        (That cannot be seen of traced masks: inside `jax.jit`, what keeps too many becomes NaN.)
+        keeps more than its pattern does. (Values of traced masks are unknown, so inside `jax.jit`
+        groups or rows that keep too many become NaN instead.)
       TypeError: a mask is not boolean; a weight's dtype does not fill whole bytes.
 
     >>> import nmjax
@@ -69,7 +68,7 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
 
 
 def unpack(packed: Any) -> Any:
-    """Dense parameters with zeros: the inverse of `pack` on pruned parameters.
+    """Returns dense parameters with zeros: the inverse of `pack` on pruned parameters.
 
     Args:
       packed: a tree with packed leaves; other leaves come back as they are.
@@ -78,10 +77,10 @@ def unpack(packed: Any) -> Any:
 
 
 def check_sparse(params: Any, plan: Plan) -> None:
-    """Raises ValueError unless the weights are as sparse as the plan wants them.
+    """Raises ValueError unless the weights are as sparse as the plan says.
 
-    Zeros are what counts, so pruned parameters pass whichever way they were pruned. Not for use
-    inside `jax.jit`: it looks at the values.
+    Only zeros count, so it does not matter how the parameters were pruned. It looks at the values,
+    so it cannot run inside `jax.jit`.
 
     Args:
       params: parameters that fit the plan.

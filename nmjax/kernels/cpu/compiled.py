@@ -132,12 +132,15 @@ def _blocks(
 ) -> jax.Array:
     """(images, height, width, inputs) -> (images, height, width, outputs)."""
     before = [low for low, _ in window.padding]
+    # The order that `src/ffi.cc` reads them in.
     moves = np.array([*taps, *window.strides, *before, *window.dilation], np.int64)
     n = packed.pattern.n
 
     def kernel(x: jax.Array, bias: jax.Array, *arrays: jax.Array) -> jax.Array:
+        # Of a split product, the arrays are the shard of one device.
         part = jax.tree.unflatten(jax.tree.structure(packed), arrays)
         shape = (x.shape[0], *window.output(x.shape[1:3], taps), part.outputs)
+        # XLA's FFI has no optional operands: an empty array stands for a missing one.
         pointers = part.row_pointers
         y = jax.ffi.ffi_call(
             "nmjax_blocks", result_like(shape, part.result_dtype(x), x, part.values)
@@ -153,7 +156,8 @@ def _blocks(
         )
         return y.reshape(*shape[:-1], shape[-1] // n, n)
 
-    # A product's rows are the width of one image; of other images, a pixel needs its neighbours.
+    # A product's rows are the width of one image, and may be split over devices. In a real image a
+    # pixel needs its neighbors, so only whole images are.
     images = "h w b" if window == _ONE_TAP and x.shape[:2] == (1, 1) else "b h w"
     is_uniform = packed.row_pointers is None
     weight = "r k v, r k" if is_uniform else "k v, k, p"
@@ -174,6 +178,7 @@ def _groups(
     x: jax.Array, packed: PackedNM, bias: jax.Array | None, *, activation: Activation
 ) -> jax.Array:
     """(batch, inputs) -> (batch, outputs)."""
+    # Read off the arrays, since inside `jax.shard_map` they may be a shard.
     m = np.int64(x.shape[-1] // packed.values.shape[-3])
 
     def kernel(x: jax.Array, bias: jax.Array, values: jax.Array, codes: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ class Library:
 
     Attributes:
       instruction_set: `"avx2"`, `"avx512"`, `"avx512_bf16"` or `"portable"`; None if not loaded.
-      reason: why not, and what to do; empty if loaded.
+      reason: why they are not loaded, and what to do; empty if they are.
     """
 
     instruction_set: str | None

@@ -1,8 +1,8 @@
 """Products with 2:4 weights on NVIDIA's sparse tensor cores, by cuSPARSELt.
 
 A weight is compressed once, on the GPU, into cuSPARSELt's own form, and then multiplied by many
-inputs. That form is not ours to read, and belongs to one kind of GPU and one version of cuSPARSELt:
-keep packed weights in files, and compress them where they run.
+inputs. Only cuSPARSELt reads that form, and it depends on the kind of GPU and the version of
+cuSPARSELt. So keep packed weights in files, and compress them where they run.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Compressed:
     """A 2:4 matrix in cuSPARSELt's form; a pytree node of one array.
 
     Attributes:
-      data: uint8 (bytes,), for cuSPARSELt alone.
+      data: uint8 (bytes,), in cuSPARSELt's private format.
       shape: (rows, columns) of the matrix; static.
       transposed: whether `matmul` multiplies by the transposed matrix; static.
       dtype: of the matrix; static.
@@ -94,7 +94,7 @@ def compress(w: jax.Array, *, transposed: bool = False) -> Compressed:
 
 
 def compress_unchecked(w: jax.Array, transposed: bool) -> Compressed:
-    """As `compress`, of a matrix that is known to be 2:4 and of a shape that fits."""
+    """Like `compress`, for a matrix that is known to be 2:4 and to have a shape that fits."""
     rows, columns = w.shape
     results = (
         result_like((compressed_bytes(w.shape, w.dtype),), np.dtype(np.uint8), w),
@@ -106,7 +106,7 @@ def compress_unchecked(w: jax.Array, transposed: bool) -> Compressed:
 
 
 def prepare(packed: PackedNM) -> Compressed:
-    """Compresses one packed leaf, for as many products as follow.
+    """Compresses one packed leaf, for any number of products.
 
     Args:
       packed: an N:M matrix that is 2:4 as well: 2:4 itself, 1:4, 2:8, 1:2 and sparser.
@@ -126,7 +126,7 @@ def packed_matmul(
     bias: jax.Array | None = None,
     activation: FusedActivation = None,
 ) -> jax.Array:
-    """X (batch, inputs) times a packed leaf, which every call compresses anew; see `prepare`."""
+    """Multiplies x (batch, inputs) by a packed leaf, compressing it in each call; see `prepare`."""
     return matmul(x, prepare(packed), bias, activation)
 
 
@@ -138,7 +138,7 @@ def matmul(
     *,
     dtype: Any = None,
 ) -> jax.Array:
-    """X (batch, inputs) times a compressed matrix, (batch, outputs); no gradient.
+    """Multiplies x (batch, inputs) by a compressed matrix: (batch, outputs). There is no gradient.
 
     Args:
       x: of the matrix's dtype; the batch a multiple of 8, of 16 for dtypes of one byte. Sums of
@@ -167,10 +167,10 @@ def tune(
     dtype: Any = None,
     again: bool = False,
 ) -> None:
-    """Times every kernel that cuSPARSELt has for a product; products traced later take the fastest.
+    """Times every kernel that cuSPARSELt has for a product; products traced later use the fastest.
 
-    In this process and, since it is kept on disk, in later ones, which need not search; see
-    `nmjax.kernels.gpu.algorithms`. A warning says where it cannot be kept.
+    The result is kept on disk (`nmjax.kernels.gpu.algorithms`), so later processes use it too. If
+    it cannot be kept, a warning says so.
 
     Args:
       x: as for `matmul`; neither it nor the weight may be traced. Where devices share a batch, as
@@ -217,7 +217,7 @@ def _split(
     w: Compressed,
     bias: jax.Array | None,
 ) -> jax.Array:
-    """The product, of which each device computes some rows with the whole weight."""
+    """The product; each device computes some rows with the whole weight."""
 
     def kernel(x: jax.Array, data: jax.Array, *biases: jax.Array) -> jax.Array:
         part = dataclasses.replace(w, data=data)

@@ -29,31 +29,30 @@ def bias_dtype(dtype: str, result: str) -> str:
 
 
 def compressed_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Room for a compressed matrix: half of it, the codes of the values kept, and some to spare.
+    """Bytes for a compressed matrix: half of its values, codes of their positions, and spare room.
 
-    cuSPARSELt tells the exact size only where there is a GPU, which compiling for one does without;
-    a matrix that needs more is an error when it is compressed. A group of 4 has a code of 4 bits,
-    and in the records twice as much room for it if its values are bytes.
+    cuSPARSELt reports the exact size only on a GPU, but programs are also compiled on machines
+    without one. A matrix that needs more raises an error when it is compressed.
     """
     weights = _rounded_up(shape)
+    # A group of 4 has a code of 4 bits; in the records, twice as much if its values are bytes.
     return weights // 2 * dtype.itemsize + weights // (4 * dtype.itemsize) + 4096
 
 
 def compressing_bytes(shape: tuple[int, ...]) -> int:
-    """Room that compressing a matrix wants besides; the records have an eighth of a byte each."""
+    """Bytes of scratch memory for compressing a matrix."""
+    # The records have an eighth of a byte for each weight.
     return _rounded_up(shape) // 8 + 2**20
 
 
 def multiplying_bytes(shape: tuple[int, ...]) -> int:
-    """Room that a product wants which is not tuned; the records have an eighth of a byte a weight.
-
-    The rest is for sums that the library adds up in parts.
-    """
+    """Bytes of scratch memory for a product that is not tuned."""
+    # The records have an eighth of a byte for each weight; the rest is for partial sums.
     return _rounded_up(shape) // 8 + 2**25
 
 
 def searching_bytes(shape: tuple[int, ...], rows: int, outputs: int) -> int:
-    """Room for a search, which tries products in parts: one part's sums more."""
+    """Bytes of scratch memory for a search, which tries split sums: one part's sums more."""
     return multiplying_bytes(shape) + 4 * rows * outputs
 
 

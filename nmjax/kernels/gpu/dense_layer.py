@@ -24,23 +24,23 @@ def sparse_dense(
     *,
     implementation: Literal["xla", "cusparselt"] | None = None,
 ) -> jax.Array:
-    """X times the weight, of which 2 of every 4 stay along both axes.
+    """Multiplies `x` by a weight that keeps 2 of every 4 along both axes.
 
     Forward `y = x @ s` with `s = w * mask`. Backward `dx = dy @ s.T` with the same `s`, which is
     2:4 along that product's sum too, and `dw = x.T @ dy` for every entry of `w`, straight through
-    the mask. XLA multiplies densely, or cuSPARSELt runs both products with `s` on the sparse tensor
-    cores of NVIDIA's GPUs, if it is asked to: that is not the default before it has been measured.
+    the mask. XLA multiplies densely by default. If asked, cuSPARSELt runs both products with `s` on
+    the sparse tensor cores of NVIDIA GPUs; that has not been measured yet.
 
-    Choosing a mask costs time, and memory: 13 times a 16-bit weight's, as XLA plans it for an H200.
-    The paper below keeps a mask for 40 steps.
+    Choosing a mask takes time, and 13 times the memory of a 16-bit weight, as XLA plans it for an
+    H200. The paper below keeps a mask for 40 steps.
 
     Args:
       x: (..., inputs), real floating.
       w: (inputs, outputs), real floating, both sizes multiples of 4. The mask is chosen in its
         dtype, the products are computed in the dtype that `x` and `w` promote to.
-      mask: booleans of `w`'s shape, what `nmjax.transposable_mask` returned, now or some steps ago;
-        default that of `w`, chosen anew in each call. One that keeps more makes wrong products by
-        cuSPARSELt.
+      mask: booleans of `w`'s shape from `nmjax.transposable_mask`, now or some steps ago. By
+        default each call computes that of `w`. With a mask that keeps more, cuSPARSELt's products
+        are wrong.
       implementation: `"xla"`, the default, or `"cusparselt"`.
 
     Returns:
