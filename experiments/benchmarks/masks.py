@@ -1,8 +1,8 @@
 """Time of N:M masks: `python -m experiments.benchmarks.masks`.
 
-The baseline of a mask is `w > 0` of the same matrix: the cheapest operation that reads it and writes
-a boolean for each entry. The baseline of applying a mask is a copy of the matrix. The table also
-has two common ways to compute a mask: `lax.top_k`, and ranks from two argsorts.
+The baseline of a mask is `w > 0` of the same matrix: the cheapest operation that reads it and
+writes a boolean for each entry. The baseline of applying a mask is a copy of the matrix. The table
+also has two common ways to compute a mask: `lax.top_k`, and ranks from two argsorts.
 
 The baseline runs next to every row, and its time jumps when the memory allocator asks the system
 for fresh pages. So there are two ratios: `ratio` to the baseline timed with the row, and

@@ -2,11 +2,11 @@
 
     python -m experiments.benchmarks.scaling
 
-One processor's cores simulate the devices, so more devices do not make a step faster. What counts is
-that the ratio of the sparse step to the dense step stays the same. Every device has the same number
-of examples, as on a pod. (If more and more simulated devices shared one batch, the ratio would
-grow under data parallelism for a reason that real devices do not have: every device computes all
-masks, and here one processor does so for all of them in turn.)
+One processor's cores simulate the devices, so more devices do not make a step faster. What counts
+is that the ratio of the sparse step to the dense step stays the same. Every device has the same
+number of examples, as on a pod. (If more and more simulated devices shared one batch, the ratio
+would grow under data parallelism for a reason that real devices do not have: every device computes
+all masks, and here one processor does so for all of them in turn.)
 
 The checkpoints are those of the training loop. For every method, dense included, they hold the
 masks of the initial weights and of the last epoch at one bit a weight each. They are compared with
