@@ -47,7 +47,11 @@ def on_cpu(library, monkeypatch, tmp_path):
     """As on a machine that has cuSPARSELt and a GPU."""
     state = CusparseLt("1.2.3", library=library)
     monkeypatch.setattr(cusparselt, "load_cusparselt", lambda: state)
-    for name in ("nmjax.kernels.gpu.cusparselt", "nmjax.kernels.matmul", "nmjax.sparse_dense"):
+    for name in (
+        "nmjax.kernels.gpu.cusparselt",
+        "nmjax.kernels.matmul",
+        "nmjax.kernels.gpu.dense_layer",
+    ):
         monkeypatch.setattr(sys.modules[name], "why_no_gpu", lambda *dtype: None)
     monkeypatch.setenv("NMJAX_CACHE_DIR", str(tmp_path))
     jax.clear_caches()
@@ -121,7 +125,7 @@ def test_data_parallel_training_gathers_nothing(on_cpu):
     w = jnp.asarray(rng.integers(-4, 5, (32, 32)), jnp.bfloat16)
 
     def loss(x, w, implementation):
-        y = nmjax.sparse_dense(x, w, implementation=implementation)
+        y = nmjax.kernels.sparse_dense(x, w, implementation=implementation)
         return (y.astype(jnp.float32) ** 2).sum()
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
