@@ -1,4 +1,4 @@
-"""Folded normalisations: the module gives what it gave, and its kernels carry the scale."""
+"""Folded normalizations: the module gives what it gave, and its kernels carry the scale."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ def dtype_of(leaf):
 
 
 def variables_of(module, *inputs):
-    """Variables whose normalisations have something to fold."""
+    """Variables whose normalizations have something to fold."""
     variables = module.init(jax.random.key(0), *inputs)
     numbers = np.random.default_rng(1)
 
