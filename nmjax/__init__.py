@@ -11,8 +11,9 @@ from nmjax._version import __version__ as __version__
 from nmjax.analysis.costs import Cost, cost
 from nmjax.analysis.sharding import check_sharding
 from nmjax.files.packed_files import load_packed, save_packed
-from nmjax.kernels.cpu.library import backends
-from nmjax.kernels.matmul import packed_conv, packed_matmul, unpack_slow
+from nmjax.kernels.matmul import packed_conv, packed_matmul
+from nmjax.kernels.slow_weights import unpack_slow
+from nmjax.kernels.states import backends
 from nmjax.layouts import Axes
 from nmjax.masks.blocks import block_mask
 from nmjax.masks.nm import nm_mask

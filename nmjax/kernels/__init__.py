@@ -1,4 +1,4 @@
-"""Products with packed weights: the definition in plain XLA, and faster kernels that match it."""
+"""Products with packed weights: their definition, plain XLA, and compiled kernels."""
 
 from nmjax.kernels.gpu.dense_layer import sparse_dense
 

@@ -45,7 +45,7 @@ def test_rows(tmp_path):
 def test_what_is_multiplied_dense_takes_as_long_as_that(tmp_path):
     nmjax.save_packed(tmp_path / "a.safetensors", packed_layers("3:4"))
     for row in layer_times.measure(tmp_path / "a.safetensors", 2, 5):
-        assert row["layer"][-1] == "dense"
+        assert row["layer"][-1] == "xla"
         assert row["dense"] == row["packed"]
 
 
