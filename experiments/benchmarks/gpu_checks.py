@@ -92,7 +92,7 @@ def check_sparse_dense(implementation: Any) -> Iterator[dict[str, Any]]:
     x, w = numbers((64, 256), "bfloat16", 0), numbers((256, 128), "bfloat16", 1)
     g = numbers((64, 128), "bfloat16", 2)
     y, pull = jax.vjp(
-        jax.jit(lambda x, w: nmjax.sparse_dense(x, w, implementation=implementation)), x, w
+        jax.jit(lambda x, w: nmjax.kernels.sparse_dense(x, w, implementation=implementation)), x, w
     )
     dx, dw = pull(g)
     sparse = jnp.where(transposable_mask(w), w, jnp.zeros_like(w))

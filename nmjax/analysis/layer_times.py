@@ -1,4 +1,4 @@
-"""How long each packed layer takes here, against its dense product."""
+"""Times packed layers on this machine, next to their dense products."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _HEADER = (
 
 
 def layer_times(file: Path, batch: int, side: int, threads: Sequence[int]) -> str:
-    """A table of the packed layers of a file: milliseconds dense and packed, and their ratio.
+    """Makes a table of a file's packed layers: dense and packed milliseconds, and their ratio.
 
-    Every number of threads is measured in a process of its own, which may use as many cores: XLA
-    makes its threads once.
+    Each thread count is measured in a process of its own, restricted to that many cores, because
+    XLA creates its threads only once.
 
     Args:
-      file: what `nmjax.save_packed` wrote.
-      batch: rows of a matrix product, images of a convolution.
-      side: pixels of an image along each axis; strides are 1.
-      threads: numbers of threads.
+      file: a file that `nmjax.save_packed` wrote.
+      batch: rows of a matrix product, or images of a convolution.
+      side: height and width of the images, in pixels; strides are 1.
+      threads: thread counts.
 
     Raises:
-      ValueError: nothing in the file is packed; there are fewer cores than threads.
-      OSError, RuntimeError: the file cannot be read; a process failed.
+      ValueError: nothing in the file is packed, or there are fewer cores than threads.
+      OSError, RuntimeError: the file cannot be read, or a process failed.
     """
     _packed_leaves(file)
     rows = {count: _rows_in_a_process(file, batch, side, count) for count in threads}
@@ -77,7 +77,7 @@ def layer_times(file: Path, batch: int, side: int, threads: Sequence[int]) -> st
 
 
 def measure(file: Path, batch: int, side: int) -> list[dict[str, Any]]:
-    """The rows of `layer_times` with the threads that this process has; times in milliseconds."""
+    """Measures the rows of `layer_times` in this process, in milliseconds."""
     leaves = _packed_leaves(file)
     return [_measure_leaf(name, leaf, batch, side) for name, leaf in leaves.items()]
 
@@ -86,7 +86,7 @@ def _packed_leaves(file: Path) -> dict[str, Packed]:
     leaves = named_leaves(load_packed(file), is_leaf=is_packed)
     packed = {name: leaf for name, leaf in leaves.items() if is_packed(leaf)}
     if not packed:
-        raise ValueError(f"{file}: none of its {len(leaves)} leaves is packed")
+        raise ValueError(f"{file}: none of its {len(leaves)} leaves are packed")
     return packed
 
 
@@ -100,7 +100,7 @@ def _measure_leaf(name: str, leaf: Packed, batch: int, side: int) -> dict[str, A
     multiply = jax.jit(packed_conv if taps else packed_matmul)
     way = choose(leaf.dtype, leaf, batch * side ** len(taps))
     sides = {"dense": lambda: dense(x, w), "packed": lambda: multiply(x, leaf)}
-    if way.name == "xla":  # `nmjax.unpack_slow` makes it the same product.
+    if way.name == "xla":  # Both are the same product then, so it is timed once.
         del sides["packed"]
     times = interleaved_times(sides, at_least=0.01)
     times = {"packed": times["dense"], **times}
@@ -120,7 +120,7 @@ def _input_shape(leaf: Packed, batch: int, side: int) -> tuple[int, ...]:
 
 
 def _dense(leaf: Packed, x: jax.Array, w: jax.Array) -> jax.Array:
-    """XLA's product with the unpacked weight."""
+    """Multiplies by the unpacked weight with XLA."""
     plan = leaf.leaf_plan
     axes = (*plan.reduction_axes, *plan.output_axes)
     taps = [axis for axis in range(-w.ndim, 0) if axis not in axes]
@@ -137,7 +137,7 @@ def _dense(leaf: Packed, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _rows_in_a_process(file: Path, batch: int, side: int, threads: int) -> list[dict[str, Any]]:
-    """`measure` in a process with so many threads."""
+    """Runs `measure` in a process with this many threads."""
     program = (
         "import json, sys; from pathlib import Path; "
         "from nmjax.analysis.layer_times import measure; "

@@ -120,7 +120,7 @@ def test_data_parallel_training_gathers_nothing(on_cpu):
     w = jnp.asarray(rng.integers(-4, 5, (32, 32)), jnp.bfloat16)
 
     def loss(x, w, implementation):
-        y = nmjax.sparse_dense(x, w, implementation=implementation)
+        y = nmjax.kernels.sparse_dense(x, w, implementation=implementation)
         return (y.astype(jnp.float32) ** 2).sum()
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)

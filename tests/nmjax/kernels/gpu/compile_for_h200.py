@@ -75,7 +75,7 @@ def sr_ste_training(w, x):
 
 
 def sparse_dense(w, x):
-    return jax.value_and_grad(lambda w, x: nmjax.sparse_dense(x, w).sum(), (0, 1))(w, x)
+    return jax.value_and_grad(lambda w, x: nmjax.kernels.sparse_dense(x, w).sum(), (0, 1))(w, x)
 
 
 def with_cusparselt(w, x):
