@@ -36,8 +36,9 @@ import jax.numpy as jnp
 import nmjax
 from experiments.benchmarks import gpu_checks, gpu_products
 from experiments.benchmarks.gpu_products import many, milliseconds, numbers
-from experiments.benchmarks.timing import RESULTS, machine, print_table
+from experiments.benchmarks.timing import RESULTS, print_table
 from experiments.benchmarks.train_step import TransformerBlock, make_call, make_training
+from experiments.json_files import machine
 from nmjax.kernels import build
 from nmjax.kernels.gpu import cusparselt_limits
 from nmjax.kernels.gpu.devices import check_gpu
