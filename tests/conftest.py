@@ -6,9 +6,13 @@ import hypothesis
 import jax
 import pytest
 
+from tests import shape_checks
+
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+shape_checks.install()
 
 # Every example of another shape compiles another program, so the default run draws few. CI draws
 # many: --hypothesis-profile=thorough.

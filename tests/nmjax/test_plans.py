@@ -92,7 +92,7 @@ def test_nothing_sparse():
 
 def test_two_leaves_of_one_name():
     params = {"a/kernel": jnp.ones((8, 4)), "a": {"kernel": jnp.ones((8, 4))}}
-    with pytest.raises(ValueError, match="both named 'a/kernel'"):
+    with pytest.raises(ValueError, match="have the name 'a/kernel'"):
         make_plan(params, "2:4")
 
 

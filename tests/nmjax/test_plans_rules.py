@@ -121,12 +121,14 @@ def test_a_rule_whose_leaves_are_excluded():
 
 
 def test_a_rule_that_is_no_regular_expression():
-    with pytest.raises(ValueError, match=re.escape("the path rule '(' is no regular expression")):
+    with pytest.raises(
+        ValueError, match=re.escape("the path rule '(' is not a regular expression")
+    ):
         make_plan(TWO_LAYERS, "2:4", exclude="(")
 
 
 def test_a_rule_that_is_no_text():
-    with pytest.raises(TypeError, match="a path rule is a regular expression as text, got 1"):
+    with pytest.raises(TypeError, match="a path rule must be a string, got 1"):
         make_plan(TWO_LAYERS, "2:4", rules={1: "2:4"})
 
 

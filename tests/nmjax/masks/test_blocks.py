@@ -234,7 +234,7 @@ W = jnp.ones((8, 6))
         ((W, 2, 50), {}, ValueError, "did you mean 0.5"),
         ((W, 2, "half"), {}, TypeError, "sparsity must be a Python number"),
         ((W, 2, 0.5, "l3"), {}, ValueError, "l1, l2, bpar"),
-        ((W, 2, 0.5, lambda b: b), {}, ValueError, "one importance for each block"),
+        ((W, 2, 0.5, lambda b: b), {}, ValueError, "one number per block"),
         ((W.astype(int), 2, 0.5), {}, TypeError, "weights must be real floating"),
         ((W, 2, 0.5, lambda b: b[..., 0] > 0), {}, TypeError, "scores must be real floating"),
         ((W, 2, 0.5), {"output_axes": 2}, ValueError, "it has 2 axes"),
@@ -253,5 +253,7 @@ def test_explicit_shards_that_cut_blocks():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         w = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P(None, "d")))
-        with pytest.raises(ValueError, match=r"blocks of 4 along axes \(-1,\).*across shards"):
+        with pytest.raises(
+            ValueError, match=r"blocks of 4 along axes \(-1,\).*cross shard boundaries"
+        ):
             block_mask(w, 4, 0.5)

@@ -71,5 +71,5 @@ def test_ends_that_are_none(ramp_and_formula, begin, end):
 
 @pytest.mark.parametrize("rate", [0, -0.1, float("nan")])
 def test_a_rate_that_is_not_positive(rate):
-    with pytest.raises(ValueError, match="rate of an exponential ramp is positive"):
+    with pytest.raises(ValueError, match="rate of an exponential ramp must be positive"):
         nmjax.exponential_ramp(0, 5, rate=rate)
