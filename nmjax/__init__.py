@@ -5,11 +5,11 @@ from nmjax.analysis.costs import cost as cost
 from nmjax.analysis.sharding import check_sharding as check_sharding
 from nmjax.files.packed_files import load_packed as load_packed
 from nmjax.files.packed_files import save_packed as save_packed
-from nmjax.kernels.cpu.library import backends as backends
 from nmjax.kernels.gpu.dense_layer import sparse_dense as sparse_dense
 from nmjax.kernels.matmul import packed_conv as packed_conv
 from nmjax.kernels.matmul import packed_matmul as packed_matmul
-from nmjax.kernels.matmul import unpack_slow as unpack_slow
+from nmjax.kernels.slow_weights import unpack_slow as unpack_slow
+from nmjax.kernels.states import backends as backends
 from nmjax.layouts import Axes as Axes
 from nmjax.masks.blocks import block_mask as block_mask
 from nmjax.masks.nm import nm_mask as nm_mask

@@ -15,11 +15,11 @@ from nmjax.analysis.layer_times import layer_times
 from nmjax.files.checkpoints import read_checkpoint
 from nmjax.files.packed_files import FORMAT, load_packed, save_packed
 from nmjax.files.tensor_files import NOTE, read_note, read_tensors
-from nmjax.kernels.cpu.choice import choose, expected_speedup
-from nmjax.kernels.gpu.cusparselt_limits import why_not_2_4
-from nmjax.kernels.operands import one_layer
-from nmjax.packed.packing import check_sparse, is_packed, pack
+from nmjax.kernels.gpu.cusparselt import check_semi_structured
+from nmjax.kernels.matmul import choose, expected_speedup
+from nmjax.packed.packing import check_sparse, pack
 from nmjax.packed.storage import sizes
+from nmjax.packed.weight import Packed, is_packed
 from nmjax.plans import Plan, make_plan
 from nmjax.tables import text_table
 from nmjax.trees.leaves import named_leaves
@@ -169,9 +169,9 @@ def _products(packed: Any) -> str:
     rows: list[tuple[str, str, str, str, str]] = []
     for name, leaf in named_leaves(packed, is_leaf=is_packed).items():
         if is_packed(leaf):
-            layer = jax.eval_shape(one_layer, leaf)
+            layer = jax.eval_shape(lambda leaf: leaf.first_layer(), leaf)
             way, speedup = choose(leaf.dtype, layer, 1), expected_speedup(leaf.dtype, layer)
-            fits = "no" if why_not_2_4(layer) else "yes"
+            fits = "yes" if _is_semi_structured(layer) else "no"
             rows.append((name, way.name, f"{speedup:.1f}" if speedup else "?", fits, way.reason))
     header = ("leaf", "one row is multiplied by", "speed-up", "2:4 on GPUs", "because")
     return (
@@ -180,6 +180,14 @@ def _products(packed: Any) -> str:
         "speed-up: over the dense product, as measured with 256 rows, or an image of 14 x 14, on "
         "one thread with AVX-512; `python -m nmjax bench` measures here."
     )
+
+
+def _is_semi_structured(layer: Packed) -> bool:
+    try:
+        check_semi_structured(layer)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _zeros(x: np.ndarray) -> float:

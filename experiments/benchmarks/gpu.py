@@ -40,7 +40,7 @@ from experiments.benchmarks.timing import RESULTS, machine, print_table
 from experiments.benchmarks.train_step import TransformerBlock, make_call, make_training
 from nmjax.kernels import build
 from nmjax.kernels.gpu import cusparselt_limits
-from nmjax.kernels.gpu.devices import why_no_gpu
+from nmjax.kernels.gpu.devices import check_gpu
 
 
 class SkippedError(Exception):
@@ -202,8 +202,11 @@ def sections(rounds: int, deadline: float) -> dict[str, Callable[[], Any]]:
         "train step": lambda: trained(Transformer(), (8, 1024), rounds),
         "many rows": lambda: timed(many_rows, time_many, rounds, deadline),
     }
-    obstacle = why_no_gpu()
-    if obstacle is None:
+    try:
+        check_gpu()
+    except NotImplementedError as reason:
+        obstacle = str(reason)
+    else:
         return anywhere | on_gpus
     small: dict[str, Callable[[], Any]] = {
         "mask and apply, small": lambda: masked(64, 3),

@@ -20,7 +20,7 @@ import nmjax
 from experiments.benchmarks.timing import interleaved_times
 from nmjax.kernels.gpu import cusparselt, decode
 from nmjax.kernels.gpu.cusparselt_limits import RESULTS
-from nmjax.kernels.quantized import quantize
+from nmjax.kernels.quantized import QuantizedNM, quantize
 from nmjax.packed.nm import PackedNM
 
 Functions = dict[str, Callable[[], Any]]
@@ -202,7 +202,7 @@ def time_few_rows(product: Product, rounds: int) -> dict[str, Any]:
     for vector in vectors:
         candidates[f"variant, {vector} outputs a thread"] = partial(_variant, vector, xs, packed)
     candidates["int8"] = lambda: {
-        "int8 values": many(decode.matmul, xs, [jax.jit(quantize)(w) for w in packed])
+        "int8 values": many(multiply_quantized, xs, [jax.jit(quantize)(w) for w in packed])
     }
     timed = measured(product, candidates, rounds)
     if "int8 values" in timed["ms"]:
@@ -210,6 +210,11 @@ def time_few_rows(product: Product, rounds: int) -> dict[str, Any]:
             timed["speedup"] * timed["ms"]["sparse"] / timed["ms"]["int8 values"]
         )
     return timed
+
+
+def multiply_quantized(x: jax.Array, w: QuantizedNM) -> jax.Array:
+    """Few rows times a packed weight with int8 values."""
+    return decode.matmul(x, w.packed, scales=w.scales)
 
 
 def _variant(vector: Literal[2, 4, 8], xs: list[Any], packed: list[Any]) -> Functions:
@@ -287,9 +292,7 @@ def lowered_products() -> Iterator[tuple[Product, str]]:
     for product in FEW_ROWS:
         w = jax.ShapeDtypeStruct((product.inputs, product.outputs), product.dtype)
         packed = jax.eval_shape(lambda w: packed_weights([w])[0], w)
-        obstacle = decode.why_not(w.dtype, packed)
-        if obstacle:
-            raise ValueError(obstacle)
+        decode.check(w.dtype, packed)
         x = jax.ShapeDtypeStruct((product.rows, product.inputs), product.dtype)
         yield product, _cuda_text(decode.matmul, x, packed)
 

@@ -29,7 +29,7 @@ from experiments.benchmarks.timing import (
     rows_by_threads,
     write_results,
 )
-from nmjax.kernels.cpu.choice import choose
+from nmjax.kernels.matmul import choose
 
 SPARSITIES = (0.5, 0.75, 0.875, 0.9, 0.95)
 MATMULS = ((256, 4096), (32, 1024), (1, 4096))

@@ -16,10 +16,8 @@ import numpy as np
 
 from nmjax.analysis.timing import interleaved_times, output_on_cores
 from nmjax.files.packed_files import load_packed
-from nmjax.kernels.cpu.choice import choose
-from nmjax.kernels.matmul import packed_conv, packed_matmul
-from nmjax.kernels.operands import Packed, kernel_taps, one_layer, outputs_of, reduction_shape
-from nmjax.packed.packing import is_packed, unpack_leaf
+from nmjax.kernels.matmul import choose, packed_conv, packed_matmul
+from nmjax.packed.weight import Packed, is_packed
 from nmjax.tables import text_table
 from nmjax.trees.leaves import named_leaves
 
@@ -93,16 +91,16 @@ def _packed_leaves(file: Path) -> dict[str, Packed]:
 
 
 def _measure_leaf(name: str, leaf: Packed, batch: int, side: int) -> dict[str, Any]:
-    leaf = one_layer(leaf)
-    taps = kernel_taps(leaf)
+    leaf = leaf.first_layer()
+    taps = leaf.kernel_taps
     shape = _input_shape(leaf, batch, side)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), leaf.dtype)
-    w = jax.jit(unpack_leaf)(leaf)
+    w = jax.jit(lambda packed: packed.unpack())(leaf)
     dense = jax.jit(partial(_dense, leaf))
     multiply = jax.jit(packed_conv if taps else packed_matmul)
     way = choose(leaf.dtype, leaf, batch * side ** len(taps))
     sides = {"dense": lambda: dense(x, w), "packed": lambda: multiply(x, leaf)}
-    if way.name == "dense":  # `nmjax.unpack_slow` makes it the same product.
+    if way.name == "xla":  # `nmjax.unpack_slow` makes it the same product.
         del sides["packed"]
     times = interleaved_times(sides, at_least=0.01)
     times = {"packed": times["dense"], **times}
@@ -110,14 +108,14 @@ def _measure_leaf(name: str, leaf: Packed, batch: int, side: int) -> dict[str, A
     product = f"{'conv' if taps else 'matmul'} {'x'.join(map(str, shape))} by {sizes}"
     return {
         "layer": (
-            name, str(leaf.leaf_plan.pattern), f"{product}x{outputs_of(leaf)}", way.name
+            name, str(leaf.leaf_plan.pattern), f"{product}x{leaf.outputs}", way.name
         ),
         **{side: statistics.median(seconds) * 1e3 for side, seconds in times.items()},
     }  # fmt: skip
 
 
 def _input_shape(leaf: Packed, batch: int, side: int) -> tuple[int, ...]:
-    taps, inputs = kernel_taps(leaf), reduction_shape(leaf)
+    taps, inputs = leaf.kernel_taps, leaf.reduction_shape
     return (batch, *(side,) * len(taps), *(inputs[:1] if taps else inputs))
 
 
@@ -126,7 +124,7 @@ def _dense(leaf: Packed, x: jax.Array, w: jax.Array) -> jax.Array:
     plan = leaf.leaf_plan
     axes = (*plan.reduction_axes, *plan.output_axes)
     taps = [axis for axis in range(-w.ndim, 0) if axis not in axes]
-    if kernel_taps(leaf):
+    if leaf.kernel_taps:
         taps, inputs = taps or list(plan.reduction_axes[1:]), plan.reduction_axes[0]
         w = w.transpose(*taps, inputs, *plan.output_axes)
         letters = "HWD"[: len(taps)]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from nmjax.masks.shards import holds_whole, mesh_axes
-from nmjax.patterns import NM
-from nmjax.plans import LeafPlan, Plan
+from nmjax.patterns.pattern import LeafPlan
+from nmjax.plans import Plan
 from nmjax.pruning import planned_leaves
 from nmjax.trees.leaves import named_leaves
 
@@ -77,32 +76,6 @@ def check_sharding(
         )
 
 
-class _Whole(NamedTuple):
-    """What must not be cut: runs of so many weights along axes, and what they are called."""
-
-    axes: tuple[int, ...]
-    length: int
-    what: str
-
-
-def _wholes(shape: Shape, leaf: LeafPlan) -> list[_Whole]:
-    pattern = leaf.pattern
-    if isinstance(pattern, NM):
-        return [_Whole(leaf.reduction_axes, pattern.m, f"groups of {pattern.m}")]
-
-    def all_along(axes: tuple[int, ...], what: str) -> _Whole:
-        return _Whole(axes, math.prod(shape[axis] for axis in axes), what)
-
-    compete = "the blocks of a row, which compete" if pattern.uniform else "the competing blocks"
-    return [
-        _Whole(leaf.output_axes, pattern.n, f"blocks of {pattern.n} outputs")
-        if pattern.uniform
-        else all_along(leaf.output_axes, "the layer, whose blocks compete"),
-        all_along(leaf.tap_axes, "blocks, which hold all taps"),
-        all_along(leaf.reduction_axes, compete),
-    ]
-
-
 def _complaints(shape: Shape, leaf: LeafPlan, sharding: Sharding) -> Iterator[str]:
     try:
         held = sharding.shard_shape(shape)
@@ -110,7 +83,7 @@ def _complaints(shape: Shape, leaf: LeafPlan, sharding: Sharding) -> Iterator[st
         yield f"it cannot be split so: {error}"
         return
     shards = [size // max(part, 1) for size, part in zip(shape, held, strict=True)]
-    wholes = _wholes(shape, leaf)
+    wholes = leaf.pattern.wholes(shape, leaf.axes)
     busy = {axis for whole in wholes for axis in whole.axes}
     free = [axis for axis in range(-len(shape), 0) if axis not in busy and shape[axis] > 1]
     for axes, length, what in wholes:

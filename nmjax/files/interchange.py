@@ -13,7 +13,7 @@ import numpy as np
 
 from nmjax.layouts import Shape
 from nmjax.packed.blocks import PackedBlocks
-from nmjax.packed.nm import PackedNM, unpack_nm
+from nmjax.packed.nm import PackedNM
 from nmjax.patterns import NM
 from nmjax.trees.spans import merge
 
@@ -76,7 +76,7 @@ def to_semi_structured(packed: PackedNM) -> SemiStructured:
     if not isinstance(packed, PackedNM):
         raise TypeError(f"semi-structured weights are made of a PackedNM, got {type(packed)}")
     plan = packed.leaf_plan
-    if not isinstance(plan.pattern, NM) or (plan.pattern.n, plan.pattern.m) != (2, 4):
+    if plan.pattern not in (NM(2, 4), NM(2, 4, flatten="kernel")):
         raise ValueError(f"semi-structured weights are 2:4, got {plan.pattern}")
     if packed.dtype.itemsize != 2:
         raise ValueError(f"semi-structured weights have 16 bits here, got {packed.dtype}")
@@ -88,7 +88,7 @@ def to_semi_structured(packed: PackedNM) -> SemiStructured:
             f"outputs and {plan.inputs} inputs; pad the layer, or store it as dense zeros"
         )
     spans = (plan.output_axes, plan.reduction_axes)
-    groups = merge(np.asarray(unpack_nm(packed)), spans).reshape(plan.outputs, -1, 4)
+    groups = merge(np.asarray(packed.unpack()), spans).reshape(plan.outputs, -1, 4)
     stored = groups != 0
     for position in (2, 3):
         stored[..., position] |= stored.sum(axis=-1) < 2

@@ -8,6 +8,7 @@ shape, axes and dtype.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -19,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.files.tensor_files import NOTE, read_note, read_tensors, write_tensors
-from nmjax.packed.blocks import PackedBlocks, check_packed_blocks
-from nmjax.packed.nm import PackedNM, check_packed_nm
-from nmjax.packed.packing import Packed, is_packed
-from nmjax.patterns import NM, parse_pattern
-from nmjax.plans import LeafPlan
+from nmjax.packed.blocks import PackedBlocks
+from nmjax.packed.nm import PackedNM
+from nmjax.packed.weight import Packed, is_packed
+from nmjax.patterns import parse_pattern
+from nmjax.patterns.pattern import LeafPlan
 from nmjax.trees.leaves import named_leaves, nest
 
 FORMAT, VERSION = "packed", 1
@@ -110,14 +111,7 @@ def _describe(plan: LeafPlan) -> dict[str, Any]:
 
 def _arrays(leaf: Packed) -> dict[str, np.ndarray]:
     """The arrays of a packed leaf by field."""
-    every = {field: getattr(leaf, field) for field in _fields(leaf.leaf_plan)}
-    return {field: array for field, array in every.items() if array is not None}
-
-
-def _fields(plan: LeafPlan) -> tuple[str, ...]:
-    if isinstance(plan.pattern, NM):
-        return "values", "codes"
-    return ("values", "indices") if plan.pattern.uniform else ("values", "indices", "row_pointers")
+    return {field: getattr(leaf, field) for field in leaf.array_names(leaf.leaf_plan)}
 
 
 def _read_manifest(metadata: Mapping[str, str]) -> dict[str, tuple[LeafPlan, str]]:
@@ -153,7 +147,7 @@ def _read_plan(name: str, description: Mapping[str, Any]) -> LeafPlan:
         or not plan.reduction_axes
         or not all(-len(shape) <= axis < 0 for axis in named)
         or len(set(named)) < len(named)
-        or (plan.tap_axes and pattern.taps == "with inputs")
+        or pattern.place(plan.axes) != plan.axes
     ):
         raise ValueError(f"{name} of shape {shape} cannot have {text[:100]} along the axes {spans}")
     if not all(1 <= size <= _LARGEST for size in (*shape, plan.inputs, plan.outputs)):
@@ -179,23 +173,18 @@ for _kind in (PackedNM, PackedBlocks):
     )
 
 
-def _take_packed(
-    name: str, plan: LeafPlan, dtype: str, tensors: dict[str, np.ndarray]
-) -> PackedNM | PackedBlocks:
+def _take_packed(name: str, plan: LeafPlan, dtype: str, tensors: dict[str, np.ndarray]) -> Packed:
     """Takes the arrays of one leaf out of the tensors, and checks them."""
-    arrays = {}
-    for field in _fields(plan):
+    kind = Packed.kind_for(plan.pattern)
+    arrays: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+    for field in kind.array_names(plan):
         if f"{name}/{field}" not in tensors:
             raise ValueError(f"the tensor {name}/{field} is missing")
         arrays[field] = tensors.pop(f"{name}/{field}")
     values = arrays["values"]
     if values.dtype.name != dtype:
         raise ValueError(f"{name} should be of dtype {dtype[:20]}, its values are {values.dtype}")
-    packed: Packed
-    if isinstance(plan.pattern, NM):
-        packed = PackedNM(values, arrays["codes"], plan)  # type: ignore[arg-type]
-    else:
-        packed = PackedBlocks(values, arrays["indices"], arrays.get("row_pointers"), plan)  # type: ignore[arg-type]
+    packed = kind(**{**arrays, "leaf_plan": plan})
     _check(name, packed)
     return packed
 
@@ -207,10 +196,7 @@ def _check(name: str, packed: Packed) -> None:
             raise ValueError(f"weights of dtype {packed.dtype}")
         if packed.values.size == 0:
             raise ValueError("no weights at all")
-        if isinstance(packed, PackedNM):
-            check_packed_nm(packed)
-        else:
-            check_packed_blocks(packed)
+        packed.check()
     except ValueError as error:
         raise ValueError(f"{name} is not what nmjax.pack makes: {error}") from error
 

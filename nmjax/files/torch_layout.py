@@ -28,7 +28,8 @@ import numpy as np
 
 from nmjax.files.tensor_files import NOTE, write_tensors
 from nmjax.layouts import Axes, Shape, layout, size_along
-from nmjax.packed.packing import is_packed, unpack
+from nmjax.packed.packing import unpack
+from nmjax.packed.weight import is_packed
 from nmjax.plans import Plan
 from nmjax.trees.leaves import map_named, named_leaves
 from nmjax.trees.path_rules import PathRules, as_rules, first_match

@@ -6,7 +6,6 @@ has 4.5 and dense 8.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.kernels.operands import Activation
-from nmjax.kernels.reference import dense_weight, finish
+from nmjax.kernels.reference import finish
 from nmjax.packed.nm import PackedNM
 
 _LARGEST = 127
@@ -63,13 +62,13 @@ def quantize(packed: PackedNM) -> QuantizedNM:
     scales = jnp.where(largest == 0, 1, largest / _LARGEST)
     steps = jnp.round(values / scales)
     steps = jnp.where(jnp.isfinite(steps), steps, 1).astype(jnp.int8)
-    return QuantizedNM(dataclasses.replace(packed, values=steps), scales[..., 0, 0, :])
+    return QuantizedNM(packed.with_values(steps), scales[..., 0, 0, :])
 
 
 def dequantize(w: QuantizedNM, dtype: np.dtype) -> PackedNM:
     """The packed weight with values of a floating dtype."""
     values = w.packed.values * w.scales[..., None, None, :]
-    return dataclasses.replace(w.packed, values=values.astype(dtype))
+    return w.packed.with_values(values.astype(dtype))
 
 
 def matmul(
@@ -84,6 +83,6 @@ def matmul(
     dtype of at least 16 bits holds exactly, are summed in float32; scales, bias and activation are
     applied to the sums.
     """
-    integers = dataclasses.replace(w.packed, values=w.packed.values.astype(x.dtype))
-    y = jnp.matmul(x, dense_weight(integers), preferred_element_type=jnp.float32)
+    integers = w.packed.with_values(w.packed.values.astype(x.dtype))
+    y = jnp.matmul(x, integers.dense_matrices(), preferred_element_type=jnp.float32)
     return finish(y * w.scales, bias, activation, x.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta, unfreeze
 
-from nmjax.packed.packing import is_packed
+from nmjax.packed.weight import is_packed
 
 Path = tuple[str, ...]
 

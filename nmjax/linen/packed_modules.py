@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,8 +14,8 @@ from jax import lax
 
 from nmjax.kernels.cpu.depthwise import depthwise_conv
 from nmjax.kernels.matmul import Implementation, packed_conv, packed_matmul
-from nmjax.kernels.operands import Packed, as_window, kernel_taps
-from nmjax.packed.packing import is_packed, unpack_leaf
+from nmjax.kernels.operands import as_window
+from nmjax.packed.weight import Packed, is_packed
 
 # Layers whose product can be replaced; the layers of an attention are DenseGeneral.
 _DENSE = (nn.Dense, nn.DenseGeneral)
@@ -101,7 +100,7 @@ def _multiply_packed(
     )
     copy = layer.clone(parent=None, **product)
     # The unpacked kernel gives the copy its shape and dtype; no product reads it.
-    params = {**own, "kernel": unpack_leaf(kernel) if packed else kernel}
+    params = {**own, "kernel": kernel.unpack() if packed else kernel}
     return copy.apply({"params": params}, *args, method=base.__call__, **kwargs)
 
 
@@ -171,7 +170,7 @@ def _conv(
 ) -> jax.Array:
     """`lax.conv_general_dilated`, channels last, whose kernel is the packed weight."""
     plain = feature_group_count == 1 and all(d == 1 for d in lhs_dilation or ())
-    if not plain or len(kernel_taps(packed)) != w.ndim - 2:
+    if not plain or len(packed.kernel_taps) != w.ndim - 2:
         settings |= {
             "lhs_dilation": lhs_dilation,
             "rhs_dilation": rhs_dilation,
@@ -216,4 +215,4 @@ def _grouped_conv(
 
 def _cast(packed: Packed, w: jax.Array) -> Packed:
     """The packed weight in the dtype that Flax computes in."""
-    return dataclasses.replace(packed, values=packed.values.astype(w.dtype))
+    return packed.with_values(packed.values.astype(w.dtype))

@@ -13,8 +13,6 @@ from jax.typing import ArrayLike
 
 from nmjax.analysis.costs import Cost
 from nmjax.analysis.costs import cost as cost_of_function
-from nmjax.linen.batch_norm import fold_batch_norm as fold_batch_norm
-from nmjax.linen.packed_modules import packed_apply as packed_apply
 from nmjax.patterns import Pattern, parse_pattern
 from nmjax.plans import Plan, make_plan
 from nmjax.pruning import sparsify as sparsify_params

@@ -8,19 +8,15 @@ any other.
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nmjax.packed.blocks import PackedBlocks, block_misfits, pack_blocks, unpack_blocks
-from nmjax.packed.nm import PackedNM, nm_misfits, pack_nm, unpack_nm
-from nmjax.patterns import NM
+from nmjax.packed.weight import Packed, is_packed
 from nmjax.plans import LeafPlan, Plan
 from nmjax.pruning import Masks, check_masks, compute_masks, planned_leaves
 from nmjax.trees.leaves import map_named, named_leaves
-
-Packed = PackedNM | PackedBlocks
 
 
 def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
@@ -78,12 +74,7 @@ def unpack(packed: Any) -> Any:
     Args:
       packed: a tree with packed leaves; other leaves come back as they are.
     """
-    return jax.tree.map(lambda x: unpack_leaf(x) if is_packed(x) else x, packed, is_leaf=is_packed)
-
-
-def unpack_leaf(packed: Packed) -> jax.Array:
-    """One packed weight as a dense one."""
-    return unpack_nm(packed) if isinstance(packed, PackedNM) else unpack_blocks(packed)
+    return jax.tree.map(lambda x: x.unpack() if is_packed(x) else x, packed, is_leaf=is_packed)
 
 
 def check_sparse(params: Any, plan: Plan) -> None:
@@ -107,14 +98,8 @@ def check_sparse(params: Any, plan: Plan) -> None:
     )
 
 
-def is_packed(node: Any) -> TypeGuard[Packed]:
-    """Whether a node of a tree is a packed weight."""
-    return isinstance(node, Packed)
-
-
 def _pack_leaf(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Packed:
-    pack_one = pack_nm if isinstance(leaf_plan.pattern, NM) else pack_blocks
-    return pack_one(jnp.asarray(w), jnp.asarray(mask), leaf_plan)
+    return Packed.kind_for(leaf_plan.pattern).pack(jnp.asarray(w), jnp.asarray(mask), leaf_plan)
 
 
 def _check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:
@@ -129,9 +114,7 @@ def _check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:
 
 
 def _misfits(kept: jax.Array, leaf_plan: LeafPlan) -> str:
-    """What is wrong with a weight of which these entries are kept; empty if nothing."""
-    if isinstance(leaf_plan.pattern, NM):
-        wrong, groups = nm_misfits(kept, leaf_plan)
-        return f"{wrong:,} of {groups:,} groups keep more than {leaf_plan.pattern}" if wrong else ""
-    wrong, blocks = block_misfits(kept, leaf_plan)
-    return f"{wrong:,} of {blocks:,} blocks are more than {leaf_plan.pattern}" if wrong else ""
+    """What is wrong with a weight that keeps these entries; empty if nothing is."""
+    kind = Packed.kind_for(leaf_plan.pattern)
+    wrong, of = kind.misfits(kept, leaf_plan)
+    return f"{wrong:,} of {of:,} {kind.excess} {leaf_plan.pattern}" if wrong else ""

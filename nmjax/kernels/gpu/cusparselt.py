@@ -7,7 +7,9 @@ keep packed weights in files, and compress them where they run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,27 +18,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nmjax.kernels.cpu.ffi import batched, result_like
+from nmjax.kernels.calls import batched, result_like
 from nmjax.kernels.gpu.algorithms import Algorithm, Question, known_algorithm, remember_algorithm
 from nmjax.kernels.gpu.cusparselt_library import load_cusparselt
 from nmjax.kernels.gpu.cusparselt_limits import (
     RESULTS,
     batch_step,
     bias_dtype,
+    check_batch,
+    check_matrix,
+    check_result,
     compressed_bytes,
     compressing_bytes,
     multiplying_bytes,
     searching_bytes,
-    why_not_2_4,
-    why_not_batch,
-    why_not_matrix,
-    why_not_result,
 )
-from nmjax.kernels.gpu.devices import why_no_gpu
-from nmjax.kernels.operands import FusedActivation, inputs_of, outputs_of
-from nmjax.kernels.reference import dense_weight
+from nmjax.kernels.gpu.devices import check_gpu
+from nmjax.kernels.operands import FusedActivation
 from nmjax.kernels.split import split
 from nmjax.packed.nm import PackedNM
+from nmjax.packed.weight import Packed
 
 
 @partial(
@@ -80,12 +81,13 @@ def compress(w: jax.Array, *, transposed: bool = False) -> Compressed:
       transposed: whether products are `x @ w.T` rather than `x @ w`.
 
     Raises:
-      ValueError: a shape, a dtype or a place in memory that cuSPARSELt does not take; `w`, if it is
-        not traced, has groups of 4 with more than 2 entries; cuSPARSELt or a GPU is not there.
+      NotImplementedError: cuSPARSELt or a GPU is missing, or does not take the shape or dtype.
+      ValueError: `w`, if it is not traced, has groups of 4 with more than 2 entries.
     """
-    obstacle = why_not(w.dtype, w.shape, transposed) or _why_not_here(w)
-    if obstacle:
-        raise ValueError(f"cuSPARSELt cannot compress {w.dtype}{w.shape}: {obstacle}")
+    with _explained(f"compress {w.dtype}{w.shape}"):
+        check_library()
+        check_matrix(w.dtype, w.shape, transposed)
+        _check_device(w)
     if not isinstance(w, jax.core.Tracer):
         _check_2_4(w, transposed)
     return compress_unchecked(w, transposed)
@@ -110,13 +112,12 @@ def prepare(packed: PackedNM) -> Compressed:
       packed: an N:M matrix that is 2:4 as well: 2:4 itself, 1:4, 2:8, 1:2 and sparser.
 
     Raises:
-      ValueError: the leaf is not 2:4, not one matrix, or of a shape or dtype that cuSPARSELt does
-        not take; cuSPARSELt is not there.
+      NotImplementedError: the leaf is not 2:4 or not one matrix, cuSPARSELt does not take its shape
+        or dtype, or cuSPARSELt is missing.
     """
-    obstacle = why_not_packed(packed)
-    if obstacle:
-        raise ValueError(f"cuSPARSELt cannot take the weight {packed.shape}: {obstacle}")
-    return compress_unchecked(dense_weight(packed), transposed=False)
+    with _explained(f"take the weight {packed.shape}"):
+        _check_packed(packed)
+    return compress_unchecked(packed.dense_matrices(), transposed=False)
 
 
 def packed_matmul(
@@ -150,7 +151,8 @@ def matmul(
       dtype: of the result; default the first that `RESULTS` names for `x`'s dtype.
 
     Raises:
-      ValueError: shapes, dtypes or the activation do not fit; cuSPARSELt or a GPU is not there.
+      ValueError: shapes or dtypes do not fit; an unknown activation.
+      NotImplementedError: cuSPARSELt or a GPU is missing, or does not compute this product.
     """
     result = _checked_result(x, w, bias, activation, dtype)
     return batched(partial(_split, activation, result), x, w, bias)
@@ -196,13 +198,15 @@ def _checked_result(
     activation: FusedActivation,
     dtype: Any,
 ) -> np.dtype:
-    """The result's dtype; raises ValueError if cuSPARSELt cannot make the product here."""
+    """The result's dtype; raises if the product is wrong, or cuSPARSELt cannot compute it here."""
     result = np.dtype(dtype or RESULTS.get(str(w.dtype), (w.dtype,))[0])
-    obstacle = _why_not_product(x, w, bias, result, activation) or _why_not_here(x, w.data)
-    if obstacle:
-        raise ValueError(
-            f"cuSPARSELt cannot multiply {x.dtype}{x.shape} by {w.dtype}{w.shape}: {obstacle}"
-        )
+    what = f"multiply {x.dtype}{x.shape} by {w.dtype}{w.shape}"
+    _check_shapes(x, w, bias, what)
+    with _explained(what):
+        check_library()
+        check_result(w.dtype, result, activation)
+        check_batch(x.dtype, x.shape[0])
+        _check_device(x, w.data)
     return result
 
 
@@ -275,48 +279,65 @@ def _question(
     )
 
 
-def why_not(dtype: np.dtype, shape: tuple[int, ...], transposed: bool) -> str | None:
-    """Why cuSPARSELt does not take a matrix of this dtype and shape here, or None."""
-    return load_cusparselt().reason or why_not_matrix(dtype, shape, transposed)
-
-
-def why_not_packed(packed: PackedNM) -> str | None:
-    """Why cuSPARSELt does not take a packed leaf here, or None."""
-    return why_not_2_4(packed) or why_not(
-        packed.dtype, (inputs_of(packed), outputs_of(packed)), transposed=False
-    )
-
-
-def why_not_product(dtype: np.dtype, batch: int, packed: PackedNM) -> str | None:
-    """Why cuSPARSELt does not multiply x of this dtype by a packed leaf here, or None."""
+def check(dtype: np.dtype, packed: Packed, rows: int) -> None:
+    """Raises NotImplementedError unless cuSPARSELt multiplies x of this dtype by a packed leaf."""
     if dtype != packed.dtype:
-        return f"x is {dtype}, the weight {packed.dtype}; both must be the same"
-    return why_not_packed(packed) or why_not_batch(dtype, batch)
+        raise NotImplementedError(
+            f"x is {dtype}, the weight {packed.dtype}; both must have the same dtype"
+        )
+    _check_packed(packed)
+    check_batch(dtype, rows)
 
 
-def _why_not_product(
-    x: jax.Array,
-    w: Compressed,
-    bias: jax.Array | None,
-    result: np.dtype,
-    activation: str | None,
-) -> str | None:
-    if load_cusparselt().reason:
-        return load_cusparselt().reason
+def check_semi_structured(packed: Packed) -> None:
+    """Raises NotImplementedError for a weight of 16-bit numbers that sparse tensor cores reject."""
+    pattern = packed.pattern
+    if not pattern.is_semi_structured:
+        raise NotImplementedError(f"groups of 4 can have more than 2 entries in {pattern}")
+    if packed.kernel_taps or packed.values.ndim != 3:
+        raise NotImplementedError(
+            "it takes one matrix; map over a stack of layers, and convolutions stay packed"
+        )
+    if any(size % 16 for size in (packed.inputs, packed.outputs)):
+        raise NotImplementedError("it takes sizes that are multiples of 16")
+
+
+def check_library() -> None:
+    """Raises NotImplementedError if cuSPARSELt or our calls of it are not loaded."""
+    if reason := load_cusparselt().reason:
+        raise NotImplementedError(reason)
+
+
+def _check_packed(packed: Packed) -> None:
+    check_semi_structured(packed)
+    check_library()
+    check_matrix(packed.dtype, (packed.inputs, packed.outputs), transposed=False)
+
+
+def _check_shapes(x: jax.Array, w: Compressed, bias: jax.Array | None, what: str) -> None:
+    """Raises ValueError for operands that no backend could multiply."""
     if x.ndim != 2 or x.shape[1] != w.inputs:
-        return f"x should be (batch, {w.inputs})"
+        raise ValueError(f"cannot {what}: x should be (batch, {w.inputs})")
     if x.dtype != w.dtype:
-        return "both must have the same dtype"
+        raise ValueError(f"cannot {what}: both must have the same dtype")
     if bias is not None and bias.shape != (w.outputs,):
-        return f"the bias has shape {bias.shape}, expected ({w.outputs},)"
-    return why_not_result(w.dtype, result, activation) or why_not_batch(x.dtype, x.shape[0])
+        raise ValueError(f"cannot {what}: the bias has shape {bias.shape}, expected ({w.outputs},)")
 
 
-def _why_not_here(*operands: jax.Array) -> str | None:
-    """Why the device has no kernel for operands that are multiplied at once, or None."""
-    if any(isinstance(operand, jax.core.Tracer) for operand in operands):
-        return None  # Traced for any device; XLA says so where it has no such call.
-    return why_no_gpu(operands[0].dtype)
+def _check_device(*operands: jax.Array) -> None:
+    """Raises NotImplementedError if JAX's device cannot run a product of these operands now."""
+    # Traced operands may be lowered for any device; XLA raises for one without such a call.
+    if not any(isinstance(operand, jax.core.Tracer) for operand in operands):
+        check_gpu(operands[0].dtype)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Adds what cuSPARSELt was to do to the reason why it cannot."""
+    try:
+        yield
+    except NotImplementedError as reason:
+        raise NotImplementedError(f"cuSPARSELt cannot {what}: {reason}") from None
 
 
 def _check_2_4(w: jax.Array, transposed: bool) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nmjax.kernels.ffi_targets import register_handlers
 from nmjax.kernels.gpu.algorithms import Algorithm
-from nmjax.kernels.handlers import register_handlers
 
 _NAME = "libcusparseLt.so.0"
 HANDLERS = ("nmjax_cusparselt_compress", "nmjax_cusparselt_matmul", "nmjax_cusparselt_search")

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from nmjax.kernels.gpu import cusparselt
-from nmjax.kernels.gpu.cusparselt_limits import why_not_batch
-from nmjax.kernels.gpu.devices import why_no_gpu
+from nmjax.kernels.gpu.cusparselt_limits import check_batch, check_matrix
+from nmjax.kernels.gpu.devices import check_gpu
 from nmjax.masks.transposable import transposable_mask
 from nmjax.ste import prune_ste
 
@@ -48,7 +48,8 @@ def sparse_dense(
 
     Raises:
       TypeError: `x` or `w` is not real floating, or `mask` not boolean.
-      ValueError: shapes do not fit; `implementation` is unknown, or cannot take these operands.
+      ValueError: shapes do not fit; `implementation` is unknown.
+      NotImplementedError: the implementation asked for cannot take these operands.
 
     Source: Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", ICML 2024, whose
     weight gradient is sparse too; ours is dense.
@@ -78,15 +79,15 @@ def _way(x: jax.Array, w: jax.Array, implementation: str | None) -> Way:
         raise ValueError(
             f'implementation must be None, "xla" or "cusparselt", got {implementation!r}'
         )
-    obstacle = (
-        cusparselt.why_not(x.dtype, w.shape, False)
-        or why_not_batch(x.dtype, x.shape[0])
-        or why_no_gpu()
-    )
-    if obstacle:
-        raise ValueError(
-            f'implementation="cusparselt" cannot multiply {x.shape} by {w.shape}: {obstacle}'
-        )
+    try:
+        cusparselt.check_library()
+        check_matrix(x.dtype, w.shape, False)
+        check_batch(x.dtype, x.shape[0])
+        check_gpu()
+    except NotImplementedError as reason:
+        raise NotImplementedError(
+            f'implementation="cusparselt" cannot multiply {x.shape} by {w.shape}: {reason}'
+        ) from None
     return "cusparselt"
 
 

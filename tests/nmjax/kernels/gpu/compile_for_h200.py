@@ -86,7 +86,8 @@ def with_cusparselt(w, x):
 def with_decode(w, x):
     plan = nmjax.make_plan({"w": w}, "2:4")
     packed = nmjax.pack({"w": w}, plan)["w"]
-    return decode.matmul(x, packed), decode.matmul(x, quantized.quantize(packed))
+    w = quantized.quantize(packed)
+    return decode.matmul(x, packed), decode.matmul(x, w.packed, scales=w.scales)
 
 
 def main():
