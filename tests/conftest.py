@@ -2,6 +2,7 @@
 
 import os
 
+import chex
 import hypothesis
 import jax
 import pytest
@@ -35,6 +36,12 @@ def pytest_configure(config):
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(autouse=True)
+def _forget_traces():
+    """`chex.assert_max_traces` counts over all tests with the same source."""
+    chex.clear_trace_counter()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -140,8 +140,8 @@ def keep_blocks(
 
 
 def split_blocks(
-    w: Shaped[Array, "*shape"], n: int, axes: Axes
-) -> Shaped[Array, "*stack rows inputs block"]:
+    w: Shaped[chex.Array, "*shape"], n: int, axes: Axes
+) -> Shaped[chex.Array, "*stack rows inputs block"]:
     """Cuts a weight into blocks.
 
     Args:

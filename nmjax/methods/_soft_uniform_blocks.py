@@ -168,7 +168,7 @@ def _layers(plan: Plan) -> dict[str, _Layer]:
             'soft_uniform_blocks needs uniform blocks such as "1x16@0.5" for every leaf, but these '
             "leaves have other patterns:\n"
             + "\n".join(others)
-            + "\nExclude them in make_plan (exclude=), or give them such a pattern (rules=)."
+            + "\nList them in exclude= of make_plan, or give them such a pattern in rules=."
         )
     return layers
 
