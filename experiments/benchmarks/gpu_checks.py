@@ -1,7 +1,7 @@
-"""Is what GPUs compute right? Every kernel against float64, on random numbers.
+"""Checks every GPU kernel against float64, on random numbers.
 
-The error is the Euclidean norm of the difference over that of the true product. Operands are the
-rounded ones on both sides, so it tells of sums and of the rounding of results alone.
+The error is the Euclidean norm of the difference over that of the true product. Both sides use the
+same rounded operands, so it measures only sums and the rounding of results.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check_cusparselt(dtype: str, transposed: bool) -> Iterator[dict[str, Any]]:
 
 
 def check_decode() -> Iterator[dict[str, Any]]:
-    """Every variant of the kernel, of every kind of values, with bias and ReLU."""
+    """Every variant of the kernel with every kind of values, with bias and ReLU."""
     multiply = jax.jit(decode.matmul, static_argnames=("activation", "vector"))
     for dtype, as_integers in (("bfloat16", False), ("float16", False), ("bfloat16", True)):
         for rows, vector in ROWS_AND_VECTORS:
@@ -78,7 +78,7 @@ def check_decode() -> Iterator[dict[str, Any]]:
 
 
 def check_packed_matmul() -> Iterator[dict[str, Any]]:
-    """The public way to both."""
+    """Both through the public function."""
     x, w = numbers((16, 1024), "bfloat16", 0), numbers((1024, 512), "bfloat16", 1)
     packed = _packed(w)
     for implementation in ("decode", "cusparselt", "xla"):

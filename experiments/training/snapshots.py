@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 import nmjax
+from experiments.json_files import Numbers
 from experiments.tasks.task import Shown, Task
-from experiments.training.results import Numbers
 from experiments.training.step import Job, Programs, RunState
 from nmjax.masks.blocks import split_blocks
 

@@ -32,7 +32,7 @@ FLOORS = {
         ("__init__",),
     ),
     "experiments": (
-        ("data", "models"),
+        ("data", "models", "json_files"),
         ("tasks",),
         ("distributed",),
         ("checkpointing",),
