@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: flags; None for those of the command line.
 
     Returns:
-      The exit status: 0 if the run is complete, 130 if Ctrl-C stopped it, 143 if SIGTERM did, 1 if
-      it cannot go on.
+      The exit status: 0 if the run is complete, 130 if Ctrl-C stopped it, 143 if SIGTERM stopped
+      it, 1 if it cannot go on.
     """
     flags = tyro.cli(Flags, args=argv, prog="python -m experiments.train")
     run = None
