@@ -1,8 +1,8 @@
 """How every benchmark measures: interleaved, after warm-up, the median of many, as a ratio.
 
-Two things timed one after the other are compared with whatever else the machine did meanwhile.
-Here each round runs every candidate once, so that a slow spell hits them all, and what is
-reported is a ratio to a baseline of the same run.
+If two things are timed one after the other, the comparison includes whatever else the machine did
+meanwhile. Here each round runs every candidate once, so a slow spell hits all of them, and the
+report is a ratio to a baseline of the same run.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def write_results(name: str, results: Any) -> Path:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints rows of equal keys, numbers to the right, and under them where they were measured."""
+    """Prints rows with equal keys, numbers right-aligned, and below them the machine."""
     table = Table(title=title)
     for name, value in rows[0].items():
         table.add_column(name, justify="right" if isinstance(value, int | float) else "left")
