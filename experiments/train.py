@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # We cannot tell whether the other processes failed too.
         traceback.print_exc()
         leave(1)
-    # All processes are rejected, complete or preempted together; otherwise this one may be alone.
+    # Processes are rejected, complete or preempted together. Otherwise this one may stop by itself.
     if run is not None and status not in (COMPLETE, PREEMPTED) and jax.process_count() > 1:
         leave(status)
     return status

@@ -1,4 +1,4 @@
-"""Reads parts of a checkpoint, and tells damage from what this machine lacks."""
+"""Reads parts of a checkpoint, and separates damage from what this machine lacks."""
 
 from __future__ import annotations
 

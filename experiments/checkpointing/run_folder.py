@@ -49,7 +49,20 @@ def open_folder(
     Raises:
       ValueError: the folder is in use, holds another run, or is not the same in all processes.
     """
-    lock = together(partial(_claim, path, settings, earlier, deciding, texts), REFUSALS)
+
+    def claim() -> IO[str] | None:
+        lock = take(path) if is_first() else None
+        if lock is not None:
+            try:
+                _keep(path, settings, earlier, deciding)
+                for name, text in texts.items():
+                    (path / name).write_text(f"{text}\n")
+            except BaseException:
+                lock.close()
+                raise
+        return lock
+
+    lock = together(claim, REFUSALS)
     owner = tell_all(_this_process())[0]
     together(partial(check_shared, path, owner), REFUSALS)
     return (lambda: None) if lock is None else lock.close
@@ -96,34 +109,16 @@ def check_shared(path: Path, owner: str) -> None:
     )
 
 
-def _claim(
-    path: Path,
-    settings: Numbers,
-    earlier: Earlier,
-    deciding: Deciding,
-    texts: Mapping[str, Any],
-) -> IO[str] | None:
-    if not is_first():
-        return None
-    lock = take(path)
-    try:
-        _keep(path, settings, earlier, deciding)
-        for name, text in texts.items():
-            (path / name).write_text(f"{text}\n")
-    except BaseException:
-        lock.close()
-        raise
-    return lock
-
-
-def _keep(path: Path, settings: Numbers, earlier: Earlier, deciding: Deciding) -> None:
+def _keep(folder: Path, settings: Numbers, earlier: Earlier, deciding: Deciding) -> None:
+    """Writes the settings, unless the folder holds a run that does not go on with them."""
+    path = folder / _SETTINGS
     # Through JSON, so that tuples and paths compare as they are read back.
     settings = json.loads(json.dumps(settings, default=str))
-    if (path / _SETTINGS).exists() and earlier == "refuse":
-        raise ValueError(f"{path} already holds a run: give --resume to go on, or another --name")
-    if (path / _SETTINGS).exists() and earlier == "resume":
-        _check_same(path / _SETTINGS, settings, deciding)
-    write_json(path / _SETTINGS, settings, indent=2)
+    if path.exists() and earlier == "refuse":
+        raise ValueError(f"{folder} already holds a run: give --resume to go on, or another --name")
+    if path.exists() and earlier == "resume":
+        _check_same(path, settings, deciding)
+    write_json(path, settings, indent=2)
 
 
 def _check_same(path: Path, settings: Numbers, deciding: Deciding) -> None:
