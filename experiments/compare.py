@@ -82,7 +82,7 @@ class Flags:
       evaluate_every: epochs between two points of the accuracy curves. None for 12 points.
       name: of the folder. None for the task's name.
       runs_dir: folder of all runs.
-      resume: keep the finished trials in the folder. Otherwise all start anew.
+      resume: keep the finished trials in the folder. Otherwise start over.
     """
 
     task: str = "digits"
