@@ -37,6 +37,7 @@ from experiments.report.reasons import PAPER_LAMBDA_W
 from experiments.tasks.task import Compared, Task
 from experiments.training.flags import Flags as TrainFlags
 from experiments.training.flags import make_task
+from experiments.training.job import Job, assemble_job, plan_of
 from experiments.training.loop import begin, train
 from experiments.training.methods import (
     NEGATIVE_FRACTION,
@@ -47,7 +48,7 @@ from experiments.training.methods import (
 )
 from experiments.training.results import Numbers, Results, Trial, epoch_numbers
 from experiments.training.snapshots import block_masks, example_images, kernel_shapes, shown
-from experiments.training.step import Job, Programs, RunState, make_programs, plan_of
+from experiments.training.step import Programs, RunState, make_programs
 from experiments.training.step_times import Timed, step_times
 
 TIMED_STEPS = 40
@@ -61,8 +62,8 @@ class Flags:
     What is None is the task's own.
 
     Attributes:
-      task: what to train on.
-      model: what to train.
+      task: what to train on: a file in experiments/tasks, or PACKAGE.MODULE:FUNCTION.
+      model: what to train. Empty for the task's default.
       data_dir: folder of prepared data sets. None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
       patterns: weights kept of each group, N:M. The last is also swept over lambda_w.
       methods: which to compare; dense is the yardstick of the step times.
@@ -84,7 +85,7 @@ class Flags:
     """
 
     task: str = "digits"
-    model: str | None = None
+    model: str = ""
     data_dir: Path | None = None
     patterns: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
@@ -104,7 +105,7 @@ class Flags:
     @property
     def folder(self) -> Path:
         """Where everything goes."""
-        return self.runs_dir / (self.name or self.task)
+        return self.runs_dir / (self.name or self.task.replace(":", "_"))
 
 
 class Comparison:
@@ -120,7 +121,7 @@ class Comparison:
             check_fits(method, pattern)
         self.flags = flags
         given = TrainFlags(
-            task=flags.task,  # type: ignore[arg-type]
+            task=flags.task,
             model=flags.model,
             data_dir=flags.data_dir,
             epochs=flags.epochs,
@@ -208,9 +209,7 @@ class Comparison:
         build, several = find_row(trial.method).build, len(trial.seeds) > 1
         key = (trial.pattern, build, several)
         if key not in self._jobs:
-            plan = plan_of(self.task, trial.pattern)
-            method = build(plan, self.task.recipe, self.task.steps_per_epoch)
-            job = Job(self.task, plan, method)
+            job = assemble_job(self.task, trial.method, trial.pattern)
             over_seeds = fastest(len(trial.seeds)) if several else None
             self._jobs[key] = job, make_programs(job, over_seeds=over_seeds)
         return self._jobs[key]

@@ -25,6 +25,7 @@ from experiments.models.detection.feature_pyramid import FeaturePyramid
 from experiments.models.detection.mask_rcnn import MaskRCNN
 from experiments.models.images.resnet import BasicBlock
 from experiments.tasks.families.object_detection import object_detection_task
+from experiments.tasks.options import DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 SIZE = 64
@@ -43,12 +44,10 @@ RECIPE = Recipe(
 )
 
 
-def detection_task(*, recipe: Recipe = RECIPE) -> Task:
-    """Makes the task of finding digits in photographs with a small Mask R-CNN.
-
-    Args:
-      recipe: hyper-parameters; an epoch has `STEPS_PER_EPOCH` steps.
-    """
+@offers("mask_rcnn_tiny")
+def task(options: Options = DEFAULTS) -> Task:
+    """Makes the task of finding digits in photographs with a small Mask R-CNN."""
+    recipe = options.changed(RECIPE)
     return object_detection_task(
         name="detection",
         model=tiny_mask_rcnn(),

@@ -20,7 +20,6 @@ Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI re
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -29,7 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.models.images.small_resnet import SmallResNet
+from experiments.tasks.families.bfloat16 import in_bfloat16
 from experiments.tasks.families.classification import classification_task
+from experiments.tasks.options import BOTH_DTYPES, DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 Images = NDArray[np.float32]
@@ -39,6 +40,9 @@ TRAIN_IMAGES_PER_CLASS = 80
 SHIFT_PIXELS = 1
 NOISE = 0.5  # standard deviations of a pixel
 TEST_DRAWS = 2  # how often each test image appears, shifted and noisy in another way
+
+# Either can be changed, and both decide the rest of the recipe.
+SIZES = Recipe(epochs=60, batch_size=25)
 
 # The paper's lambda_w = 2e-4 acts through the sum over all steps of learning rate * lambda_w:
 # 120 epochs of 5,004 steps at 0.05 on average make 6.0. A run of minutes has a far smaller sum of
@@ -122,40 +126,53 @@ def disturb(images: Images, background: float, rng: np.random.Generator) -> Imag
     return (shifted + NOISE * noise).astype(np.float32)
 
 
-def digits_task(
-    *, epochs: int = 60, batch_size: int = 25, widths: tuple[int, ...] = (16, 16, 32)
-) -> Task:
+@offers("small_resnet", dtypes=BOTH_DTYPES)
+def task(options: Options = DEFAULTS, *, widths: tuple[int, ...] = (16, 16, 32)) -> Task:
     """Makes the task of classifying the digits with a small ResNet.
 
-    The recipe is the paper's (SGD with momentum 0.9, warm-up over one 24th of the epochs, cosine,
-    weight decay 5e-5 on everything), but for `lambda_w`, whose total pull is `PULL_FRACTION` of
-    the paper's, and for `RAMP`.
+    Args:
+      options: model, recipe and the like; the batch size divides 800.
+      widths: features of the ResNet's stages.
+    """
+    sizes = options.changed(SIZES)
+    steps = 10 * TRAIN_IMAGES_PER_CLASS // sizes.batch_size
+    recipe = options.changed(find_recipe(sizes.epochs, sizes.batch_size, steps))
+    made = classification_task(
+        name="digits",
+        model=SmallResNet(widths, 10),
+        traced_model=SmallResNet(widths, 10, unfold=False),
+        input_shape=(8, 8, 1),
+        train_batches=lambda seed, epoch: _train_batches(seed, epoch, recipe.batch_size),
+        eval_batches=_eval_batches,
+        steps_per_epoch=steps,
+        recipe=recipe,
+        keep_dense=("^stem/", "^head/"),
+        compared=COMPARED,
+    )
+    # The network has no dtype of its own.
+    return in_bfloat16(made) if options.dtype == "bfloat16" else made
+
+
+def find_recipe(epochs: int, batch_size: int, steps: int) -> Recipe:
+    """The recipe for a run of so many epochs.
+
+    It is the paper's (SGD with momentum 0.9, warm-up over one 24th of the epochs, cosine, weight
+    decay 5e-5 on everything), except for `RAMP` and for `lambda_w`, whose total pull is
+    `PULL_FRACTION` of the paper's. So the length of the run decides the rest.
 
     Args:
       epochs: passes over the 800 training images.
-      batch_size: divides 800.
-      widths: features of the ResNet's stages.
+      batch_size: examples per step.
+      steps: per epoch.
     """
-    steps = 10 * TRAIN_IMAGES_PER_CLASS // batch_size
     pull = PULL_FRACTION * PAPER_TOTAL_PULL
-    recipe = Recipe(
+    return Recipe(
         epochs=epochs,
         batch_size=batch_size,
         warmup_epochs=epochs / 24,
         lambda_w=lambda_for_pull(pull, epochs * steps, Recipe.learning_rate),
         ramp=RAMP,
     )
-    task = classification_task(
-        name="digits",
-        model=SmallResNet(widths, 10),
-        input_shape=(8, 8, 1),
-        train_batches=lambda seed, epoch: _train_batches(seed, epoch, batch_size),
-        eval_batches=_eval_batches,
-        steps_per_epoch=steps,
-        recipe=recipe,
-        keep_dense=("^stem/", "^head/"),
-    )
-    return dataclasses.replace(task, compared=COMPARED)
 
 
 def lambda_for_pull(pull: float, steps: int, learning_rate: float) -> float:

@@ -28,6 +28,7 @@ from experiments.data.synthetic_flow import Split, draw_pair
 from experiments.models.flow.raft import tiny_raft
 from experiments.tasks.families.optical_flow import no_motion_error, optical_flow_task
 from experiments.tasks.flying_chairs import as_arrays
+from experiments.tasks.options import DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 SIZE = 64
@@ -47,15 +48,14 @@ RECIPE = Recipe(
 )
 
 
-def flow_task(*, recipe: Recipe = RECIPE) -> Task:
+@offers("raft_tiny")
+def task(options: Options = DEFAULTS) -> Task:
     """Makes the task of estimating generated optical flow with a small RAFT.
-
-    Args:
-      recipe: hyper-parameters.
 
     Raises:
       ValueError: the batch is larger than the training set.
     """
+    recipe = options.changed(RECIPE)
     tests = partial(eval_epoch, drawn_pairs("test", TEST_PAIRS), as_arrays, batch_size=_EVAL_BATCH)
     return optical_flow_task(
         name="flow",

@@ -28,12 +28,12 @@ from experiments.data.flow_files import is_known
 from experiments.data.flow_folders import open_chairs
 from experiments.models.flow.raft import Raft
 from experiments.tasks.families.optical_flow import optical_flow_task
+from experiments.tasks.options import DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 CROP = (368, 496)
 EVAL_ITERATIONS = 24
 _EVAL_BATCH = 8
-_READING = Reading()
 
 # 36 epochs of 5,558 steps (22,232 training pairs) are 200,000 steps.
 RECIPE = Recipe(
@@ -48,27 +48,24 @@ RECIPE = Recipe(
 )
 
 
-def flying_chairs_task(
-    *, recipe: Recipe = RECIPE, data_dir: Path | None = None, reading: Reading = _READING
-) -> Task:
+@offers("raft")
+def task(options: Options = DEFAULTS) -> Task:
     """Makes the task of estimating optical flow on FlyingChairs.
 
     Args:
-      recipe: hyper-parameters.
-      data_dir: the unpacked FlyingChairs_release.
-      reading: threads and processes that read.
+      options: model, recipe and the like; `data_dir` is the unpacked FlyingChairs_release.
 
     Raises:
       MissingFlowError: the data set is not there, or not whole.
       ValueError: the batch is larger than the data set.
     """
-    folder = data_dir or Path("FlyingChairs_release")
-    validation = open_chairs(folder, "validation")
+    folder = options.data_dir or Path("FlyingChairs_release")
+    validation, reading = open_chairs(folder, "validation"), options.reading
     return chairs_trained_task(
         "flying_chairs",
         folder,
         partial(eval_epoch, validation, eval_example, batch_size=_EVAL_BATCH, reading=reading),
-        recipe=recipe,
+        recipe=options.changed(RECIPE),
         reading=reading,
         eval_iterations=EVAL_ITERATIONS,
     )

@@ -171,6 +171,8 @@ class Task:
         up or lies in memory whole: digits, detection, flow.
       eval_rows: `(*, rows_of) -> iterator of host batches`: of each batch of `eval_batches()`, with
         n examples, the rows `rows_of(n)`; those from the n-th on are padding. None as above.
+      traceable: computes what `evaluate` does, in operations whose channels `nmjax.find_channels`
+        can follow; None where those of `evaluate` are.
     """
 
     name: str
@@ -193,6 +195,7 @@ class Task:
     compared: Compared = Compared()
     train_rows: Callable[..., Iterator[Batch]] | None = None
     eval_rows: Callable[..., Iterator[Batch]] | None = None
+    traceable: Callable[[Any, Variables, Batch], Any] | None = None
 
     def read(self, seed: int, epoch: int, first_step: int, rows: Rows) -> Iterator[Batch]:
         """The batches of an epoch from a step on, and of each the given rows."""

@@ -177,14 +177,17 @@ def _train_epoch(
     steps = job.task.steps_per_epoch
     every, refresh_every = min(watch_every, steps), job.method.refresh_every or steps
     for index, batch in enumerate(batches, first):
-        if (epoch * steps + index) % refresh_every == 0:
+        done = epoch * steps + index
+        if programs.rearrange is not None and done == job.method.rearranges_at:
+            run, topology = programs.rearrange(RunState(run, topology))
+        if done % refresh_every == 0:
             run = programs.refresh(run)
         is_watched = index % every == every - 1
         before = programs.masks(run.params) if is_watched else None
         run = programs.step(run, batch)
         if is_watched:
             topology = programs.count_flips(topology, before, programs.masks(run.params))
-        on_step(epoch * steps + index + 1, RunState(run, topology))
+        on_step(done + 1, RunState(run, topology))
     return RunState(run, topology)
 
 

@@ -36,6 +36,8 @@ class Method(NamedTuple):
       restarts: optimizer steps at which the learning rate's schedule starts again from warm-up.
       refresh_every: optimizer steps from one refresh of the sparsifier to the next; None for once
         an epoch, before its first step.
+      rearranges_at: optimizer step before which the network's channels are sorted by size, as
+        `experiments.training.rearranging` has it; None for never.
       masks: the sparsifier's state -> the masks that it remembers, which the optimizer then gets
         as well; None for methods whose masks follow from the weights.
     """
@@ -45,6 +47,7 @@ class Method(NamedTuple):
     decoupled: bool = False
     restarts: tuple[int, ...] = ()
     refresh_every: int | None = None
+    rearranges_at: int | None = None
     masks: Callable[[Any], Masks] | None = None
 
 
@@ -101,12 +104,16 @@ def one_shot(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
 def one_by_n(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
     """`one_shot` with blocks that compete over a whole layer: rows keep what they happen to keep.
 
+    Before the blocks are chosen, the trained network's channels are sorted by the L1 norm of their
+    filters, so that a block holds filters of a size.
+
     The published method prunes a network trained by somebody else and fine-tunes it for 180
     epochs at a tenth of its learning rate. Here both halves share the budget of the other methods.
 
     Source: Lin et al., "1xN Pattern for Pruning Convolutional Neural Networks", TPAMI 2022.
     """
-    return one_shot(_over_layers(plan), recipe, steps_per_epoch)
+    half = recipe.epochs // 2 * steps_per_epoch
+    return one_shot(_over_layers(plan), recipe, steps_per_epoch)._replace(rearranges_at=half)
 
 
 def subp(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
@@ -159,7 +166,11 @@ METHODS: dict[str, Row] = {
         sparse_refined, NEGATIVE_FRACTION, "STE with a push away from zero on the pruned weights"
     ),
     "one_by_n": Row(
-        one_by_n, 0.0, "one-shot, the blocks of a layer compete: rows keep unequal numbers", True
+        one_by_n,
+        0.0,
+        "one-shot, channels sorted by size first; the blocks of a layer compete: rows keep unequal "
+        "numbers",
+        True,
     ),
     "subp_l1": Row(
         subp_l1, 1.0, "pruned bit by bit, pruned blocks may return; ranked by L1 norm", True
@@ -181,13 +192,34 @@ def find_row(name: str) -> Row:
     return METHODS[name]
 
 
-def check_fits(name: str, pattern: str | Pattern) -> None:
-    """Raises ValueError if there is no such method, or it does not take the pattern."""
-    if find_row(name).blocks_only and not is_blocks(pattern):
+def check_fits(
+    name: str,
+    pattern: str | Pattern,
+    lambda_w: float | None = None,
+    lambda_decoupled: float | None = None,
+) -> None:
+    """Checks what a method is given.
+
+    Args:
+      name: of the method.
+      pattern: that it trains at.
+      lambda_w: strength of the sparse-refined term, where one was asked for.
+      lambda_decoupled: the same after the preconditioner.
+
+    Raises:
+      ValueError: there is no such method, it does not take the pattern, or it has no sparse-refined
+        term.
+    """
+    row = find_row(name)
+    if row.blocks_only and not is_blocks(pattern):
         raise ValueError(
             f"method {name!r} prunes blocks and cannot take {pattern}; give it a pattern such as "
             '"1x16@0.5"'
         )
+    strengths = {"--lambda-w": lambda_w, "--lambda-decoupled": lambda_decoupled}
+    given = [flag for flag, value in strengths.items() if value is not None]
+    if given and row.lambda_fraction == 0:
+        raise ValueError(f"method {name!r} has no sparse-refined term: drop {' and '.join(given)}")
 
 
 def is_blocks(pattern: str | Pattern) -> bool:

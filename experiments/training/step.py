@@ -18,7 +18,10 @@ import nmjax
 from experiments.distributed.layout import Layout
 from experiments.distributed.seeds import OverSeeds
 from experiments.tasks.task import Batch, Sums, Task, Variables
+from experiments.training.job import Job as Job
+from experiments.training.job import plan_of as plan_of
 from experiments.training.methods import Method, is_blocks, optimizer
+from experiments.training.rearranging import free_channels, sort_network
 from nmjax.pruning import Masks
 from nmjax.trees.leaves import named_leaves
 
@@ -92,6 +95,8 @@ class Programs(NamedTuple):
     Attributes:
       init: seed -> the model's variables.
       begin: (variables, seed, lambda_w) -> TrainState.
+      rearrange: RunState -> RunState with the network's channels sorted by size; None for methods
+        that do not sort them.
       refresh: TrainState -> TrainState, the sparsifier's, between steps.
       step: (TrainState, batch) -> TrainState. Gives up its first argument's memory.
       forward: TrainState -> the parameters of the forward pass.
@@ -108,6 +113,7 @@ class Programs(NamedTuple):
 
     init: Callable[..., Any]
     begin: Callable[..., TrainState]
+    rearrange: Callable[..., RunState] | None
     refresh: Callable[..., TrainState]
     step: Callable[..., TrainState]
     forward: Callable[..., Any]
@@ -118,29 +124,6 @@ class Programs(NamedTuple):
     count_flips: Callable[..., Topology]
     close: Callable[..., tuple[RunState, Measured]]
     seeds: bool
-
-
-class Job(NamedTuple):
-    """What is trained and how.
-
-    Attributes:
-      task: data, model, loss, metric, recipe.
-      plan: which leaves are sparse; for dense training: whose topology is watched.
-      method: from `experiments.training.methods`.
-      accumulate: parts that a step takes its batch in, one after the other, to need less memory.
-        Gradients are averaged over them; batch statistics are each part's own.
-    """
-
-    task: Task
-    plan: nmjax.Plan
-    method: Method
-    accumulate: int = 1
-
-
-def plan_of(task: Task, pattern: str) -> nmjax.Plan:
-    """The plan of a task's model at a pattern, with the task's dense layers left dense."""
-    variables = jax.eval_shape(task.init, jax.random.key(0))
-    return nmjax.make_plan(variables["params"], pattern, exclude=task.keep_dense)
 
 
 def make_programs(
@@ -163,6 +146,7 @@ def make_programs(
     return Programs(
         init=jit(_init, task),
         begin=jit(_begin, training),
+        rearrange=None if method.rearranges_at is None else jit(_rearrange, free_channels(job)),
         refresh=jit(_refresh, method),
         step=jit(_step, training, donate=0),
         forward=jit(_forward, method),
@@ -220,6 +204,22 @@ def _begin(
         step=jnp.int32(0),
         loss_sum=jnp.float32(0),
         bad_step=jnp.int32(-1),
+    )
+
+
+def _rearrange(channels: tuple[nmjax.Channels, ...], state: RunState) -> RunState:
+    """Comes before the masks are chosen: those that a sparsifier remembers are not sorted."""
+    train, topology = state
+    variables, opt_state, (first, epoch) = sort_network(
+        channels,
+        {"params": train.params, **train.collections},
+        train.opt_state,
+        (topology.first, topology.epoch),
+    )
+    params = variables.pop("params")
+    return RunState(
+        train._replace(params=params, collections=variables, opt_state=opt_state),
+        topology._replace(first=first, epoch=epoch),
     )
 
 

@@ -63,17 +63,6 @@ DECODERS = {
 }
 
 
-def find_transformer(name: str) -> Size:
-    """Returns the size of an encoder-decoder.
-
-    Raises:
-      ValueError: there is no such model.
-    """
-    if name not in TRANSFORMERS:
-        raise ValueError(f"no model named {name!r}; there are {', '.join(TRANSFORMERS)}")
-    return TRANSFORMERS[name]
-
-
 class Cache(NamedTuple):
     """What decoding keeps from one token to the next; every array is (batch, ...).
 

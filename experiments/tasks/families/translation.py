@@ -40,6 +40,7 @@ def translation_task(
     eval_batch_size: int = 128,
     dtype: Any = jnp.float32,
     notes: tuple[str, ...] = (),
+    **described: Any,
 ) -> Task:
     """Makes the task of translating with an encoder and a decoder.
 
@@ -62,6 +63,7 @@ def translation_task(
       eval_batch_size: sentences translated at once.
       dtype: the network computes in.
       notes: about the data.
+      **described: other fields of `Task`.
 
     Raises:
       ValueError: if there are fewer training pairs than a batch takes, or texts are missing.
@@ -125,6 +127,7 @@ def translation_task(
             *(_note(name, scores, metrics) for name, scores in trivial.items()),
         ),
         identity=(("vocabulary", vocabulary.fingerprint),),
+        **described,
     )
 
 
