@@ -16,76 +16,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from nmjax.layouts import Axes, GivenAxes, Shape, given_axes, layout, size_along
+from nmjax.layouts import Axes, GivenAxes, Shape, given_axes, layout
 from nmjax.masks.scores import Score, magnitude
 from nmjax.patterns import Pattern, parse_pattern
+from nmjax.patterns.pattern import LeafPlan as LeafPlan
 from nmjax.tables import Row, html_table, text_table
 from nmjax.trees.leaves import named_leaves
 from nmjax.trees.path_rules import PathRules, as_rules, check_rules, first_match
 
 _HEADER = ("leaf", "shape", "pattern", "axes", "weights", "kept", "why dense")
 _NUMBERS = (4, 5)
-
-
-@dataclass(frozen=True)
-class LeafPlan:
-    """How one weight is made sparse.
-
-    Attributes:
-      pattern: the structure it is held to.
-      reduction_axes: negative axes that its matmul sums over; groups run along them, flattened
-        together in this order.
-      output_axes: negative axes that its matmul keeps; blocks run along them, flattened together
-        in this order.
-      shape: shape of the weight. A leaf may have more axes in front of these.
-      tap_axes: negative axes of a convolution's taps, where name and shape tell; a block takes
-        them whole. They, and axes named nowhere, which are a stack of weights, make no groups.
-    """
-
-    pattern: Pattern
-    reduction_axes: tuple[int, ...]
-    output_axes: tuple[int, ...]
-    shape: Shape = ()
-    tap_axes: tuple[int, ...] = ()
-
-    @property
-    def weights(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def kept(self) -> int:
-        """Number of weights that stay."""
-        matrices = self.weights // max(self.inputs * self.outputs, 1)
-        return self.pattern.kept(self.inputs, self.outputs) * matrices
-
-    @property
-    def inputs(self) -> int:
-        """Number of weights along the reduction axes."""
-        return size_along(self.shape, self.reduction_axes)
-
-    @property
-    def outputs(self) -> int:
-        """Number of weights along the output axes."""
-        return size_along(self.shape, self.output_axes)
-
-    @property
-    def misfit(self) -> str | None:
-        """Why the weight cannot take its pattern without straddling, or None."""
-        return self.pattern.misfit(self.inputs, self.outputs)
-
-    @property
-    def axes(self) -> Axes:
-        """All axes that are no stack."""
-        return Axes(self.reduction_axes, self.output_axes, self.tap_axes)
-
-    @property
-    def span(self) -> str:
-        """The axes along which a group or a block, "inputs x outputs", extends."""
-        parts = [self.reduction_axes]
-        if self.pattern.taps == "in block":
-            parts.append(self.output_axes)
-        return " x ".join(", ".join(map(str, part)) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -257,18 +197,15 @@ class _Selection:
         pattern = self.pattern if rule is None else self.rules[rule]
         if pattern is None:
             return DenseLeaf(shape, _left_dense(rule))
-        if pattern.taps == "apart":
-            return LeafPlan(pattern, axes.reduction, axes.output, shape, axes.taps or ())
-        if axes.taps is None:
+        if pattern.needs_taps and axes.taps is None:
             raise ValueError(
                 f"{name} of shape {shape} cannot take {pattern}: its shape does not tell which "
                 "axes are outputs, which are a filter's taps and which a stack of layers. Name "
                 f"them: axes={{{name + '$'!r}: nmjax.Axes(reduction=..., output=..., taps=...)}}; "
                 "or exclude the leaf, or give it another pattern in rules="
             )
-        if pattern.taps == "with inputs":
-            return LeafPlan(pattern, axes.reduction + axes.taps, axes.output, shape)
-        return LeafPlan(pattern, axes.reduction, axes.output, shape, axes.taps)
+        reduction, output, taps = pattern.place(axes)
+        return LeafPlan(pattern, reduction, output, shape, taps or ())
 
     def _axes(self, name: str, shapes: Mapping[str, Shape]) -> Axes | str:
         rule = first_match(self.axes, name)

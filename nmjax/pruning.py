@@ -14,10 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from nmjax.masks.blocks import block_mask
-from nmjax.masks.nm import nm_mask
-from nmjax.masks.scores import Score, block_sum, score_weights
-from nmjax.patterns import NM
+from nmjax.masks.scores import Score
 from nmjax.plans import LeafPlan, Plan
 from nmjax.ste import apply_mask, check_mask, prune_sr_ste, prune_ste
 from nmjax.trees.leaves import IsLeaf, map_named, named_leaves
@@ -89,20 +86,7 @@ def prune(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
 
 def leaf_mask(w: jax.Array, leaf: LeafPlan, score: Score) -> jax.Array:
     """The mask of one weight under its part of the plan."""
-    pattern = leaf.pattern
-    if isinstance(pattern, NM):
-        axis = leaf.reduction_axes[0] if len(leaf.reduction_axes) == 1 else leaf.reduction_axes
-        return nm_mask(w, pattern.n, pattern.m, axis, score=score)
-    return block_mask(
-        score_weights(w, score),
-        pattern.n,
-        pattern.sparsity,
-        block_sum,
-        uniform=pattern.uniform,
-        reduction_axes=leaf.reduction_axes,
-        output_axes=leaf.output_axes,
-        tap_axes=leaf.tap_axes,
-    )
+    return leaf.pattern.mask(w, leaf.axes, score)
 
 
 def planned_leaves(

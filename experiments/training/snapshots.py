@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import numpy as np
 
 import nmjax
+from experiments.json_files import Numbers
 from experiments.tasks.task import Shown, Task
-from experiments.training.results import Numbers
 from experiments.training.step import Job, Programs, RunState
 from nmjax.masks.blocks import split_blocks
 
@@ -73,4 +75,5 @@ def block_masks(job: Job, state: RunState) -> Numbers:
 def block_flags(leaf: nmjax.LeafPlan, mask: jax.Array) -> np.ndarray:
     """Which blocks of a layer stay, booleans (rows, inputs)."""
     # All weights of a block share its fate, so that any of them tells it.
-    return np.asarray(split_blocks(mask, leaf.pattern.n, leaf.axes)[..., 0])
+    n = cast(nmjax.Block1xN, leaf.pattern).n
+    return np.asarray(split_blocks(mask, n, leaf.axes)[..., 0])

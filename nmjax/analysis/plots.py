@@ -1,7 +1,7 @@
-"""Pictures of sparse training: divergence over time and by layer, masks, kernel shapes.
+"""Plots of sparse training: divergence over time and by layer, masks, kernel shapes.
 
-Every function draws into matplotlib axes, given or new, and returns them or their figure.
-Matplotlib is imported when one is called.
+Every function draws into the axes that it is given, or into new ones, and returns them or their
+figure. matplotlib is imported by the first call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart by colour-blind readers; yellow is left out: too pale.
+# Okabe and Ito's palette, which color-blind readers can distinguish, without its pale yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
@@ -27,13 +27,13 @@ def plot_curves(
     colors: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws curves over time, with a band of one standard error where there are several seeds.
+    """Draws curves over time, with a band of one standard error if there are several seeds.
 
     Args:
       curves: label -> values (time,) or (seeds, time). Times with a NaN are left out.
-      x: (time,), for all curves; 0, 1, 2 ... by default.
-      colors: label -> colour; the module's palette by default.
-      ax: drawn into.
+      x: (time,), for all curves; by default 0, 1, 2 ...
+      colors: label -> color; by default `COLORS`.
+      ax: axes to draw into.
 
     Returns:
       The axes.
@@ -65,12 +65,12 @@ def plot_sad(
 
     Args:
       curves: label -> SAD (time,) or (seeds, time), in mask entries.
-      x: (time,); 0, 1, 2 ... by default.
-      weights: how many weights the masks cover; draws percent of them instead of entries.
-      density: fraction of weights kept; draws where two unrelated masks of that density lie, at
+      x: (time,); by default 0, 1, 2 ...
+      weights: number of weights that the masks cover, to draw percent instead of entries.
+      density: fraction of weights kept, to draw a line at the SAD of two unrelated masks:
         2 * density * (1 - density) of the weights.
-      colors: label -> colour.
-      ax: drawn into.
+      colors: label -> color.
+      ax: axes to draw into.
 
     Returns:
       The axes.
@@ -81,7 +81,7 @@ def plot_sad(
     Source: Figure 4a of Zhou et al., ICLR 2021.
     """
     if density is not None and not weights:
-        raise ValueError(f"density={density} is drawn in percent of the weights: give weights= too")
+        raise ValueError(f"density={density} is drawn in percent of the weights; pass weights= too")
     unit = 100.0 / weights if weights else 1.0
     scaled = {label: np.asarray(values, float) * unit for label, values in curves.items()}
     ax = plot_curves(scaled, x, colors=colors, ax=ax)
@@ -101,17 +101,17 @@ def plot_layer_sad(
     colors: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws SAD layer by layer as bars, one colour for each way of training.
+    """Draws the SAD of each layer as bars, with one color for each method.
 
     Args:
       groups: label -> layer -> SAD in mask entries, a scalar or (seeds,).
       weights: layer -> number of weights.
-      density: fraction of weights kept; draws where two unrelated masks lie.
-      colors: label -> colour.
-      ax: drawn into.
+      density: fraction of weights kept, to draw a line at the SAD of two unrelated masks.
+      colors: label -> color.
+      ax: axes to draw into.
 
     Returns:
-      The axes, first layer on top.
+      The axes, with the first layer on top.
 
     Source: Figure 3b of Zhou et al., ICLR 2021.
     """
@@ -138,12 +138,12 @@ def plot_layer_sad(
 
 
 def plot_mask(mask: ArrayLike, *, m: int | None = None, ax: Axes | None = None) -> Axes:
-    """Draws the mask of a matrix, kept weights dark, reduction axis downwards.
+    """Draws the mask of a matrix: kept weights are dark, the reduction axis runs down.
 
     Args:
-      mask: booleans (..., in, out); axes in front are laid out downwards too.
-      m: group size; draws a line between groups.
-      ax: drawn into.
+      mask: booleans (..., in, out); leading axes run down too.
+      m: group size, to draw lines between groups.
+      ax: axes to draw into.
 
     Returns:
       The axes.
@@ -163,9 +163,9 @@ def plot_kernels(
     """Draws which taps of each convolution kernel are kept, as a grid of small binary maps.
 
     Args:
-      mask: booleans (rows, columns, in, out), a HWIO kernel's.
-      inputs: input channels, from top to bottom; the first eight by default.
-      outputs: output channels, from left to right; the first sixteen by default.
+      mask: booleans (rows, columns, in, out), for a HWIO kernel.
+      inputs: input channels, from top to bottom; by default the first eight.
+      outputs: output channels, from left to right; by default the first sixteen.
 
     Returns:
       A new figure.
@@ -214,12 +214,12 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def _standard_error(runs: np.ndarray) -> np.ndarray:
-    """Of the mean over the first axis; zero for a single run."""
+    """The standard error of the mean over the first axis; zero for a single run."""
     return runs.std(axis=0, ddof=min(1, len(runs) - 1)) / np.sqrt(len(runs))
 
 
 def _draw_chance(ax: Axes, density: float, *, vertical: bool) -> None:
-    """A line where two unrelated masks of this density lie."""
+    """Draws a line at the SAD of two unrelated masks of this density."""
     draw = ax.axvline if vertical else ax.axhline
     chance = 100 * 2 * density * (1 - density)
     draw(chance, color="0.5", linestyle=":", linewidth=1.2, label="unrelated masks")

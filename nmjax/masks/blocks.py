@@ -7,6 +7,7 @@ one block, and the blocks of the same N outputs are a row of blocks.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,10 +17,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from nmjax.layouts import Axes, given_axes, size_along
+from nmjax.masks.arguments import check_block, kept_blocks
 from nmjax.masks.ranking import check_real_floating, keep_highest, signed_keys
 from nmjax.masks.scores import BlockScore, block_score
 from nmjax.masks.shards import check_shards
-from nmjax.patterns import Block1xN
 from nmjax.trees.spans import Span, merge, split
 
 
@@ -74,22 +75,31 @@ def block_mask(
     [[1, 1, 0, 0], [0, 0, 1, 1]]
     """
     w = lax.stop_gradient(jnp.asarray(w))
-    pattern = Block1xN(n, sparsity, uniform)
+    check_block(n, sparsity)
+    if not isinstance(uniform, bool):
+        raise TypeError(f"uniform must be True or False, got {uniform!r}")
     axes = _named_axes(w.ndim, reduction_axes, output_axes, tap_axes)
-    return _mask(w, kept, pattern, axes, block_score(score))
+    n, sparsity = operator.index(n), float(sparsity)
+    return _mask(w, kept, n, sparsity, uniform, axes, block_score(score))
 
 
-@partial(jax.jit, static_argnames=("pattern", "axes", "score"), inline=True)
+@partial(jax.jit, static_argnames=("n", "sparsity", "uniform", "axes", "score"), inline=True)
 def _mask(
-    w: jax.Array, kept: ArrayLike | None, pattern: Block1xN, axes: Axes, score: BlockScore
+    w: jax.Array,
+    kept: ArrayLike | None,
+    n: int,
+    sparsity: float,
+    uniform: bool,
+    axes: Axes,
+    score: BlockScore,
 ) -> jax.Array:
     """The mask as one computation also outside `jax.jit`."""
-    scores = score_blocks(w, pattern.n, axes, score)
+    scores = score_blocks(w, n, axes, score)
     if kept is None:
         rows, inputs = scores.shape[-2:]
-        kept = pattern.kept_blocks(inputs if pattern.uniform else rows * inputs)
-    flags = keep_blocks(scores, kept, uniform=pattern.uniform)
-    return spread_blocks(flags, w.shape, pattern.n, axes)
+        kept = kept_blocks(sparsity, inputs if uniform else rows * inputs)
+    flags = keep_blocks(scores, kept, uniform=uniform)
+    return spread_blocks(flags, w.shape, n, axes)
 
 
 def score_blocks(w: jax.Array, n: int, axes: Axes, score: BlockScore) -> jax.Array:

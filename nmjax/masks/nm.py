@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nmjax.masks.arguments import check_n_of_m
 from nmjax.masks.ranking import (
     ToKeys,
     check_real_floating,
@@ -38,7 +39,6 @@ from nmjax.masks.ranking import (
 )
 from nmjax.masks.scores import Score, magnitude, score_weights
 from nmjax.masks.shards import check_shards
-from nmjax.patterns import check_n_of_m
 
 
 def nm_mask(

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nmjax.masks.arguments import check_n_of_m
 from nmjax.masks.ranking import check_real_floating
 from nmjax.masks.scores import Score, magnitude, score_weights
 from nmjax.masks.shards import check_shards
-from nmjax.patterns import check_n_of_m
 
 
 def transposable_mask(

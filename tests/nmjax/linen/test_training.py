@@ -238,7 +238,7 @@ def test_what_is_no_module(module):
 
 
 def test_a_selection_beside_a_plan():
-    with pytest.raises(TypeError, match=r"\['exclude'\] belong to nmjax.make_plan"):
+    with pytest.raises(TypeError, match=r"\['exclude'\] are arguments of nmjax.make_plan"):
         linen.sparsify(Network(), PLAN, exclude="head")
 
 

@@ -142,7 +142,7 @@ def test_every_kind_of_tree_keeps_its_kind(kind, pattern):
     params = TREES[kind](PARAMS["dense"]["kernel"], jnp.ones(4))
     plan = nmjax.make_plan(params, pattern)
     packed = nmjax.pack(params, plan)
-    assert jax.tree.structure(packed, is_leaf=nmjax.packed.packing.is_packed) == jax.tree.structure(
+    assert jax.tree.structure(packed, is_leaf=nmjax.packed.weight.is_packed) == jax.tree.structure(
         params
     )
     assert_same_bits(nmjax.unpack(packed), nmjax.prune(params, plan))
