@@ -61,7 +61,7 @@ class Flags:
     """Compares methods of sparse training: table, pictures and one HTML report in runs/NAME/.
 
     The defaults are the main job. Ctrl-C leaves a report of what was finished; --resume goes on.
-    What is None is the task's own.
+    What is None, or empty, is the task's own choice.
 
     Attributes:
       task: what to train on: a file in experiments/tasks, or PACKAGE.MODULE:FUNCTION.
@@ -70,7 +70,7 @@ class Flags:
       patterns: weights kept of each group, N:M. The last is also swept over lambda_w.
       methods: which to compare; dense is the yardstick of the step times.
       block_patterns: blocks of N outputs and the fraction dropped, 1xN@S. They are set beside
-        dense and SR-STE at the same density, which is trained at 1:M where it is not there yet.
+        dense and SR-STE at the same density. Where no N:M pattern has it, 1:M is trained too.
       block_methods: which to compare at those patterns.
       seeds: of the initial weights and the order of the data. All train together, on two cores
         fastest if they are even in number.
@@ -83,7 +83,7 @@ class Flags:
       evaluate_every: epochs between two points of the accuracy curves. None for 12 points.
       name: of the folder. None for the task's name.
       runs_dir: folder of all runs.
-      resume: keep the finished trials in the folder. Otherwise all start anew.
+      resume: keep the finished trials in the folder. Otherwise all start again.
     """
 
     task: str = "digits"
@@ -117,7 +117,7 @@ class Comparison:
         """Makes the task and says which trials there are.
 
         Raises:
-          ValueError: a flag asks for what there is not.
+          ValueError: a flag has an unsupported value.
         """
         for pattern, method in product(flags.patterns or (), flags.methods or ()):
             check_fits(method, pattern)
@@ -207,7 +207,7 @@ class Comparison:
         return self.flags.evaluate_every or max(1, self.task.recipe.epochs // 12)
 
     def job(self, trial: Trial) -> tuple[Job, Programs]:
-        """Job and programs of a trial; trials that differ in `lambda_w` only share them."""
+        """Job and programs of a trial; trials that differ only in `lambda_w` share them."""
         build, several = find_row(trial.method).build, len(trial.seeds) > 1
         key = (trial.pattern, build, several)
         if key not in self._jobs:
@@ -260,7 +260,7 @@ class Comparison:
 
 
 def _changed(compared: Compared, flags: Flags) -> Compared:
-    """What is compared, with the flags that were given in place of the task's own."""
+    """What is compared: the task's own choice, changed where a flag was given."""
     given = {entry.name: getattr(flags, entry.name) for entry in dataclasses.fields(compared)}
     return dataclasses.replace(
         compared, **{name: value for name, value in given.items() if value is not None}
@@ -268,7 +268,7 @@ def _changed(compared: Compared, flags: Flags) -> Compared:
 
 
 def _missing_densities(chosen: Compared) -> list[str]:
-    """Patterns 1:M as dense as blocks that no N:M pattern is as dense as; M a power of two."""
+    """Patterns 1:M, M a power of two, for blocks whose density no N:M pattern has yet."""
     there = [nmjax.parse_pattern(pattern).density for pattern in chosen.patterns]
     found = []
     for pattern in chosen.block_patterns if "sr_ste" in chosen.methods else ():
@@ -321,7 +321,7 @@ def _finish(comparison: Comparison, results: Results, console: Console) -> int:
 
 
 def run_trials(comparison: Comparison, results: Results, console: Console) -> int:
-    """Runs the trials that are not finished, under a progress bar; returns how many those were."""
+    """Runs the unfinished trials under a progress bar; returns their number."""
     waiting = [trial for trial in comparison.trials if results.find(trial) is None]
     steps = comparison.task.recipe.epochs * comparison.task.steps_per_epoch
     columns = (

@@ -64,18 +64,18 @@ def task(options: Options = DEFAULTS) -> Task:
 
 
 def train_example(record: Record, rng: np.random.Generator) -> Batch:
-    """Decodes, shifts, mirrors and normalises one image."""
+    """Decodes, shifts, mirrors and normalizes one image."""
     pixels = images.random_shift(rng, np.asarray(decode(record)), padding=4)
     pixels = images.random_flip(rng, pixels)
     return {
-        "image": images.normalise(pixels, _MEAN, _STD),
+        "image": images.normalize(pixels, _MEAN, _STD),
         "label": np.asarray(record["label"], np.int32),
     }
 
 
 def eval_example(record: Record) -> Batch:
-    """Decodes and normalises one image."""
+    """Decodes and normalizes one image."""
     return {
-        "image": images.normalise(np.asarray(decode(record)), _MEAN, _STD),
+        "image": images.normalize(np.asarray(decode(record)), _MEAN, _STD),
         "label": np.asarray(record["label"], np.int32),
     }

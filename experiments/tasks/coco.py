@@ -2,9 +2,9 @@
 
 What this is for: the N:M paper's object detection and instance segmentation, whose code was never
 released. SGD with momentum 0.9 at 0.02, weight decay 1e-4, 12 epochs of batches of 16. Unlike the
-usual recipe the backbone starts from scratch and its normalisation is trained, the learning rate
+usual recipe the backbone starts from scratch and its normalization is trained, the learning rate
 falls as a cosine instead of in two steps, and images are scaled to a longer side of 1,024 pixels on
-a square canvas, so that all have one shape. Masks are kept, learnt and compared at a quarter of
+a square canvas, so that all have one shape. Masks are kept, learned and compared at a quarter of
 that resolution, whereas COCO's evaluation compares them at the original size of each image. Average
 precision and time have not been measured with this code.
 
@@ -94,7 +94,7 @@ def make_network(model: str) -> MaskRCNN:
 
 
 def train_example(record: CocoRecord, rng: np.random.Generator, size: int) -> Batch:
-    """One image, mirrored every other time; crowds are no objects to learn from."""
+    """One image, mirrored every other time; crowds are left out as objects."""
     arrays = as_arrays(record, size, MOST_OBJECTS, mirrored=rng.random() < 0.5)
     is_crowd = arrays.pop("is_crowd")
     return {**arrays, "classes": np.where(is_crowd, 0, arrays["classes"]).astype(np.int32)}

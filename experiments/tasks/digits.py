@@ -1,9 +1,9 @@
-"""Handwritten digits, 8x8 grey: scikit-learn's embedded data set, made harder.
+"""Handwritten digits, 8x8 gray: scikit-learn's embedded data set, made harder.
 
 1,797 real images ship inside scikit-learn. As they are, a small network gets 98 % of them right
-at any sparsity, and every method looks alike. Here an image is shifted by up to one pixel each way
-and noise is added, afresh in every epoch of training and once for all in the test set; the
-training set has 80 images of each class and the test set the other 997.
+at any sparsity, and every method looks alike. Here images are shifted by up to one pixel each way
+and get noise. Training draws both again in every epoch; the test set is fixed. The training set has
+80 images of each class and the test set has the other 997.
 
 Like the paper's, SR-STE's strength comes from a sweep, here on another split of the images with
 other seeds: at 1:16 a total pull (see below) of 0.2 to 1 gave the highest accuracy, from 3 on it
@@ -55,7 +55,7 @@ PULL_FRACTION = 0.1
 # When gradual pruning begins and ends, as fractions of the epochs, see above.
 RAMP = (0.04, 0.4)
 
-# An easy pattern and a hard one. 1x4@0.5 as well would take the main job beyond five minutes.
+# An easy pattern and a hard one. With 1x4@0.5 too, the main job would take over five minutes.
 COMPARED = Compared(
     patterns=("2:4", "1:16"),
     methods=("dense", "one_shot", "ste", "sr_ste", "sr_ste_negative"),
@@ -68,14 +68,14 @@ COMPARED = Compared(
 
 
 class Digits(NamedTuple):
-    """The data set, split and normalised.
+    """The data set, split and normalized.
 
     Attributes:
       train_images: (800, 8, 8, 1), zero mean and unit variance over all pixels.
       train_labels: (800,).
       test_images: (1994, 8, 8, 1), shifted and noisy.
       test_labels: (1994,).
-      background: value of an empty pixel after normalisation.
+      background: value of an empty pixel after normalization.
     """
 
     train_images: Images
@@ -87,7 +87,7 @@ class Digits(NamedTuple):
 
 @lru_cache(maxsize=1)
 def load_digits() -> Digits:
-    """Loads, splits and normalises the data set; the same result at every call."""
+    """Loads, splits and normalizes the data set; the same result at every call."""
     from sklearn.datasets import load_digits as load
 
     data = load()
@@ -154,7 +154,7 @@ def task(options: Options = DEFAULTS, *, widths: tuple[int, ...] = (16, 16, 32))
 
 
 def find_recipe(epochs: int, batch_size: int, steps: int) -> Recipe:
-    """The recipe for a run of so many epochs.
+    """The recipe for a run of this length.
 
     It is the paper's (SGD with momentum 0.9, warm-up over one 24th of the epochs, cosine, weight
     decay 5e-5 on everything), except for `RAMP` and for `lambda_w`, whose total pull is

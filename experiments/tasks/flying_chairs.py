@@ -5,7 +5,7 @@ on the validation set (its README). AdamW at 4e-4 with weight decay 1e-4, linear
 warm-up over 5 % of the steps, 200,000 steps of 4 pairs, cuts of 368 x 496, 12 iterations, gradient
 norm clipped to 1 after the sparse-refined term is added. Evaluation takes 24 iterations. Unlike
 there, the stems and the convolution over the flow stay dense, because a group of four does not fit
-into three or two channels, colours are not changed, and an epoch's incomplete last batch is left
+into three or two channels, colors are not changed, and an epoch's incomplete last batch is left
 out. Error and time have not been measured with this code.
 
 Run:
@@ -56,7 +56,7 @@ def task(options: Options = DEFAULTS) -> Task:
       options: model, recipe and the like; `data_dir` is the unpacked FlyingChairs_release.
 
     Raises:
-      MissingFlowError: the data set is not there, or not whole.
+      MissingFlowError: the data set is missing or incomplete.
       ValueError: the batch is larger than the data set.
     """
     folder = options.data_dir or Path("FlyingChairs_release")

@@ -21,7 +21,7 @@ Where ours differs from the released code:
   * Groups run over input channels, which sparse hardware needs. The paper's tables were made
     with groups over the flattened kernel; 1x1 convolutions are the same either way.
   * The stem is dense. It sums over three channels, and even its 3 * 7 * 7 = 147 weights a
-    filter are no multiple of four, so the released code's groups straddle filters there.
+    filter are not a multiple of four, so the released code's groups straddle filters there.
     The last layer is dense in the released code too. Later work keeps both dense.
   * lambda_w is added once. The released script divides the loss by the number of workers but
     sums the gradients, which multiplies the term by that number: with its eight GPUs, the
@@ -134,21 +134,21 @@ def task(options: Options = DEFAULTS) -> Task:
 
 
 def train_example(record: Record, rng: np.random.Generator) -> Batch:
-    """Decodes one image, crops and scales it at random, mirrors, relights and normalises."""
+    """Decodes one image, crops and scales it at random, mirrors, relights and normalizes."""
     image = decode(record)
     box = images.random_crop_box(rng, image.height, image.width)
     pixels = images.random_flip(rng, images.crop_and_resize(image, box, _SIZE))
     shift = images.lighting_shift(rng, std=0.1)
     return {
-        "image": images.normalise(pixels, _MEAN, _STD, shift),
+        "image": images.normalize(pixels, _MEAN, _STD, shift),
         "label": np.asarray(record["label"], np.int32),
     }
 
 
 def eval_example(record: Record) -> Batch:
-    """Decodes one image, takes the central crop and normalises."""
-    pixels = images.resize_and_centre_crop(decode(record), shorter=256, size=_SIZE)
+    """Decodes one image, takes the central crop and normalizes."""
+    pixels = images.resize_and_center_crop(decode(record), shorter=256, size=_SIZE)
     return {
-        "image": images.normalise(pixels, _MEAN, _STD),
+        "image": images.normalize(pixels, _MEAN, _STD),
         "label": np.asarray(record["label"], np.int32),
     }

@@ -107,5 +107,5 @@ def names(numbers: Any) -> list[tuple[str, str]]:
 
 
 def is_test(number: int) -> bool:
-    """Whether a number is never trained on: one in ten, whatever else is drawn."""
+    """Whether a number is held out for testing. It is one in ten and depends only on the number."""
     return hashlib.sha256(str(number).encode()).digest()[0] < 26

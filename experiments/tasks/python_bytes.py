@@ -1,4 +1,4 @@
-"""Language modelling: the next byte of the sources of Python's own library.
+"""Language modeling: the next byte of the sources of Python's own library.
 
 A decoder alone reads bytes and predicts the next one; the metric is bits per byte of files that
 training never sees. With hundreds of thousands of predictions to average over it is the most
@@ -214,7 +214,7 @@ def _eval_batches(
 
 
 def _spread(stream: Bytes, window: int, count: int) -> NDArray[np.int64]:
-    """Where windows begin that lie at equal distances over the stream."""
+    """The starts of windows spread evenly over the stream."""
     return np.linspace(0, len(stream) - window - 1, count).astype(np.int64)
 
 
@@ -226,9 +226,9 @@ def _windows(stream: Bytes, starts: NDArray[np.int64], window: int) -> NDArray[n
 def _show(
     network: Decoder, stream: Bytes, window: int, params: Any, collections: Variables
 ) -> list[Shown]:
-    """Lets the network go on in the middle of some test files, half a window at a time.
+    """Lets the network continue some test files, half a window at a time.
 
-    It was trained on whole windows, and looks back on half of one at least.
+    It was trained on whole windows, so it always sees at least half of one.
     """
     del collections
     half = window // 2
@@ -247,7 +247,7 @@ def _show(
 
 @partial(jax.jit, static_argnums=0)
 def _continue(network: Decoder, params: Any, prompt: jax.Array, key: jax.Array) -> jax.Array:
-    """As many bytes again as `prompt` (rows, bytes) has."""
+    """Draws as many more bytes as `prompt` (rows, bytes) has."""
     variables = {"params": params}
     rows, length = prompt.shape
     memory = network.apply(variables, rows, 2 * length, method="begin")

@@ -41,7 +41,7 @@ def task(options: Options = DEFAULTS, *, rendering: Literal["clean", "final"] = 
       rendering: "clean" or "final", which adds blur and fog.
 
     Raises:
-      MissingFlowError: a data set is not there, or not whole.
+      MissingFlowError: a data set is missing or incomplete.
       ValueError: the batch is larger than the data set.
     """
     folder = options.data_dir or Path()

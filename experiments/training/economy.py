@@ -14,12 +14,12 @@ from jax.sharding import PartitionSpec
 
 from experiments.tasks.task import Task
 
-# What remat keeps; all else is element by element, or sums of that, and computed again.
+# What remat keeps. The rest is cheap to recompute: elementwise operations and sums of them.
 _KEPT = ("dot_general", "conv_general_dilated")
 
 
 def with_remat(task: Task) -> Task:
-    """The task whose backward pass computes again what lies between products.
+    """The task whose backward pass recomputes everything except products.
 
     Only the results of matrix products and convolutions are kept from the forward pass.
     """
@@ -32,10 +32,10 @@ def with_remat(task: Task) -> Task:
 
 
 def in_auto_axes(task: Task) -> Task:
-    """The task for meshes with Explicit axes, whose network was written without thought of them.
+    """The task on a mesh with Explicit axes, for networks written without them in mind.
 
     Inside the network the compiler places arrays, as it does with Auto axes. Loss, sums,
-    predictions and collections come out whole on every device.
+    predictions and collections are whole on every device.
     """
 
     def automatic(function: Callable[..., Any]) -> Callable[..., Any]:

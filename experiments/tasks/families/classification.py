@@ -34,7 +34,7 @@ def classification_task(
 ) -> Task:
     """Makes the task of classifying images with a Flax linen module.
 
-    Training minimises the mean cross entropy over the batch; evaluation sums "count", "loss",
+    Training minimizes the mean cross entropy over the batch; evaluation sums "count", "loss",
     "accuracy" and, for 20 classes or more, "top5". Whatever dtype the module computes in, the
     loss is float32.
 

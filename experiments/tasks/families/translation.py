@@ -44,7 +44,7 @@ def translation_task(
 ) -> Task:
     """Makes the task of translating with an encoder and a decoder.
 
-    Training minimises the mean over all tokens of a batch but padding, with the recipe's label
+    Training minimizes the mean over all tokens of a batch except padding, with the recipe's label
     smoothing; evaluation sums the loss without smoothing. Translations are found by beam search
     and scored as text: BLEU and chrF over the whole test set as sacrebleu defines them, here as
     fractions, and the share of translations that equal the reference letter by letter.
@@ -132,7 +132,7 @@ def translation_task(
 
 
 def masked_mean(values: jax.Array, counted: jax.Array) -> jax.Array:
-    """Mean of the values where `counted`, of which there is one at least."""
+    """Mean of the values where `counted`, which must hold somewhere."""
     return jnp.sum(jnp.where(counted, values, 0.0)) / jnp.sum(counted)
 
 
@@ -181,13 +181,16 @@ def text_scores(
 def _without_learning(
     vocabulary: Vocabulary, train: EncodedPairs, texts: Sequence[tuple[str, str]], bleu_tokens: str
 ) -> dict[str, dict[str, float]]:
-    """The scores of what takes no network to say, by name."""
+    """Scores of answers that need no network, by name."""
     sources, references = zip(*texts, strict=True)
     (first,) = vocabulary.decode(train.target[:1].tolist())
-    said = {"the source as it is": sources, "one training sentence for all": [first] * len(texts)}
+    answers = {
+        "the source as it is": sources,
+        "one training sentence for all": [first] * len(texts),
+    }
     return {
         name: text_scores(translations, references, bleu_tokens=bleu_tokens)
-        for name, translations in said.items()
+        for name, translations in answers.items()
     }
 
 

@@ -25,7 +25,7 @@ from tests.experiments.data.test_coco_masks import (
 )
 from tests.experiments.data.test_coco_masks import write as write_masks
 from tests.experiments.models.detection.test_mask_rcnn import (
-    NORMALISATION,
+    NORMALIZATION,
     TINY,
     TORCHVISION,
     count,
@@ -251,7 +251,7 @@ def test_networks_are_the_published_ones_with_ten_classes_less(model):
     network = make_network(model)
     # A class and a box of five numbers from 1,024 units and a bias; a mask from 256 and a bias.
     fewer = 10 * (5 * 1025 + 257 * network.with_masks)
-    published = TORCHVISION[network.with_masks] + NORMALISATION
+    published = TORCHVISION[network.with_masks] + NORMALIZATION
     assert count(shapes(network)["params"]) == published - fewer
 
 

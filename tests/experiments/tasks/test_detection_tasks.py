@@ -165,12 +165,12 @@ def test_what_is_drawn_lies_where_the_object_is():
     pixels = np.zeros((64, 64, 3), np.uint8)
     drawn = draw_objects(pixels, true, [0], enlarge=3)
     assert drawn.shape == (192, 192, 3)
-    coloured = drawn.max(axis=-1) > 0
+    colored = drawn.max(axis=-1) > 0
     left, top, right, bottom = (3 * true.boxes[0]).astype(int)
-    assert coloured[top, left:right].all()
-    assert coloured[top:bottom, left].all()
+    assert colored[top, left:right].all()
+    assert colored[top:bottom, left].all()
     mask = true.masks[0].repeat(3, axis=0).repeat(3, axis=1) > 0
-    assert coloured[mask].all()
+    assert colored[mask].all()
     assert not draw_objects(pixels, true, []).any()
 
 

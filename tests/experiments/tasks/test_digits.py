@@ -22,7 +22,7 @@ def test_split_is_stratified_and_nothing_is_in_both():
     assert np.bincount(data.train_labels).tolist() == [80] * 10
     assert len(data.test_labels) == 2 * 997
     everything = load()
-    # The darkest and the brightest pixel give the original grey values, 0 to 16, back.
+    # The darkest and the brightest pixel give the original gray values, 0 to 16, back.
     low, high = data.train_images.min(), data.train_images.max()
     train = np.rint(16 * (data.train_images - low) / (high - low)).astype(int)
     chosen = {image.tobytes() for image in train}
@@ -32,7 +32,7 @@ def test_split_is_stratified_and_nothing_is_in_both():
     assert (np.bincount(data.test_labels) == 2 * left).all()
 
 
-def test_train_images_are_normalised():
+def test_train_images_are_normalized():
     data = load_digits()
     assert abs(data.train_images.mean()) < 1e-5
     assert abs(data.train_images.std() - 1) < 1e-5

@@ -45,7 +45,7 @@ def test_cifar10_batches(cifar_folder):
     assert (batches[0]["image"] != other[0]["image"]).any()
 
 
-def test_cifar10_evaluation_is_the_normalised_image(cifar_folder):
+def test_cifar10_evaluation_is_the_normalized_image(cifar_folder):
     task = cifar10.task(Options(model="resnet8", batch_size=16, data_dir=cifar_folder))
     batches = list(task.eval_batches())
     assert [int(b["valid"].sum()) for b in batches] == [16, 7]
@@ -70,7 +70,7 @@ def test_imagenet_batches(imagenet_folder):
     assert [int(b["valid"].sum()) for b in batches[2:]] == [4, 1]
     labels = np.concatenate([b["label"] for b in batches[:2]])
     assert len(set(labels.tolist())) == 8
-    # Normalised: between (0 - mean) / std and (1 - mean) / std, give or take the lighting.
+    # Normalized: between (0 - mean) / std and (1 - mean) / std, give or take the lighting.
     for batch in batches:
         assert -2.7 < batch["image"].min() < -0.5
         assert 0.5 < batch["image"].max() < 3.2

@@ -1,4 +1,4 @@
-"""Language modelling: batches, metric, baselines, and a few steps of training."""
+"""Language modeling: batches, metric, baselines, and a few steps of training."""
 
 import itertools
 
