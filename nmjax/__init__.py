@@ -19,9 +19,19 @@ from nmjax.masks.blocks import block_mask
 from nmjax.masks.nm import nm_mask
 from nmjax.masks.scores import magnitude
 from nmjax.masks.transposable import transposable_mask
-from nmjax.methods.schedules import cosine_ramp, cubic_ramp, exponential_ramp, linear_ramp
-from nmjax.methods.soft_blocks import SoftBlocksState, soft_uniform_blocks
-from nmjax.methods.sparsifiers import OneShotState, Sparsifier, dense, one_shot, straight_through
+from nmjax.methods import (
+    OneShotState,
+    SoftBlocksState,
+    Sparsifier,
+    cosine_ramp,
+    cubic_ramp,
+    dense,
+    exponential_ramp,
+    linear_ramp,
+    one_shot,
+    soft_uniform_blocks,
+    straight_through,
+)
 from nmjax.metrics import (
     RowBalance,
     blocks_per_row,

@@ -66,7 +66,7 @@ def test_layers_that_do_not_divide(files, capsys):
     command = ("pack", dense, "--pattern", "2:4", "--prune", "--out", out)
     _, err = run(capsys, *command)
     assert "stem/kernel (3, 3, 3, 8): 3 inputs are not a multiple of 4" in err
-    assert "Name them in --exclude, or pass --dense-if-indivisible" in err
+    assert "List them in --exclude, or pass --dense-if-indivisible" in err
     run(capsys, *command, "--dense-if-indivisible")
     assert set(nmjax.sizes(nmjax.load_packed(out)).leaves) == set(named_leaves(PARAMS))
 

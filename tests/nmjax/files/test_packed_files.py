@@ -97,12 +97,12 @@ def test_equal_trees_make_equal_files(tmp_path):
     [
         ({"a": "text"}, TypeError, "a is a str, not an array"),
         ({"a": 1.0}, TypeError, "a is a float, not an array"),
-        ({"a": jnp.ones(2), "a/b": jnp.ones(2)}, ValueError, "'a/b' lies below another leaf"),
-        ({"a/b": jnp.ones(2), "a": jnp.ones(2)}, ValueError, "lies below another leaf"),
+        ({"a": jnp.ones(2), "a/b": jnp.ones(2)}, ValueError, "'a/b' is below another leaf"),
+        ({"a/b": jnp.ones(2), "a": jnp.ones(2)}, ValueError, "is below another leaf"),
         (
             {"k": PACKED["dense"]["kernel"], "k/values": jnp.ones(2)},
             ValueError,
-            "lies below another leaf",
+            "is below another leaf",
         ),
     ],
 )
@@ -245,7 +245,7 @@ def test_tensors_that_are_missing_or_too_many(parts):
     with pytest.raises(ValueError, match="two leaves are named 'out/kernel'"):
         load()
     tensors["out/kernel/more"] = tensors.pop("out/kernel")
-    with pytest.raises(ValueError, match=r"lies below another leaf|leaves below it"):
+    with pytest.raises(ValueError, match=r"is below another leaf|leaves are below it"):
         load()
 
 

@@ -256,7 +256,7 @@ def test_parameters_that_do_not_fit():
     sparse = linen.sparsify(Network(width=32), PLAN)
     with pytest.raises(ValueError, match="do not fit the plan"):
         sparse.apply(sparse.init(KEY, X), X)
-    with pytest.raises(ValueError, match="groups may not straddle"):
+    with pytest.raises(ValueError, match="do not divide into whole groups"):
         linen.sparsify(Network(), "2:3").apply(VARIABLES, X)
 
 
