@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections import Counter
 from pathlib import Path
@@ -292,6 +293,8 @@ def _shown(data: Data) -> list[dict[str, Any]]:
 
 def _about(task: str) -> list[str]:
     """What the task's own file says about it, by paragraphs; how to run it is left out."""
+    if importlib.util.find_spec(f"experiments.tasks.{task}") is None:
+        return []  # It lies outside of this repository.
     text = inspect.getdoc(importlib.import_module(f"experiments.tasks.{task}")) or ""
     paragraphs = [part for part in text.split("\n\n") if not part.startswith("Run:")]
     return [" ".join(part.split()) for part in paragraphs]

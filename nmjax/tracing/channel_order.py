@@ -86,7 +86,9 @@ def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequ
     [[4.0], [3.0]]
     """
     count = _check(named_leaves(variables), channels)
-    if sorted(np.asarray(order).tolist()) != list(range(count)):
+    # Under jit or vmap the order has no values yet that could be checked.
+    is_traced = isinstance(order, jax.core.Tracer)
+    if not is_traced and sorted(np.asarray(order).tolist()) != list(range(count)):
         raise ValueError(f"the order must contain each of 0 ... {count - 1} once, got {order}")
     axes: dict[str, list[int]] = {}
     for name, axis in (*channels.writers, *channels.followers):
