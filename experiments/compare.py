@@ -33,7 +33,7 @@ from rich.progress import (
 
 import nmjax
 from experiments.distributed.seeds import fastest, stack, use_every_core
-from experiments.report.reasons import PAPER_LAMBDA_W
+from experiments.report.sentences import PAPER_LAMBDA_W
 from experiments.tasks.task import Compared, Task
 from experiments.training.flags import Flags as TrainFlags
 from experiments.training.flags import make_task
@@ -284,7 +284,8 @@ def compare(flags: Flags, console: Console) -> int:
     Returns:
       The exit status: 0, or 130 if Ctrl-C cut it short.
     """
-    from experiments.report.page import print_table, write_report
+    from experiments.report.page import write_report
+    from experiments.report.tables import print_table
 
     comparison = Comparison(flags)
     for note in comparison.task.notes:

@@ -1,7 +1,7 @@
 """Pictures of sparse training: divergence over time and by layer, masks, kernel shapes.
 
-Every function draws into matplotlib axes, given or new, and returns them or their figure.
-Matplotlib is imported when one is called.
+Every function draws into the axes that it is given, or into new ones, and returns them or their
+figure. Matplotlib is imported at the first call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart by colour-blind readers; yellow is left out: too pale.
+# The palette of Okabe and Ito, which color-blind readers can tell apart. Its yellow is too pale for
+# lines on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
@@ -30,9 +31,9 @@ def plot_curves(
     """Draws curves over time, with a band of one standard error where there are several seeds.
 
     Args:
-      curves: label -> values (time,) or (seeds, time). Times with a NaN are left out.
-      x: (time,), for all curves; 0, 1, 2 ... by default.
-      colors: label -> colour; the module's palette by default.
+      curves: label -> values (time,) or (seeds, time). Times with a NaN in any seed are skipped.
+      x: (time,), the same for all curves; 0, 1, 2 ... by default.
+      colors: label -> color; `COLORS` in turn by default.
       ax: drawn into.
 
     Returns:
@@ -66,10 +67,10 @@ def plot_sad(
     Args:
       curves: label -> SAD (time,) or (seeds, time), in mask entries.
       x: (time,); 0, 1, 2 ... by default.
-      weights: how many weights the masks cover; draws percent of them instead of entries.
-      density: fraction of weights kept; draws where two unrelated masks of that density lie, at
-        2 * density * (1 - density) of the weights.
-      colors: label -> colour.
+      weights: number of weights that the masks cover; draws percent of them instead of entries.
+      density: fraction of weights kept; adds a line at 2 * density * (1 - density) of the weights,
+        by which two unrelated masks of that density differ.
+      colors: label -> color.
       ax: drawn into.
 
     Returns:
@@ -81,7 +82,7 @@ def plot_sad(
     Source: Figure 4a of Zhou et al., ICLR 2021.
     """
     if density is not None and not weights:
-        raise ValueError(f"density={density} is drawn in percent of the weights: give weights= too")
+        raise ValueError(f"density={density} is drawn in percent of the weights; pass weights= too")
     unit = 100.0 / weights if weights else 1.0
     scaled = {label: np.asarray(values, float) * unit for label, values in curves.items()}
     ax = plot_curves(scaled, x, colors=colors, ax=ax)
@@ -101,13 +102,13 @@ def plot_layer_sad(
     colors: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws SAD layer by layer as bars, one colour for each way of training.
+    """Draws SAD layer by layer as bars, one color for each way of training.
 
     Args:
       groups: label -> layer -> SAD in mask entries, a scalar or (seeds,).
       weights: layer -> number of weights.
-      density: fraction of weights kept; draws where two unrelated masks lie.
-      colors: label -> colour.
+      density: fraction of weights kept; adds the line of two unrelated masks.
+      colors: label -> color.
       ax: drawn into.
 
     Returns:
@@ -138,10 +139,10 @@ def plot_layer_sad(
 
 
 def plot_mask(mask: ArrayLike, *, m: int | None = None, ax: Axes | None = None) -> Axes:
-    """Draws the mask of a matrix, kept weights dark, reduction axis downwards.
+    """Draws the mask of a matrix, kept weights dark, with the reduction axis pointing down.
 
     Args:
-      mask: booleans (..., in, out); axes in front are laid out downwards too.
+      mask: booleans (..., in, out); leading axes are stacked from top to bottom.
       m: group size; draws a line between groups.
       ax: drawn into.
 
@@ -150,6 +151,7 @@ def plot_mask(mask: ArrayLike, *, m: int | None = None, ax: Axes | None = None) 
     """
     ax = _axes(ax)
     rows = np.asarray(mask).reshape(-1, np.shape(mask)[-1])
+    # 1.2 instead of 1 draws kept weights in dark gray, so that lines on them stay visible.
     ax.imshow(rows, cmap="Greys", vmin=0, vmax=1.2, interpolation="nearest", aspect="auto")
     for edge in range(m, len(rows), m) if m else ():
         ax.axhline(edge - 0.5, color=COLORS[1], linewidth=0.6)
@@ -163,7 +165,7 @@ def plot_kernels(
     """Draws which taps of each convolution kernel are kept, as a grid of small binary maps.
 
     Args:
-      mask: booleans (rows, columns, in, out), a HWIO kernel's.
+      mask: booleans (rows, columns, in, out), of an HWIO kernel.
       inputs: input channels, from top to bottom; the first eight by default.
       outputs: output channels, from left to right; the first sixteen by default.
 
@@ -180,14 +182,9 @@ def plot_kernels(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(0.55 * len(outputs) + 0.7, 0.55 * len(inputs) + 0.6))
-    room = {
-        "left": 0.08,
-        "right": 0.99,
-        "top": 0.93,
-        "bottom": 0.08,
-        "wspace": 0.15,
-        "hspace": 0.15,
-    }
+    # Fixed margins: automatic layout takes seconds for this many axes.
+    edges = {"left": 0.08, "right": 0.99, "top": 0.93, "bottom": 0.08}
+    room = {**edges, "wspace": 0.15, "hspace": 0.15}
     grid: Any = figure.subplots(len(inputs), len(outputs), squeeze=False, gridspec_kw=room)
     for row, i in enumerate(inputs):
         for column, o in enumerate(outputs):
@@ -214,12 +211,12 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def _standard_error(runs: np.ndarray) -> np.ndarray:
-    """Of the mean over the first axis; zero for a single run."""
+    """Standard error of the mean over the first axis; zero for a single run."""
     return runs.std(axis=0, ddof=min(1, len(runs) - 1)) / np.sqrt(len(runs))
 
 
 def _draw_chance(ax: Axes, density: float, *, vertical: bool) -> None:
-    """A line where two unrelated masks of this density lie."""
+    """Draws the share of entries in which two unrelated masks of this density differ."""
     draw = ax.axvline if vertical else ax.axhline
     chance = 100 * 2 * density * (1 - density)
     draw(chance, color="0.5", linestyle=":", linewidth=1.2, label="unrelated masks")

@@ -48,7 +48,7 @@ def test_sad_in_percent_and_where_unrelated_masks_lie(ax):
 
 
 def test_where_unrelated_masks_lie_needs_the_number_of_weights(ax):
-    with pytest.raises(ValueError, match="give weights= too"):
+    with pytest.raises(ValueError, match="pass weights= too"):
         plot_sad({"STE": [0, 50]}, density=0.25, ax=ax)
 
 
