@@ -9,34 +9,34 @@ READY  := $(VENV)/.ready
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-# The kernels are compiled by the installation.
-$(READY): requirements.txt pyproject.toml hatch_build.py $(wildcard nmjax/kernels/*/src/*)
+# The installation compiles the CPU kernels.
+$(READY): requirements.txt pyproject.toml hatch_build.py nmjax/kernels/build.py $(wildcard nmjax/kernels/cpu/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(READY)
 
-setup: $(READY)  ## make the virtual environment
+setup: $(READY)  ## create the virtual environment
 
-torch: $(READY)  ## add PyTorch, which some tests compare with; they are skipped without it
+torch: $(READY)  ## install PyTorch; without it, the tests that compare with it are skipped
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch]'
 
-train: $(READY)  ## the main job: compare methods on scikit-learn's digits (under 5 minutes)
+train: $(READY)  ## compare the methods on scikit-learn's digits (under 5 minutes)
 	$(BIN)/python -m experiments.compare $(ARGS)
 
-test: $(READY)  ## the default tests (under 10 minutes on two cores)
+test: $(READY)  ## run the tests, except the slow ones (under 10 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-test-slow: $(READY)  ## the tests that take minutes each
+test-slow: $(READY)  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-lint: $(READY)  ## ruff
+lint: $(READY)  ## check style with ruff
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-types: $(READY)  ## mypy
+types: $(READY)  ## check types with mypy
 	$(BIN)/python -m mypy
 
-bench: $(READY)  ## the benchmarks; writes experiments/benchmarks/results/*.json
+bench: $(READY)  ## run the benchmarks; writes experiments/benchmarks/results/*.json
 	$(BIN)/python -m experiments.benchmarks.masks
 	$(BIN)/python -m experiments.benchmarks.train_step
 	$(BIN)/python -m experiments.benchmarks.blocks

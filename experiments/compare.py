@@ -32,7 +32,9 @@ from rich.progress import (
 )
 
 import nmjax
+from experiments.checkpointing.run_folder import Earlier, open_folder
 from experiments.distributed.seeds import fastest, stack, use_every_core
+from experiments.json_files import Numbers
 from experiments.report.sentences import PAPER_LAMBDA_W
 from experiments.tasks.task import Compared, Task
 from experiments.training.flags import Flags as TrainFlags
@@ -45,7 +47,7 @@ from experiments.training.methods import (
     is_blocks,
     total_rate,
 )
-from experiments.training.results import Numbers, Results, Trial, epoch_numbers
+from experiments.training.results import Results, Trial, brief_epoch_numbers
 from experiments.training.snapshots import block_masks, example_images, kernel_shapes, shown
 from experiments.training.step import Job, Programs, RunState, make_programs, plan_of
 from experiments.training.step_times import Timed, step_times
@@ -168,7 +170,7 @@ class Comparison:
         return Trial(part, pattern, method, strength, self.compared.seeds)
 
     def settings(self) -> Numbers:
-        """What decides the numbers."""
+        """What decides the numbers, as JSON has it."""
         chosen, task = self.compared, self.task
         params = jax.eval_shape(task.init, jax.random.key(0))["params"]
         plans = {pattern: plan_of(task, pattern) for pattern in {t.pattern for t in self.trials}}
@@ -230,7 +232,7 @@ class Comparison:
         )
         try:
             for report in reports:
-                epochs.append(epoch_numbers(report))
+                epochs.append(brief_epoch_numbers(report))
                 state = report.state
                 if report.blocks and report.test:
                     film.append({"epoch": report.epoch, **block_masks(job, state)})
@@ -284,13 +286,22 @@ def compare(flags: Flags, console: Console) -> int:
     Returns:
       The exit status: 0, or 130 if Ctrl-C cut it short.
     """
-    from experiments.report.page import write_report
-    from experiments.report.tables import print_table
-
     comparison = Comparison(flags)
     for note in comparison.task.notes:
         console.print(note)
-    results = Results.open(flags.folder, comparison.settings(), resume=flags.resume)
+    settings = comparison.settings()
+    earlier: Earlier = "resume" if flags.resume else "replace"
+    release = open_folder(flags.folder, settings, earlier=earlier)
+    try:
+        return _finish(comparison, Results(flags.folder, settings, resume=flags.resume), console)
+    finally:
+        release()
+
+
+def _finish(comparison: Comparison, results: Results, console: Console) -> int:
+    from experiments.report.page import write_report
+    from experiments.report.tables import print_table
+
     results.data["examples"] = example_images(comparison.task)
     results.save()
     status = 0
@@ -307,7 +318,7 @@ def compare(flags: Flags, console: Console) -> int:
         )
         status = 130
     print_table(results.data, console)
-    console.print(f"report: {write_report(results.data, flags.folder)}")
+    console.print(f"report: {write_report(results.data, comparison.flags.folder)}")
     return status
 
 

@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         if jax.process_count() == 1:
             raise
-        # Of no process alone is it known whether the others fail too.
+        # We cannot tell whether the other processes failed too.
         traceback.print_exc()
         leave(1)
-    # All processes are refused, complete or preempted together; else this one may be alone.
+    # All processes are rejected, complete or preempted together; otherwise this one may be alone.
     if run is not None and status not in (COMPLETE, PREEMPTED) and jax.process_count() > 1:
         leave(status)
     return status

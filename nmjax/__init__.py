@@ -1,63 +1,119 @@
-"""nmjax: N:M structured sparsity from scratch in JAX."""
+"""Train, prune and pack neural networks with N:M and 1xN block sparsity, in JAX.
 
-from nmjax.analysis.costs import Cost as Cost
-from nmjax.analysis.costs import cost as cost
-from nmjax.analysis.sharding import check_sharding as check_sharding
-from nmjax.files.packed_files import load_packed as load_packed
-from nmjax.files.packed_files import save_packed as save_packed
-from nmjax.kernels.cpu.library import backends as backends
-from nmjax.kernels.gpu.dense_layer import sparse_dense as sparse_dense
-from nmjax.kernels.matmul import packed_conv as packed_conv
-from nmjax.kernels.matmul import packed_matmul as packed_matmul
-from nmjax.kernels.matmul import unpack_slow as unpack_slow
-from nmjax.layouts import Axes as Axes
-from nmjax.masks.blocks import block_mask as block_mask
-from nmjax.masks.nm import nm_mask as nm_mask
-from nmjax.masks.scores import magnitude as magnitude
-from nmjax.masks.transposable import transposable_mask as transposable_mask
-from nmjax.methods.schedules import cosine_ramp as cosine_ramp
-from nmjax.methods.schedules import cubic_ramp as cubic_ramp
-from nmjax.methods.schedules import exponential_ramp as exponential_ramp
-from nmjax.methods.schedules import linear_ramp as linear_ramp
-from nmjax.methods.soft_blocks import SoftBlocksState as SoftBlocksState
-from nmjax.methods.soft_blocks import soft_uniform_blocks as soft_uniform_blocks
-from nmjax.methods.sparsifiers import OneShotState as OneShotState
-from nmjax.methods.sparsifiers import Sparsifier as Sparsifier
-from nmjax.methods.sparsifiers import dense as dense
-from nmjax.methods.sparsifiers import one_shot as one_shot
-from nmjax.methods.sparsifiers import straight_through as straight_through
-from nmjax.metrics import RowBalance as RowBalance
-from nmjax.metrics import blocks_per_row as blocks_per_row
-from nmjax.metrics import blocks_regrown as blocks_regrown
-from nmjax.metrics import density as density
-from nmjax.metrics import flip_rate as flip_rate
-from nmjax.metrics import row_balance as row_balance
-from nmjax.metrics import sad as sad
-from nmjax.metrics import total_density as total_density
-from nmjax.metrics import total_sad as total_sad
-from nmjax.packed.blocks import PackedBlocks as PackedBlocks
-from nmjax.packed.nm import PackedNM as PackedNM
-from nmjax.packed.packing import check_sparse as check_sparse
-from nmjax.packed.packing import pack as pack
-from nmjax.packed.packing import unpack as unpack
-from nmjax.packed.storage import LeafSize as LeafSize
-from nmjax.packed.storage import Sizes as Sizes
-from nmjax.packed.storage import sizes as sizes
-from nmjax.patterns import NM as NM
-from nmjax.patterns import Block1xN as Block1xN
-from nmjax.patterns import parse_pattern as parse_pattern
-from nmjax.plans import LeafPlan as LeafPlan
-from nmjax.plans import Plan as Plan
-from nmjax.plans import make_plan as make_plan
-from nmjax.pruning import compute_masks as compute_masks
-from nmjax.pruning import prune as prune
-from nmjax.pruning import sparsify as sparsify
-from nmjax.ste import prune_sr_ste as prune_sr_ste
-from nmjax.ste import prune_ste as prune_ste
-from nmjax.tracing.channel_order import Channels as Channels
-from nmjax.tracing.channel_order import l1_order as l1_order
-from nmjax.tracing.channel_order import permute_channels as permute_channels
-from nmjax.tracing.channel_order import sort_channels as sort_channels
-from nmjax.tracing.channels import find_channels as find_channels
-from nmjax.transforms import AddSparseRefinedState as AddSparseRefinedState
-from nmjax.transforms import add_sparse_refined as add_sparse_refined
+The usual path: `make_plan` decides which parameters become sparse, `sparsify` makes them sparse in
+the loss, `add_sparse_refined` adds SR-STE's term to an optax chain, and `prune` or `pack` produces
+the weights to ship.
+
+`nmjax.linen` wraps Flax linen modules. Import it separately; it needs Flax.
+"""
+
+from nmjax._version import __version__ as __version__
+from nmjax.analysis.costs import Cost, cost
+from nmjax.analysis.sharding import check_sharding
+from nmjax.files.packed_files import load_packed, save_packed
+from nmjax.kernels.matmul import packed_conv, packed_matmul
+from nmjax.kernels.slow_weights import unpack_slow
+from nmjax.kernels.states import backends
+from nmjax.layouts import Axes
+from nmjax.masks.blocks import block_mask
+from nmjax.masks.nm import nm_mask
+from nmjax.masks.scores import magnitude
+from nmjax.masks.transposable import transposable_mask
+from nmjax.methods import (
+    OneShotState,
+    SoftBlocksState,
+    Sparsifier,
+    cosine_ramp,
+    cubic_ramp,
+    dense,
+    exponential_ramp,
+    linear_ramp,
+    one_shot,
+    soft_uniform_blocks,
+    straight_through,
+)
+from nmjax.metrics import (
+    RowBalance,
+    blocks_per_row,
+    blocks_regrown,
+    density,
+    flip_rate,
+    row_balance,
+    sad,
+    total_density,
+    total_sad,
+)
+from nmjax.packed.blocks import PackedBlocks
+from nmjax.packed.nm import PackedNM
+from nmjax.packed.packing import check_sparse, pack, unpack
+from nmjax.packed.storage import LeafSize, Sizes, sizes
+from nmjax.patterns import NM, Block1xN, parse_pattern
+from nmjax.plans import LeafPlan, Plan, make_plan
+from nmjax.pruning import compute_masks, prune, sparsify
+from nmjax.ste import prune_sr_ste, prune_ste
+from nmjax.tracing.channel_order import Channels, l1_order, permute_channels, sort_channels
+from nmjax.tracing.channels import find_channels
+from nmjax.transforms import AddSparseRefinedState, add_sparse_refined
+
+__all__ = [
+    "NM",
+    "AddSparseRefinedState",
+    "Axes",
+    "Block1xN",
+    "Channels",
+    "Cost",
+    "LeafPlan",
+    "LeafSize",
+    "OneShotState",
+    "PackedBlocks",
+    "PackedNM",
+    "Plan",
+    "RowBalance",
+    "Sizes",
+    "SoftBlocksState",
+    "Sparsifier",
+    "add_sparse_refined",
+    "backends",
+    "block_mask",
+    "blocks_per_row",
+    "blocks_regrown",
+    "check_sharding",
+    "check_sparse",
+    "compute_masks",
+    "cosine_ramp",
+    "cost",
+    "cubic_ramp",
+    "dense",
+    "density",
+    "exponential_ramp",
+    "find_channels",
+    "flip_rate",
+    "l1_order",
+    "linear_ramp",
+    "load_packed",
+    "magnitude",
+    "make_plan",
+    "nm_mask",
+    "one_shot",
+    "pack",
+    "packed_conv",
+    "packed_matmul",
+    "parse_pattern",
+    "permute_channels",
+    "prune",
+    "prune_sr_ste",
+    "prune_ste",
+    "row_balance",
+    "sad",
+    "save_packed",
+    "sizes",
+    "soft_uniform_blocks",
+    "sort_channels",
+    "sparsify",
+    "straight_through",
+    "total_density",
+    "total_sad",
+    "transposable_mask",
+    "unpack",
+    "unpack_slow",
+]

@@ -1,35 +1,36 @@
-"""The command line: `python -m nmjax info | plan | pack | bench`."""
+"""Inspect, plan, pack and time sparse weights: `nmjax info | plan | pack | bench`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from nmjax._version import __version__
 from nmjax.analysis.layer_times import layer_times
 from nmjax.files.checkpoints import read_checkpoint
 from nmjax.files.packed_files import FORMAT, load_packed, save_packed
 from nmjax.files.tensor_files import NOTE, read_note, read_tensors
-from nmjax.kernels.cpu.choice import choose, expected_speedup
-from nmjax.kernels.gpu.cusparselt_limits import why_not_2_4
-from nmjax.kernels.operands import one_layer
-from nmjax.packed.packing import check_sparse, is_packed, pack
+from nmjax.kernels.gpu.cusparselt import check_semi_structured
+from nmjax.kernels.matmul import choose, expected_speedup
+from nmjax.packed.packing import check_sparse, pack
 from nmjax.packed.storage import sizes
+from nmjax.packed.weight import Packed, is_packed
 from nmjax.plans import Plan, make_plan
 from nmjax.tables import text_table
 from nmjax.trees.leaves import named_leaves
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status."""
+    """Runs one command and returns its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        with jax.enable_x64(True):  # What a checkpoint holds in 64 bits is not narrowed.
+        with jax.enable_x64(True):  # Otherwise JAX would narrow 64-bit arrays of the checkpoint.
             arguments.run(arguments)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -38,51 +39,72 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nmjax", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="nmjax", description="Inspect, plan, pack and time sparse weights."
+    )
+    parser.add_argument("--version", action="version", version=f"nmjax {__version__}")
     commands = parser.add_subparsers(required=True, metavar="info | plan | pack | bench")
-    info = commands.add_parser("info", help="what is in a packed file, or a safetensors file")
-    info.add_argument("file", type=Path)
-    info.set_defaults(run=_info)
-    plan = commands.add_parser("plan", help="what a pattern would make of a checkpoint, by layer")
+    info = _add_command(commands, "info", _info, "Show what a packed or safetensors file contains.")
+    info.add_argument("file", type=Path, help="a .safetensors file")
+    plan = _add_command(commands, "plan", _plan, "Show what a pattern does to each layer.")
     _add_plan(plan)
-    plan.set_defaults(run=_plan)
-    packing = commands.add_parser("pack", help="write the packed weights of a checkpoint")
+    packing = _add_command(commands, "pack", _pack, "Pack the weights of a checkpoint.")
     _add_plan(packing)
-    packing.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
     packing.add_argument(
-        "--prune", action="store_true", help="drop what the pattern does not keep, by magnitude"
+        "--out", type=Path, required=True, help="the .safetensors file to write", metavar="FILE"
+    )
+    packing.add_argument(
+        "--prune", action="store_true", help="prune the weights by magnitude before packing them"
     )
     packing.add_argument(
         "--dense-if-indivisible",
         action="store_true",
-        help="leave a layer dense whose size the pattern does not divide, as plan always does",
+        help="keep layers dense if the pattern does not divide their size (plan always does this)",
     )
-    packing.set_defaults(run=_pack)
-    bench = commands.add_parser("bench", help="times packed layers here against dense ones")
-    bench.add_argument("file", type=Path, help="what pack wrote")
-    bench.add_argument("--batch", type=_positive, default=1, help="rows, or images; default 1")
+    bench = _add_command(commands, "bench", _bench, "Time packed layers against dense ones.")
+    bench.add_argument("file", type=Path, help="a file that `nmjax pack` wrote")
+    bench.add_argument("--batch", type=_positive, default=1, help="rows or images (default: 1)")
     bench.add_argument(
-        "--side", type=_positive, default=14, help="pixels along an image; default 14"
+        "--side", type=_positive, default=14, help="height and width of images (default: 14)"
     )
     bench.add_argument(
-        "--threads", type=_numbers, default=(1,), help='such as "1,2"; default one thread'
+        "--threads", type=_numbers, default=(1,), help='thread counts, such as "1,2" (default: 1)'
     )
-    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text[0].lower() + text[1:-1], description=text)
+    parser.set_defaults(run=run)
     return parser
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help=".safetensors, .npz, or a folder of orbax")
-    parser.add_argument("--pattern", required=True, help='such as "2:4" or "1x16@0.9"')
-    parser.add_argument("--subtree", default="", help='what to take, such as "params"')
-    parser.add_argument("--exclude", nargs="+", default=(), metavar="RULE", help="left dense")
-    parser.add_argument("--include", nargs="+", metavar="RULE", help="only these become sparse")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a .safetensors or .npz file, or an Orbax checkpoint folder"
+    )
+    parser.add_argument("--pattern", required=True, help='a pattern such as "2:4" or "1x16@0.9"')
+    parser.add_argument(
+        "--subtree", default="", help='read only this part of the checkpoint, such as "params"'
+    )
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        default=(),
+        metavar="RULE",
+        help="keep leaves dense if one of these regular expressions matches their path",
+    )
+    parser.add_argument(
+        "--include", nargs="+", metavar="RULE", help="make only matching leaves sparse"
+    )
     parser.add_argument(
         "--rule",
         action="append",
         default=[],
         metavar="RULE=PATTERN",
-        help='another pattern, or "dense", for the leaves that a regular expression matches',
+        help='use another pattern, or "dense", for matching leaves; may be repeated',
     )
 
 
@@ -119,7 +141,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         try:
             check_sparse(params, plan)
         except ValueError as error:
-            raise ValueError(f"{error}\nPass --prune to prune them here, by magnitude.") from error
+            raise ValueError(f"{error}\nPass --prune to prune them by magnitude.") from error
     packed = pack(params, plan)
     save_packed(arguments.out, packed)
     print(sizes(packed))
@@ -132,7 +154,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -145,7 +167,7 @@ def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: An
     for text in arguments.rule:
         rule, equals, pattern = text.rpartition("=")
         if not equals:
-            raise ValueError(f"--rule {text!r} should read RULE=PATTERN, such as 'head=1:4'")
+            raise ValueError(f"--rule must be RULE=PATTERN, such as 'head=1:4', got {text!r}")
         rules[rule] = None if pattern == "dense" else pattern
     try:
         return make_plan(
@@ -156,7 +178,7 @@ def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: An
             rules=rules,
             on_indivisible=on_indivisible,
         )
-    except ValueError as error:  # What it proposes is said in the words of this command.
+    except ValueError as error:  # Its advice names keyword arguments; name this command's options.
         options = {'on_indivisible="dense"': "--dense-if-indivisible", "exclude=": "--exclude"}
         text = str(error)
         for keyword, option in options.items():
@@ -165,21 +187,29 @@ def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: An
 
 
 def _products(packed: Any) -> str:
-    """How `nmjax.packed_matmul` would compute each packed leaf on this machine, as a table."""
+    """A table of how `nmjax.packed_matmul` would multiply by each packed leaf on this machine."""
     rows: list[tuple[str, str, str, str, str]] = []
     for name, leaf in named_leaves(packed, is_leaf=is_packed).items():
         if is_packed(leaf):
-            layer = jax.eval_shape(one_layer, leaf)
+            layer = jax.eval_shape(lambda leaf: leaf.first_layer(), leaf)
             way, speedup = choose(leaf.dtype, layer, 1), expected_speedup(leaf.dtype, layer)
-            fits = "no" if why_not_2_4(layer) else "yes"
+            fits = "yes" if _is_semi_structured(layer) else "no"
             rows.append((name, way.name, f"{speedup:.1f}" if speedup else "?", fits, way.reason))
     header = ("leaf", "one row is multiplied by", "speed-up", "2:4 on GPUs", "because")
     return (
         f"{text_table(header, rows, right=(2,))}\n"
-        "2:4 on GPUs: whether sparse tensor cores can multiply by the leaf in 16-bit numbers.\n"
-        "speed-up: over the dense product, as measured with 256 rows, or an image of 14 x 14, on "
-        "one thread with AVX-512; `python -m nmjax bench` measures here."
+        "2:4 on GPUs: whether sparse tensor cores can multiply by the leaf in 16-bit precision.\n"
+        "speed-up: over the dense product, measured on one AVX-512 thread with 256 rows or a "
+        "14 x 14 image. Run `python -m nmjax bench` to measure on this machine."
     )
+
+
+def _is_semi_structured(layer: Packed) -> bool:
+    try:
+        check_semi_structured(layer)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _zeros(x: np.ndarray) -> float:

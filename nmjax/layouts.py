@@ -1,6 +1,6 @@
-"""Which axes of a leaf are summed over, judged by its name and shape.
+"""Layouts: which axes of a weight the matmul sums over, judging by the leaf's name and shape.
 
-Libraries name and shape the same matrix differently. What is known here:
+Libraries name and shape the same matrix differently. These are the layouts known here:
 
 | leaf | library | shape | reduction axes |
 |---|---|---|---|
@@ -13,7 +13,7 @@ Libraries name and shape the same matrix differently. What is known here:
 | `weight` | Equinox, PyTorch: Conv2d | (out, in, height, width) | -3, at each tap |
 | any other name | plain JAX, `x @ w` | (in, out) | -2 |
 
-Axes are negative, so axes in front (`nn.scan`, a stack of seeds) change nothing.
+Axes are negative, so that additional leading axes (`nn.scan`, a stack of seeds) change nothing.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _NORMS = ("scale", "gamma", "beta", "offset", "mean", "var")
 
 
 class Axes(NamedTuple):
-    """What the axes of a weight are; all are negative, and what is not named is a stack of weights.
+    """The roles of a weight's axes, as negative numbers. Axes in none of the fields are a stack.
 
     Attributes:
-      reduction: those its matmul sums over, in order.
-      output: those its matmul keeps, in order.
-      taps: the spatial ones of a convolution, in order; None where the shape does not tell them
-        from a stack of layers.
+      reduction: axes that the matmul sums over, in order.
+      output: axes that the matmul keeps, in order.
+      taps: spatial axes of a convolution, in order; None if the shape does not determine whether
+        axes are taps or a stack of layers.
     """
 
     reduction: tuple[int, ...]
@@ -57,11 +57,11 @@ CONV_OUT_IN = Axes((-3,), (-4,), (-2, -1))
 
 
 def layout(name: str, shapes: Mapping[str, Shape]) -> Axes | str:
-    """The axes of the leaf `name`, or why it is no weight to make sparse.
+    """The axes of the leaf `name`, or the reason why it stays dense.
 
     Args:
       name: the leaf's name, such as `"encoder/attention/query/kernel"`.
-      shapes: the shapes of all leaves by name; siblings tell attention from convolution.
+      shapes: shapes of all leaves by name. Siblings distinguish attention from convolution.
 
     >>> layout("Conv_0/kernel", {"Conv_0/kernel": (3, 3, 64, 128)})
     Axes(reduction=(-2,), output=(-1,), taps=(-4, -3))
@@ -75,23 +75,23 @@ def layout(name: str, shapes: Mapping[str, Shape]) -> Axes | str:
         return reason
     axes = _attention(name, shapes) or _by_name(name, shapes)
     if axes is None:
-        return f'unknown axes; name them: axes={{"{name}$": ...}}'
+        return f'unknown axes; pass axes={{"{name}$": ...}}'
     if size_along(shape, axes.reduction) == 1:
         return "one input per output (depthwise)"
     return axes
 
 
 def given_axes(given: GivenAxes, ndim: int) -> Axes:
-    """The axes that a user names of a weight with `ndim` axes.
+    """Completes and checks the axes that a user gives for a weight with `ndim` axes.
 
     Args:
-      given: all axes as `Axes`, or the reduction axes: then all others count as output. Of more
-        than two axes that leaves open which are taps or a stack.
-      ndim: how many axes the weight has.
+      given: `Axes`, or the reduction axes; all other axes then count as outputs. For more than two
+        axes, that leaves open which of them are taps or a stack.
+      ndim: number of axes of the weight.
 
     Raises:
       TypeError: an axis is not an integer.
-      ValueError: an axis is out of range, or named twice.
+      ValueError: an axis is out of range or given twice.
 
     >>> given_axes(0, 2)
     Axes(reduction=(-2,), output=(-1,), taps=())
@@ -100,9 +100,9 @@ def given_axes(given: GivenAxes, ndim: int) -> Axes:
     reduction, output, taps = (_negative(span, ndim) for span in spans)
     named = (*reduction, *output, *taps)
     if not reduction:
-        raise TypeError("the reduction axes must be an integer or integers, got none")
+        raise TypeError("the reduction axes must be one or more integers, got none")
     if len(set(named)) != len(named):
-        raise ValueError("an axis is named twice")
+        raise ValueError("an axis is given twice")
     if isinstance(given, Axes):
         return Axes(reduction, output, taps)
     others = tuple(axis for axis in range(-ndim, 0) if axis not in reduction)
@@ -112,19 +112,19 @@ def given_axes(given: GivenAxes, ndim: int) -> Axes:
 def _negative(given: Any, ndim: int) -> tuple[int, ...]:
     axes = given if isinstance(given, tuple | list) else (given,)
     if any(isinstance(axis, bool) or not hasattr(axis, "__index__") for axis in axes):
-        raise TypeError(f"must be an integer or integers, got {given!r}")
+        raise TypeError(f"axes must be one or more integers, got {given!r}")
     if not all(-ndim <= axis < ndim for axis in axes):
-        raise ValueError(f"it has {ndim} axes")
+        raise ValueError(f"the weight has {ndim} axes")
     return tuple(operator.index(axis) - (ndim if axis >= 0 else 0) for axis in axes)
 
 
 def size_along(shape: Shape, axes: tuple[int, ...]) -> int:
-    """Number of entries along `axes` taken together."""
+    """The product of the sizes of `axes`."""
     return math.prod(shape[axis] for axis in axes)
 
 
 def _no_weight(parent: str, leaf: str, shape: Shape) -> str | None:
-    """Why a leaf that is no matrix stays dense, or None."""
+    """Why a leaf that is not a matrix stays dense, or None."""
     if leaf in _BIASES or leaf.endswith("bias"):
         return "bias"
     if leaf in _NORMS or leaf.endswith("scale"):
@@ -148,11 +148,9 @@ def _by_name(name: str, shapes: Mapping[str, Shape]) -> Axes | None:
 
 
 def _taps(name: str, shapes: Mapping[str, Shape]) -> tuple[int, ...] | None:
-    """Which axes in front of (in, out) are a convolution's, and not a stack of layers.
-
-    A stack shows in the bias too: it has one axis more for it, and none for taps. Without a bias
-    four axes are taken for a 2-D convolution, and three or five tell nothing.
-    """
+    """Which axes before (in, out) are the taps of a convolution, and not a stack of layers."""
+    # The bias has the axes of a stack too, but no taps. Without a bias, four axes are taken for a
+    # 2-D convolution, and three or five could be either.
     shape = shapes[name]
     stacked = len(_bias(name, shapes)) - 1
     if 0 <= stacked <= len(shape) - 2:
@@ -161,10 +159,8 @@ def _taps(name: str, shapes: Mapping[str, Shape]) -> tuple[int, ...] | None:
 
 
 def _several_outputs(name: str, shapes: Mapping[str, Shape]) -> Axes | None:
-    """The axes of a layer whose outputs fill several axes, as its bias shows; None for others.
-
-    Behind the axes of a stack, which both have, the bias has the last axes of the kernel.
-    """
+    """The axes of a layer whose bias shows that its outputs fill several axes; None for others."""
+    # After the axes of a stack, which both have, the bias has the last axes of the kernel.
     shape, bias = shapes[name], _bias(name, shapes)
     if bias == (*shape[: len(bias) - 1], shape[-1]):  # A stack of layers with one output axis.
         return None
@@ -184,11 +180,9 @@ def _bias(name: str, shapes: Mapping[str, Shape]) -> Shape:
 
 
 def _attention(name: str, shapes: Mapping[str, Shape]) -> Axes | None:
-    """The axes of a multi-head projection, or None where `name` is none.
-
-    A 1-D convolution has as many axes as a projection, and a 2-D one as many as a scanned
-    projection; what tells them apart is that the heads of `query` and of `out` agree.
-    """
+    """The axes of a multi-head projection, or None if `name` is not one."""
+    # A 1-D convolution has as many axes as a projection, and a 2-D one as many as a scanned
+    # projection. In attention the heads of `query` and `out` agree.
     module, _, leaf = name.rpartition("/")
     parent, _, role = module.rpartition("/")
     if leaf not in _FLAX_WEIGHTS or role not in (*_PROJECTIONS_IN, "out"):

@@ -1,12 +1,12 @@
-"""How a topology changes, and how much of a network is left.
+"""Measures of how a topology changes (SAD, flip rate) and of what is kept (density, balance).
 
-Everything here that is an array may be computed inside `jax.jit`.
+Everything that returns arrays works under `jax.jit`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,34 +16,34 @@ from nmjax.patterns import Block1xN
 from nmjax.plans import Plan
 from nmjax.pruning import Masks, check_masks, fits
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float32, Int32
+
 
 class RowBalance(NamedTuple):
-    """How many blocks the rows of one layer keep; equal where threads get equal work.
+    """How many blocks the rows of one layer keep. Threads get equal work if the two are equal.
 
     Attributes:
-      fewest: int32 scalar, blocks in the row that keeps fewest.
-      most: int32 scalar, blocks in the row that keeps most.
+      fewest: int32 scalar, blocks kept in the row that keeps the fewest.
+      most: int32 scalar, blocks kept in the row that keeps the most.
     """
 
     fewest: jax.Array
     most: jax.Array
 
 
-def sad(masks_a: Masks, masks_b: Masks) -> dict[str, jax.Array]:
-    """Sparse Architecture Divergence of each layer: how many mask entries differ.
+def sad(masks_a: Masks, masks_b: Masks) -> dict[str, Int32[Array, ""]]:
+    """Sparse Architecture Divergence of each layer: the number of mask entries that differ.
 
-    Two moments of one training run, or two runs, may be compared. One swap inside a group changes
-    two entries, and both are counted.
+    Compares two moments of one training run, or two runs. One swap inside a group changes two
+    entries, and both count.
 
     Args:
       masks_a: leaf name -> boolean array, as from `nmjax.compute_masks`.
-      masks_b: the same leaves with the same shapes.
-
-    Returns:
-      Leaf name -> int32 scalar.
+      masks_b: masks of the same leaves with the same shapes.
 
     Raises:
-      ValueError: the two name different leaves, or a shape differs.
+      ValueError: the two have different leaves, or a shape differs.
       TypeError: a mask is not boolean.
 
     Source: SAD, Zhou et al., ICLR 2021.
@@ -58,53 +58,52 @@ def sad(masks_a: Masks, masks_b: Masks) -> dict[str, jax.Array]:
     return {name: jnp.sum(mask != masks_b[name], dtype=jnp.int32) for name, mask in masks_a.items()}
 
 
-def total_sad(masks_a: Masks, masks_b: Masks) -> jax.Array:
-    """SAD summed over the layers, an int32 scalar. Arguments and errors as `sad`.
+def total_sad(masks_a: Masks, masks_b: Masks) -> Int32[Array, ""]:
+    """SAD summed over all layers. Arguments and errors as in `sad`.
 
-    An int32 holds up to 2**31 - 1 changes. Where more are possible, add the counts of `sad` up as
-    Python integers.
+    An int32 holds up to 2**31 - 1 changes. If more are possible, sum the counts of `sad` as Python
+    integers.
     """
     return jnp.sum(jnp.stack(list(sad(masks_a, masks_b).values())), dtype=jnp.int32)
 
 
-def flip_rate(masks_a: Masks, masks_b: Masks) -> jax.Array:
-    """SAD between consecutive steps as a fraction of the weights, a float32 scalar in [0, 1].
+def flip_rate(masks_a: Masks, masks_b: Masks) -> Float32[Array, ""]:
+    """SAD between consecutive steps as a fraction of the weights, in [0, 1].
+
+    Arguments and errors as in `sad`.
 
     Source: Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", ICML 2024.
-    Arguments and errors as `sad`.
     """
-    return _share(sad(masks_a, masks_b), masks_a)
+    return _fraction(sad(masks_a, masks_b), masks_a)
 
 
-def density(masks: Masks) -> dict[str, jax.Array]:
-    """Fraction of the weights kept in each layer: leaf name -> float32 scalar.
-
-    Raises:
-      TypeError: a mask is not boolean.
-    """
+def density(masks: Masks) -> dict[str, Float32[Array, ""]]:
+    """Fraction of the weights that each layer keeps. Raises TypeError if a mask is not boolean."""
     check_masks(masks, masks)
     return {name: jnp.mean(mask, dtype=jnp.float32) for name, mask in masks.items()}
 
 
-def total_density(masks: Masks) -> jax.Array:
-    """Fraction of all planned weights that is kept, a float32 scalar. Errors as `density`."""
+def total_density(masks: Masks) -> Float32[Array, ""]:
+    """Fraction of all planned weights that is kept. Raises TypeError if a mask is not boolean."""
     check_masks(masks, masks)
-    return _share({name: jnp.sum(mask, dtype=jnp.int32) for name, mask in masks.items()}, masks)
+    return _fraction({name: jnp.sum(mask, dtype=jnp.int32) for name, mask in masks.items()}, masks)
 
 
-def blocks_per_row(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
-    """How many blocks each row of a layer keeps, a row being N consecutive output channels.
+def blocks_per_row(masks: Masks, plan: Plan) -> dict[str, Int32[Array, "*_stack _rows"]]:
+    """How many blocks each row of a layer keeps; a row is N consecutive output channels.
+
+    A block counts if any of its weights is kept.
 
     Args:
-      masks: leaf name -> boolean array, for every leaf with blocks.
-      plan: says which leaves those are, and how they are cut.
+      masks: leaf name -> boolean array, for at least every leaf with a `Block1xN` pattern.
+      plan: says which leaves have blocks, and how they are cut.
 
     Returns:
-      Leaf name -> int32 array (*stack, rows), for the leaves with a `Block1xN` pattern. A block
-      counts if any weight of it is kept.
+      Leaf name -> counts, for the leaves with a `Block1xN` pattern.
 
     Raises:
-      ValueError: a mask is missing, or of another shape than planned (all such are named).
+      ValueError: a mask is missing, or masks do not have the planned shapes (the error lists all
+        of them).
       TypeError: a mask is not boolean.
 
     >>> import nmjax
@@ -119,29 +118,29 @@ def blocks_per_row(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
 
 
 def row_balance(masks: Masks, plan: Plan) -> dict[str, RowBalance]:
-    """The fewest and the most blocks that a row of a layer keeps.
+    """The fewest and the most blocks that a row of each layer keeps.
 
-    Arguments and errors as `blocks_per_row`.
+    Arguments and errors as in `blocks_per_row`.
     """
     counts = blocks_per_row(masks, plan)
     return {name: RowBalance(jnp.min(count), jnp.max(count)) for name, count in counts.items()}
 
 
-def blocks_regrown(before: Masks, after: Masks, plan: Plan) -> dict[str, jax.Array]:
-    """How many blocks of each layer are kept after that were dropped before, int32 scalars.
+def blocks_regrown(before: Masks, after: Masks, plan: Plan) -> dict[str, Int32[Array, ""]]:
+    """How many blocks of each layer are kept in `after` but were dropped in `before`.
 
-    Arguments and errors as `blocks_per_row`.
+    Arguments and errors as in `blocks_per_row`.
     """
     then, now = _blocks(before, plan), _blocks(after, plan)
     return {name: jnp.sum(now[name] & ~then[name], dtype=jnp.int32) for name in now}
 
 
-def _blocks(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
-    """Which blocks are kept, (*stack, rows, inputs), by name of the leaves that have blocks."""
+def _blocks(masks: Masks, plan: Plan) -> dict[str, Bool[Array, "*_stack _rows _inputs"]]:
+    """Which blocks are kept, for the leaves that have blocks."""
     patterns = {n: p for n, leaf in plan.items() if isinstance(p := leaf.pattern, Block1xN)}
     missing = patterns.keys() - masks.keys()
     if missing:
-        raise ValueError(f"there are no masks of the planned leaves {sorted(missing)}")
+        raise ValueError(f"masks are missing for the planned leaves {sorted(missing)}")
     misfits = [name for name in patterns if not fits(jnp.shape(masks[name]), plan[name])]
     if misfits:
         raise ValueError(
@@ -159,7 +158,8 @@ def _blocks(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
     }
 
 
-def _share(counts: Mapping[str, jax.Array], masks: Masks) -> jax.Array:
-    """The counts' sum as a fraction of all entries, summed in float32: int32 ends at 2**31."""
+def _fraction(counts: Mapping[str, Int32[Array, ""]], masks: Masks) -> Float32[Array, ""]:
+    """The sum of the counts as a fraction of all mask entries."""
+    # Summed in float32: the total of a large model does not fit into an int32.
     entries = sum(mask.size for mask in masks.values())
     return jnp.sum(jnp.stack(list(counts.values())), dtype=jnp.float32) / float(entries)

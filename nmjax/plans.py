@@ -1,7 +1,7 @@
-"""Which leaf of a parameter tree takes which pattern along which axes, and why others stay dense.
+"""Plans: which leaves become sparse, with which pattern, along which axes, and why others do not.
 
-A plan is made once, from names and shapes alone, and is then static data: every mask, gradient
-term, measure and file of one model reads it.
+A plan is made once, from names and shapes, and is static data after that. Every mask, gradient
+term, metric, and file of a model uses the same plan.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from nmjax.layouts import Axes, GivenAxes, Shape, given_axes, layout, size_along
+from nmjax.layouts import Axes, GivenAxes, Shape, given_axes, layout
 from nmjax.masks.scores import Score, magnitude
 from nmjax.patterns import Pattern, parse_pattern
+from nmjax.patterns.pattern import LeafPlan as LeafPlan
 from nmjax.tables import Row, html_table, text_table
 from nmjax.trees.leaves import named_leaves
 from nmjax.trees.path_rules import PathRules, as_rules, check_rules, first_match
@@ -28,69 +29,8 @@ _NUMBERS = (4, 5)
 
 
 @dataclass(frozen=True)
-class LeafPlan:
-    """How one weight is made sparse.
-
-    Attributes:
-      pattern: the structure it is held to.
-      reduction_axes: negative axes that its matmul sums over; groups run along them, flattened
-        together in this order.
-      output_axes: negative axes that its matmul keeps; blocks run along them, flattened together
-        in this order.
-      shape: shape of the weight. A leaf may have more axes in front of these.
-      tap_axes: negative axes of a convolution's taps, where name and shape tell; a block takes
-        them whole. They, and axes named nowhere, which are a stack of weights, make no groups.
-    """
-
-    pattern: Pattern
-    reduction_axes: tuple[int, ...]
-    output_axes: tuple[int, ...]
-    shape: Shape = ()
-    tap_axes: tuple[int, ...] = ()
-
-    @property
-    def weights(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def kept(self) -> int:
-        """Number of weights that stay."""
-        matrices = self.weights // max(self.inputs * self.outputs, 1)
-        return self.pattern.kept(self.inputs, self.outputs) * matrices
-
-    @property
-    def inputs(self) -> int:
-        """Number of weights along the reduction axes."""
-        return size_along(self.shape, self.reduction_axes)
-
-    @property
-    def outputs(self) -> int:
-        """Number of weights along the output axes."""
-        return size_along(self.shape, self.output_axes)
-
-    @property
-    def misfit(self) -> str | None:
-        """Why the weight cannot take its pattern without straddling, or None."""
-        return self.pattern.misfit(self.inputs, self.outputs)
-
-    @property
-    def axes(self) -> Axes:
-        """All axes that are no stack."""
-        return Axes(self.reduction_axes, self.output_axes, self.tap_axes)
-
-    @property
-    def span(self) -> str:
-        """The axes along which a group or a block, "inputs x outputs", extends."""
-        parts = [self.reduction_axes]
-        if self.pattern.taps == "in block":
-            parts.append(self.output_axes)
-        return " x ".join(", ".join(map(str, part)) for part in parts)
-
-
-@dataclass(frozen=True)
 class DenseLeaf:
-    """A leaf that stays dense: its shape, and why."""
+    """A leaf that stays dense: its shape and the reason."""
 
     shape: Shape
     reason: str
@@ -99,14 +39,14 @@ class DenseLeaf:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Plan(Mapping[str, LeafPlan]):
-    """A mapping from leaf name to `LeafPlan`, over the planned leaves only.
+    """A mapping from leaf name to `LeafPlan`, for the planned leaves only.
 
     Static and hashable: close over it, or pass it to a jitted function like any other argument.
-    `print(plan)` shows a table of all leaves, and a notebook shows it as HTML.
+    `print(plan)` shows a table of all leaves; a notebook shows it as HTML.
 
     Attributes:
-      leaves: every leaf of the tree in tree order, as pairs of name and plan.
-      score: what ranks the weights of a group.
+      leaves: (name, plan) of every leaf of the tree, in tree order.
+      score: function that ranks the weights of a group.
     """
 
     leaves: tuple[tuple[str, LeafPlan | DenseLeaf], ...]
@@ -118,7 +58,7 @@ class Plan(Mapping[str, LeafPlan]):
 
     @property
     def dense(self) -> dict[str, str]:
-        """Why each leaf that is not planned stays dense, by name."""
+        """The reason why each other leaf stays dense, by name."""
         return {name: leaf.reason for name, leaf in self.leaves if isinstance(leaf, DenseLeaf)}
 
     def __getitem__(self, name: str) -> LeafPlan:
@@ -160,36 +100,38 @@ def make_plan(
     on_indivisible: Literal["error", "dense"] = "error",
     score: Score = magnitude,
 ) -> Plan:
-    """Decides which leaves of `params` become sparse, how, and along which axes.
+    """Decides which leaves of `params` become sparse, with which pattern, and along which axes.
 
-    Path rules are regular expressions, searched for anywhere in a leaf's name (`"a/b/kernel"`).
-    Biases, normalizations, embeddings and depthwise convolutions stay dense by themselves.
+    Path rules are regular expressions that match anywhere in a leaf's name (`"a/b/kernel"`).
+    Biases, normalizations, embeddings, and depthwise convolutions stay dense by default.
 
     Args:
-      params: parameters, or anything with the same tree, shapes and dtypes (`jax.eval_shape`):
+      params: parameters, or anything with the same tree, shapes, and dtypes (`jax.eval_shape`):
         dicts, FrozenDicts, dataclasses, boxed Flax leaves, NNX states, Equinox modules.
-      pattern: what a leaf takes unless `rules` says otherwise, such as `"2:4"`, `NM(2, 4)` or
+      pattern: pattern of every leaf that `rules` do not mention, such as `"2:4"`, `NM(2, 4)`, or
         `"1x16@0.5"`.
-      exclude: leaves to leave dense.
-      include: where given, only these leaves can become sparse.
-      rules: path rule -> the pattern of those leaves, or None to leave them dense. The first
-        rule that matches counts.
-      axes: path rule -> the reduction axes of those leaves, for layouts that names and shapes do
-        not tell; whatever such a rule matches counts as a weight. All other axes count as outputs;
-        `nmjax.Axes` names outputs and taps too, which blocks need to know beyond two axes.
-      on_indivisible: what happens to a leaf whose inputs m does not divide, or for blocks whose
-        outputs N does not divide: `"error"`, or `"dense"` to leave it dense with that reason.
-      score: importance of each weight, a function of the weight array; that of a block is the sum
-        over its weights, so by default its L1 norm. Pass a named function, not a lambda made anew
-        each time: the plan's equality, and so the jit cache, goes by it.
+      exclude: path rules of leaves to leave dense.
+      include: if given, only leaves that match these path rules can become sparse.
+      rules: path rule -> the pattern of the leaves that match, or None to leave them dense. The
+        first rule that matches wins.
+      axes: path rule -> the reduction axes of the leaves that match, where names and shapes do not
+        determine them. Such leaves always count as weights. All other axes count as outputs; use
+        `nmjax.Axes` to say which are outputs and which are taps, as blocks need for weights with
+        more than two axes.
+      on_indivisible: what to do with a leaf that does not divide into whole groups or blocks:
+        `"error"`, or `"dense"` to leave it dense and record the reason.
+      score: importance of each weight, a function of the weight array. A block's importance is the
+        sum over its weights, which is its L1 norm by default. Pass a named function and not a new
+        lambda each time: two plans are equal, and share the jit cache, only if the score is the
+        same object.
 
     Raises:
-      TypeError: a leaf to be made sparse is not of a floating dtype; a pattern, a path rule or an
-        axis of the wrong type.
-      ValueError: no leaves at all; a pattern does not parse; a path rule is no regular expression
-        or matches no leaf; one of `rules` is overruled on every leaf that it matches; axes that a
-        leaf does not have, or that a pattern needs to know and the shape does not tell; a size that
-        m or N does not divide (all such leaves are named); no leaf becomes sparse.
+      TypeError: a leaf to become sparse does not have a floating dtype; a pattern, path rule, or
+        axis has the wrong type.
+      ValueError: the tree has no leaves; a pattern does not parse; a path rule is not a regular
+        expression or matches no leaf; a rule in `rules` has no effect; a leaf does not have the
+        given axes, or its pattern needs axes that the shape does not determine; leaves do not
+        divide into whole groups or blocks (the error lists all of them); no leaf becomes sparse.
 
     >>> params = {"Dense_0": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}}
     >>> plan = make_plan(params, "2:4")
@@ -202,7 +144,7 @@ def make_plan(
         raise ValueError(f'on_indivisible must be "error" or "dense", got {on_indivisible!r}')
     leaves = named_leaves(params)
     if not leaves:
-        raise ValueError("the parameter tree has no leaves, so there is nothing to plan")
+        raise ValueError("the parameter tree has no leaves to plan")
     choice = _Selection(
         pattern=parse_pattern(pattern),
         exclude=as_rules(exclude),
@@ -257,18 +199,15 @@ class _Selection:
         pattern = self.pattern if rule is None else self.rules[rule]
         if pattern is None:
             return DenseLeaf(shape, _left_dense(rule))
-        if pattern.taps == "apart":
-            return LeafPlan(pattern, axes.reduction, axes.output, shape, axes.taps or ())
-        if axes.taps is None:
+        if pattern.needs_taps and axes.taps is None:
             raise ValueError(
-                f"{name} of shape {shape} cannot take {pattern}: its shape does not tell which "
-                "axes are outputs, which are a filter's taps and which a stack of layers. Name "
-                f"them: axes={{{name + '$'!r}: nmjax.Axes(reduction=..., output=..., taps=...)}}; "
-                "or exclude the leaf, or give it another pattern in rules="
+                f"{name} of shape {shape} cannot take {pattern}: the shape does not determine "
+                "which axes are outputs, which are the taps of a filter, and which are a stack of "
+                f"layers. Pass axes={{{name + '$'!r}: nmjax.Axes(reduction=..., output=..., "
+                "taps=...)}, exclude the leaf, or give it another pattern in rules="
             )
-        if pattern.taps == "with inputs":
-            return LeafPlan(pattern, axes.reduction + axes.taps, axes.output, shape)
-        return LeafPlan(pattern, axes.reduction, axes.output, shape, axes.taps)
+        reduction, output, taps = pattern.place(axes)
+        return LeafPlan(pattern, reduction, output, shape, taps or ())
 
     def _axes(self, name: str, shapes: Mapping[str, Shape]) -> Axes | str:
         rule = first_match(self.axes, name)
@@ -283,16 +222,17 @@ class _Selection:
             ) from error
 
     def check_rules_apply(self, planned: Mapping[str, LeafPlan | DenseLeaf]) -> None:
-        """Raises ValueError if no leaf comes out as one of `rules` wants it."""
+        """Raises ValueError if a rule in `rules` has no effect on any leaf."""
         for rule, pattern in self.rules.items():
             matched = {name: leaf for name, leaf in planned.items() if re.search(rule, name)}
             sparse = [name for name, leaf in matched.items() if isinstance(leaf, LeafPlan)]
             if pattern is None:
                 left_dense = (DenseLeaf(leaf.shape, _left_dense(rule)) for leaf in matched.values())
-                heeded = not sparse or any(leaf in matched.values() for leaf in left_dense)
+                # Leaves may be dense for another reason first. That is what the rule asked for.
+                has_effect = not sparse or any(leaf in matched.values() for leaf in left_dense)
             else:
-                heeded = any(first_match(self.rules, name) == rule for name in sparse)
-            if heeded:
+                has_effect = any(first_match(self.rules, name) == rule for name in sparse)
+            if has_effect:
                 continue
             raise ValueError(
                 f"the rule {rule!r}: {pattern} makes no leaf "
@@ -308,7 +248,7 @@ class _Selection:
 def _settle_indivisible(
     planned: Mapping[str, LeafPlan | DenseLeaf], on_indivisible: str
 ) -> dict[str, LeafPlan | DenseLeaf]:
-    """Leaves dense, or refuses all at once, the leaves whose groups would straddle."""
+    """Leaves indivisible leaves dense, or raises one ValueError that lists all of them."""
     complaints = {
         name: leaf.misfit
         for name, leaf in planned.items()
@@ -316,12 +256,12 @@ def _settle_indivisible(
     }
     if complaints and on_indivisible == "error":
         raise ValueError(
-            "groups may not straddle rows, nor blocks inputs, as they would in:\n"
+            "these leaves do not divide into whole groups or blocks:\n"
             + "\n".join(
                 f"  {name} {planned[name].shape}: {complaint} (axes {planned[name].span})"  # type: ignore[union-attr]
                 for name, complaint in complaints.items()
             )
-            + '\nName them in exclude=, or pass on_indivisible="dense" to leave them dense.'
+            + '\nList them in exclude=, or pass on_indivisible="dense" to leave them dense.'
         )
     return {
         name: DenseLeaf(leaf.shape, complaints[name]) if name in complaints else leaf
@@ -337,15 +277,15 @@ def _check_floating(planned: Mapping[str, LeafPlan | DenseLeaf], leaves: Mapping
     }
     if wrong:
         raise TypeError(
-            "only weights of a floating dtype can be made sparse, but\n"
+            "only weights with a floating dtype can become sparse, but\n"
             + "\n".join(f"  {name} has dtype {dtype}" for name, dtype in wrong.items())
-            + "\nName them in exclude=, or convert them."
+            + "\nList them in exclude=, or convert them."
         )
 
 
 def _by_rule(given: Mapping[str, Any] | None, argument: str) -> dict[str, Any]:
     if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"{argument}= is a mapping with path rules as keys, got {given!r}")
+        raise TypeError(f"{argument}= must map path rules to values, got {given!r}")
     return dict(given or {})
 
 

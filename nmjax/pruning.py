@@ -1,35 +1,35 @@
-"""A plan applied to parameters: masks, sparse parameters to train with, and pruned ones to ship.
+"""Applies a plan to parameters: masks, sparse parameters for training, pruned ones for export.
 
-All three recompute the masks from the weights unless they are given some. Computing a mask costs
-little more than reading the weights, and inside one jitted training step the forward pass and
-`nmjax.add_sparse_refined` share one computation.
+All three compute the masks from the weights unless masks are given. Computing a mask costs little
+more than reading the weights, and within one jitted training step the forward pass and
+`nmjax.add_sparse_refined` share the computation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from nmjax.masks.blocks import block_mask
-from nmjax.masks.nm import nm_mask
-from nmjax.masks.scores import Score, block_sum, score_weights
-from nmjax.patterns import NM
+from nmjax.masks.scores import Score
 from nmjax.plans import LeafPlan, Plan
 from nmjax.ste import apply_mask, check_mask, prune_sr_ste, prune_ste
 from nmjax.trees.leaves import IsLeaf, map_named, named_leaves
 
-Masks = Mapping[str, jax.Array]
+if TYPE_CHECKING:
+    import chex
+
+Masks = Mapping[str, "chex.Array"]
+Params = TypeVar("Params")
 
 
-def compute_masks(params: Any, plan: Plan) -> dict[str, jax.Array]:
-    """The masks of the planned leaves, computed from their weights.
+def compute_masks(params: chex.ArrayTree, plan: Plan) -> dict[str, jax.Array]:
+    """Computes the masks of the planned leaves from their weights.
 
     Args:
-      params: a tree that fits the plan. Leaves may have more axes in front than planned.
+      params: parameters that fit the plan. Leaves may have additional leading axes.
       plan: from `nmjax.make_plan`.
 
     Returns:
@@ -43,23 +43,27 @@ def compute_masks(params: Any, plan: Plan) -> dict[str, jax.Array]:
 
 
 def sparsify(
-    params: Any, plan: Plan, masks: Masks | None = None, *, lambda_w: ArrayLike | None = None
-) -> Any:
+    params: Params,
+    plan: Plan,
+    masks: Masks | None = None,
+    *,
+    lambda_w: chex.Numeric | None = None,
+) -> Params:
     """Sparse parameters for the forward pass of training, with a straight-through gradient.
 
-    Call it inside the function that is differentiated. The gradient with respect to a sparse
-    weight reaches every dense weight, pruned ones included (STE). SR-STE adds a pull on the
-    pruned weights: put `nmjax.add_sparse_refined` into the optimizer, or pass `lambda_w` here
-    where the optimizer is out of reach; both together pull twice.
+    Call it inside the function that you differentiate. The gradient with respect to a sparse weight
+    reaches every dense weight, including pruned ones (STE). SR-STE also pulls the pruned weights
+    toward zero: put `nmjax.add_sparse_refined` in the optimizer, or pass `lambda_w` here if you
+    cannot change the optimizer. Doing both pulls twice.
 
     Args:
       params: dense parameters that fit the plan.
       plan: from `nmjax.make_plan`.
       masks: leaf name -> boolean array; computed from `params` by default.
-      lambda_w: where given, the backward pass adds `lambda_w * ~mask * w`, as `prune_sr_ste`.
+      lambda_w: if given, the backward pass adds `lambda_w * ~mask * w`, as in `prune_sr_ste`.
 
     Returns:
-      The same tree with the same dtypes and shardings; leaves outside the plan untouched.
+      The same tree with the same dtypes and shardings. Leaves outside the plan are unchanged.
 
     Raises:
       ValueError: `params` or `masks` do not fit the plan.
@@ -79,46 +83,33 @@ def sparsify(
     return _apply_plan(lambda w, mask: prune_sr_ste(w, mask, lambda_w), params, plan, masks)
 
 
-def prune(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
-    """Sparse parameters for evaluation and export, with no gradient to the pruned weights.
+def prune(params: Params, plan: Plan, masks: Masks | None = None) -> Params:
+    """Sparse parameters for evaluation and export; pruned weights get no gradient.
 
-    Args, Returns and Raises are those of `sparsify`.
+    Args, Returns, and Raises are those of `sparsify`.
     """
     return _apply_plan(apply_mask, params, plan, masks)
 
 
 def leaf_mask(w: jax.Array, leaf: LeafPlan, score: Score) -> jax.Array:
     """The mask of one weight under its part of the plan."""
-    pattern = leaf.pattern
-    if isinstance(pattern, NM):
-        axis = leaf.reduction_axes[0] if len(leaf.reduction_axes) == 1 else leaf.reduction_axes
-        return nm_mask(w, pattern.n, pattern.m, axis, score=score)
-    return block_mask(
-        score_weights(w, score),
-        pattern.n,
-        pattern.sparsity,
-        block_sum,
-        uniform=pattern.uniform,
-        reduction_axes=leaf.reduction_axes,
-        output_axes=leaf.output_axes,
-        tap_axes=leaf.tap_axes,
-    )
+    return leaf.pattern.mask(w, leaf.axes, score)
 
 
 def planned_leaves(
-    params: Any, plan: Plan, *, is_hidden: IsLeaf | None = None
+    params: chex.ArrayTree, plan: Plan, *, is_hidden: IsLeaf | None = None
 ) -> dict[str, jax.Array]:
-    """The leaves of `params` that the plan names, checked against it.
+    """The leaves of `params` that the plan names, after checking that they fit it.
 
     Args:
-      params: a tree that fits the plan.
+      params: parameters that fit the plan.
       plan: from `nmjax.make_plan`.
-      is_hidden: recognises nodes that stand for leaves or subtrees which are not to be touched;
-        the planned leaves below them are left out.
+      is_hidden: recognizes nodes that hide a leaf or subtree, such as `optax.MaskedNode`; planned
+        leaves below them are left out.
 
     Raises:
-      ValueError: a planned leaf is missing or has another shape; all such leaves are named.
-      TypeError: a planned leaf is not of a real floating dtype; all such leaves are named.
+      ValueError: a planned leaf is missing or has another shape; the error lists all such leaves.
+      TypeError: a planned leaf does not have a real floating dtype; the error lists all of them.
     """
     leaves = named_leaves(params, is_leaf=is_hidden)
     hidden = [name for name, leaf in leaves.items() if is_hidden is not None and is_hidden(leaf)]
@@ -133,13 +124,13 @@ def planned_leaves(
         raise ValueError(
             "the parameters do not fit the plan:\n"
             + "\n".join(complaints)
-            + "\nMake the plan from these parameters, or pass the tree that it was made from, "
-            "unflattened."
+            + "\nMake the plan from these parameters, or pass the tree that it was made from (not "
+            "flattened)."
         )
     wrong = [name for name in visible if not jnp.issubdtype(leaves[name].dtype, jnp.floating)]
     if wrong:
         raise TypeError(
-            "only weights of a real floating dtype can be sparse, but "
+            "only weights with a real floating dtype can be sparse, but "
             + ", ".join(f"{name} has dtype {leaves[name].dtype}" for name in wrong)
         )
     return {name: leaves[name] for name in visible}
@@ -147,7 +138,7 @@ def planned_leaves(
 
 def _why_missing(name: str, leaves: Mapping[str, Any]) -> str:
     if any(_is_below(leaf, name) for leaf in leaves):
-        return "got a subtree, as a packed weight is: nmjax.unpack makes those dense"
+        return "got a subtree; if it is a packed weight, call nmjax.unpack first"
     return "not in the tree"
 
 
@@ -156,16 +147,16 @@ def _is_below(name: str, node: str) -> bool:
 
 
 def fits(shape: tuple[int, ...], leaf: LeafPlan) -> bool:
-    """Whether a leaf of this shape can take the plan: equal, or with more axes in front."""
+    """Whether the shape is the planned one, possibly with additional leading axes."""
     return shape[max(len(shape) - len(leaf.shape), 0) :] == leaf.shape
 
 
 def check_masks(masks: Masks, leaves: Mapping[str, jax.Array]) -> None:
-    """Raises ValueError or TypeError unless there is one fitting mask for each of the leaves."""
+    """Raises ValueError or TypeError unless every leaf has a mask that fits, and no other has."""
     missing, extra = leaves.keys() - masks.keys(), masks.keys() - leaves.keys()
     if missing or extra:
         raise ValueError(
-            "masks must have exactly the planned leaves as keys; "
+            "the keys of the masks must be exactly the planned leaves; "
             f"missing: {sorted(missing) or 'none'}, not planned: {sorted(extra) or 'none'}"
         )
     for name, leaf in leaves.items():
@@ -174,10 +165,10 @@ def check_masks(masks: Masks, leaves: Mapping[str, jax.Array]) -> None:
 
 def _apply_plan(
     prune_leaf: Callable[[jax.Array, jax.Array], jax.Array],
-    params: Any,
+    params: Params,
     plan: Plan,
     masks: Masks | None,
-) -> Any:
+) -> Params:
     if masks is None:
         masks = compute_masks(params, plan)
     else:

@@ -1,31 +1,40 @@
-"""Pruning with a gradient: sparse in the forward pass, straight through in the backward.
+"""Pruning with a gradient: sparse in the forward pass, straight through in the backward pass.
 
-The mask is constant to both functions: no gradient flows to it.
+Both functions treat the mask as a constant: no gradient flows to it.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+
+if TYPE_CHECKING:
+    import chex
+    from jaxtyping import Array, Bool, Float
+
+    _Residuals = tuple[chex.Array, chex.Array, chex.Array]  # w, mask, lambda_w
 
 
-def prune_ste(w: jax.Array, mask: jax.Array) -> jax.Array:
-    """Sets masked-out weights to zero; the gradient passes through to every weight.
+def prune_ste(
+    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Sets pruned weights to zero; the gradient passes through to every weight (STE).
 
-    Forward `w * mask`, backward `g -> g`, pruned entries included, so that a pruned weight goes on
-    learning and can return.
+    Forward `w * mask`, backward `g -> g`. Pruned weights keep learning, so they can return.
 
     Args:
-      w: weights, any shape, floating dtype.
-      mask: booleans of `w`'s shape, True = kept.
+      w: weights, floating dtype.
+      mask: True = kept.
 
     Returns:
-      The pruned weights, of `w`'s shape and dtype. A pruned NaN or infinity is zero too.
+      The pruned weights, in `w`'s dtype. Where the mask is False the result is zero, even if the
+      weight is NaN or infinite.
 
     Raises:
-      ValueError: `mask` has another shape.
+      ValueError: `mask` has another shape than `w`.
       TypeError: `mask` is not boolean.
 
     Source: the straight-through estimator of Zhou et al., "Learning N:M Fine-grained Structured
@@ -39,27 +48,28 @@ def prune_ste(w: jax.Array, mask: jax.Array) -> jax.Array:
     return _prune_ste(w, mask)
 
 
-def prune_sr_ste(w: jax.Array, mask: jax.Array, lambda_w: ArrayLike) -> jax.Array:
-    """Prunes like `prune_ste`; the backward pass pulls the pruned weights towards zero.
+def prune_sr_ste(
+    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: chex.Numeric
+) -> Float[Array, "*shape"]:
+    """Prunes like `prune_ste`, and pulls the pruned weights toward zero (SR-STE).
 
     Forward `w * mask`, backward `g -> g + lambda_w * ~mask * w`.
 
-    The term is added wherever the backward pass runs. Under data parallelism that is once per
-    replica where each replica computes its own gradient; average the gradients then, do not sum
-    them. `nmjax.add_sparse_refined` adds the same term once, in the optimizer; use one or the
-    other, not both.
+    The backward pass adds the term once per replica if every replica computes its own gradient, so
+    average the gradients over replicas; a sum would multiply the term. Alternatively use
+    `nmjax.add_sparse_refined`, which adds the same term once, in the optimizer. Do not use both.
 
     Args:
-      w: weights, any shape, floating dtype.
-      mask: booleans of `w`'s shape, True = kept.
-      lambda_w: strength of the pull; a number or a scalar array, which may be traced, so a
-        schedule does not recompile. Its own gradient is zero. The paper uses 2e-4.
+      w: weights, floating dtype.
+      mask: True = kept.
+      lambda_w: strength of the pull, a number or a scalar array. It may be traced, so a schedule
+        does not recompile. Its own gradient is zero. The paper uses 2e-4.
 
     Returns:
-      The pruned weights, of `w`'s shape and dtype.
+      The pruned weights, as from `prune_ste`.
 
     Raises:
-      ValueError: `mask` has another shape, or `lambda_w` is not a scalar.
+      ValueError: `mask` has another shape than `w`, or `lambda_w` is not a scalar.
       TypeError: `mask` is not boolean.
 
     Source: SR-STE, Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From
@@ -74,28 +84,31 @@ def prune_sr_ste(w: jax.Array, mask: jax.Array, lambda_w: ArrayLike) -> jax.Arra
     return _prune_sr_ste(w, mask, jnp.asarray(lambda_w, dtype=jnp.result_type(w)))
 
 
-def sparse_refined_term(w: jax.Array, mask: jax.Array, lambda_w: ArrayLike) -> jax.Array:
-    """The term that SR-STE adds to the gradient, `lambda_w * ~mask * w`, in `w`'s dtype.
-
-    A kept weight is told by its sparse value, not by its mask: the forward pass has stored the
-    sparse weights already, whereas XLA would work out the mask again in every fusion that reads
-    it. (A kept zero reads as pruned, and its pull is zero either way.)
-    """
+def sparse_refined_term(
+    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: chex.Numeric
+) -> Float[Array, "*shape"]:
+    """The term that SR-STE adds to the gradient, `lambda_w * ~mask * w`, in `w`'s dtype."""
+    # Reads "kept" off the sparse weights and not off the mask. The forward pass has stored the
+    # sparse weights already, whereas XLA would compute the mask again in every fusion that reads
+    # it. A kept weight that is zero looks pruned here, but its pull is zero either way.
     kept = apply_mask(w, mask) != 0
     return jnp.where(kept, jnp.zeros_like(w), jnp.asarray(lambda_w, w.dtype) * w)
 
 
-def apply_mask(w: jax.Array, mask: jax.Array) -> jax.Array:
-    """`w` where the mask is True, else zero; a selection, so that pruned NaNs do not survive."""
+def apply_mask(
+    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """`w` where the mask is True, else zero."""
+    # A selection and not a product: NaN * 0 is NaN.
     return jnp.where(mask, w, jnp.zeros_like(w))
 
 
-def check_mask(w: jax.Array, mask: jax.Array, name: str = "the weight") -> None:
-    """Raises ValueError or TypeError unless `mask` is boolean and of `w`'s shape."""
+def check_mask(w: chex.Array, mask: chex.Array, name: str = "the weight") -> None:
+    """Raises ValueError or TypeError unless `mask` is boolean and has the shape of `w`."""
     if jnp.shape(mask) != jnp.shape(w):
         raise ValueError(
-            f"the mask of {name} has shape {jnp.shape(mask)}, the weight {jnp.shape(w)}; a mask "
-            "has one entry for each weight"
+            f"the mask of {name} has shape {jnp.shape(mask)}, but the weight has shape "
+            f"{jnp.shape(w)}; a mask needs one entry per weight"
         )
     if jnp.result_type(mask) != jnp.bool_:
         raise TypeError(
@@ -104,22 +117,27 @@ def check_mask(w: jax.Array, mask: jax.Array, name: str = "the weight") -> None:
         )
 
 
-def check_lambda(lambda_w: ArrayLike) -> None:
-    """Raises ValueError unless `lambda_w` is a scalar; an array would broadcast over weights."""
+def check_lambda(lambda_w: chex.Numeric) -> None:
+    """Raises ValueError unless `lambda_w` is a scalar."""
+    # An array would broadcast over the weights without an error.
     if np.ndim(lambda_w) != 0:
         raise ValueError(f"lambda_w must be a scalar, got an array of shape {np.shape(lambda_w)}")
 
 
 @jax.custom_vjp
-def _prune_ste(w: jax.Array, mask: jax.Array) -> jax.Array:
+def _prune_ste(
+    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"]
+) -> Float[Array, "*shape"]:
     return apply_mask(w, mask)
 
 
-def _prune_ste_forward(w: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+def _prune_ste_forward(
+    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"]
+) -> tuple[chex.Array, None]:
     return apply_mask(w, mask), None
 
 
-def _prune_ste_backward(_: None, g: jax.Array) -> tuple[jax.Array, None]:
+def _prune_ste_backward(_: None, g: chex.Array) -> tuple[chex.Array, None]:
     return g, None
 
 
@@ -127,20 +145,22 @@ _prune_ste.defvjp(_prune_ste_forward, _prune_ste_backward)
 
 
 @jax.custom_vjp
-def _prune_sr_ste(w: jax.Array, mask: jax.Array, lambda_w: jax.Array) -> jax.Array:
+def _prune_sr_ste(
+    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: Float[Array, ""]
+) -> Float[Array, "*shape"]:
     del lambda_w
     return apply_mask(w, mask)
 
 
 def _prune_sr_ste_forward(
-    w: jax.Array, mask: jax.Array, lambda_w: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: Float[Array, ""]
+) -> tuple[chex.Array, _Residuals]:
     return apply_mask(w, mask), (w, mask, lambda_w)
 
 
 def _prune_sr_ste_backward(
-    residuals: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, None, jax.Array]:
+    residuals: _Residuals, g: chex.Array
+) -> tuple[chex.Array, None, chex.Array]:
     w, mask, lambda_w = residuals
     return g + sparse_refined_term(w, mask, lambda_w), None, jnp.zeros_like(lambda_w)
 

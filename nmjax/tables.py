@@ -9,12 +9,12 @@ Row = Sequence[str]
 
 
 def text_table(header: Row, rows: Sequence[Row], *, right: Sequence[int] = ()) -> str:
-    """A table in aligned columns.
+    """Formats a table in aligned columns.
 
     Args:
       header: column titles.
-      rows: cells, as many in each row as in the header.
-      right: columns aligned to the right, for numbers.
+      rows: rows of cells, each as long as the header.
+      right: indices of columns to align to the right, for numbers.
 
     >>> print(text_table(["leaf", "weights"], [["kernel", "64"], ["bias", "8"]], right=[1]))
     leaf    weights
@@ -35,7 +35,7 @@ def text_table(header: Row, rows: Sequence[Row], *, right: Sequence[int] = ()) -
 
 
 def html_table(header: Row, rows: Sequence[Row], *, right: Sequence[int] = ()) -> str:
-    """The same table as an HTML fragment, every cell escaped."""
+    """Formats the same table as an HTML fragment, with escaped cells."""
 
     def line(tag: str, cells: Row) -> str:
         styled = [

@@ -1,20 +1,23 @@
-"""Gradient transformations for sparse training, to be put into an optax chain."""
+"""Optax transformations for sparse training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from nmjax.plans import Plan
 from nmjax.pruning import Masks, check_masks, leaf_mask, planned_leaves
 from nmjax.ste import check_lambda, sparse_refined_term
 from nmjax.trees.leaves import map_named
 
+if TYPE_CHECKING:
+    import chex
+
+# The words of `optax`'s own message, which is not part of its public API.
 _NO_PARAMS = (
     "You are using a transformation that requires the current value of parameters, but you are "
     "not passing `params` when calling `update`."
@@ -22,7 +25,7 @@ _NO_PARAMS = (
 
 
 class AddSparseRefinedState(NamedTuple):
-    """State of `add_sparse_refined` where `lambda_w` is a schedule.
+    """State of `add_sparse_refined` if `lambda_w` is a schedule.
 
     Attributes:
       count: int32 scalar, number of updates so far.
@@ -32,61 +35,43 @@ class AddSparseRefinedState(NamedTuple):
 
 
 def add_sparse_refined(
-    plan: Plan, lambda_w: ArrayLike | Callable[[jax.Array], ArrayLike] = 2e-4
+    plan: Plan, lambda_w: chex.Numeric | Callable[[chex.Numeric], chex.Numeric] = 2e-4
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds SR-STE's sparse-refined term to the gradient: a pull to zero on the pruned weights.
+    """Adds SR-STE's term `lambda_w * ~mask * w` to the gradients of the planned leaves.
 
-    `g + lambda_w * ~mask * w` for the planned leaves; others pass through. The mask is that of the
-    parameters given to `update`, or the extra argument `masks=` (leaf name -> boolean array), for
-    methods whose masks remember.
-
-    Where it stands in the chain matters:
-
-    - *First*, before momentum or Adam: the term is part of the gradient. This is SR-STE as
-      published, and equals `prune_sr_ste` in the loss. Before `optax.clip_by_global_norm` the term
-      is clipped with the gradient, after it the pull is not.
-    - *After* `optax.scale_by_adam`, before the learning rate: the pull is decoupled, like AdamW's
-      weight decay; a step shrinks a pruned weight by exactly `learning_rate * lambda_w`.
-
-    Adam divides the first form by the root of its second moment. Without any other gradient the
-    pull is then a step of the learning rate's size whatever `lambda_w` is, and small weights
-    change sign:
-
-    >>> import nmjax
-    >>> params = {"kernel": jnp.array([[1.0], [0.9], [0.1], [0.001]])}
-    >>> plan = nmjax.make_plan(params, "2:4")
-    >>> pull, adam, rate = add_sparse_refined(plan, 2e-4), optax.scale_by_adam(), optax.scale(-0.01)
-    >>> for name, tx in {"before": (pull, adam, rate), "after": (adam, pull, rate)}.items():
-    ...     update, _ = optax.chain(*tx).update(
-    ...         jax.tree.map(jnp.zeros_like, params), optax.chain(*tx).init(params), params
-    ...     )
-    ...     change = (update["kernel"] / params["kernel"]).ravel()[2:]
-    ...     print(name, "Adam, relative change:", [f"{c:.2g}" for c in change.tolist()])
-    before Adam, relative change: ['-0.1', '-9.5']
-    after Adam, relative change: ['-2e-06', '-2e-06']
-
-    Under data parallelism add the term once, to the averaged gradient: in the optimizer it is.
+    First in the chain, this is SR-STE as published, the same as `prune_sr_ste` in the loss. After
+    `optax.scale_by_adam` it is decoupled, like AdamW's weight decay: a step shrinks a pruned weight
+    by the fraction `learning_rate * lambda_w`. Before Adam the term is normalized with the
+    gradient: where the rest of the gradient is zero, a pruned weight moves by the learning rate,
+    whatever `lambda_w` is. A transformation that clips gradients clips the term too if it comes
+    later in the chain.
 
     Args:
       plan: from `nmjax.make_plan`.
-      lambda_w: strength, a number or a schedule of the update count. The paper uses 2e-4, with SGD
-        at learning rate 0.1 over 120 epochs of ImageNet. Negative values push the pruned weights
-        away from zero.
+      lambda_w: strength, a number or a schedule of the update count. The paper uses 2e-4 with SGD
+        at learning rate 0.1. A negative value pushes pruned weights away from zero.
 
     Returns:
-      A transformation whose state is `optax.EmptyState` for a number, `AddSparseRefinedState` for
-      a schedule.
+      A transformation with state `optax.EmptyState`, or `AddSparseRefinedState` for a schedule.
+      `update` needs `params` and computes the masks from them, or takes them as `masks=` (leaf
+      name -> boolean array). Leaves hidden by `optax.masked` or `optax.partition` are skipped.
 
     Raises:
-      ValueError: from `update`, without `params`, with parameters or masks that do not fit the
-        plan, or with a `lambda_w` that is not a scalar. Leaves hidden by `optax.masked` or
-        `optax.partition` are left alone.
-      TypeError: from `update`, a mask that is not boolean.
+      ValueError: from `update`: no `params`, parameters or masks that do not fit the plan, or a
+        `lambda_w` that is not a scalar.
+      TypeError: from `update`: a mask is not boolean.
 
-    Source: Zhou et al., ICLR 2021; modelled on `optax.add_decayed_weights`.
+    Source: Zhou et al., ICLR 2021; modeled on `optax.add_decayed_weights`.
+
+    >>> import nmjax
+    >>> params = {"kernel": jnp.array([[1.0], [0.5], [0.25], [0.125]])}
+    >>> tx = add_sparse_refined(nmjax.make_plan(params, "2:4"), 0.5)
+    >>> updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    >>> updates["kernel"].ravel().tolist()
+    [0.0, 0.0, 0.125, 0.0625]
     """
 
-    def init(params: Any) -> optax.EmptyState | AddSparseRefinedState:
+    def init(params: chex.ArrayTree) -> optax.EmptyState | AddSparseRefinedState:
         del params
         return (
             AddSparseRefinedState(jnp.zeros([], jnp.int32))
@@ -95,13 +80,13 @@ def add_sparse_refined(
         )
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any | None = None,
+        updates: chex.ArrayTree,
+        state: optax.EmptyState | AddSparseRefinedState,
+        params: chex.ArrayTree | None = None,
         *,
         masks: Masks | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[chex.ArrayTree, optax.EmptyState | AddSparseRefinedState]:
         del extra_args
         if params is None:
             raise ValueError(_NO_PARAMS)
@@ -116,8 +101,10 @@ def add_sparse_refined(
             return g + sparse_refined_term(w, mask, strength)
 
         if masks is not None:
+            # Inside `optax.masked` a caller still passes the masks of the whole model.
             hidden = plan.keys() - planned.keys()
             check_masks({name: masks[name] for name in masks if name not in hidden}, planned)
+        # None stands for "no gradient" and is not a leaf to JAX; `params` has a leaf there.
         updates = map_named(add, updates, params, is_leaf=lambda leaf: leaf is None)
         if callable(lambda_w):
             state = AddSparseRefinedState(optax.safe_increment(state.count))
@@ -127,5 +114,5 @@ def add_sparse_refined(
 
 
 def _is_masked_node(leaf: Any) -> bool:
-    """Whether optax hides what stands here, as `optax.masked` and `optax.partition` do."""
+    """Whether `optax.masked` or `optax.partition` hides this leaf."""
     return isinstance(leaf, optax.MaskedNode)

@@ -2,13 +2,18 @@
 
 import os
 
+import chex
 import hypothesis
 import jax
 import pytest
 
+from tests import shape_checks
+
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+shape_checks.install()
 
 # Every example of another shape compiles another program, so the default run draws few. CI draws
 # many: --hypothesis-profile=thorough.
@@ -31,6 +36,12 @@ def pytest_configure(config):
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(autouse=True)
+def _forget_traces():
+    """`chex.assert_max_traces` counts over all tests with the same source."""
+    chex.clear_trace_counter()
 
 
 @pytest.fixture(scope="module", autouse=True)

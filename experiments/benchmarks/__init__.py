@@ -1,1 +1,1 @@
-"""How long things take, as ratios to a baseline of the same run."""
+"""Benchmarks: times as ratios to a baseline of the same run."""

@@ -1,8 +1,8 @@
 """Cost of a refresh of all block masks of ResNet-50: `python -m experiments.benchmarks.blocks`.
 
-SUBP does it once an epoch. The plan is the paper's 2.0 G one: 66/128 of the blocks of 32 outputs
-dropped, with the layers kept dense that SUBP keeps dense. The peak counts weights, old and new
-masks, and what XLA holds in between.
+SUBP refreshes once an epoch. The plan is the paper's for 2.0 G multiply-adds: 66/128 of the blocks
+of 32 outputs dropped, and the layers that SUBP keeps dense kept dense. The peak counts weights, old
+and new masks, and XLA's temporaries.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""2:4 on NVIDIA's GPUs: builds, checks and times it all: `python -m experiments.benchmarks.gpu`.
+"""2:4 on NVIDIA GPUs: builds, checks and times everything: `python -m experiments.benchmarks.gpu`.
 
-Under 8 minutes on a machine with JAX for CUDA, nvcc and NVIDIA's packages, from a bare checkout.
-What is not there is skipped, and the reason is printed and written. Without a GPU it builds what
-compilers are there for, translates every program that would be timed for NVIDIA's GPUs, and checks
-on the CPU what runs there. A section that fails is written as failed, the others go on, and the
-exit status is 1. The file is written after every section; what would begin after `--minutes` is
-skipped, and so is what a section would begin after its own share of them. `--only` runs the rest
-later, and writes a file of its own.
+Takes under 8 minutes from a bare checkout, on a machine with JAX for CUDA, nvcc and NVIDIA's
+packages. Whatever is missing is skipped, and the reason is printed and written. Without a GPU it
+builds what it has compilers for, lowers every timed program for NVIDIA GPUs, and checks on the CPU
+what runs there. If a section fails, it is written as failed, the others go on, and the exit status
+is 1. The file is written after every section. Nothing new starts after `--minutes`, and within a
+section nothing new starts after its own share of them. `--only` runs the rest later, into a file of
+its own.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ import jax.numpy as jnp
 import nmjax
 from experiments.benchmarks import gpu_checks, gpu_products
 from experiments.benchmarks.gpu_products import many, milliseconds, numbers
-from experiments.benchmarks.timing import RESULTS, machine, print_table
+from experiments.benchmarks.timing import RESULTS, print_table
 from experiments.benchmarks.train_step import TransformerBlock, make_call, make_training
+from experiments.json_files import machine
 from nmjax.kernels import build
 from nmjax.kernels.gpu import cusparselt_limits
-from nmjax.kernels.gpu.devices import why_no_gpu
+from nmjax.kernels.gpu.devices import check_gpu
 
 
 class SkippedError(Exception):
-    """Something a section needs is not here."""
+    """Something that a section needs is missing."""
 
 
 class Transformer(nn.Module):
@@ -72,7 +73,7 @@ class Transformer(nn.Module):
 
 
 def built() -> dict[str, Any]:
-    """Compiles what runs on GPUs, where there are compilers for it."""
+    """Compiles what runs on GPUs, as far as there are compilers for it."""
     states, failed = {}, []
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     steps: dict[str, tuple[str | None, Callable[[], Any]]] = {
@@ -100,7 +101,7 @@ def built() -> dict[str, Any]:
 
 
 def translated() -> dict[str, Any]:
-    """Every timed product as a program for NVIDIA's GPUs; needs our libraries, not a GPU."""
+    """Lowers every timed product for NVIDIA GPUs; needs our libraries, but no GPU."""
     for name in ("cusparselt", "decode"):
         if not nmjax.backends()[name].startswith("ready"):
             raise SkippedError(f"{name}: {nmjax.backends()[name]}")
@@ -110,7 +111,7 @@ def translated() -> dict[str, Any]:
 
 
 def checked(checks: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Errors against float64; one that is too large fails the section, but is in the table."""
+    """Errors against float64. One that is too large fails the section, but stays in the table."""
     rows: list[dict[str, Any]] = []
     try:
         rows.extend(checks())
@@ -129,7 +130,7 @@ def timed(
     deadline: float,
     minutes: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """One row for each product; one that fails is a row that says so."""
+    """One row for each product; if one fails, its row says so."""
     rows: list[dict[str, Any]] = []
     deadline = min(deadline, time.monotonic() + 60 * minutes)
     for product in products:
@@ -147,7 +148,7 @@ def timed(
 
 
 def masked(size: int, rounds: int) -> list[dict[str, Any]]:
-    """Mask and apply, over a copy on the device."""
+    """Times mask and apply against a copy on the device."""
     rows = []
     for axis in (-2, -1):
         ws = [numbers((size, size), "bfloat16", seed) for seed in range(8)]
@@ -167,7 +168,7 @@ def _pruned(axis: int, w: jax.Array, _: jax.Array) -> jax.Array:
 
 
 def trained(module: Transformer, shape: tuple[int, int], rounds: int) -> dict[str, Any]:
-    """An SR-STE step at 2:4, masks recomputed in every step, over a dense one."""
+    """Times an SR-STE step at 2:4, with masks recomputed in every step, against a dense step."""
     tokens = jax.random.randint(jax.random.key(0), shape, 0, module.words)
     made = {m: make_training(module, tokens, "2:4", m) for m in ("dense", "sr_ste")}
     sizes = [leaf.size for leaf in jax.tree.leaves(made["dense"].params)]
@@ -178,7 +179,7 @@ def trained(module: Transformer, shape: tuple[int, int], rounds: int) -> dict[st
 
 
 def sections(rounds: int, deadline: float) -> dict[str, Callable[[], Any]]:
-    """Everything, in order."""
+    """All sections, in order."""
     checks, few, many_rows = gpu_checks, gpu_products.FEW_ROWS, gpu_products.MANY_ROWS
     time_few, time_many = gpu_products.time_few_rows, gpu_products.time_many_rows
     anywhere = {
@@ -202,8 +203,11 @@ def sections(rounds: int, deadline: float) -> dict[str, Callable[[], Any]]:
         "train step": lambda: trained(Transformer(), (8, 1024), rounds),
         "many rows": lambda: timed(many_rows, time_many, rounds, deadline),
     }
-    obstacle = why_no_gpu()
-    if obstacle is None:
+    try:
+        check_gpu()
+    except NotImplementedError as reason:
+        obstacle = str(reason)
+    else:
         return anywhere | on_gpus
     small: dict[str, Callable[[], Any]] = {
         "mask and apply, small": lambda: masked(64, 3),
@@ -246,7 +250,7 @@ def main() -> None:
 
 
 def outcome(section: Callable[[], Any], deadline: float) -> Any:
-    """What a section returns, or why there is nothing."""
+    """What a section returned, or why it returned nothing."""
     try:
         if time.monotonic() > deadline:
             raise SkippedError("no time left")
@@ -259,7 +263,7 @@ def outcome(section: Callable[[], Any], deadline: float) -> Any:
 
 
 def driver() -> str | None:
-    """The driver's version, and what power and clock the card may take, where that can be asked."""
+    """Driver version, power limit and clock limit, if nvidia-smi reports them."""
     if shutil.which("nvidia-smi") is None:
         return None
     names = "driver_version,power.limit,clocks.max.sm"

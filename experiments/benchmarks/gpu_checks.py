@@ -1,7 +1,7 @@
-"""Is what GPUs compute right? Every kernel against float64, on random numbers.
+"""Checks every GPU kernel against float64, on random numbers.
 
-The error is the Euclidean norm of the difference over that of the true product. Operands are the
-rounded ones on both sides, so it tells of sums and of the rounding of results alone.
+The error is the Euclidean norm of the difference over that of the true product. Both sides use the
+same rounded operands, so it measures only sums and the rounding of results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from nmjax.kernels.gpu import cusparselt, decode
 from nmjax.kernels.gpu.cusparselt_limits import GELU, RESULTS
 from nmjax.kernels.quantized import dequantize, quantize
 from nmjax.masks.transposable import transposable_mask
-from nmjax.packed.nm import unpack_nm
 
 # Rounding to bfloat16 alone gives an error of about 0.0017, to float16 0.0002; sums of integers are
 # exact. Tensor cores keep fewer bits of float8 sums than float32 has.
@@ -59,26 +58,27 @@ def check_cusparselt(dtype: str, transposed: bool) -> Iterator[dict[str, Any]]:
 
 
 def check_decode() -> Iterator[dict[str, Any]]:
-    """Every variant of the kernel, of every kind of values, with bias and ReLU."""
+    """Every variant of the kernel with every kind of values, with bias and ReLU."""
     multiply = jax.jit(decode.matmul, static_argnames=("activation", "vector"))
     for dtype, as_integers in (("bfloat16", False), ("float16", False), ("bfloat16", True)):
         for rows, vector in ROWS_AND_VECTORS:
             x, w = numbers((rows, 2064), dtype, 0), numbers((2064, 1024), dtype, 1)
-            packed: Any = _packed(w)
+            packed, scales = _packed(w), None
             if as_integers:
-                packed = quantize(packed)
-                w = unpack_nm(dequantize(packed, jnp.dtype(jnp.float32)))
+                integers = quantize(packed)
+                packed, scales = integers.packed, integers.scales
+                w = dequantize(integers, jnp.dtype(jnp.float32)).unpack()
             else:
                 w = pruned(w, -2)
             bias = numbers((1024,), "float32", 2)
-            y = multiply(x, packed, bias, activation="relu", vector=vector)
+            y = multiply(x, packed, bias, activation="relu", scales=scales, vector=vector)
             expected = np.maximum(_exact(x, w) + np.asarray(bias, np.float64), 0)
             what = "decode, values of int8" if as_integers else "decode"
             yield _row(f"{what}, {vector or 'any'} outputs a thread", x, w, y, expected)
 
 
 def check_packed_matmul() -> Iterator[dict[str, Any]]:
-    """The public way to both."""
+    """Both through the public function."""
     x, w = numbers((16, 1024), "bfloat16", 0), numbers((1024, 512), "bfloat16", 1)
     packed = _packed(w)
     for implementation in ("decode", "cusparselt", "xla"):
@@ -92,7 +92,7 @@ def check_sparse_dense(implementation: Any) -> Iterator[dict[str, Any]]:
     x, w = numbers((64, 256), "bfloat16", 0), numbers((256, 128), "bfloat16", 1)
     g = numbers((64, 128), "bfloat16", 2)
     y, pull = jax.vjp(
-        jax.jit(lambda x, w: nmjax.sparse_dense(x, w, implementation=implementation)), x, w
+        jax.jit(lambda x, w: nmjax.kernels.sparse_dense(x, w, implementation=implementation)), x, w
     )
     dx, dw = pull(g)
     sparse = jnp.where(transposable_mask(w), w, jnp.zeros_like(w))

@@ -1,8 +1,8 @@
 """Products with 2:4 weights on a GPU against XLA's dense ones: what `gpu` times.
 
-Every program multiplies several inputs by as many weights, one after the other, so that neither
-launching it nor what a cache kept from the call before is timed: together the weights are several
-times the second-level cache of any GPU.
+Every program multiplies several inputs by as many weights in a row. So neither its launch nor data
+that a cache kept from the previous call is timed: together the weights are several times as large
+as the second-level cache of any GPU.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import nmjax
 from experiments.benchmarks.timing import interleaved_times
 from nmjax.kernels.gpu import cusparselt, decode
 from nmjax.kernels.gpu.cusparselt_limits import RESULTS
-from nmjax.kernels.quantized import quantize
+from nmjax.kernels.quantized import QuantizedNM, quantize
 from nmjax.packed.nm import PackedNM
 
 Functions = dict[str, Callable[[], Any]]
 
 
 class Product(NamedTuple):
-    """Rows times a weight (inputs, outputs) of a dtype, and what it is from."""
+    """Rows times a weight (inputs, outputs) of a dtype, and the model it comes from."""
 
     of: str
     rows: int
@@ -37,13 +37,13 @@ class Product(NamedTuple):
 
     @property
     def repeats(self) -> int:
-        """How many of them make a gigabyte of weights, or four where they are quick; 2 to 8."""
+        """How many products have a gigabyte of weights, or four if they are quick; 2 to 8."""
         weight = self.inputs * self.outputs * jnp.dtype(self.dtype).itemsize
         return min(max(math.ceil(2 ** (32 if self.rows <= 64 else 30) / weight), 2), 8)
 
     @property
     def transposed(self) -> bool:
-        """Whether cuSPARSELt takes the weight as (outputs, inputs) only."""
+        """Whether cuSPARSELt takes the weight only as (outputs, inputs)."""
         return jnp.dtype(self.dtype).itemsize == 1
 
     @property
@@ -123,7 +123,7 @@ def operands(product: Product) -> tuple[list[jax.Array], list[jax.Array]]:
 def dense_functions(
     product: Product, xs: list[Any], ws: list[Any]
 ) -> dict[str, Callable[[], Functions]]:
-    """What makes XLA's, of weights stored either way."""
+    """XLA's products, for weights stored either way."""
 
     def make(name: str, multiply_one: Callable[..., Any], weights: list[Any]) -> Functions:
         return {name: many(multiply_one, xs, weights)}
@@ -143,13 +143,13 @@ def dense_functions(
 
 
 def multiply_scaled(x: jax.Array, weight_and_scale: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """XLA's product of float8, as it knows it from networks that are scaled."""
+    """XLA's float8 product, in the form with scales that it recognizes."""
     w, scale = weight_and_scale
     return (x.astype(scale.dtype) * scale) @ (w.astype(scale.dtype) * scale).T
 
 
 def time_many_rows(product: Product, rounds: int) -> dict[str, Any]:
-    """Products by cuSPARSELt, of weights stored either way, before and after its search."""
+    """Times cuSPARSELt, for weights stored either way, before and after its search."""
     xs, ws = operands(product)
     candidates = dense_functions(product, xs, ws)
     for transposed in (True,) if product.transposed else (False, True):
@@ -163,7 +163,7 @@ def time_many_rows(product: Product, rounds: int) -> dict[str, Any]:
 def measured(
     product: Product, candidates: dict[str, Callable[[], Functions]], rounds: int
 ) -> dict[str, Any]:
-    """The row of what could be made; what could not is in it, with the reason."""
+    """One row with the times of all products that could be made, and why others could not."""
     functions: Functions = {}
     failed = {}
     for name, make in candidates.items():
@@ -193,7 +193,7 @@ def sparse_functions(product: Product, xs: list[Any], ws: list[Any], transposed:
 
 
 def time_few_rows(product: Product, rounds: int) -> dict[str, Any]:
-    """The kernel of nmjax that reads packed weights: as it chooses, its variants, and integers."""
+    """Times nmjax's kernel for few rows: its own choice, its variants, and int8 values."""
     xs, ws = operands(product)
     packed = packed_weights(ws)
     candidates = dense_functions(product, xs, ws)
@@ -202,7 +202,7 @@ def time_few_rows(product: Product, rounds: int) -> dict[str, Any]:
     for vector in vectors:
         candidates[f"variant, {vector} outputs a thread"] = partial(_variant, vector, xs, packed)
     candidates["int8"] = lambda: {
-        "int8 values": many(decode.matmul, xs, [jax.jit(quantize)(w) for w in packed])
+        "int8 values": many(multiply_quantized, xs, [jax.jit(quantize)(w) for w in packed])
     }
     timed = measured(product, candidates, rounds)
     if "int8 values" in timed["ms"]:
@@ -210,6 +210,11 @@ def time_few_rows(product: Product, rounds: int) -> dict[str, Any]:
             timed["speedup"] * timed["ms"]["sparse"] / timed["ms"]["int8 values"]
         )
     return timed
+
+
+def multiply_quantized(x: jax.Array, w: QuantizedNM) -> jax.Array:
+    """Few rows times a packed weight with int8 values."""
+    return decode.matmul(x, w.packed, scales=w.scales)
 
 
 def _variant(vector: Literal[2, 4, 8], xs: list[Any], packed: list[Any]) -> Functions:
@@ -245,7 +250,7 @@ def row(product: Product, functions: Functions, rounds: int) -> dict[str, Any]:
 
 
 def torch_functions(product: Product) -> Functions:
-    """PyTorch's own calls of cuSPARSELt, where it is there; dense ones too."""
+    """PyTorch's own calls of cuSPARSELt, if it is installed, and its dense products."""
     try:
         import torch
         from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
@@ -273,7 +278,7 @@ def torch_functions(product: Product) -> Functions:
 
 
 def lowered_products() -> Iterator[tuple[Product, str]]:
-    """The text of every timed program for NVIDIA's GPUs, on any machine; nothing is computed."""
+    """The text of every timed program, lowered for NVIDIA GPUs on any machine; nothing runs."""
     for product in MANY_ROWS + SMALL:
         shape = (product.inputs, product.outputs)[:: -1 if product.transposed else 1]
         w = jax.ShapeDtypeStruct(shape, product.dtype)
@@ -287,9 +292,7 @@ def lowered_products() -> Iterator[tuple[Product, str]]:
     for product in FEW_ROWS:
         w = jax.ShapeDtypeStruct((product.inputs, product.outputs), product.dtype)
         packed = jax.eval_shape(lambda w: packed_weights([w])[0], w)
-        obstacle = decode.why_not(w.dtype, packed)
-        if obstacle:
-            raise ValueError(obstacle)
+        decode.check(w.dtype, packed)
         x = jax.ShapeDtypeStruct((product.rows, product.inputs), product.dtype)
         yield product, _cuda_text(decode.matmul, x, packed)
 

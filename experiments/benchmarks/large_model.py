@@ -1,17 +1,17 @@
-"""What 2:4 training of a 7-billion-parameter Transformer asks of a mesh, by compilation alone.
+"""What 2:4 training of a 7-billion-parameter Transformer needs from a mesh, by compiling it.
 
     python -m experiments.benchmarks.large_model
 
-Nothing is computed and no array is made: the training step is lowered from shapes and compiled for
-64 simulated devices, dense and with SR-STE. The table counts the collectives in the compiled
-program (one in the loop over the layers counts once) and the bytes that a device needs. The
-compiler is that for CPUs, which keeps float32 copies of what other devices multiply in bfloat16;
-the two sides are compared under the same compiler.
+Nothing runs and no array is allocated: the training step is lowered from shapes and compiled for 64
+simulated devices, dense and with SR-STE. The table counts the collectives in the compiled program
+(one in the loop over the layers counts once) and the bytes that a device needs. It uses the CPU
+compiler, which keeps float32 copies of what other devices multiply in bfloat16; both sides are
+compared under the same compiler.
 
-The decoder is the usual one: RMS norms, causal attention, a gated feed-forward layer, blocks in a
-scan with remat. Weights and AdamW's moments are float32 and split over both axes of the mesh;
-a layer's weights are pruned and rounded to bfloat16 where they lie, and only then gathered over
-"data" for use, so that masks need no communication and what is gathered is no larger.
+The decoder has RMS norms, causal attention, gated feed-forward layers, and a scan over blocks with
+remat. Weights and AdamW's moments are float32 and split over both axes of the mesh. A layer's
+weights are pruned and rounded to bfloat16 where they lie, and only then gathered over "data". So
+masks need no communication, and no more bytes are gathered than in dense training.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def loss(model: Decoder, plan: nmjax.Plan | None, params: Params, tokens: jax.Ar
         return _block(model, weights, x), None
 
     x, _ = jax.lax.scan(jax.checkpoint(block), _constrain(x, ACTIVATIONS), params["blocks"])
-    logits = _normalise(x, params["norm"]) @ _gather(params["head"], P(None, "model"))
+    logits = _normalize(x, params["norm"]) @ _gather(params["head"], P(None, "model"))
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), tokens[:, 1:]
     )
@@ -111,17 +111,17 @@ def loss(model: Decoder, plan: nmjax.Plan | None, params: Params, tokens: jax.Ar
 
 def _block(model: Decoder, weights: Params, x: jax.Array) -> jax.Array:
     w = {name: _gather(weights[name], in_use) for name, (_, in_use) in LAYOUT.items()}
-    normed = _normalise(x, weights["attention_norm"])
+    normed = _normalize(x, weights["attention_norm"])
     heads = (*x.shape[:2], model.heads, model.width // model.heads)
     query, key, value = ((normed @ w[name]).reshape(heads) for name in ("query", "key", "value"))
     attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
     x = _constrain(x + attended.reshape(x.shape) @ w["out"], ACTIVATIONS)
-    normed = _normalise(x, weights["forward_norm"])
+    normed = _normalize(x, weights["forward_norm"])
     hidden = jax.nn.silu(normed @ w["gate"]) * (normed @ w["up"])
     return _constrain(x + hidden @ w["down"], ACTIVATIONS)
 
 
-def _normalise(x: jax.Array, weights: Params) -> jax.Array:
+def _normalize(x: jax.Array, weights: Params) -> jax.Array:
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
     return (wide * scale * weights["scale"]).astype(x.dtype)
@@ -191,10 +191,10 @@ def compile_step(
 
 
 def needs(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Collectives of a compiled step, by kind, and bytes of one device.
+    """Counts the collectives of a compiled step by kind, and the bytes of one device.
 
     Raises:
-      NotImplementedError: this platform's compiler does not say how much memory a program needs.
+      NotImplementedError: this platform's compiler does not report the memory that a program needs.
     """
     memory = compiled.memory_analysis()
     if memory is None:

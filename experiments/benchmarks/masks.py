@@ -1,11 +1,11 @@
 """Time of N:M masks: `python -m experiments.benchmarks.masks`.
 
-The baseline of a mask is `w > 0` of the same matrix, the least that reads it and writes a boolean
-for each entry. The baseline of applying one is a copy of the matrix. Two usual ways to make a
-mask stand in the same table: `lax.top_k`, and ranks from two argsorts.
+The baseline of a mask is `w > 0` of the same matrix: the cheapest operation that reads it and
+writes a boolean for each entry. The baseline of applying a mask is a copy of the matrix. The table
+also has two common ways to compute a mask: `lax.top_k`, and ranks from two argsorts.
 
-The baseline runs next to every row, and its time jumps where the memory allocator has to ask the
-system for fresh pages. So there are two ratios: `ratio` to the baseline timed with the row, and
+The baseline runs next to every row, and its time jumps when the memory allocator asks the system
+for fresh pages. So there are two ratios: `ratio` to the baseline timed with the row, and
 `strict_ratio` to the fastest baseline of the whole table.
 """
 
@@ -37,7 +37,7 @@ def top_k_mask(w: jax.Array, n: int, m: int, axis: int) -> jax.Array:
 
 
 def argsort_mask(w: jax.Array, n: int, m: int, axis: int) -> jax.Array:
-    """Keeps ranks below n, a rank being the argsort of an argsort."""
+    """Keeps ranks below n, where a rank is the argsort of an argsort."""
     groups = _groups_last(w, m, axis)
     rank = jnp.argsort(jnp.argsort(-jnp.abs(groups), axis=-1), axis=-1)
     return jnp.moveaxis((rank < n).reshape(*groups.shape[:-2], -1), -1, axis)
@@ -52,7 +52,7 @@ MASKS: dict[str, Mask] = {"nm_mask": nm_mask, "top_k": top_k_mask, "argsort": ar
 
 
 def mask_rows(w: jax.Array, rounds: int) -> list[dict[str, Any]]:
-    """Masks alone, against `w > 0`."""
+    """Times masks against `w > 0`."""
     rows = []
     for n, m in PATTERNS:
         functions = {
@@ -65,7 +65,7 @@ def mask_rows(w: jax.Array, rounds: int) -> list[dict[str, Any]]:
 
 
 def apply_rows(w: jax.Array, rounds: int) -> list[dict[str, Any]]:
-    """Mask and apply, against a copy."""
+    """Times mask and apply against a copy."""
     rows = []
     for n, m in PATTERNS:
         functions = {

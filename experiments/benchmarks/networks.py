@@ -1,8 +1,8 @@
 """Whole image networks, packed against dense: `python -m experiments.benchmarks.networks`.
 
-Latency of one image of 224 x 224 on one and two threads, float32, normalisations folded on both
-sides. The baseline is the faster of the same network through XLA and, where PyTorch is installed,
-through that. Weights are random: what they are does not matter for time.
+Latency of one 224 x 224 image on one and two threads, in float32, with normalizations folded on
+both sides. The baseline is the same dense network in XLA or, if it is installed and faster, in
+PyTorch. Weights are random, which does not affect the time.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def measure(name: str, multiply_adds: str, pattern: str, rounds: int) -> dict[st
 
 
 def torch_function(name: str, variables: Any, image: jax.Array) -> dict[str, Callable[[], Any]]:
-    """The folded network in PyTorch, channels last; nothing where there is no PyTorch."""
+    """The folded network in PyTorch, channels last; nothing if PyTorch is not installed."""
     try:
         import torch
     except ImportError:

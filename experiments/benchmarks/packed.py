@@ -1,11 +1,11 @@
 """Products with packed weights against dense ones: `python -m experiments.benchmarks.packed`.
 
-The baseline of each row is the faster of XLA's dense product and, where PyTorch is installed, its
-own. One process for each number of threads, pinned to as many cores, since thread pools are made
-once. `implementation="ffi"` throughout: what the chooser would take is another column.
+The baseline of each row is XLA's dense product or, if it is installed and faster, PyTorch's. Each
+number of threads runs in a process of its own, pinned to as many cores, since thread pools are made
+once. Every row is timed with `implementation="ffi"`; the column "chosen" has the default.
 
-How well threads are balanced is the fastest round with one over the fastest with two: on a virtual
-machine the second core is at times another's, and a median would tell of that.
+The balance of threads is the fastest round with one thread over the fastest with two: on a virtual
+machine the second core is sometimes busy for others, which a median would include.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from experiments.benchmarks.timing import (
     rows_by_threads,
     write_results,
 )
-from nmjax.kernels.cpu.choice import choose
+from nmjax.kernels.matmul import choose
 
 SPARSITIES = (0.5, 0.75, 0.875, 0.9, 0.95)
 MATMULS = ((256, 4096), (32, 1024), (1, 4096))

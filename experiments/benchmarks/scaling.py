@@ -2,15 +2,15 @@
 
     python -m experiments.benchmarks.scaling
 
-The devices are simulated by one processor's cores, so that more of them make no step faster: what
-counts is that the ratio of the sparse step to the dense one stays where it is. Each device has as
-many examples however many there are, as on a pod. (With one batch shared by ever more simulated
-devices, the ratio of data parallelism grows for a reason that real devices do not have: each of
-them works out all masks, and here one processor does so for all of them in turn.)
+One processor's cores simulate the devices, so more devices do not make a step faster. What counts
+is that the ratio of the sparse step to the dense step stays the same. Every device has the same
+number of examples, as on a pod. (If more and more simulated devices shared one batch, the ratio
+would grow under data parallelism for a reason that real devices do not have: every device computes
+all masks, and here one processor does so for all of them in turn.)
 
-The checkpoints are those of the training loop, which for every method, dense too, hold the masks
-of the initial weights and of the last epoch, at one bit a weight each; they are compared with the
-dense parameters and optimizer state alone.
+The checkpoints are those of the training loop. For every method, dense included, they hold the
+masks of the initial weights and of the last epoch at one bit a weight each. They are compared with
+the dense parameters and optimizer state.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Perceptron(nn.Module):
 
 
 def make_task(width: int, batch_size: int) -> Task:
-    """A task whose one batch is noise; only its times matter."""
+    """A task with one batch of noise; only its times matter."""
     rng = np.random.default_rng(0)
     batch: Batch = {
         "image": rng.standard_normal((batch_size, width, 1, 1), np.float32),
@@ -86,7 +86,7 @@ def make_job(task: Task, method: str, pattern: str) -> Job:
 
 
 def place(job: Job, devices: int, preset: Preset) -> tuple[Placement, Programs, RunState, Any]:
-    """Placement, programs, first state and batch of a job on so many devices."""
+    """Placement, programs, first state and batch of a job on a number of devices."""
     placement = make_placement(
         jax.eval_shape(job.task.init, jax.random.key(0))["params"],
         job.plan,
@@ -184,7 +184,7 @@ def _save_and_restore(state: Any, placement: Placement, rounds: int) -> dict[str
 
 
 def _one_further(compiled: Any, state: Any, batch: Any) -> Callable[[], Any]:
-    """A function that takes one step further each time it is called."""
+    """A function that takes one more step at each call."""
 
     def call() -> Any:
         nonlocal state

@@ -1,16 +1,13 @@
 """How every benchmark measures: interleaved, after warm-up, the median of many, as a ratio.
 
-Two things timed one after the other are compared with whatever else the machine did meanwhile.
-Here each round runs every candidate once, so that a slow spell hits them all, and what is
-reported is a ratio to a baseline of the same run.
+If two things are timed one after the other, the comparison includes whatever else the machine did
+meanwhile. Here each round runs every candidate once, so a slow spell hits all of them, and the
+report is a ratio to a baseline of the same run.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
+from experiments.json_files import machine, plain, write_json
 from nmjax.analysis.timing import interleaved_times as interleaved_times
 from nmjax.analysis.timing import output_on_cores
 
@@ -54,21 +51,6 @@ def rows_by_threads(command: Sequence[str], threads: Sequence[int]) -> dict[int,
     return found
 
 
-def machine() -> dict[str, Any]:
-    """Where a benchmark ran: processor, cores this process may use, devices, versions."""
-    packages = ("jax", "jaxlib", "numpy")
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "devices": [device.device_kind for device in jax.devices()],
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
-
-
 def write_results(name: str, results: Any) -> Path:
     """Writes `results/<name>.json`: the results, and with them the machine and the date."""
     path = RESULTS / f"{name}.json"
@@ -78,12 +60,12 @@ def write_results(name: str, results: Any) -> Path:
         "machine": machine(),
         "results": results,
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, plain(content), indent=1)
     return path
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints rows of equal keys, numbers to the right, and under them where they were measured."""
+    """Prints rows with equal keys, numbers right-aligned, and below them the machine."""
     table = Table(title=title)
     for name, value in rows[0].items():
         table.add_column(name, justify="right" if isinstance(value, int | float) else "left")
@@ -93,14 +75,3 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     console = Console() if Console().is_terminal else Console(width=140)
     console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
-
-
-def _cpu_model() -> str:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -1,13 +1,13 @@
-"""What sparse training costs a step: STE and SR-STE against the dense step, in one run.
+"""What sparse training adds to a step: STE and SR-STE against the dense step, in one run.
 
     python -m experiments.benchmarks.train_step
 
 Each step computes loss and gradient, adds the optimizer's update (SGD with momentum) and writes the
 parameters in place, as a real loop does with donated buffers. The masks are recomputed at every
-step. With SR-STE the forward pass and the optimizer both ask for them, and share one computation,
-unless XLA finds it cheaper to repeat it than to store its result: it does so for the 2:4 masks of
-attention's kernels, whose sparse weights it would have to reshape. The table counts the loops in
-the compiled step that compute a mask.
+step. With SR-STE the forward pass and the optimizer share one computation of them, unless XLA finds
+it cheaper to repeat it than to store its result. It does so for the 2:4 masks of attention kernels,
+whose sparse weights it would have to reshape. The table counts the loops in the compiled step that
+compute a mask.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def make_training(module: nn.Module, x: jax.Array, pattern: str, method: str) ->
 
 
 def mask_computations(training: Training) -> int:
-    """How many of the compiled step's loops compute a mask: only those look at a number's bits."""
+    """Counts the compiled step's loops that compute a mask; only those look at a number's bits."""
     lowered = training.step.lower(training.params, training.opt_state)
     text = lowered.compile().as_text()
     loops = re.split(r"\n(?=%\S+ \(.*\{\n)", text)
@@ -102,7 +102,7 @@ def mask_computations(training: Training) -> int:
 
 
 def make_call(training: Training) -> Callable[[], Any]:
-    """A function that takes one step further each time it is called."""
+    """A function that takes one more step at each call."""
     state = training.params, training.opt_state
 
     def call() -> Any:

@@ -16,26 +16,25 @@ T = TypeVar("T")
 # What JAX reads where it is not told the coordinator.
 _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 
-# Bytes of what a process tells the others.
-_LONGEST = 4096
+# What a run that cannot start raises, for `together`.
+REFUSALS = (ValueError, OSError)
 
 
 def join_processes(
     distributed: bool, coordinator: str | None, processes: int | None, process: int | None
 ) -> None:
-    """Connects this process with the others of its run; must come before JAX computes anything.
+    """Connects this process with the others of its run. Call it before JAX computes anything.
 
     Args:
       distributed: whether to ask the cluster (Slurm, Open MPI, Kubernetes, TPU) for what is not
-        given. Implied where the environment has JAX_COORDINATOR_ADDRESS, which stands in for
-        `coordinator`.
+        given. JAX_COORDINATOR_ADDRESS in the environment implies it and replaces `coordinator`.
       coordinator: "host:port" of process 0.
       processes: how many there are.
       process: which one this is, from 0.
 
     Raises:
-      ValueError: some of the last three are given and others not, without a cluster to ask; or the
-        cluster does not say what is missing.
+      ValueError: only some of the last three are given and there is no cluster to ask, or the
+        cluster does not know the rest.
     """
     given = (coordinator, processes, process)
     distributed = distributed or bool(os.environ.get(_COORDINATOR))
@@ -51,7 +50,7 @@ def join_processes(
     except ValueError as error:
         raise ValueError(
             f"the processes cannot be joined: {error} Give --coordinator, --processes and "
-            f"--process; for one process alone, give no --distributed and unset {_COORDINATOR}"
+            f"--process; for a single process, drop --distributed and unset {_COORDINATOR}"
         ) from error
 
 
@@ -61,10 +60,10 @@ def is_first() -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process at once, though others of its run have not come to their end.
+    """Ends this process at once, even if other processes of its run have not finished.
 
-    Python's own exit would wait for them for minutes, and they may be waiting for this one. JAX
-    ends them when it notices.
+    Python's own exit would wait minutes for them, and they may be waiting for this one. JAX ends
+    them when it notices.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -72,32 +71,28 @@ def leave(status: int) -> NoReturn:
 
 
 def tell_all(text: str) -> list[str]:
-    """What every process says, in their order. Each must call this, and waits for the others.
-
-    Args:
-      text: of this process; what is beyond 4,096 bytes is cut off.
-    """
-    said = np.zeros(_LONGEST, np.uint8)
-    encoded = np.frombuffer(text.encode()[:_LONGEST], np.uint8)
-    said[: len(encoded)] = encoded
-    rows = multihost_utils.process_allgather(said)
-    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+    """Returns the text of every process, in order. Each must call this, and waits for all."""
+    own = np.frombuffer(text.encode(), np.uint8)
+    longest = np.max(multihost_utils.process_allgather(np.array([own.size])))
+    # Arrays that are gathered must have one shape.
+    rows = multihost_utils.process_allgather(np.pad(own, (0, longest + 1 - own.size)))
+    return [row.tobytes().rstrip(b"\0").decode() for row in np.atleast_2d(rows)]
 
 
 def together(act: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
-    """What `act` returns, if it returns in every process: either all go on, or none does.
+    """Returns what `act` returns if it succeeds in every process; otherwise every process raises.
 
-    Each process must call this, and waits for the others. A process that fails alone would leave
-    them waiting where it never comes.
+    Each process must call this, and waits for the others. If one failed by itself, the others
+    would wait for it forever at their next meeting.
 
     Args:
       act: must not wait for other processes.
-      errors: that it may raise, each made of one text, the gravest first.
+      errors: kinds that it may raise, each built from one text, the most severe first.
 
     Raises:
-      An error of the same kind in every process, the gravest that `act` raised in any: what it
-        raised here, or else with the text of the first process that raised it. What is not among
-        `errors` is graver than these, and a RuntimeError in the other processes.
+      The most severe kind that `act` raised anywhere: this process's own error if it is of that
+      kind, or one with the text of the first process that raised it. An error of any other kind
+      is more severe than all these, and becomes a RuntimeError in the other processes.
     """
     kinds: tuple[type[Exception], ...] = (RuntimeError, *errors)
     failure: Exception | None = None
@@ -112,10 +107,9 @@ def together(act: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
     said = [(text.partition(" "), process) for process, text in enumerate(tell_all(own)) if text]
     if not said:
         return result
-    # One that went on, or treated it otherwise, would wait where the others never come.
-    gravest, process, text = min(
-        (int(number), process, text) for (number, _, text), process in said
-    )
-    if failure is not None and grade == gravest:
+    # The kind must be the same everywhere: callers treat kinds differently, and one that goes on
+    # would wait where the others never come.
+    worst, process, text = min((int(number), process, text) for (number, _, text), process in said)
+    if failure is not None and grade == worst:
         raise failure
-    raise kinds[gravest](f"process {process}: {text}") from failure
+    raise kinds[worst](f"process {process}: {text}") from failure

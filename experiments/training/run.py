@@ -6,29 +6,31 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from experiments.checkpointing.checkpoints import Checkpoints
-from experiments.checkpointing.folder_lock import FolderLock, check_held
+from experiments.checkpointing.run_folder import Earlier, open_folder
 from experiments.distributed.placement import Placement
-from experiments.distributed.processes import is_first, tell_all, together
+from experiments.distributed.processes import REFUSALS, is_first, together
+from experiments.distributed.stopping import preemption
+from experiments.json_files import JsonLines
 from experiments.tasks.task import Task
 from experiments.training.flags import Flags, make_job, make_run_placement, strength
 from experiments.training.loop import EpochReport, begin, train
-from experiments.training.metrics_log import MetricsLog
-from experiments.training.settings import check_alike, check_same_task, claim_folder
-from experiments.training.step import Job, Programs, RunState, TrainState, make_programs
-from experiments.training.stopping import Preempted, Preemption
+from experiments.training.results import epoch_numbers
+from experiments.training.run_lines import epoch_line, opening, reached, say, with_progress
+from experiments.training.settings import check_alike, deciding, settings_of
+from experiments.training.step import Job, Programs, RunState, make_programs
 
 COMPLETE, INTERRUPTED, PREEMPTED = 0, 130, 143
 
-# What a run that cannot begin raises.
-_REFUSALS = (ValueError, OSError)
+
+class Preempted(Exception):  # noqa: N818  # not an error
+    """The run was told to stop, and its state is saved."""
 
 
 class Run(NamedTuple):
@@ -39,7 +41,7 @@ class Run(NamedTuple):
       job: task, plan and method.
       programs: the jitted functions.
       placement: over devices and processes.
-      lock: on the run's folder; None in all processes but the first.
+      release: gives the folder back.
       checkpoints: open.
       steps_done: optimizer steps behind `state`.
       state: to go on from.
@@ -49,7 +51,7 @@ class Run(NamedTuple):
     job: Job
     programs: Programs
     placement: Placement
-    lock: FolderLock | None
+    release: Callable[[], None]
     checkpoints: Checkpoints
     steps_done: int
     state: RunState
@@ -59,43 +61,19 @@ def open_run(flags: Flags) -> Run:
     """Makes what the flags describe, or finds it as an earlier run left it.
 
     Raises:
-      MissingDatasetError: if the data set has not been prepared.
-      ValueError: if a flag asks for what there is not, or the folder is in use or holds another
-        run; of several processes, if one was given other flags, has other data or does not see
-        the folder. What one cannot do ends all.
+      MissingDatasetError: the data set has not been prepared.
+      ValueError: a flag has an unsupported value, or the folder is in use or holds another run;
+        with several processes, if one has other flags or data, or does not see the folder. An
+        error in one process ends all.
     """
-    check_alike(flags)
-    job, placement = together(partial(_make, flags), _REFUSALS)
-    check_same_task(job.task)
-    lock = together(partial(_claim, flags, job, placement), _REFUSALS)
-    try:
-        return _open(flags, job, placement, lock)
-    except BaseException:
-        if lock is not None:
-            lock.release()
-        raise
-
-
-def _make(flags: Flags) -> tuple[Job, Placement]:
-    job = make_job(flags)
-    return job, make_run_placement(flags, job)
-
-
-def _claim(flags: Flags, job: Job, placement: Placement) -> FolderLock | None:
-    if not is_first():
-        return None
-    lock = FolderLock(flags.folder)
-    try:
-        claim_folder(flags, job, placement)
-    except BaseException:
-        lock.release()
-        raise
-    return lock
-
-
-def _open(flags: Flags, job: Job, placement: Placement, lock: FolderLock | None) -> Run:
-    owner = tell_all("" if lock is None else lock.owner)[0]
-    together(partial(check_held, flags.folder, owner), _REFUSALS)
+    job, placement = together(partial(_make, flags), REFUSALS)
+    settings = settings_of(flags, job)
+    check_alike(settings, job.task.steps_per_epoch)
+    earlier: Earlier = "resume" if flags.resume else "refuse"
+    release = open_folder(flags.folder, settings, earlier=earlier, deciding=deciding)
+    if is_first():
+        (flags.folder / "plan.txt").write_text(f"{job.plan}\n")
+        (flags.folder / "layout.txt").write_text(f"{placement.layout or 'one device'}\n")
     programs = make_programs(job, over_seeds=placement.over_seeds, layout=placement.layout)
     checkpoints = Checkpoints(
         flags.folder / "checkpoints",
@@ -113,7 +91,12 @@ def _open(flags: Flags, job: Job, placement: Placement, lock: FolderLock | None)
     with placement.active():
         found = checkpoints.restore(jax.eval_shape(first_state))
         steps, state = (0, first_state()) if found is None else found
-    return Run(flags, job, programs, placement, lock, checkpoints, steps, state)
+    return Run(flags, job, programs, placement, release, checkpoints, steps, state)
+
+
+def _make(flags: Flags) -> tuple[Job, Placement]:
+    job = make_job(flags)
+    return job, make_run_placement(flags, job)
 
 
 def finish(run: Run) -> int:
@@ -123,14 +106,14 @@ def finish(run: Run) -> int:
       `COMPLETE`, `INTERRUPTED` by Ctrl-C, or `PREEMPTED` by SIGTERM.
 
     Raises:
-      FloatingPointError: if the loss stops being finite.
-      OSError: if a checkpoint or a line cannot be written.
+      FloatingPointError: the loss is not finite.
+      OSError: a checkpoint or a line cannot be written.
     """
-    _say(_opening(run))
+    say(opening(run.flags, run.job, run.steps_done))
     status = COMPLETE
     try:
-        with Preemption() as preemption, run.placement.active():
-            _train(run, preemption)
+        with preemption() as is_told, run.placement.active():
+            _train(run, is_told)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except Preempted:
@@ -139,52 +122,53 @@ def finish(run: Run) -> int:
         try:
             run.checkpoints.close()
         finally:
-            if run.lock is not None:
-                run.lock.release()
+            run.release()
     if status != COMPLETE:
-        epochs = _epochs(run.checkpoints.latest() or 0, run.job.task.steps_per_epoch)
-        _say(f"\nstopped; --resume goes on from {epochs}")
+        done = reached(run.checkpoints.latest() or 0, run.job.task.steps_per_epoch)
+        say(f"\nstopped; --resume goes on from {done}")
     return status
 
 
-def _train(run: Run, preemption: Preemption) -> None:
+def _train(run: Run, is_told: Callable[[int], bool]) -> None:
     flags, recipe, per_epoch = run.flags, run.job.task.recipe, run.job.task.steps_per_epoch
-    log = MetricsLog(flags.folder)
+    log = JsonLines(flags.folder / "metrics.jsonl")
     if is_first():
-        log.keep_until(run.steps_done // per_epoch)
-    is_asked = False
+        # Later epochs will be trained again.
+        log.keep(lambda line: line["epoch"] <= run.steps_done // per_epoch)
+    programs, every = run.programs, flags.log_every
+    if every:
+        programs = with_progress(programs, run.job.task, every, run.steps_done)
+    is_last_step = False
 
     def on_step(steps: int, state: RunState) -> None:
-        nonlocal is_asked
-        is_asked = preemption.asked(steps)
+        nonlocal is_last_step
+        is_last_step = is_told(steps)
         if steps % per_epoch == 0:
             return  # The epoch is closed first.
-        if is_asked or (flags.checkpoint_steps and steps % flags.checkpoint_steps == 0):
+        if is_last_step or (flags.checkpoint_steps and steps % flags.checkpoint_steps == 0):
             run.checkpoints.save(steps, state)
-        if is_asked:
+        if is_last_step:
             raise Preempted
 
     reports = train(
         run.job,
         seeds=flags.seeds,
         lambda_w=strength(flags, recipe),
-        programs=_telling(run) if flags.log_every else run.programs,
+        programs=programs,
         start=run.state,
         evaluate_every=flags.evaluate_every,
         placement=run.placement,
         on_step=on_step,
     )
     for report in reports:
-        # The line comes first: an epoch that has a checkpoint always has its line.
+        steps, is_last = report.epoch * per_epoch, report.epoch == recipe.epochs
+        # The line comes first, so that an epoch with a checkpoint always has its line.
         if is_first():
-            log.append(report, per_epoch)
-        is_last = report.epoch == recipe.epochs
-        if is_asked or is_last or report.epoch % flags.checkpoint_every == 0:
-            run.checkpoints.save(
-                report.epoch * per_epoch, report.state, score=_score(run.job.task, report)
-            )
-        _say(_epoch_line(report, recipe.epochs))
-        if is_asked and not is_last:
+            log.append({**epoch_numbers(report), "step": steps, "seconds": report.seconds})
+        if is_last_step or is_last or report.epoch % flags.checkpoint_every == 0:
+            run.checkpoints.save(steps, report.state, score=_score(run.job.task, report))
+        say(epoch_line(report, recipe.epochs))
+        if is_last_step and not is_last:
             raise Preempted
 
 
@@ -195,65 +179,3 @@ def _score(task: Task, report: EpochReport) -> float:
     metric = task.metrics[0]
     value = metric.sign * float(report.test[metric.name].mean())
     return -math.inf if math.isnan(value) else value
-
-
-def _say(text: str) -> None:
-    if is_first():
-        print(text, flush=True)
-
-
-def _epochs(steps: int, per_epoch: int) -> str:
-    epochs, rest = divmod(steps, per_epoch)
-    return f"epoch {epochs}" + (f", step {rest}" if rest else "")
-
-
-def _opening(run: Run) -> str:
-    flags, job = run.flags, run.job
-    weights = sum(leaf.weights for leaf in job.plan.values())
-    kept = sum(leaf.kept for leaf in job.plan.values())
-    lambda_w = strength(flags, job.task.recipe)
-    term = f", lambda_w {lambda_w:.3g}" if lambda_w else ""
-    epochs, steps = divmod(run.steps_done, job.task.steps_per_epoch)
-    rest = f" and {steps} steps" if steps else ""
-    return (
-        f"{flags.task}, {flags.model_name}, {flags.method}{term}: {flags.pattern} keeps {kept:,} "
-        f"of {weights:,} weights in {len(job.plan)} leaves\n"
-        f"{epochs} of {job.task.recipe.epochs} epochs{rest} done, {job.task.steps_per_epoch} steps "
-        f"each; everything goes to {flags.folder}"
-    )
-
-
-def _epoch_line(report: EpochReport, epochs: int) -> str:
-    test = "".join(f"  test {name} {values.mean():.4f}" for name, values in report.test.items())
-    return (
-        f"epoch {report.epoch}/{epochs}  loss {report.train_loss.mean():.4f}{test}"
-        f"  SAD {report.sad_epoch.mean():,.0f}  flip rate {report.flip_rate.mean():.2e}"
-        f"  density {report.density.mean():.3f}  {report.seconds:.1f} s"
-    )
-
-
-def _telling(run: Run) -> Programs:
-    """The programs, with a step that prints the epoch's mean loss and speed every few steps.
-
-    To know them it waits for the device, which also keeps batches from piling up there.
-    """
-    task, every = run.job.task, run.flags.log_every
-    steps, began, counted = run.steps_done, time.perf_counter(), 0
-
-    def step(state: TrainState, batch: Any) -> TrainState:
-        nonlocal steps, began, counted
-        if steps % task.steps_per_epoch == 0:
-            began, counted = time.perf_counter(), 0
-        state = run.programs.step(state, batch)
-        epoch, within = divmod(steps, task.steps_per_epoch)
-        steps, within, counted = steps + 1, within + 1, counted + 1
-        if within % every == 0 and within < task.steps_per_epoch:
-            loss = np.mean(jax.device_get(state.loss_sum)) / within
-            speed = counted * task.recipe.batch_size / (time.perf_counter() - began)
-            _say(
-                f"  epoch {epoch + 1}, step {within}/{task.steps_per_epoch}: loss {loss:.4f}, "
-                f"{speed:,.0f} examples/s"
-            )
-        return state
-
-    return run.programs._replace(step=step)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 import nmjax
+from experiments.json_files import Numbers
 from experiments.tasks.task import Shown, Task
-from experiments.training.results import Numbers
 from experiments.training.step import Job, Programs, RunState
 from nmjax.masks.blocks import split_blocks
 
@@ -58,8 +58,9 @@ def block_masks(job: Job, state: RunState) -> Numbers:
     masks = _first_seed(state, state.topology.used)
     layer = max(reversed(list(masks)), key=lambda name: masks[name].size)
     leaf = job.plan[layer]
+    blocks = split_blocks(masks[layer], cast(nmjax.Block1xN, leaf.pattern).n, leaf.axes)
     # The weights of a block are kept or dropped together, so the first one stands for all.
-    kept = np.asarray(split_blocks(masks[layer], leaf.pattern.n, leaf.axes)[..., 0]).astype(int)
+    kept = np.asarray(blocks[..., 0]).astype(int)
     return {"layer": layer, "rows": ["".join(map(str, row)) for row in kept]}
 
 

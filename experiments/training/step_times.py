@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.training.results import Numbers
+from experiments.json_files import Numbers
 from experiments.training.step import Programs, TrainState
 
 

@@ -1,1 +1,1 @@
-"""Costs, sharding checks, pictures and timings."""
+"""Costs, sharding checks, plots and timings."""

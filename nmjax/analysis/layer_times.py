@@ -1,4 +1,4 @@
-"""How long each packed layer takes here, against its dense product."""
+"""Times packed layers on this machine, next to their dense products."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ import numpy as np
 
 from nmjax.analysis.timing import interleaved_times, output_on_cores
 from nmjax.files.packed_files import load_packed
-from nmjax.kernels.cpu.choice import choose
-from nmjax.kernels.matmul import packed_conv, packed_matmul
-from nmjax.kernels.operands import Packed, kernel_taps, one_layer, outputs_of, reduction_shape
-from nmjax.packed.packing import is_packed, unpack_leaf
+from nmjax.kernels.matmul import choose, packed_conv, packed_matmul
+from nmjax.packed.weight import Packed, is_packed
 from nmjax.tables import text_table
 from nmjax.trees.leaves import named_leaves
 
@@ -36,20 +34,20 @@ _HEADER = (
 
 
 def layer_times(file: Path, batch: int, side: int, threads: Sequence[int]) -> str:
-    """A table of the packed layers of a file: milliseconds dense and packed, and their ratio.
+    """Makes a table of a file's packed layers: dense and packed milliseconds, and their ratio.
 
-    Every number of threads is measured in a process of its own, which may use as many cores: XLA
-    makes its threads once.
+    Each thread count is measured in a process of its own, restricted to that many cores, because
+    XLA creates its threads only once.
 
     Args:
-      file: what `nmjax.save_packed` wrote.
-      batch: rows of a matrix product, images of a convolution.
-      side: pixels of an image along each axis; strides are 1.
-      threads: numbers of threads.
+      file: a file that `nmjax.save_packed` wrote.
+      batch: rows of a matrix product, or images of a convolution.
+      side: height and width of the images, in pixels; strides are 1.
+      threads: thread counts.
 
     Raises:
-      ValueError: nothing in the file is packed; there are fewer cores than threads.
-      OSError, RuntimeError: the file cannot be read; a process failed.
+      ValueError: nothing in the file is packed, or there are fewer cores than threads.
+      OSError, RuntimeError: the file cannot be read, or a process failed.
     """
     _packed_leaves(file)
     rows = {count: _rows_in_a_process(file, batch, side, count) for count in threads}
@@ -79,7 +77,7 @@ def layer_times(file: Path, batch: int, side: int, threads: Sequence[int]) -> st
 
 
 def measure(file: Path, batch: int, side: int) -> list[dict[str, Any]]:
-    """The rows of `layer_times` with the threads that this process has; times in milliseconds."""
+    """Measures the rows of `layer_times` in this process, in milliseconds."""
     leaves = _packed_leaves(file)
     return [_measure_leaf(name, leaf, batch, side) for name, leaf in leaves.items()]
 
@@ -88,21 +86,21 @@ def _packed_leaves(file: Path) -> dict[str, Packed]:
     leaves = named_leaves(load_packed(file), is_leaf=is_packed)
     packed = {name: leaf for name, leaf in leaves.items() if is_packed(leaf)}
     if not packed:
-        raise ValueError(f"{file}: none of its {len(leaves)} leaves is packed")
+        raise ValueError(f"{file}: none of its {len(leaves)} leaves are packed")
     return packed
 
 
 def _measure_leaf(name: str, leaf: Packed, batch: int, side: int) -> dict[str, Any]:
-    leaf = one_layer(leaf)
-    taps = kernel_taps(leaf)
+    leaf = leaf.first_layer()
+    taps = leaf.kernel_taps
     shape = _input_shape(leaf, batch, side)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), leaf.dtype)
-    w = jax.jit(unpack_leaf)(leaf)
+    w = jax.jit(lambda packed: packed.unpack())(leaf)
     dense = jax.jit(partial(_dense, leaf))
     multiply = jax.jit(packed_conv if taps else packed_matmul)
     way = choose(leaf.dtype, leaf, batch * side ** len(taps))
     sides = {"dense": lambda: dense(x, w), "packed": lambda: multiply(x, leaf)}
-    if way.name == "dense":  # `nmjax.unpack_slow` makes it the same product.
+    if way.name == "xla":  # Both are the same product then, so it is timed once.
         del sides["packed"]
     times = interleaved_times(sides, at_least=0.01)
     times = {"packed": times["dense"], **times}
@@ -110,23 +108,23 @@ def _measure_leaf(name: str, leaf: Packed, batch: int, side: int) -> dict[str, A
     product = f"{'conv' if taps else 'matmul'} {'x'.join(map(str, shape))} by {sizes}"
     return {
         "layer": (
-            name, str(leaf.leaf_plan.pattern), f"{product}x{outputs_of(leaf)}", way.name
+            name, str(leaf.leaf_plan.pattern), f"{product}x{leaf.outputs}", way.name
         ),
         **{side: statistics.median(seconds) * 1e3 for side, seconds in times.items()},
     }  # fmt: skip
 
 
 def _input_shape(leaf: Packed, batch: int, side: int) -> tuple[int, ...]:
-    taps, inputs = kernel_taps(leaf), reduction_shape(leaf)
+    taps, inputs = leaf.kernel_taps, leaf.reduction_shape
     return (batch, *(side,) * len(taps), *(inputs[:1] if taps else inputs))
 
 
 def _dense(leaf: Packed, x: jax.Array, w: jax.Array) -> jax.Array:
-    """XLA's product with the unpacked weight."""
+    """Multiplies by the unpacked weight with XLA."""
     plan = leaf.leaf_plan
     axes = (*plan.reduction_axes, *plan.output_axes)
     taps = [axis for axis in range(-w.ndim, 0) if axis not in axes]
-    if kernel_taps(leaf):
+    if leaf.kernel_taps:
         taps, inputs = taps or list(plan.reduction_axes[1:]), plan.reduction_axes[0]
         w = w.transpose(*taps, inputs, *plan.output_axes)
         letters = "HWD"[: len(taps)]
@@ -139,7 +137,7 @@ def _dense(leaf: Packed, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _rows_in_a_process(file: Path, batch: int, side: int, threads: int) -> list[dict[str, Any]]:
-    """`measure` in a process with so many threads."""
+    """Runs `measure` in a process with this many threads."""
     program = (
         "import json, sys; from pathlib import Path; "
         "from nmjax.analysis.layer_times import measure; "

@@ -1,7 +1,7 @@
-"""Pictures of sparse training: divergence over time and by layer, masks, kernel shapes.
+"""Plots of sparse training: divergence over time and by layer, masks, kernel shapes.
 
 Every function draws into the axes that it is given, or into new ones, and returns them or their
-figure. Matplotlib is imported at the first call.
+figure. matplotlib is imported by the first call.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The palette of Okabe and Ito, which color-blind readers can tell apart. Its yellow is too pale for
-# lines on white.
+# Okabe and Ito's palette, which color-blind readers can distinguish, without its pale yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
@@ -28,13 +27,13 @@ def plot_curves(
     colors: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws curves over time, with a band of one standard error where there are several seeds.
+    """Draws curves over time, with a band of one standard error if there are several seeds.
 
     Args:
-      curves: label -> values (time,) or (seeds, time). Times with a NaN in any seed are skipped.
-      x: (time,), the same for all curves; 0, 1, 2 ... by default.
-      colors: label -> color; `COLORS` in turn by default.
-      ax: drawn into.
+      curves: label -> values (time,) or (seeds, time). Times with a NaN are left out.
+      x: (time,), for all curves; by default 0, 1, 2 ...
+      colors: label -> color; by default `COLORS`.
+      ax: axes to draw into.
 
     Returns:
       The axes.
@@ -66,12 +65,12 @@ def plot_sad(
 
     Args:
       curves: label -> SAD (time,) or (seeds, time), in mask entries.
-      x: (time,); 0, 1, 2 ... by default.
-      weights: number of weights that the masks cover; draws percent of them instead of entries.
-      density: fraction of weights kept; adds a line at 2 * density * (1 - density) of the weights,
-        by which two unrelated masks of that density differ.
+      x: (time,); by default 0, 1, 2 ...
+      weights: number of weights that the masks cover, to draw percent instead of entries.
+      density: fraction of weights kept, to draw a line at the SAD of two unrelated masks:
+        2 * density * (1 - density) of the weights.
       colors: label -> color.
-      ax: drawn into.
+      ax: axes to draw into.
 
     Returns:
       The axes.
@@ -102,17 +101,17 @@ def plot_layer_sad(
     colors: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws SAD layer by layer as bars, one color for each way of training.
+    """Draws the SAD of each layer as bars, with one color for each method.
 
     Args:
       groups: label -> layer -> SAD in mask entries, a scalar or (seeds,).
       weights: layer -> number of weights.
-      density: fraction of weights kept; adds the line of two unrelated masks.
+      density: fraction of weights kept, to draw a line at the SAD of two unrelated masks.
       colors: label -> color.
-      ax: drawn into.
+      ax: axes to draw into.
 
     Returns:
-      The axes, first layer on top.
+      The axes, with the first layer on top.
 
     Source: Figure 3b of Zhou et al., ICLR 2021.
     """
@@ -139,12 +138,12 @@ def plot_layer_sad(
 
 
 def plot_mask(mask: ArrayLike, *, m: int | None = None, ax: Axes | None = None) -> Axes:
-    """Draws the mask of a matrix, kept weights dark, with the reduction axis pointing down.
+    """Draws the mask of a matrix: kept weights are dark, the reduction axis runs down.
 
     Args:
-      mask: booleans (..., in, out); leading axes are stacked from top to bottom.
-      m: group size; draws a line between groups.
-      ax: drawn into.
+      mask: booleans (..., in, out); leading axes run down too.
+      m: group size, to draw lines between groups.
+      ax: axes to draw into.
 
     Returns:
       The axes.
@@ -165,9 +164,9 @@ def plot_kernels(
     """Draws which taps of each convolution kernel are kept, as a grid of small binary maps.
 
     Args:
-      mask: booleans (rows, columns, in, out), of an HWIO kernel.
-      inputs: input channels, from top to bottom; the first eight by default.
-      outputs: output channels, from left to right; the first sixteen by default.
+      mask: booleans (rows, columns, in, out), for a HWIO kernel.
+      inputs: input channels, from top to bottom; by default the first eight.
+      outputs: output channels, from left to right; by default the first sixteen.
 
     Returns:
       A new figure.
@@ -182,7 +181,7 @@ def plot_kernels(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(0.55 * len(outputs) + 0.7, 0.55 * len(inputs) + 0.6))
-    # Fixed margins: automatic layout takes seconds for this many axes.
+    # Fixed margins, because automatic layout is slow for this many axes.
     edges = {"left": 0.08, "right": 0.99, "top": 0.93, "bottom": 0.08}
     room = {**edges, "wspace": 0.15, "hspace": 0.15}
     grid: Any = figure.subplots(len(inputs), len(outputs), squeeze=False, gridspec_kw=room)
@@ -211,12 +210,12 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def _standard_error(runs: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over the first axis; zero for a single run."""
+    """The standard error of the mean over the first axis; zero for a single run."""
     return runs.std(axis=0, ddof=min(1, len(runs) - 1)) / np.sqrt(len(runs))
 
 
 def _draw_chance(ax: Axes, density: float, *, vertical: bool) -> None:
-    """Draws the share of entries in which two unrelated masks of this density differ."""
+    """Draws a line at the SAD of two unrelated masks of this density."""
     draw = ax.axvline if vertical else ax.axhline
     chance = 100 * 2 * density * (1 - density)
     draw(chance, color="0.5", linestyle=":", linewidth=1.2, label="unrelated masks")

@@ -1,23 +1,22 @@
-"""Whether a plan's groups and blocks lie whole on the devices of a mesh, asked before training."""
+"""Checks before training that shards do not cut a plan's groups and blocks."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from nmjax.masks.shards import holds_whole, mesh_axes
-from nmjax.patterns import NM
-from nmjax.plans import LeafPlan, Plan
+from nmjax.patterns.pattern import LeafPlan
+from nmjax.plans import Plan
 from nmjax.pruning import planned_leaves
 from nmjax.trees.leaves import named_leaves
 
 Shape = tuple[int, ...]
 
-# Of the numbers of shards that would do, a message names the smallest.
+# Messages suggest at most this many shard counts, the smallest ones.
 _MOST_COUNTS = 8
 
 
@@ -28,25 +27,25 @@ def check_sharding(
     *,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> None:
-    """Raises if shards cut groups or blocks, so that masks would need communication.
+    """Raises if shards cut groups or blocks, because masks would then need communication.
 
-    A mask of N:M costs no communication as long as every shard holds whole groups. Blocks compete
-    as well: those of one row over all inputs, those of `"1xN@S/layer"` over the whole layer; what
-    competes must lie in one shard. Call it before training starts.
+    N:M masks need no communication if every shard has whole groups. 1xN blocks compete with each
+    other: within a row over all inputs, or with `"1xN@S/layer"` within the whole layer. Blocks
+    that compete must be in one shard. Call this function before training starts.
 
     Args:
       params: arrays, or anything with their tree, shapes and dtypes (`jax.eval_shape`).
       plan: from `nmjax.make_plan`.
-      shardings: shardings or PartitionSpecs, in a tree like `params` or a prefix of it: one for
-        a subtree or for everything. By default those that the leaves of `params` have. It does
-        not matter whether mesh axes are Auto or Explicit. `UNCONSTRAINED` counts as not split.
-      mesh: of the PartitionSpecs; by default the one that `jax.set_mesh` set.
+      shardings: shardings or PartitionSpecs, in a tree like `params` or a prefix of it: one may
+        stand for a subtree or for everything. By default, the shardings of the leaves of `params`.
+        Mesh axes may be Auto or Explicit. `UNCONSTRAINED` counts as not split.
+      mesh: the mesh of the PartitionSpecs; by default the one from `jax.set_mesh`.
 
     Raises:
-      ValueError: a planned leaf is cut, or split unevenly: all such leaves are named, with the
-        axis, the mesh axis and what to change; `params` do not fit the plan; a leaf without
-        sharding; a PartitionSpec without a mesh.
-      TypeError: a sharding is none.
+      ValueError: shards cut planned leaves or split them unevenly (the message lists all such
+        leaves, with the axis, the mesh axis and what to change); `params` do not fit the plan; a
+        leaf has no sharding; a PartitionSpec has no mesh.
+      TypeError: `shardings` contains something else.
 
     >>> import jax.numpy as jnp
     >>> import nmjax
@@ -57,10 +56,10 @@ def check_sharding(
     >>> check_sharding(params, plan, PartitionSpec("model"), mesh=mesh)
     Traceback (most recent call last):
         ...
-    ValueError: shards cut what masks have to see whole:
+    ValueError: the sharding cuts groups or blocks:
       kernel (12, 8): mesh axis 'model' splits axis -2 into 2 shards of 6, which cuts groups of 4;
-        3 shards would not, nor does splitting axis -1
-    Without that, every step would gather these weights to find their masks.
+        use 3 shards, or split axis -1
+    With this sharding, every step would gather these weights to compute their masks.
     """
     leaves = planned_leaves(params, plan)
     chosen = _shardings(leaves, shardings, mesh)
@@ -71,46 +70,20 @@ def check_sharding(
     ]
     if complaints:
         raise ValueError(
-            "shards cut what masks have to see whole:\n"
+            "the sharding cuts groups or blocks:\n"
             + "\n".join(complaints)
-            + "\nWithout that, every step would gather these weights to find their masks."
+            + "\nWith this sharding, every step would gather these weights to compute their masks."
         )
-
-
-class _Whole(NamedTuple):
-    """What must not be cut: runs of so many weights along axes, and what they are called."""
-
-    axes: tuple[int, ...]
-    length: int
-    what: str
-
-
-def _wholes(shape: Shape, leaf: LeafPlan) -> list[_Whole]:
-    pattern = leaf.pattern
-    if isinstance(pattern, NM):
-        return [_Whole(leaf.reduction_axes, pattern.m, f"groups of {pattern.m}")]
-
-    def all_along(axes: tuple[int, ...], what: str) -> _Whole:
-        return _Whole(axes, math.prod(shape[axis] for axis in axes), what)
-
-    compete = "the blocks of a row, which compete" if pattern.uniform else "the competing blocks"
-    return [
-        _Whole(leaf.output_axes, pattern.n, f"blocks of {pattern.n} outputs")
-        if pattern.uniform
-        else all_along(leaf.output_axes, "the layer, whose blocks compete"),
-        all_along(leaf.tap_axes, "blocks, which hold all taps"),
-        all_along(leaf.reduction_axes, compete),
-    ]
 
 
 def _complaints(shape: Shape, leaf: LeafPlan, sharding: Sharding) -> Iterator[str]:
     try:
         held = sharding.shard_shape(shape)
     except (ValueError, IndexError) as error:  # It does not divide an axis, or names too many.
-        yield f"it cannot be split so: {error}"
+        yield f"it cannot be split this way: {error}"
         return
     shards = [size // max(part, 1) for size, part in zip(shape, held, strict=True)]
-    wholes = _wholes(shape, leaf)
+    wholes = leaf.pattern.wholes(shape, leaf.axes)
     busy = {axis for whole in wholes for axis in whole.axes}
     free = [axis for axis in range(-len(shape), 0) if axis not in busy and shape[axis] > 1]
     for axes, length, what in wholes:
@@ -126,7 +99,7 @@ def _complaints(shape: Shape, leaf: LeafPlan, sharding: Sharding) -> Iterator[st
 
 
 def _splitter(sharding: Sharding, axis: int, ndim: int) -> str:
-    """Who splits an axis, with the verb."""
+    """Names what splits an axis, with its verb: "mesh axis 'data' splits"."""
     if not isinstance(sharding, NamedSharding):
         return "the sharding splits"
     spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
@@ -136,18 +109,19 @@ def _splitter(sharding: Sharding, axis: int, ndim: int) -> str:
 
 
 def _cure(sizes: list[int], j: int, length: int, free: list[int]) -> str:
-    """What would not cut runs of `length` along these axes, where the j-th is cut now."""
+    """Advice: what would not cut runs of `length` along these axes, now that the j-th is cut."""
     fitting = [
         count
         for count in range(2, sizes[j] + 1)
         if sizes[j] % count == 0
         and holds_whole(sizes, [count if i == j else 1 for i in range(len(sizes))], length)
     ]
-    others = f"splitting axis {' or '.join(map(str, free))}" if free else ""
-    if not fitting:
-        return f"leave that axis whole{' and try ' + others if others else ''}"
-    counts = " or ".join(map(str, fitting[:_MOST_COUNTS]))
-    return f"{counts} shards would not{', nor does ' + others if others else ''}"
+    advice = []
+    if fitting:
+        advice.append(f"use {' or '.join(map(str, fitting[:_MOST_COUNTS]))} shards")
+    if free:
+        advice.append(f"split axis {' or '.join(map(str, free))}")
+    return ", or ".join(advice) or "do not split that axis"
 
 
 def _shardings(leaves: dict[str, Any], given: Any, mesh: Any) -> dict[str, Sharding]:
@@ -160,14 +134,14 @@ def _shardings(leaves: dict[str, Any], given: Any, mesh: Any) -> dict[str, Shard
     missing = [name for name, sharding in found.items() if sharding is None]
     if missing:
         raise ValueError(
-            f"no sharding is known of {', '.join(missing)}; give one for each planned leaf, in a "
-            "tree like the parameters or a prefix of it, or pass arrays that have shardings"
+            f"no sharding for {', '.join(missing)}; pass one for each planned leaf, in a tree like "
+            "the parameters or a prefix of it, or pass arrays that have shardings"
         )
     return {name: _as_sharding(name, sharding, mesh) for name, sharding in found.items()}
 
 
 def _node_above(nodes: dict[str, Any], name: str) -> Any:
-    """The entry for a leaf, or for a subtree that it lies in."""
+    """The entry for a leaf, or for a subtree that contains it."""
     parts = name.split("/")
     names = ("/".join(parts[:count]) for count in range(len(parts), -1, -1))
     return next((nodes[above] for above in names if above in nodes), None)
@@ -180,7 +154,5 @@ def _as_sharding(name: str, sharding: Any, mesh: Any) -> Sharding:
         raise TypeError(f"{name}: expected a sharding or a PartitionSpec, got {sharding!r}")
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if mesh.empty:
-        raise ValueError(
-            f"{name}: {sharding} says nothing without a mesh; pass mesh=, or use jax.set_mesh"
-        )
+        raise ValueError(f"{name}: {sharding} needs a mesh; pass mesh=, or use jax.set_mesh")
     return NamedSharding(mesh, sharding)

@@ -1,4 +1,4 @@
-"""Times of functions, taken in turns so that a slow spell of the machine hits them all."""
+"""Times functions in turns, so that a slow moment of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def interleaved_times(
     at_least: float = 0.0,
     pause: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Seconds of each function on the same arguments, round by round.
+    """Measures the seconds that each function takes on the same arguments, round by round.
 
     Args:
-      functions: name -> function, compiled already or compiled by its first call.
-      *arguments: given to every function; not donated.
-      rounds: in each of them every function runs once.
-      warmup: rounds that are not counted.
-      at_least: seconds; a function that takes less is called several times in a row, which is what
-        a serving loop does, and the time of one call is the mean of those.
-      pause: seconds of rest before each function, so that no thread of the one before, spinning in
-        wait for more work, takes a core from it.
+      functions: name -> function, already compiled or compiled by its first call.
+      *arguments: passed to every function; not donated.
+      rounds: number of rounds; every function runs once in each.
+      warmup: number of rounds before those, which do not count.
+      at_least: seconds. A faster function is called several times in a row, as in a serving loop,
+        and the time of one call is the mean.
+      pause: seconds to wait before each function. The previous function's threads may still be
+        spinning while they wait for work, which would slow down the next.
 
     Returns:
-      name -> wall times in seconds until the result is ready, one for each round.
+      Name -> wall times in seconds until the result is ready, one for each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     calls = dict.fromkeys(functions, 1)
@@ -54,26 +54,26 @@ def interleaved_times(
 
 
 def output_on_cores(command: Sequence[str], cores: int) -> str:
-    """Runs a command on so many cores, which is how many threads XLA and PyTorch then make.
+    """Runs a command on a limited number of cores, so that XLA and PyTorch create as many threads.
 
-    They make their threads once, so that each number of threads needs a process of its own.
+    They create their threads only once, so each thread count needs a process of its own.
 
     Args:
-      command: a program and its arguments; what it writes to stderr is shown.
-      cores: at least one.
+      command: a program and its arguments. Its stderr is shown.
+      cores: number of cores, at least one.
 
     Returns:
-      What the command printed.
+      The output of the command.
 
     Raises:
-      ValueError: this process may not use as many cores.
+      ValueError: this process may not use that many cores.
       RuntimeError: the command failed, or the system cannot bind processes to cores.
     """
     if not hasattr(os, "sched_setaffinity"):
-        raise RuntimeError(f"{sys.platform} does not bind processes to cores; measure on Linux")
+        raise RuntimeError(f"{sys.platform} cannot bind processes to cores; measure on Linux")
     mine = sorted(os.sched_getaffinity(0))
     if not 1 <= cores <= len(mine):
-        raise ValueError(f"asked for {cores} threads; this process may use {len(mine)} cores")
+        raise ValueError(f"asked for {cores} threads, but this process may use {len(mine)} cores")
     os.sched_setaffinity(0, mine[:cores])  # The child inherits it.
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

@@ -1,1 +1,1 @@
-"""Packed weights and parameters in files."""
+"""Reading and writing packed weights, checkpoints and other libraries' layouts."""

@@ -1,11 +1,11 @@
-"""Checkpoints of plain parameters, as trees of NumPy arrays.
+"""Reads checkpoints of unpacked parameters as trees of NumPy arrays.
 
-| on disk | names | made of them |
+| on disk | names | result |
 |---|---|---|
 | safetensors | `a/b/kernel` | nested dicts |
 | safetensors with PyTorch's header or names | `a.b.weight` | nested dicts, in PyTorch's layout |
 | `.npz` | `a/b/kernel` | nested dicts |
-| a folder written by orbax | | the tree that was saved, as dicts and lists |
+| a folder that Orbax wrote | | the saved tree, as dicts and lists |
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ def read_checkpoint(path: str | os.PathLike[str], subtree: str = "") -> Any:
     """Reads parameters.
 
     Args:
-      path: a `.safetensors` or `.npz` file, or a folder that orbax wrote.
-      subtree: the name of what to take from it, such as `"params"` or `"state/params"`; all by
-        default.
+      path: a `.safetensors` or `.npz` file, or a folder that Orbax wrote.
+      subtree: the part to return, such as `"params"` or `"state/params"`; by default everything.
 
     Raises:
-      ValueError: the file is of no such kind, is packed already, or has no such subtree.
-      OSError: it cannot be read.
-      ImportError: safetensors, or orbax for a folder, is not installed.
+      ValueError: the file has another format, contains packed parameters, or has no such subtree.
+      OSError: the file cannot be read.
+      ImportError: safetensors, or Orbax for a folder, is not installed.
     """
     path = Path(path)
     if path.is_dir():
@@ -43,8 +42,8 @@ def read_checkpoint(path: str | os.PathLike[str], subtree: str = "") -> Any:
         tree = _read_safetensors(path)
     for key in filter(None, subtree.split("/")):
         if not isinstance(tree, dict) or key not in tree:
-            there = ", ".join(map(str, tree)) if isinstance(tree, dict) else "no dict"
-            raise ValueError(f"{path} has no subtree {subtree!r}; where {key!r} should be: {there}")
+            found = ", ".join(map(str, tree)) if isinstance(tree, dict) else "an array"
+            raise ValueError(f"{path} has no subtree {subtree!r}: expected {key!r}, found {found}")
         tree = tree[key]
     return tree
 
@@ -52,7 +51,7 @@ def read_checkpoint(path: str | os.PathLike[str], subtree: str = "") -> Any:
 def _read_safetensors(path: Path) -> Any:
     tensors, metadata = read_tensors(path)
     if read_note(metadata).get("format") == "packed":
-        raise ValueError(f"{path} holds packed parameters already")
+        raise ValueError(f"{path} already contains packed parameters")
     if metadata.get("format") == "pt" or not any("/" in name for name in tensors):
         tensors = {name.replace(".", "/"): tensor for name, tensor in tensors.items()}
     return nest(tensors)
@@ -64,13 +63,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             tensors = {name: arrays[name] for name in arrays.files}
     except OSError:
         raise
-    except Exception as error:  # The zip and array readers raise many kinds.
-        raise ValueError(f"{path} is no .npz file of plain arrays: {error}") from error
+    except Exception as error:  # The zip and array readers raise many types.
+        raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
     for name, tensor in tensors.items():
-        if tensor.dtype.kind == "V":
+        if tensor.dtype.kind == "V":  # What NumPy writes for dtypes that are not its own.
             raise ValueError(
-                f"{path}: the dtype of {name} was lost; .npz files cannot hold bfloat16, use "
-                "safetensors"
+                f"{path}: the dtype of {name} was lost. .npz files cannot store bfloat16; use "
+                "safetensors instead"
             )
     return tensors
 
@@ -80,14 +79,16 @@ def _read_orbax(path: Path) -> Any:
         import orbax.checkpoint as ocp
     except ImportError as error:
         raise ImportError(
-            f"{path} is a folder, and reading a checkpoint of orbax needs the package: "
+            f"{path} is a folder, and reading an Orbax checkpoint needs a package: "
             "pip install orbax-checkpoint"
         ) from error
     checkpointer = ocp.PyTreeCheckpointer()
     metadata = checkpointer.metadata(path.absolute())
     if metadata is None or metadata.item_metadata is None:
-        raise ValueError(f"{path} is no checkpoint of orbax; name the folder that holds _METADATA")
-    # As NumPy arrays, whatever devices they were saved from.
+        raise ValueError(
+            f"{path} is not an Orbax checkpoint; pass the folder that contains _METADATA"
+        )
+    # NumPy arrays do not need the devices that the checkpoint was saved from.
     as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.item_metadata.tree
     )

@@ -1,7 +1,7 @@
-"""Packed weights in the layouts of other libraries: NVIDIA's 2:4 pair, and BSR.
+"""Converts packed weights to the layouts of other libraries: NVIDIA's 2:4 pair, and BSR.
 
-The arrays are NumPy's, for one matrix at a time in the layout (outputs, inputs) that PyTorch and
-SciPy use. Take a stack of layers apart first: `jax.tree.map(lambda x: x[0], packed)`.
+The functions return NumPy arrays for one matrix, in the layout (outputs, inputs) of PyTorch and
+SciPy. To convert a stack of layers, take one at a time: `jax.tree.map(lambda x: x[0], packed)`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import numpy as np
 
 from nmjax.layouts import Shape
 from nmjax.packed.blocks import PackedBlocks
-from nmjax.packed.nm import PackedNM, unpack_nm
+from nmjax.packed.nm import PackedNM
 from nmjax.patterns import NM
 from nmjax.trees.spans import merge
 
-# Rows and columns of a matrix that the metadata of 16-bit weights come in.
+# The metadata of 16-bit weights covers tiles with this many rows and columns of the matrix.
 _META_ROWS, _META_COLUMNS = 32, 32
 
 
 class SemiStructured(NamedTuple):
-    """A 2:4 matrix as CUTLASS, and PyTorch's `SparseSemiStructuredTensorCUTLASS`, hold it.
+    """A 2:4 matrix in the format of CUTLASS and PyTorch's `SparseSemiStructuredTensorCUTLASS`.
 
     Attributes:
       values: (outputs, inputs / 2), float16 or bfloat16.
-      meta: int16 (outputs, inputs / 16), positions of the values, in the order that sparse tensor
-        cores of the Ampere generation read.
+      meta: int16 (outputs, inputs / 16), positions of the values, in the order in which Ampere's
+        sparse tensor cores read them.
     """
 
     values: np.ndarray
@@ -35,16 +35,16 @@ class SemiStructured(NamedTuple):
 
 
 class BSR(NamedTuple):
-    """A matrix in block compressed sparse rows, as SciPy and PyTorch take it.
+    """A matrix in block compressed sparse rows, the BSR format of SciPy and PyTorch.
 
-    `scipy.sparse.bsr_matrix((data, indices, indptr), shape)`;
+    Use `scipy.sparse.bsr_matrix((data, indices, indptr), shape)`, or
     `torch.sparse_bsr_tensor(indptr, indices, data, shape)` with each array as a tensor.
 
     Attributes:
       data: (blocks, N, taps).
-      indices: int32 (blocks,), the column of each block: its input channel.
+      indices: int32 (blocks,), the column of each block, which is its input channel.
       indptr: int32 (outputs / N + 1,), where each row of blocks begins.
-      shape: of the matrix, (outputs, inputs * taps), a convolution kernel OIHW as (O, IHW).
+      shape: (outputs, inputs * taps); a convolution kernel OIHW becomes (O, IHW).
     """
 
     data: np.ndarray
@@ -54,41 +54,41 @@ class BSR(NamedTuple):
 
 
 def to_semi_structured(packed: PackedNM) -> SemiStructured:
-    """A 2:4 matrix as the pair of values and CUTLASS metadata.
+    """Converts a 2:4 matrix to the pair of values and CUTLASS metadata.
 
-    A group with fewer than two non-zero weights is filled up with its third, then its fourth
-    weight, as PyTorch does, so that the pair is the same bit for bit.
+    Every group stores two weights. If fewer are nonzero, the third and then the fourth weight fill
+    up, as in PyTorch, so that the pair equals PyTorch's bit for bit.
 
     Args:
-      packed: 2:4, one matrix, float16 or bfloat16, with outputs and inputs that 32 divides.
+      packed: one 2:4 matrix of float16 or bfloat16 whose outputs and inputs are multiples of 32.
 
     Raises:
-      TypeError: `packed` is no `PackedNM`.
+      TypeError: `packed` is not a `PackedNM`.
       ValueError: it has another pattern, dtype or shape.
 
     Source: `torch/sparse/_semi_structured_conversions.py` and CUTLASS's `host_reorder.h`.
 
     Example:
-      `SparseSemiStructuredTensorCUTLASS(shape, values, meta, None, None, None)` in PyTorch, where
-      bfloat16 values travel as integers: `torch.from_numpy(values.view("int16")).view(
+      In PyTorch, `SparseSemiStructuredTensorCUTLASS(shape, values, meta, None, None, None)`.
+      Convert bfloat16 values as integers: `torch.from_numpy(values.view("int16")).view(
       torch.bfloat16)`.
     """
     if not isinstance(packed, PackedNM):
-        raise TypeError(f"semi-structured weights are made of a PackedNM, got {type(packed)}")
+        raise TypeError(f"expected a PackedNM, got {type(packed)}")
     plan = packed.leaf_plan
-    if not isinstance(plan.pattern, NM) or (plan.pattern.n, plan.pattern.m) != (2, 4):
-        raise ValueError(f"semi-structured weights are 2:4, got {plan.pattern}")
+    if plan.pattern not in (NM(2, 4), NM(2, 4, flatten="kernel")):
+        raise ValueError(f"semi-structured weights must be 2:4, got {plan.pattern}")
     if packed.dtype.itemsize != 2:
-        raise ValueError(f"semi-structured weights have 16 bits here, got {packed.dtype}")
+        raise ValueError(f"semi-structured weights must have 16 bits, got {packed.dtype}")
     if packed.values.ndim != 3:
-        raise ValueError(f"needs one matrix, got a stack of them: a weight of shape {packed.shape}")
+        raise ValueError(f"expected one matrix, got a stack of shape {packed.shape}")
     if plan.outputs % _META_ROWS or plan.inputs % _META_COLUMNS:
         raise ValueError(
-            f"the metadata need outputs and inputs that {_META_ROWS} divides, got {plan.outputs} "
-            f"outputs and {plan.inputs} inputs; pad the layer, or store it as dense zeros"
+            f"outputs and inputs must be multiples of {_META_ROWS}, got {plan.outputs} outputs and "
+            f"{plan.inputs} inputs; pad the layer, or store it dense"
         )
     spans = (plan.output_axes, plan.reduction_axes)
-    groups = merge(np.asarray(unpack_nm(packed)), spans).reshape(plan.outputs, -1, 4)
+    groups = merge(np.asarray(packed.unpack()), spans).reshape(plan.outputs, -1, 4)
     stored = groups != 0
     for position in (2, 3):
         stored[..., position] |= stored.sum(axis=-1) < 2
@@ -100,20 +100,20 @@ def to_semi_structured(packed: PackedNM) -> SemiStructured:
 
 
 def to_bsr(packed: PackedBlocks) -> BSR:
-    """A 1xN weight as BSR, with blocks of N outputs by one input with its taps.
+    """Converts a 1xN weight to BSR. A block has N outputs and one input with all its taps.
 
     Args:
       packed: one matrix or convolution kernel, uniform or not.
 
     Raises:
-      TypeError: `packed` is no `PackedBlocks`.
+      TypeError: `packed` is not a `PackedBlocks`.
       ValueError: it is a stack of weights.
     """
     if not isinstance(packed, PackedBlocks):
-        raise TypeError(f"BSR is made of a PackedBlocks, got {type(packed)}")
+        raise TypeError(f"expected a PackedBlocks, got {type(packed)}")
     plan, uniform = packed.leaf_plan, packed.row_pointers is None
     if packed.indices.ndim != (2 if uniform else 1):
-        raise ValueError(f"needs one weight, got a stack of them, of shape {packed.shape}")
+        raise ValueError(f"expected one weight, got a stack of shape {packed.shape}")
     taps = math.prod(plan.shape[axis] for axis in plan.tap_axes)
     values, indices = np.asarray(packed.values), np.asarray(packed.indices, np.int32)
     if packed.row_pointers is None:
@@ -127,10 +127,10 @@ def to_bsr(packed: PackedBlocks) -> BSR:
 
 
 def _reordered(words: np.ndarray) -> np.ndarray:
-    """Metadata words (rows, columns) in the order of sparse tensor cores, of the same shape."""
+    """Puts metadata words (rows, columns) into the order in which sparse tensor cores read them."""
     rows, columns = np.indices(words.shape)
-    # Rows of 8 are dealt out in turn, each 2 x 2 square is transposed, and pairs of columns lie
-    # one behind the other.
+    # Within 32 rows, row 8 * i + j moves to row 4 * j + i. Then the off-diagonal words of each
+    # 2 x 2 square swap places. Memory holds one pair of columns after the other.
     to_rows = rows // 32 * 32 + rows % 8 * 4 + rows % 32 // 8
     swap = (columns % 2) - (to_rows % 2)
     to_rows, to_columns = to_rows + swap, columns - swap

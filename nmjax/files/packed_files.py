@@ -1,13 +1,14 @@
-"""Packed parameters on disk: one safetensors file, which names every pattern and axis.
+"""Saves packed parameters in a safetensors file, and loads them.
 
-Each array is a tensor: `name` of a dense leaf; `name/values` and `name/codes` of a `PackedNM`;
-`name/values`, `name/indices` and, for BSR, `name/row_pointers` of a `PackedBlocks`. The key
-`"nmjax"` of the header holds JSON: the format, its version, and for each packed leaf its pattern,
-shape, axes and dtype.
+Each array is a tensor. A dense leaf is stored as `name`, a `PackedNM` as `name/values` and
+`name/codes`, and a `PackedBlocks` as `name/values`, `name/indices` and, for BSR,
+`name/row_pointers`. The header's key `"nmjax"` holds JSON: the format, its version, and the
+pattern, shape, axes and dtype of each packed leaf.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -19,35 +20,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.files.tensor_files import NOTE, read_note, read_tensors, write_tensors
-from nmjax.packed.blocks import PackedBlocks, check_packed_blocks
-from nmjax.packed.nm import PackedNM, check_packed_nm
-from nmjax.packed.packing import Packed, is_packed
-from nmjax.patterns import NM, parse_pattern
-from nmjax.plans import LeafPlan
+from nmjax.packed.blocks import PackedBlocks
+from nmjax.packed.nm import PackedNM
+from nmjax.packed.weight import Packed, is_packed
+from nmjax.patterns import parse_pattern
+from nmjax.patterns.pattern import LeafPlan
 from nmjax.trees.leaves import named_leaves, nest
 
 FORMAT, VERSION = "packed", 1
 
 _AXES = ("reduction_axes", "output_axes", "tap_axes")
-_LARGEST = 2**31 - 1  # What XLA indexes.
+_LARGEST = 2**31 - 1  # The largest size that XLA can index.
 _DEEPEST = 64
 
 
 def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
-    """Writes packed parameters, dense leaves included, to a safetensors file.
+    """Writes packed and dense parameters to a safetensors file.
 
-    The file replaces an older one when all of it is on disk, and not before.
+    An existing file is replaced only after the new one is completely on disk.
 
     Args:
-      path: of the file, by custom `*.safetensors`.
-      packed: a tree from `nmjax.pack`. Leaves are stored by name, `"a/b/kernel"`: `load_packed`
-        makes nested dicts of that. Lists come back as dicts with keys "0", "1" ..., dataclasses,
-        FrozenDicts and NNX states as dicts; boxes are left out, and a "/" inside a key nests.
+      path: the file, usually `*.safetensors`.
+      packed: a tree from `nmjax.pack`. Leaves are stored by name, such as `"a/b/kernel"`, and
+        `load_packed` returns nested dicts. So lists become dicts with the keys "0", "1" ...;
+        dataclasses, FrozenDicts and NNX states become dicts; leaves lose their boxes; and a "/"
+        inside a key nests.
 
     Raises:
-      TypeError: a leaf is no array, or of a dtype that safetensors does not know.
-      ValueError: two leaves, or a leaf and a packed array of another, have one name; a packed leaf
-        is not what `nmjax.pack` makes.
+      TypeError: a leaf is not an array, or safetensors does not know its dtype.
+      ValueError: two arrays would have the same name; a packed leaf is not what `nmjax.pack` makes.
       ImportError: safetensors is not installed.
     """
     leaves = named_leaves(packed, is_leaf=is_packed)
@@ -66,24 +67,24 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
             raise TypeError(f"{name} is a {type(leaf).__name__}, not an array")
         taken = tensors.keys() & arrays.keys()
         if taken:
-            raise ValueError(f"two arrays are both named {taken.pop()!r}; rename a leaf")
+            raise ValueError(f"two arrays would be named {taken.pop()!r}; rename a leaf")
         tensors |= arrays
     manifest = {"format": FORMAT, "version": VERSION, "leaves": described}
     write_tensors(path, tensors, {NOTE: json.dumps(manifest)})
 
 
 def load_packed(path: str | os.PathLike[str]) -> Any:
-    """Reads packed parameters from a file, which need not be trusted.
+    """Reads packed parameters from a file. The file may come from an untrusted source.
 
-    All that the file says about sizes, indices, dtypes and patterns is checked before it is used,
-    and no more memory is taken than a small multiple of the file. Nothing in it is executed.
+    Every size, index, dtype and pattern in the file is checked before it is used. Loading takes at
+    most a small multiple of the file's size in memory, and never executes anything from the file.
 
     Returns:
       Nested dicts of arrays on the default device, with packed leaves.
 
     Raises:
-      ValueError: the file is damaged, forged, of a newer version, or no packed file; or it holds
-        64-bit numbers, and JAX is not told to keep those (`jax_enable_x64`).
+      ValueError: the file is damaged, forged, not a packed file or from a newer version; or it
+        contains 64-bit numbers and `jax_enable_x64` is off.
       ImportError: safetensors is not installed.
     """
     tensors, metadata = read_tensors(path)
@@ -93,11 +94,12 @@ def load_packed(path: str | os.PathLike[str]) -> Any:
             name: _take_packed(name, plan, dtype, tensors) for name, (plan, dtype) in plans.items()
         }
         if leaves.keys() & tensors.keys():
-            raise ValueError(f"there are two leaves {(leaves.keys() & tensors.keys()).pop()!r}")
+            both = (leaves.keys() & tensors.keys()).pop()
+            raise ValueError(f"two leaves are named {both!r}")
         leaves |= tensors
         for name in leaves:
             if name.count("/") > _DEEPEST:
-                raise ValueError(f"{name[:80]!r} ... is nested deeper than {_DEEPEST}")
+                raise ValueError(f"{name[:80]!r} ... has more than {_DEEPEST} levels")
         return jax.tree.map(_on_device, nest(leaves))
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} cannot be loaded: {error}") from error
@@ -110,25 +112,18 @@ def _describe(plan: LeafPlan) -> dict[str, Any]:
 
 def _arrays(leaf: Packed) -> dict[str, np.ndarray]:
     """The arrays of a packed leaf by field."""
-    every = {field: getattr(leaf, field) for field in _fields(leaf.leaf_plan)}
-    return {field: array for field, array in every.items() if array is not None}
-
-
-def _fields(plan: LeafPlan) -> tuple[str, ...]:
-    if isinstance(plan.pattern, NM):
-        return "values", "codes"
-    return ("values", "indices") if plan.pattern.uniform else ("values", "indices", "row_pointers")
+    return {field: getattr(leaf, field) for field in leaf.array_names(leaf.leaf_plan)}
 
 
 def _read_manifest(metadata: Mapping[str, str]) -> dict[str, tuple[LeafPlan, str]]:
     """The plan and the dtype of each packed leaf."""
     manifest = read_note(metadata)
     if manifest.get("format") != FORMAT:
-        raise ValueError("it holds no packed parameters (`python -m nmjax pack` makes such files)")
+        raise ValueError("it has no packed parameters (`python -m nmjax pack` writes such files)")
     version = _typed(manifest.get("version"), int, "the version")
     if version != VERSION:
         raise ValueError(
-            f"it is of version {version}, and this nmjax reads version {VERSION}; try a newer one"
+            f"it has version {version}, but this nmjax reads version {VERSION}; update nmjax"
         )
     _check_keys(manifest, ("format", "version", "leaves"), "the header")
     leaves = _typed(manifest["leaves"], dict, "the leaves")
@@ -153,7 +148,7 @@ def _read_plan(name: str, description: Mapping[str, Any]) -> LeafPlan:
         or not plan.reduction_axes
         or not all(-len(shape) <= axis < 0 for axis in named)
         or len(set(named)) < len(named)
-        or (plan.tap_axes and pattern.taps == "with inputs")
+        or pattern.place(plan.axes) != plan.axes
     ):
         raise ValueError(f"{name} of shape {shape} cannot have {text[:100]} along the axes {spans}")
     if not all(1 <= size <= _LARGEST for size in (*shape, plan.inputs, plan.outputs)):
@@ -169,7 +164,7 @@ def _plan_from_bytes(data: bytes) -> tuple[LeafPlan]:
     return (_read_plan("a packed argument", json.loads(data)),)
 
 
-# Programs of `jax.export` may take packed parameters as arguments.
+# So that programs from `jax.export` can take packed parameters as arguments.
 for _kind in (PackedNM, PackedBlocks):
     jax.export.register_pytree_node_serialization(
         _kind,
@@ -179,38 +174,30 @@ for _kind in (PackedNM, PackedBlocks):
     )
 
 
-def _take_packed(
-    name: str, plan: LeafPlan, dtype: str, tensors: dict[str, np.ndarray]
-) -> PackedNM | PackedBlocks:
-    """Takes the arrays of one leaf out of the tensors, and checks them."""
-    arrays = {}
-    for field in _fields(plan):
+def _take_packed(name: str, plan: LeafPlan, dtype: str, tensors: dict[str, np.ndarray]) -> Packed:
+    """Removes the arrays of one leaf from the tensors, and checks them."""
+    kind = Packed.kind_for(plan.pattern)
+    arrays: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+    for field in kind.array_names(plan):
         if f"{name}/{field}" not in tensors:
             raise ValueError(f"the tensor {name}/{field} is missing")
         arrays[field] = tensors.pop(f"{name}/{field}")
     values = arrays["values"]
     if values.dtype.name != dtype:
-        raise ValueError(f"{name} should be of dtype {dtype[:20]}, its values are {values.dtype}")
-    packed: Packed
-    if isinstance(plan.pattern, NM):
-        packed = PackedNM(values, arrays["codes"], plan)  # type: ignore[arg-type]
-    else:
-        packed = PackedBlocks(values, arrays["indices"], arrays.get("row_pointers"), plan)  # type: ignore[arg-type]
+        raise ValueError(f"{name} should have dtype {dtype[:20]}, but has {values.dtype}")
+    packed = kind(**{**arrays, "leaf_plan": plan})
     _check(name, packed)
     return packed
 
 
 def _check(name: str, packed: Packed) -> None:
-    """Raises ValueError unless the arrays, of NumPy, are what `nmjax.pack` could have made."""
+    """Raises ValueError if `nmjax.pack` could not have made these NumPy arrays."""
     try:
         if not jnp.issubdtype(packed.dtype, jnp.floating):
             raise ValueError(f"weights of dtype {packed.dtype}")
         if packed.values.size == 0:
-            raise ValueError("no weights at all")
-        if isinstance(packed, PackedNM):
-            check_packed_nm(packed)
-        else:
-            check_packed_blocks(packed)
+            raise ValueError("it has no weights")
+        packed.check()
     except ValueError as error:
         raise ValueError(f"{name} is not what nmjax.pack makes: {error}") from error
 
@@ -218,14 +205,14 @@ def _check(name: str, packed: Packed) -> None:
 def _on_device(array: np.ndarray) -> jax.Array:
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise ValueError(
-            f"it holds {array.dtype} numbers, which JAX would narrow; call "
+            f"it contains {array.dtype} numbers, which JAX would truncate; call "
             'jax.config.update("jax_enable_x64", True) first'
         )
     return jnp.asarray(array)
 
 
 def _typed(value: Any, kind: type, what: str) -> Any:
-    """The value, if it is of exactly that type: True is no integer here."""
+    """Returns the value if it has exactly that type: `isinstance` would accept True as an int."""
     if type(value) is not kind:
         raise ValueError(f"{what} is a {type(value).__name__}, not a {kind.__name__}")
     return value

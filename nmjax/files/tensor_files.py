@@ -1,7 +1,7 @@
-"""Named arrays on disk as safetensors: written whole or not at all, read without trust.
+"""Writes named arrays to safetensors files, and reads files that may be damaged or forged.
 
-The format is a JSON header and raw bytes: nothing in it is ever executed. Every dtype that JAX has
-in whole bytes and safetensors names is kept.
+The format is a JSON header and raw bytes, so nothing in a file is ever executed. All dtypes of
+whole bytes that JAX and safetensors share are supported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from nmjax.files.whole_files import write_whole
 
-# The key of the header under which nmjax says what a file holds, as JSON.
+# The header's key under which nmjax describes the contents of a file, as JSON.
 NOTE = "nmjax"
 
 _DTYPES = {
@@ -48,16 +48,15 @@ def write_tensors(
 ) -> None:
     """Writes arrays and text to a safetensors file.
 
-    The file appears under its name when all of it is on disk; until then an older file of that
-    name stays, whatever happens.
+    An existing file is replaced only after the new one is completely on disk.
 
     Args:
-      path: of the file.
-      tensors: name -> array, of JAX or NumPy.
+      path: the file to write.
+      tensors: name -> JAX or NumPy array.
       metadata: text for the header.
 
     Raises:
-      TypeError: an array's dtype is none that the format knows.
+      TypeError: the format does not support an array's dtype.
       OSError: the file cannot be written.
       ImportError: safetensors is not installed.
     """
@@ -67,10 +66,10 @@ def write_tensors(
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     for name, array in arrays.items():
         if array.dtype not in _DTYPES.values():
-            raise TypeError(f"{name} has dtype {array.dtype}, which safetensors does not know")
+            raise TypeError(f"{name} has dtype {array.dtype}, which safetensors does not support")
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+        raise FileNotFoundError(f"{path} cannot be written: folder {path.parent} does not exist")
     try:
         write_whole(path, lambda draft: save_file(arrays, draft, metadata=dict(metadata)))
     except safetensors.SafetensorError as error:
@@ -78,10 +77,13 @@ def write_tensors(
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads a safetensors file: name -> array of NumPy, and the text of its header.
+    """Reads a safetensors file.
+
+    Returns:
+      Name -> NumPy array, and the text of the header.
 
     Raises:
-      ValueError: the file is no safetensors file, or has a dtype that NumPy does not know.
+      ValueError: it is not a safetensors file, or NumPy does not support one of its dtypes.
       ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
@@ -89,26 +91,27 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], d
     try:
         tensors = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
     try:
         arrays = {name: _array(tensor) for name, tensor in tensors}
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    # What follows was checked by safetensors: a length in 8 bytes, then that much JSON.
+    # safetensors does not return the header's text. It has already checked what this line reads:
+    # 8 bytes with a length, and JSON of that length.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return arrays, header.get("__metadata__") or {}
 
 
 def read_note(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a file's header says for nmjax, under the key `NOTE`; empty if it says nothing.
+    """Parses nmjax's description in a file's header; returns an empty dict if there is none.
 
     Raises:
-      ValueError: the text is no JSON object, or names something twice.
+      ValueError: the text is not a JSON object, or has a key twice.
     """
     try:
         note = json.loads(metadata.get(NOTE, "{}"), object_pairs_hook=_without_repeats)
     except RecursionError as error:
-        raise ValueError("the header is nested too deep") from error
+        raise ValueError("the header is nested too deeply") from error
     if not isinstance(note, dict):
         raise ValueError(f"the header is a {type(note).__name__}, not a dict")
     return note
@@ -117,12 +120,12 @@ def read_note(metadata: Mapping[str, str]) -> dict[str, Any]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("the header names something twice")
+        raise ValueError("the header has a key twice")
     return values
 
 
 def _array(tensor: Mapping[str, Any]) -> np.ndarray:
-    """A tensor as safetensors hands it out, whose size it has checked."""
+    """Converts a tensor from safetensors, which has already checked its size."""
     if tensor["dtype"] not in _DTYPES:
         raise ValueError(f"the dtype {tensor['dtype']} is not supported")
     array = np.ndarray(tensor["shape"], _DTYPES[tensor["dtype"]], tensor["data"])

@@ -1,4 +1,4 @@
-"""Weights between JAX and PyTorch: names, axes, and safetensors files that anything reads.
+"""Converts weights between JAX and PyTorch: names, axes, and safetensors files.
 
 | JAX name | PyTorch name | JAX axes | PyTorch axes |
 |---|---|---|---|
@@ -11,8 +11,8 @@
 | `a/scale`, `a/embedding` | `a.weight` | the same | the same |
 | `a/mean`, `a/var` | `a.running_mean`, `a.running_var` | the same | the same |
 
-Other leaves keep name and axes. Transposed convolutions are not told from others by name or shape,
-and PyTorch stores them differently: convert those by hand.
+Other leaves keep their names and axes. PyTorch stores transposed convolutions differently, but
+their names and shapes look like those of other convolutions: convert them by hand.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import numpy as np
 
 from nmjax.files.tensor_files import NOTE, write_tensors
 from nmjax.layouts import Axes, Shape, layout, size_along
-from nmjax.packed.packing import is_packed, unpack
+from nmjax.packed.packing import unpack
+from nmjax.packed.weight import is_packed
 from nmjax.plans import Plan
 from nmjax.trees.leaves import map_named, named_leaves
 from nmjax.trees.path_rules import PathRules, as_rules, first_match
@@ -41,19 +42,19 @@ _RENAMED = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# What PyTorch keeps in a state dict and a JAX tree has no leaf for.
+# Entries of a PyTorch state dict that have no leaf in a JAX tree.
 _COUNTERS = r"num_batches_tracked$"
 
 
 def to_torch(params: Any) -> dict[str, np.ndarray]:
-    """The parameters as a PyTorch state dict of NumPy arrays.
+    """Converts parameters to a PyTorch state dict of NumPy arrays.
 
     Args:
-      params: parameters, packed leaves as dense zeros; batch statistics may be among them.
+      params: parameters, and batch statistics if any. Packed leaves are unpacked.
 
     Raises:
-      ValueError: two leaves have one PyTorch name; a kernel is a stack of layers, or its axes are
-        not known.
+      ValueError: two leaves have the same PyTorch name; a kernel is a stack of layers; the axes of
+        a kernel are unknown.
 
     >>> state = to_torch({"a": {"kernel": jnp.zeros((3, 3, 8, 16)), "bias": jnp.zeros(16)}})
     >>> {name: array.shape for name, array in state.items()}
@@ -64,7 +65,7 @@ def to_torch(params: Any) -> dict[str, np.ndarray]:
     state: dict[str, np.ndarray] = {}
     for name, leaf in leaves.items():
         if torch_name(name) in state:
-            raise ValueError(f"{name} is not the only leaf to become {torch_name(name)!r}")
+            raise ValueError(f"{name} and another leaf would both become {torch_name(name)!r}")
         merged = merge(np.asarray(leaf), _spans(name, shapes))
         state[torch_name(name)] = np.ascontiguousarray(merged) if merged.ndim else merged
     return state
@@ -77,20 +78,20 @@ def from_torch(
     names: Callable[[str], str] | None = None,
     ignore: PathRules = (),
 ) -> Any:
-    """Parameters from a PyTorch state dict.
+    """Converts a PyTorch state dict to parameters.
 
     Args:
-      state: PyTorch name -> tensor of PyTorch, or array. Detached, as `state_dict()` gives them.
-      params: a tree of the wanted structure and shapes: arrays or ShapeDtypeStructs.
-      names: JAX name -> PyTorch name; `nmjax.files.torch_layout.torch_name` by default.
-      ignore: path rules of entries that may be left over. Counters of batches always may.
+      state: PyTorch name -> array or detached tensor, as `state_dict()` returns them.
+      params: a tree with the structure and shapes of the result: arrays or ShapeDtypeStructs.
+      names: JAX name -> PyTorch name; by default `nmjax.files.torch_layout.torch_name`.
+      ignore: path rules for entries that no leaf uses. Batch counters are always ignored.
 
     Returns:
       The tree with the arrays of the state, in the state's dtypes.
 
     Raises:
-      ValueError: a leaf has no entry, or one of another shape (all such leaves are named); an
-        entry belongs to no leaf.
+      ValueError: leaves have no entry, or one of another shape (the message lists all such leaves);
+        an entry has no leaf.
     """
     leaves = named_leaves(params)
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
@@ -100,7 +101,8 @@ def from_torch(
     left = [name for name in state.keys() - set(wanted.values()) if not first_match(rules, name)]
     if left:
         raise ValueError(
-            f"these entries belong to no leaf: {sorted(left)}. Map names= to them, or ignore= them"
+            f"no leaf uses these entries: {sorted(left)}. Map names to them (names=), or ignore "
+            "them (ignore=)"
         )
     return map_named(lambda name, _: jnp.asarray(found[name]), params)
 
@@ -113,38 +115,39 @@ def masks_from_torch(
     names: Callable[[str], str] | None = None,
     suffix: str = "_mask",
 ) -> dict[str, jax.Array]:
-    """Masks from a PyTorch state dict, such as those of `torch.nn.utils.prune`.
+    """Converts masks from a PyTorch state dict, such as those of `torch.nn.utils.prune`.
 
     Args:
       state: PyTorch name -> tensor or array of zeros and ones, one for each planned leaf.
-      params: a tree of the wanted structure and shapes.
+      params: a tree with the structure and shapes of the parameters.
       plan: from `nmjax.make_plan`.
       names: JAX name -> PyTorch name, without the suffix.
-      suffix: what a mask's name has behind that of its weight.
+      suffix: follows the weight's name in the name of its mask.
 
     Returns:
-      Leaf name -> boolean array, True = kept, as `nmjax.prune` and `nmjax.pack` take them.
+      Leaf name -> boolean array, True = kept, for `nmjax.prune` and `nmjax.pack`.
 
     Raises:
-      ValueError: a planned leaf has no mask, or one of another shape, or of other numbers.
+      ValueError: a planned leaf has no mask, or its mask has another shape or other numbers than
+        0 and 1.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
     wanted = {name: (names or torch_name)(name) + suffix for name in plan}
     found = _find(state, wanted, shapes)
     for name, mask in found.items():
         if not np.isin(mask, (0, 1)).all():
-            raise ValueError(f"{wanted[name]} is no mask: it holds more than zeros and ones")
+            raise ValueError(f"{wanted[name]} is not a mask: it has values other than 0 and 1")
     return {name: jnp.asarray(mask != 0) for name, mask in found.items()}
 
 
 def save_torch(path: str | os.PathLike[str], params: Any) -> None:
-    """Writes dense weights, zeros included, as a safetensors file in PyTorch's names and layout.
+    """Writes dense weights, including zeros, to a safetensors file in PyTorch's names and layout.
 
-    Any library that reads safetensors reads it. The patterns of packed leaves are noted in the
-    header under `"nmjax"`.
+    Any library that reads safetensors can load the file. The header stores the patterns of packed
+    leaves under the key `"nmjax"`.
 
     Args:
-      path: of the file.
+      path: the file to write.
       params: parameters, packed or pruned.
 
     Raises:
@@ -162,7 +165,7 @@ def save_torch(path: str | os.PathLike[str], params: Any) -> None:
 
 
 def torch_name(name: str) -> str:
-    """The PyTorch name of a leaf.
+    """Returns the PyTorch name of a leaf.
 
     >>> torch_name("encoder/Dense_0/kernel")
     'encoder.Dense_0.weight'
@@ -174,7 +177,7 @@ def torch_name(name: str) -> str:
 def _find(
     state: Mapping[str, Any], wanted: Mapping[str, str], shapes: Mapping[str, Shape]
 ) -> dict[str, np.ndarray]:
-    """The entry of each wanted leaf, in JAX's axes."""
+    """Leaf name -> its entry, in JAX's axes."""
     found: dict[str, np.ndarray] = {}
     complaints = []
     for name, entry in wanted.items():
@@ -190,12 +193,12 @@ def _find(
         else:
             found[name] = split(_as_numpy(state[entry]), shape, spans)
     if complaints:
-        raise ValueError("the state dict does not fit:\n" + "\n".join(complaints))
+        raise ValueError("the state dict does not match:\n" + "\n".join(complaints))
     return found
 
 
 def _spans(name: str, shapes: Mapping[str, Shape]) -> list[Span]:
-    """The axes of a leaf that make up each of PyTorch's."""
+    """For each axis in PyTorch, the axes of the leaf that it combines."""
     shape, leaf = shapes[name], name.rpartition("/")[-1]
     every = tuple(range(-len(shape), 0))
     if leaf == "bias" and every:
@@ -203,19 +206,20 @@ def _spans(name: str, shapes: Mapping[str, Shape]) -> list[Span]:
     if leaf not in ("kernel", "w") or len(shape) < 2:
         return [(axis,) for axis in every]
     axes = layout(name, shapes)
-    if isinstance(axes, str):  # A depthwise convolution is laid out like any other.
+    if isinstance(axes, str):  # Depthwise convolutions have the same layout as others.
         axes = Axes((-2,), (-1,), every[:-2])
     spans = [axes.output, axes.reduction, *((tap,) for tap in axes.taps or ())]
     if axes.taps is None or stack_axes(len(shape), spans):
         raise ValueError(
             f"{name} of shape {shape} may be a stack of layers, which PyTorch has no layout for; "
-            "take it apart first"
+            "split it into layers first"
         )
     return spans
 
 
 def _as_numpy(x: Any) -> np.ndarray:
-    """A copy of an array or of a tensor; NumPy itself has no way to take PyTorch's bfloat16."""
+    """Copies an array or a tensor."""
+    # Tensors go through JAX, because NumPy cannot read PyTorch's bfloat16.
     if isinstance(x, np.ndarray | jax.Array) or not hasattr(x, "__dlpack__"):
         return np.array(x)
     return np.array(jnp.from_dlpack(x.contiguous() if hasattr(x, "contiguous") else x))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever interrupts their writing."""
+"""Writes files atomically: an interruption leaves the old file or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside its place, and moves it there when all of it is on disk.
+    """Writes a draft in the same folder, and renames it when it is completely on disk.
 
-    Until then an older file of that name stays. Processes that write one file at once, also on
-    several machines, do not meet: the last wins.
+    Until then an older file keeps the name. Processes that write the same file at once, even from
+    several machines, do not disturb each other: the last one wins.
 
     Args:
-      path: of the file, in a folder that is there.
-      write: makes the file whose path it is given.
+      path: the file to write, in an existing folder.
+      write: writes the file at the path that it is given.
 
     Raises:
-      OSError: the file cannot be written; an older one is as it was.
+      OSError: the file cannot be written; an older file is unchanged.
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         write(draft)
         _flush(draft)
         draft.replace(path)
-        _flush(path.parent)
+        _flush(path.parent)  # Otherwise a crash could undo the renaming.
     finally:
         draft.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
-    """Returns when a file, or the entries of a folder, are on disk."""
+    """Waits until a file, or the list of files in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

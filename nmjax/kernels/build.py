@@ -1,10 +1,10 @@
-"""Compiles the C++ kernels, by the package's build or `python -m nmjax.kernels.build`.
+"""Compiles the C++ kernels, in the package's build or by `python -m nmjax.kernels.build`.
 
-The kernels for CPUs: every instruction set has its own object file, all in one library; the machine
-picks when it runs. What NVIDIA's GPUs need is built where NVIDIA's headers are found: they come
-with the extras `cuda13` and `cuda12`, or with the CUDA toolkit ($CUDA_HOME).
+The CPU kernels are compiled once for each instruction set and linked into one library, which picks
+the best set when it runs. The GPU kernels are built if NVIDIA's headers are found: they come with
+the extras `cuda13` and `cuda12`, or with the CUDA toolkit ($CUDA_HOME).
 
-Nothing here imports JAX, so that the build needs no more than a compiler and XLA's headers.
+This file must not import JAX: the package's build has only a compiler and XLA's headers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ DECODE_LIBRARY = FOLDER / "gpu" / "libnmjax_decode.so"
 
 _COMMON = ["blocks.cc", "groups.cc", "ffi.cc"]
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]
-# A vector type of the widest set in an inline function; a false alarm about _mm512_undefined.
+# These warnings are false alarms: the ABI of wide vectors in inline functions, and
+# _mm512_undefined, which is meant to be uninitialized. clang does not know the third one.
 _FLAGS += ["-Wno-psabi", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
 _X86 = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4"],
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
 }
-# Ampere, which later GPUs run too, and Hopper.
+# Code for Ampere, which later GPUs also run (as PTX), and for Hopper.
 _GPUS = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90,code=sm_90"]
-# The first with the calls and the descriptors of today's (release notes of cuSPARSELt).
+# Earlier versions have other functions and descriptors (see cuSPARSELt's release notes).
 OLDEST_CUSPARSELT = (0, 8, 0)
 INSTALL = "pip install 'nmjax[cuda13]' (or cuda12), or set CUDA_HOME"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
@@ -46,18 +47,18 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 def compile_library(
     compiler: str, library: Path = LIBRARY, extra_flags: Sequence[str] = ()
 ) -> Path:
-    """Compiles and links the kernels.
+    """Compiles and links the CPU kernels.
 
     Args:
-      compiler: path of a C++ compiler that understands g++'s options.
-      library: the file to write; it appears whole or not at all.
-      extra_flags: for all steps, such as `SANITIZERS`.
+      compiler: path of a C++ compiler that accepts g++'s options.
+      library: the file to write; a failed build leaves an older file in place.
+      extra_flags: flags for every step, such as `SANITIZERS`.
 
     Returns:
       `library`.
 
     Raises:
-      RuntimeError: the compiler failed; with what it said.
+      RuntimeError: the compiler failed; the message contains its output.
     """
     x86 = platform.machine() in ("x86_64", "AMD64")
     flags = [*_FLAGS, *extra_flags, f"-isystem{include_folder()}", *(["-DNMJAX_X86"] * x86)]
@@ -85,11 +86,11 @@ def compile_library(
 
 
 def compile_cusparselt(compiler: str, library: Path = CUSPARSELT_LIBRARY) -> Path:
-    """Compiles the products by cuSPARSELt, whose own library is found when ours is loaded.
+    """Compiles the calls to cuSPARSELt. NVIDIA's library itself is loaded at run time.
 
     Args:
       compiler: as for `compile_library`.
-      library: the file to write; it appears whole or not at all.
+      library: the file to write; a failed build leaves an older file in place.
 
     Returns:
       `library`.
@@ -111,9 +112,9 @@ def compile_cusparselt(compiler: str, library: Path = CUSPARSELT_LIBRARY) -> Pat
 
 
 def why_no_cusparselt() -> str | None:
-    """Which of the headers that `compile_cusparselt` needs are missing or too old, or None."""
+    """Says which headers for `compile_cusparselt` are missing or too old; None if all are there."""
     folders = nvidia_folders("include")
-    # cuSPARSELt 0.8 reads cuSPARSE's header; later ones bring what they need of it.
+    # cuSPARSELt 0.8 includes cuSPARSE's header; later versions ship a stub of it.
     wanted = (
         ("cusparseLt.h",),
         ("driver_types.h",),
@@ -135,29 +136,29 @@ def why_no_cusparselt() -> str | None:
     ]
     version = tuple(int(part.group(1)) if part else 0 for part in parts)
     if version < OLDEST_CUSPARSELT:
-        return f"cusparseLt.h is of version {'.'.join(map(str, version))}, too old: {INSTALL}"
+        return f"cusparseLt.h has version {'.'.join(map(str, version))}, too old: {INSTALL}"
     return None
 
 
 def compile_decode(library: Path = DECODE_LIBRARY) -> Path:
-    """Compiles the kernel for few rows on NVIDIA's GPUs.
+    """Compiles the CUDA kernel for inputs with few rows.
 
     Args:
-      library: the file to write; it appears whole or not at all.
+      library: the file to write; a failed build leaves an older file in place.
 
     Returns:
       `library`.
 
     Raises:
-      RuntimeError: there is no nvcc, or it failed.
+      RuntimeError: nvcc was not found, or it failed.
     """
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError("no nvcc: install the CUDA toolkit, and set CUDA_HOME")
+        raise RuntimeError("nvcc not found: install the CUDA toolkit and set CUDA_HOME")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         linked = Path(folder) / library.name
         sources = [str(FOLDER / "gpu" / "src" / name) for name in ("decode.cu", "decode_ffi.cc")]
-        # All cores: every variant of the kernel is compiled for every GPU.
+        # --threads=0 uses all cores: every variant of the kernel is compiled for every GPU.
         flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC,-s", "--threads=0", *_GPUS]
         _run([nvcc, *flags, f"-I{include_folder()}", *sources, "-o", str(linked)])
         linked.replace(library)
@@ -165,16 +166,16 @@ def compile_decode(library: Path = DECODE_LIBRARY) -> Path:
 
 
 def find_nvcc() -> str | None:
-    """The path of CUDA's compiler, or None."""
+    """Returns the path of CUDA's compiler, or None."""
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
     return str(home) if home.exists() else shutil.which("nvcc")
 
 
 def nvidia_folders(kind: str) -> list[Path]:
-    """Folders "include" or "lib" of NVIDIA's packages, then of the CUDA toolkit.
+    """Lists the "include" or "lib" folders of NVIDIA's packages, then of the CUDA toolkit.
 
-    Packages for CUDA 13 share the folder `nvidia/cu13`, for CUDA 12 each has its own. Where both
-    are, those of the CUDA that JAX runs on come first.
+    Packages for CUDA 13 share the folder `nvidia/cu13`; each package for CUDA 12 has its own. If
+    both are installed, the CUDA version that JAX uses comes first.
     """
     spec = importlib.util.find_spec("nvidia")
     packages = (spec.submodule_search_locations if spec else None) or []
@@ -187,10 +188,10 @@ def nvidia_folders(kind: str) -> list[Path]:
 
 
 def include_folder() -> Path:
-    """XLA's headers, from the jaxlib at hand.
+    """Returns the folder of XLA's headers, which the installed jaxlib contains.
 
     Raises:
-      RuntimeError: there is no jaxlib.
+      RuntimeError: jaxlib is not installed.
     """
     spec = importlib.util.find_spec("jaxlib")
     if spec is None or spec.origin is None:
@@ -205,9 +206,10 @@ def _run(command: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compiles with $CXX or g++; `--sanitize FILE` makes a library that checks itself.
+    """Compiles with $CXX or g++.
 
-    `--cuda` makes only what is for GPUs, and fails where it cannot.
+    `--sanitize FILE` writes a CPU library with sanitizers. `--cuda` builds only the GPU libraries,
+    and fails if it cannot.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++")) or "g++"
     if argv[:1] == ["--sanitize"]:
@@ -224,9 +226,9 @@ def main(argv: Sequence[str]) -> None:
     if for_gpus_only or find_nvcc():
         compile_decode()
     else:
-        skipped.append("decode (no nvcc)")
+        skipped.append("decode (nvcc not found)")
     if skipped:
-        sys.stderr.write(f"nmjax: not built, which only GPUs use: {', '.join(skipped)}\n")
+        sys.stderr.write(f"nmjax: skipped these GPU libraries: {', '.join(skipped)}\n")
 
 
 if __name__ == "__main__":

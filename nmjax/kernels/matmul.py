@@ -1,40 +1,123 @@
-"""Products with packed weights, by the fastest way for the platform and the shape."""
+"""Products with packed weights: one table of implementations, and which one runs where.
+
+Each implementation is a row of `IMPLEMENTATIONS`. A new one joins by one row.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nmjax.kernels import reference
-from nmjax.kernels.cpu import ffi, plain
-from nmjax.kernels.cpu.choice import choose, why_unsupported
-from nmjax.kernels.cpu.library import load_library
+from nmjax.kernels.cpu import compiled, gathered
+from nmjax.kernels.cpu.speedups import measured_speedup
 from nmjax.kernels.gpu import cusparselt, decode
-from nmjax.kernels.gpu.devices import why_no_gpu
-from nmjax.kernels.operands import (
-    Activation,
-    Packed,
-    Padding,
-    Window,
-    as_window,
-    kernel_taps,
-    one_layer,
-    output_shape,
-    reduction_shape,
-    stack_of,
-    taps_of,
-)
-from nmjax.packed.nm import PackedNM
-from nmjax.packed.packing import is_packed, unpack_leaf
+from nmjax.kernels.gpu.devices import check_gpu
+from nmjax.kernels.operands import Activation, Padding, Window, as_window
+from nmjax.packed.weight import Packed, is_packed
 
-Implementation = Literal["xla", "ffi", "cusparselt", "decode"] | None
-Way = Literal["ffi", "ffi only", "cusparselt only", "decode only", "gather", "row by row", "dense"]
+Implementation = Literal["ffi", "gather", "row_by_row", "xla", "decode", "cusparselt"] | None
+
+
+class Row(NamedTuple):
+    """One way to multiply by packed weights.
+
+    Attributes:
+      matmul: (x, packed, bias=, activation=) -> y.
+      conv: the same with `window=`; None if it multiplies matrices only.
+      check: (dtype of x, packed, rows) -> None. Raises NotImplementedError saying why this
+        implementation cannot take the operands.
+      check_pays: (packed, rows) -> the reason why this is faster than unpacking. Raises
+        NotImplementedError if it is not. None: taken only when asked for by name.
+    """
+
+    matmul: Callable[..., jax.Array]
+    conv: Callable[..., jax.Array] | None
+    check: Callable[[np.dtype, Packed, int], None]
+    check_pays: Callable[[Packed, int], str] | None = None
+
+
+class Choice(NamedTuple):
+    """An implementation and the reason for it.
+
+    Attributes:
+      name: a row of `IMPLEMENTATIONS`.
+      reason: in words.
+      on_cpus_only: whether other platforms unpack instead, decided when the program is compiled.
+    """
+
+    name: str
+    reason: str
+    on_cpus_only: bool = False
+
+
+def _check_gpu(
+    check: Callable[[np.dtype, Packed, int], None],
+) -> Callable[[np.dtype, Packed, int], None]:
+    """Adds a check of the device; the kernels' own calls may be traced for another."""
+
+    def check_here(dtype: np.dtype, packed: Packed, rows: int) -> None:
+        check(dtype, packed, rows)
+        check_gpu()
+
+    return check_here
+
+
+# In the order in which they are tried.
+IMPLEMENTATIONS: dict[str, Row] = {
+    "ffi": Row(compiled.matmul, compiled.conv, compiled.check, compiled.check_pays),
+    "gather": Row(gathered.gather_matmul, None, gathered.check, gathered.check_gather_pays),
+    "row_by_row": Row(
+        gathered.row_by_row_matmul, None, gathered.check, gathered.check_row_by_row_pays
+    ),
+    "xla": Row(reference.matmul, reference.conv, lambda dtype, packed, rows: None),
+    "decode": Row(decode.matmul, None, _check_gpu(decode.check)),
+    "cusparselt": Row(cusparselt.packed_matmul, None, _check_gpu(cusparselt.check)),
+}
+
+
+def choose(dtype: np.dtype, packed: Packed, rows: int) -> Choice:
+    """The implementation that measured fastest on CPUs.
+
+    Args:
+      dtype: of the input.
+      packed: one weight, not a stack.
+      rows: of x, or output pixels of all images.
+    """
+    reasons = []
+    for name, row in IMPLEMENTATIONS.items():
+        if row.check_pays is None:
+            continue
+        try:
+            row.check(dtype, packed, rows)
+            pays = row.check_pays(packed, rows)
+        except NotImplementedError as reason:
+            reasons.append(str(reason))
+        else:
+            return Choice(name, "; ".join([*reasons[:1], pays]), on_cpus_only=True)
+    return Choice("xla", reasons[0])
+
+
+def expected_speedup(dtype: np.dtype, packed: Packed) -> float | None:
+    """How much faster than the dense product to expect on a CPU with AVX-512 and many rows.
+
+    Returns:
+      A ratio, interpolated between measurements; 1.0 where the dense product is taken; None where
+      nothing was measured.
+    """
+    name = choose(dtype, packed, 256).name
+    if name == "xla":
+        return 1.0
+    if name != "ffi":
+        return None
+    return measured_speedup(compiled.work(packed), dtype, packed)
 
 
 def packed_matmul(
@@ -45,36 +128,36 @@ def packed_matmul(
     activation: Activation = None,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """X times a packed weight, without unpacking it where that is faster.
+    """Multiplies `x` by a packed weight, without unpacking it where that is faster.
 
-    Differentiable in `x`, the packed values and `bias`, so that kept weights can be fine-tuned
-    packed, in reverse mode. Under `jax.vmap` over `x` the new axis joins the batch. Inside
-    `jax.shard_map` the arrays of `packed` may be a shard of its outputs; the result is then that
-    shard's. Outside, under `jax.jit`, a batch or outputs sharded over automatic axes of a mesh
-    stay so, without communication: a sharded batch of `x`, and the last axis of an N:M weight's
-    arrays or the first of a 1xN weight's. Operands sharded over explicit axes take the unpacked
-    product.
+    Differentiable in `x`, the packed values and `bias` in reverse mode, so kept weights can be
+    fine-tuned packed. Under `jax.vmap` over `x`, the new axis joins the batch. Inside
+    `jax.shard_map`, the arrays of `packed` may be a shard of its outputs; the result is then that
+    shard's. Under `jax.jit` on a mesh with automatic axes, a sharded batch of `x` and sharded
+    outputs (the last axis of an N:M weight's arrays, the first of a 1xN weight's) stay sharded
+    without communication. Operands sharded over explicit axes take the unpacked product.
 
     Args:
       x: (..., *reduction axes of the weight), floating.
-      packed: one leaf of what `nmjax.pack` returns; of a stack of layers take one, or use
+      packed: one leaf of what `nmjax.pack` returns; for a stack of layers, pass one layer, or use
         `jax.vmap` or `jax.lax.scan`.
       bias: of the shape of the weight's output axes.
       activation: None or `"relu"`, applied after the bias.
-      implementation: `"xla"`; `"ffi"`, the compiled kernels for CPUs; or, for 2:4 on NVIDIA's
-        GPUs, `"decode"` for few rows and `"cusparselt"` for many, which compresses the weight anew
-        in each call (`nmjax.kernels.gpu.cusparselt.prepare` does it once). None takes what measured
-        faster for the platform and the shape, so neither of the last two, which nobody has
-        measured yet. See `nmjax.backends`.
+      implementation: a row of `IMPLEMENTATIONS`, or None for the one that measured fastest for
+        the platform and the shape. `"xla"` unpacks. `"ffi"` is the compiled kernels for CPUs.
+        `"gather"` and `"row_by_row"` are plain XLA for uniform blocks. For 2:4 on NVIDIA GPUs,
+        `"decode"` is for few rows and `"cusparselt"` for many; it compresses the weight in each
+        call (`nmjax.kernels.gpu.cusparselt.prepare` does it once). None never takes these two,
+        since nobody has measured them yet. See `nmjax.backends`.
 
     Returns:
       (..., *output axes of the weight), of the dtype that `x` and the values promote to; sums are
-      kept in float32 at least.
+      kept in float32 or wider.
 
     Raises:
       TypeError: `packed` is not a packed weight, or `x` is not floating.
-      ValueError: shapes do not fit; an unknown activation or implementation; the implementation
-        asked for cannot take this weight.
+      ValueError: shapes do not fit; an unknown activation or implementation.
+      NotImplementedError: the implementation asked for cannot take these operands.
 
     >>> import nmjax
     >>> params = {"kernel": jnp.array([[1.0, 5.0], [2.0, 6.0], [3.0, 7.0], [4.0, 8.0]])}
@@ -83,10 +166,10 @@ def packed_matmul(
     [[7.0, 15.0]]
     """
     _check(packed, activation, implementation)
-    inputs = reduction_shape(packed)
+    inputs = packed.reduction_shape
     x = jnp.asarray(x)
     _check_floating(x)
-    if taps_of(packed) or stack_of(packed):
+    if packed.taps or packed.stack:
         raise ValueError(
             f"a weight of shape {packed.shape} is not one matrix: use nmjax.packed_conv for a "
             "convolution, and jax.vmap or jax.lax.scan for a stack of layers"
@@ -96,11 +179,12 @@ def packed_matmul(
             f"x has shape {x.shape}; its last axes should be {inputs}, the reduction axes of the "
             f"weight {packed.shape}"
         )
+    # Every implementation sees one matrix of rows, whatever axes the layer has.
     batch = x.shape[: x.ndim - len(inputs)]
     rows = x.reshape(math.prod(batch), math.prod(inputs))
-    way = _way(rows, packed, rows.shape[0], implementation)
+    way = _select(rows, packed, rows.shape[0], implementation)
     y = _multiply(way, activation, rows, packed, _flat_bias(bias, packed))
-    return y.reshape(*batch, *output_shape(packed))
+    return y.reshape(*batch, *packed.output_shape)
 
 
 def packed_conv(
@@ -114,7 +198,7 @@ def packed_conv(
     activation: Activation = None,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """Convolves channels-last images with a packed kernel; as `packed_matmul` otherwise.
+    """Convolves channels-last images with a packed kernel. Otherwise like `packed_matmul`.
 
     Args:
       x: (..., *spatial, inputs), as many spatial axes as the kernel has taps' axes.
@@ -131,20 +215,20 @@ def packed_conv(
       (..., *spatial, outputs).
 
     Raises:
-      TypeError, ValueError: as `packed_matmul`.
+      TypeError, ValueError, NotImplementedError: as `packed_matmul`.
     """
     _check(packed, activation, implementation)
     x = jnp.asarray(x)
     _check_floating(x)
-    taps = kernel_taps(packed)
+    taps = packed.kernel_taps
     if not taps:
         raise ValueError(f"a weight of shape {packed.shape} has no taps: use nmjax.packed_matmul")
-    if stack_of(packed):
+    if packed.stack:
         raise ValueError(
             f"a weight of shape {packed.shape} is not one kernel: use jax.vmap or jax.lax.scan for "
             "a stack of layers"
         )
-    inputs = reduction_shape(packed)[0]
+    inputs = packed.reduction_shape[0]
     if x.ndim <= len(taps) or x.shape[-1] != inputs:
         raise ValueError(
             f"x has shape {x.shape}; expected (..., {len(taps)} spatial axes, {inputs} channels) "
@@ -154,146 +238,92 @@ def packed_conv(
     window = as_window(spatial, taps, strides, padding, dilation)
     images = x.reshape(math.prod(batch), *spatial, inputs)
     pixels = images.shape[0] * math.prod(window.output(spatial, taps))
-    way = _way(images, packed, pixels, implementation)
+    way = _select(images, packed, pixels, implementation)
+    if IMPLEMENTATIONS[way.name].conv is None:
+        raise NotImplementedError(f'implementation="{way.name}" multiplies matrices only')
     y = _convolve(way, window, activation, images, packed, _flat_bias(bias, packed))
     return y.reshape(*batch, *y.shape[1:])
 
 
-def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
-    """Unpacks, once and for all, the weights that every product would have to unpack.
+def _select(x: jax.Array, packed: Packed, rows: int, implementation: Implementation) -> Choice:
+    """What runs: the implementation asked for, or the fastest.
 
-    Those are the ones for which nothing faster than the dense product is known on this platform.
-    Do it before serving: `packed_matmul` unpacks them in each call.
-
-    Args:
-      packed: a tree with packed leaves.
-      rows: how many a product multiplies at a time: the batch, times the pixels of an output.
-
-    Returns:
-      The same tree; the leaves concerned are dense, with zeros.
-
-    >>> import nmjax
-    >>> params = {"kernel": jnp.ones((8, 6))}
-    >>> packed = nmjax.pack(params, nmjax.make_plan(params, "7:8"))
-    >>> unpack_slow(packed)["kernel"].shape
-    (8, 6)
+    Raises:
+      NotImplementedError: the one asked for cannot take these operands.
     """
-
-    def is_slow(leaf: Any) -> bool:
-        if not is_packed(leaf):
-            return False
-        on_cpu = jax.default_backend() == "cpu"
-        layer = jax.eval_shape(one_layer, leaf)
-        return not on_cpu or choose(leaf.dtype, layer, rows).name == "dense"
-
-    return jax.tree.map(
-        lambda leaf: unpack_leaf(leaf) if is_slow(leaf) else leaf, packed, is_leaf=is_packed
-    )
-
-
-def _way(x: jax.Array, packed: Packed, batch: int, implementation: Implementation) -> Way:
+    # The compiler cannot split a custom call over explicit axes.
     cut = any(any(jax.typeof(operand).sharding.spec) for operand in jax.tree.leaves((x, packed)))
-    if implementation == "xla" or (cut and implementation is None):
-        return "dense"
     if implementation is None:
-        return choose(x.dtype, packed, batch).name
-    obstacle: str | None
-    if cut:
-        obstacle = "it or x is sharded over explicit axes of a mesh; use jax.shard_map"
-    elif implementation == "ffi":
-        obstacle = load_library().reason or why_unsupported(x.dtype, packed)
-    else:
-        obstacle = _why_not_on_gpus(x, packed, implementation)
-    if obstacle:
-        raise ValueError(
-            f'implementation="{implementation}" cannot multiply {packed.shape}: {obstacle}'
-        )
-    return _ONLY[implementation]
-
-
-_ONLY: dict[str, Way] = {
-    "ffi": "ffi only",
-    "cusparselt": "cusparselt only",
-    "decode": "decode only",
-}
-
-
-def _why_not_on_gpus(x: jax.Array, packed: Packed, implementation: str) -> str | None:
-    if not isinstance(packed, PackedNM):
-        return f"it multiplies 2:4 weights, not {packed.leaf_plan.pattern}"
-    if x.ndim != 2:
-        return "it multiplies matrices, not convolutions"
-    if implementation == "decode":
-        obstacle = decode.why_not(x.dtype, packed)
-    else:
-        obstacle = cusparselt.why_not_product(x.dtype, x.shape[0], packed)
-    return obstacle or why_no_gpu()
+        if cut:
+            return Choice("xla", "sharded over explicit axes of a mesh")
+        return choose(x.dtype, packed, rows)
+    try:
+        if cut and implementation != "xla":
+            raise NotImplementedError(
+                "an operand is sharded over explicit axes of a mesh; use jax.shard_map"
+            )
+        IMPLEMENTATIONS[implementation].check(x.dtype, packed, rows)
+    except NotImplementedError as reason:
+        raise NotImplementedError(
+            f'implementation="{implementation}" cannot multiply {packed.shape}: {reason}'
+        ) from None
+    return Choice(implementation, "asked for")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _multiply(
-    way: Way, activation: Activation, x: jax.Array, packed: Packed, bias: jax.Array | None
+    way: Choice, activation: Activation, x: jax.Array, packed: Packed, bias: jax.Array | None
 ) -> jax.Array:
-    return _on_platform(way, _MATMULS, x, packed, bias, activation=activation)
+    return _on_platform(way, "matmul", x, packed, bias, activation=activation)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _convolve(
-    way: Way,
+    way: Choice,
     window: Window,
     activation: Activation,
     x: jax.Array,
     packed: Packed,
     bias: jax.Array | None,
 ) -> jax.Array:
-    return _on_platform(way, _CONVS, x, packed, bias, activation=activation, window=window)
-
-
-_MATMULS = {
-    "dense": reference.matmul,
-    "gather": plain.gather_matmul,
-    "row by row": plain.row_by_row_matmul,
-    "ffi": ffi.matmul,
-    "cusparselt": cusparselt.packed_matmul,
-    "decode": decode.matmul,
-}
-_CONVS = {"dense": reference.conv, "ffi": ffi.conv}
+    return _on_platform(way, "conv", x, packed, bias, activation=activation, window=window)
 
 
 def _on_platform(
-    way: Way, ways: dict[str, Any], x: jax.Array, packed: Packed, bias: Any, **settings: Any
+    way: Choice, kind: str, x: jax.Array, packed: Packed, bias: Any, **settings: Any
 ) -> jax.Array:
-    """What was chosen for CPUs runs there only; the weight is unpacked elsewhere."""
-    if way == "dense" or way.endswith(" only"):
-        return ways[way.removesuffix(" only")](x, packed, bias=bias, **settings)
+    """Runs an implementation; where it was chosen for CPUs, other platforms unpack the weight."""
+
+    def run(name: str, x: jax.Array, packed: Packed, bias: Any) -> jax.Array:
+        product: jax.Array = getattr(IMPLEMENTATIONS[name], kind)(x, packed, bias=bias, **settings)
+        return product
+
+    if not way.on_cpus_only:
+        return run(way.name, x, packed, bias)
     return lax.platform_dependent(
-        x,
-        packed,
-        bias,
-        cpu=lambda x, packed, bias: ways[way](x, packed, bias=bias, **settings),
-        default=lambda x, packed, bias: ways["dense"](x, packed, bias=bias, **settings),
+        x, packed, bias, cpu=partial(run, way.name), default=partial(run, "xla")
     )
 
 
-def _multiply_forward(way: Way, activation: Activation, *operands: Any) -> tuple[Any, Any]:
+def _multiply_forward(way: Choice, activation: Activation, *operands: Any) -> tuple[Any, Any]:
     y = _multiply(way, activation, *operands)
     return y, (operands, y)
 
 
-def _multiply_backward(way: Way, activation: Activation, saved: Any, g: jax.Array) -> Any:
+def _multiply_backward(way: Choice, activation: Activation, saved: Any, g: jax.Array) -> Any:
     del way
     return _backward(reference.matmul, activation, saved, g)
 
 
 def _convolve_forward(
-    way: Way, window: Window, activation: Activation, *operands: Any
+    way: Choice, window: Window, activation: Activation, *operands: Any
 ) -> tuple[Any, Any]:
     y = _convolve(way, window, activation, *operands)
     return y, (operands, y)
 
 
 def _convolve_backward(
-    way: Way, window: Window, activation: Activation, saved: Any, g: jax.Array
+    way: Choice, window: Window, activation: Activation, saved: Any, g: jax.Array
 ) -> Any:
     del way
     return _backward(partial(reference.conv, window=window), activation, saved, g)
@@ -317,19 +347,12 @@ def _check(packed: Any, activation: Any, implementation: Any) -> None:
         raise TypeError(
             f"expected a packed weight, a leaf of what nmjax.pack returns, got {type(packed)}"
         )
-    if not isinstance(packed, PackedNM) and packed.row_pointers is not None:
-        rows = packed.row_pointers.shape[-1] - 1
-        planned = packed.leaf_plan.outputs // packed.leaf_plan.pattern.n
-        if rows != planned:
-            raise ValueError(
-                f"this is a shard of {packed.shape}: {rows} row pointers for {planned} rows of "
-                "blocks. Only uniform rows can be cut by outputs; take a plan without /layer"
-            )
+    packed.check_shard()
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
-    if implementation not in (None, "xla", *_ONLY):
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
-            f'implementation must be None, "xla", "ffi", "cusparselt" or "decode", got '
+            f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, got "
             f"{implementation!r}"
         )
 
@@ -342,9 +365,9 @@ def _check_floating(x: jax.Array) -> None:
 def _flat_bias(bias: jax.Array | None, packed: Packed) -> jax.Array | None:
     if bias is None:
         return None
-    if jnp.shape(bias) != output_shape(packed):
+    if jnp.shape(bias) != packed.output_shape:
         raise ValueError(
-            f"bias has shape {jnp.shape(bias)}, expected {output_shape(packed)}, the output axes "
+            f"bias has shape {jnp.shape(bias)}, expected {packed.output_shape}, the output axes "
             f"of the weight {packed.shape}"
         )
     return jnp.ravel(jnp.asarray(bias))

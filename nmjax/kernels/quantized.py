@@ -1,12 +1,10 @@
-"""Packed N:M weights whose values are integers of 8 bits, with a scale for each output.
+"""Packed N:M weights with int8 values and one scale for each output.
 
-Where the weight's bytes are the cost, that is 2.5 bytes for 4 weights at 2:4, where bfloat16 packed
-has 4.5 and dense 8.
+At 2:4 they take 2.5 bytes for 4 weights; packed bfloat16 takes 4.5 and dense bfloat16 8.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.kernels.operands import Activation
-from nmjax.kernels.reference import dense_weight, finish
+from nmjax.kernels.reference import finish
 from nmjax.packed.nm import PackedNM
 
 _LARGEST = 127
@@ -23,7 +21,7 @@ _LARGEST = 127
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class QuantizedNM:
-    """One packed weight, `packed.values * scales`; a pytree node of three arrays.
+    """A packed weight with integer values, `packed.values * scales`; a pytree node of three arrays.
 
     Attributes:
       packed: as `nmjax.pack` makes it, with values of int8.
@@ -45,9 +43,9 @@ class QuantizedNM:
 
 
 def quantize(packed: PackedNM) -> QuantizedNM:
-    """Rounds the values of each output to 255 steps, symmetric around zero, the largest exactly.
+    """Rounds the values of each output to 255 steps, symmetric around zero; the largest is exact.
 
-    NaN and infinities stay visible: every product of their output is NaN or infinite.
+    NaN and infinities stay visible: every product of that output is NaN or infinite.
 
     Args:
       packed: a leaf of what `nmjax.pack` returns, N:M, of any floating dtype.
@@ -60,16 +58,18 @@ def quantize(packed: PackedNM) -> QuantizedNM:
     """
     values = packed.values.astype(jnp.float32)
     largest = jnp.abs(values).max(axis=(-3, -2), keepdims=True)
+    # An output of zeros keeps scale 1, since 0 / 0 would be NaN.
     scales = jnp.where(largest == 0, 1, largest / _LARGEST)
     steps = jnp.round(values / scales)
+    # The scale of such an output is NaN or infinite, and any nonzero integer keeps it so.
     steps = jnp.where(jnp.isfinite(steps), steps, 1).astype(jnp.int8)
-    return QuantizedNM(dataclasses.replace(packed, values=steps), scales[..., 0, 0, :])
+    return QuantizedNM(packed.with_values(steps), scales[..., 0, 0, :])
 
 
 def dequantize(w: QuantizedNM, dtype: np.dtype) -> PackedNM:
     """The packed weight with values of a floating dtype."""
     values = w.packed.values * w.scales[..., None, None, :]
-    return dataclasses.replace(w.packed, values=values.astype(dtype))
+    return w.packed.with_values(values.astype(dtype))
 
 
 def matmul(
@@ -78,12 +78,12 @@ def matmul(
     bias: jax.Array | None = None,
     activation: Activation = None,
 ) -> jax.Array:
-    """X (batch, inputs) times the weight, (batch, outputs), of x's dtype, in plain XLA.
+    """Multiplies x (batch, inputs) by the weight in plain XLA: (batch, outputs), of x's dtype.
 
-    This defines the kernel for few rows: products of `x` with the integers, which every floating
-    dtype of at least 16 bits holds exactly, are summed in float32; scales, bias and activation are
+    This defines the kernel for few rows. Products of `x` with the integers, which every floating
+    dtype of at least 16 bits holds exactly, are summed in float32. Scales, bias and activation are
     applied to the sums.
     """
-    integers = dataclasses.replace(w.packed, values=w.packed.values.astype(x.dtype))
-    y = jnp.matmul(x, dense_weight(integers), preferred_element_type=jnp.float32)
+    integers = w.packed.with_values(w.packed.values.astype(x.dtype))
+    y = jnp.matmul(x, integers.dense_matrices(), preferred_element_type=jnp.float32)
     return finish(y * w.scales, bias, activation, x.dtype)

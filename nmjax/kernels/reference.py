@@ -1,7 +1,7 @@
-"""The definition of every kernel: unpack the weight, and multiply as XLA does.
+"""The definition of every kernel: unpack the weight and multiply with XLA.
 
-Sums are kept in float32 at least; bias and activation are applied before the result is rounded to
-its dtype, as a fused kernel does.
+Sums are kept in float32 or wider. Bias and activation are applied before the result is rounded to
+its dtype, as in a fused kernel.
 """
 
 from __future__ import annotations
@@ -11,25 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nmjax.kernels.operands import (
-    Activation,
-    FusedActivation,
-    Packed,
-    Window,
-    as_matrices,
-    reduction_shape,
-    result_dtype,
-)
-from nmjax.packed.blocks import unpack_blocks
-from nmjax.packed.nm import PackedNM, unpack_nm
+from nmjax.kernels.operands import Activation, FusedActivation, Window
+from nmjax.packed.weight import Packed
 
 
 def matmul(
     x: jax.Array, packed: Packed, bias: jax.Array | None = None, activation: Activation = None
 ) -> jax.Array:
-    """X (batch, inputs) times the weight, (batch, outputs)."""
-    dtype = result_dtype(x, packed)
-    w = dense_weight(packed)
+    """Multiplies x (batch, inputs) by a packed weight: (batch, outputs)."""
+    dtype = packed.result_dtype(x)
+    w = packed.dense_matrices()
     y = jnp.matmul(x, w, preferred_element_type=sum_dtype(dtype))
     return finish(y, bias, activation, dtype)
 
@@ -41,9 +32,9 @@ def conv(
     bias: jax.Array | None = None,
     activation: Activation = None,
 ) -> jax.Array:
-    """X (batch, *spatial, inputs) convolved with the weight, (batch, *spatial, outputs)."""
-    dtype = result_dtype(x, packed)
-    w = dense_weight(packed)
+    """Convolves x (batch, *spatial, inputs) with a packed kernel: (batch, *spatial, outputs)."""
+    dtype = packed.result_dtype(x)
+    w = packed.dense_matrices()
     spatial = "DHW"[3 - (x.ndim - 2) :]
     y = lax.conv_general_dilated(
         x.astype(dtype),
@@ -57,22 +48,10 @@ def conv(
     return finish(y, bias, activation, dtype)
 
 
-def dense_weight(packed: Packed) -> jax.Array:
-    """The weight with its zeros, (*taps, inputs, outputs)."""
-    matrices = as_matrices(packed)
-    if not isinstance(matrices, PackedNM):
-        return unpack_blocks(matrices)
-    w = unpack_nm(matrices)
-    if packed.leaf_plan.pattern.taps == "with inputs":
-        # Groups run over (input, *taps) of each filter.
-        return jnp.moveaxis(w.reshape(*reduction_shape(packed), w.shape[-1]), 0, -2)
-    return w
-
-
 def finish(
     y: jax.Array, bias: jax.Array | None, activation: FusedActivation, dtype: np.dtype
 ) -> jax.Array:
-    """Bias, activation and rounding of finished sums."""
+    """Adds the bias to finished sums, applies the activation, and rounds."""
     if bias is not None:
         y = y + bias.astype(y.dtype)
     if activation == "relu":
@@ -83,5 +62,5 @@ def finish(
 
 
 def sum_dtype(dtype: np.dtype) -> np.dtype:
-    """In what products of this dtype are summed."""
+    """The dtype that products of a dtype are summed in."""
     return jnp.promote_types(dtype, jnp.float32)

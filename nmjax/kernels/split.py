@@ -1,6 +1,6 @@
-"""How the compiler splits a compiled kernel over the automatic axes of a mesh.
+"""Tells the compiler how to split a compiled kernel over the automatic axes of a mesh.
 
-On its own it knows nothing about a kernel, and gathers all operands on every device.
+By itself the compiler knows nothing about a kernel, and gathers all operands on every device.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ def split(
     whole: str = "",
     steps: Mapping[str, int] | None = None,
 ) -> jax.Array:
-    """`kernel(*operands)`, of which each device computes the part that it has the operands for.
+    """Calls `kernel(*operands)`; each device computes the part that it has the operands for.
 
-    Inside of `jax.shard_map`, and where axes of the mesh are explicit, it is called as it is.
+    Inside `jax.shard_map`, and on explicit axes of a mesh, the kernel is called directly.
 
     Args:
-      kernel: makes of parts of the operands that part of the result.
+      kernel: computes a part of the result from parts of the operands.
       *operands: arrays.
-      rule: names of all axes, as in `"b i, i o -> b o"`. What has one name is split alike; a name
-        that the result lacks is whole on every device.
-      whole: more such names.
-      steps: name -> what the size of a part is a multiple of. An axis that has no such parts is
+      rule: names of all axes, as in `"b i, i o -> b o"`. Axes with the same name are split alike;
+        axes that the result lacks are whole on every device.
+      whole: names of more axes that are whole.
+      steps: name -> what the size of a part must be a multiple of. An axis without such parts is
         whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    # With one device only nothing is split, and calls outside of `jax.jit` are faster so.
+    # One device has nothing to split, and without custom_partitioning eager calls are faster.
     if mesh.manual_axes or mesh.explicit_axes or (mesh.empty and jax.device_count() == 1):
         return kernel(*operands)
     given, _, made = rule.partition("->")
@@ -47,7 +47,7 @@ def split(
     def partition(mesh: Mesh, arguments: Any, result: Any) -> tuple[Any, ...]:
         del arguments
         spec: tuple[Any, ...] = (None,) * len(output)
-        if mesh.empty:  # Nothing lies on a mesh: all is whole everywhere.
+        if mesh.empty:  # No operand lies on a mesh, so everything is whole.
             mesh = Mesh(np.array(list(result.sharding.device_set)), ("devices",))
         else:
             spec = (*result.sharding.spec, *spec)
@@ -69,6 +69,6 @@ def split(
 
 
 def _parts(mesh: Mesh, entry: Any) -> int:
-    """Into how many parts an entry of a PartitionSpec splits an axis."""
+    """Number of parts that an entry of a PartitionSpec splits an axis into."""
     names = (entry,) if isinstance(entry, str) else tuple(entry or ())
     return math.prod(mesh.shape[name] for name in names)

@@ -1,6 +1,12 @@
-"""Flax linen modules: training sparse, running packed, folding batch normalization."""
+"""Sparse training and packed inference for unchanged Flax linen modules.
 
-from nmjax.linen.batch_norm import fold_batch_norm as fold_batch_norm
-from nmjax.linen.packed_modules import packed_apply as packed_apply
-from nmjax.linen.training import cost as cost
-from nmjax.linen.training import sparsify as sparsify
+`sparsify` trains a module sparse in an unchanged loop, `cost` counts its multiply-adds,
+`fold_batch_norm` prepares a trained network for serving, and `packed_apply` runs a module on packed
+weights.
+"""
+
+from nmjax.linen.batch_norm import fold_batch_norm
+from nmjax.linen.packed_modules import packed_apply
+from nmjax.linen.training import cost, sparsify
+
+__all__ = ["cost", "fold_batch_norm", "packed_apply", "sparsify"]

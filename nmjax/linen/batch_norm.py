@@ -1,4 +1,4 @@
-"""Batch normalisation folded into the layer before it."""
+"""Folding batch normalization into the layer before it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta, unfreeze
 
-from nmjax.packed.packing import is_packed
+from nmjax.packed.weight import is_packed
 
 Path = tuple[str, ...]
 
-# Their kernels have the outputs last, and one scale for each is a scale of the kernel.
+# Their kernels have the outputs last, so that one scale for each output scales the kernel.
 _LAYERS = (nn.Conv, nn.Dense)
 
 
 class _Norm(NamedTuple):
-    """A normalisation, and the dtype of what it takes."""
+    """A normalization, and the dtype of its input."""
 
     path: Path
     epsilon: float
@@ -30,30 +30,31 @@ class _Norm(NamedTuple):
 def fold_batch_norm(
     module: nn.Module, variables: Mapping[str, Any], *inputs: Any, **kwargs: Any
 ) -> dict[str, Any]:
-    """Moves the scale of each batch normalisation into the convolution or Dense before it.
+    """Moves the scale of each batch normalization into the convolution or Dense layer before it.
 
-    In evaluation a normalisation multiplies by `scale / sqrt(var + epsilon)` and adds a constant.
-    The product goes into the kernel, whose zeros stay zeros; the constant stays behind as the
-    mean of a normalisation that changes nothing else. So the unchanged module runs on the result,
-    and so does the packed one: fold first, then `nmjax.pack`. A normalisation that follows
-    something else stays as it is. The result is for serving, not for further training.
+    In evaluation, batch normalization multiplies by `scale / sqrt(var + epsilon)` and adds a
+    constant. This function multiplies the factor into the kernel, whose zeros stay zeros. The
+    constant stays in the normalization, as its mean, with a scale of 1. So the unchanged module
+    runs on the result. Fold first, then call `nmjax.pack`.
 
-    Which layer feeds which normalisation is seen in a run of the module, and a second run checks
-    that the outputs are the same.
+    The function traces the module to find out which layer feeds which normalization, and runs it
+    to check that the outputs stay the same. It leaves other normalizations as they are. The result
+    is for serving, not for further training.
 
     Args:
       module: a linen module.
-      variables: its `params` and `batch_stats`, and what else it reads.
-      *inputs: arrays that `module` takes, of any batch size.
+      variables: its `params`, `batch_stats` and any other collections that it reads.
+      *inputs: arrays for `module`, of any batch size.
       **kwargs: further arguments of `module.apply`, such as `train=False`.
 
     Returns:
-      Variables of the same tree, shapes and dtypes.
+      Variables with the same tree, shapes and dtypes.
 
     Raises:
-      ValueError: a normalisation uses the statistics of the batch, as in training; no layer feeds
-        one; a layer that feeds one is used elsewhere too, so that the outputs would change.
-      TypeError: `variables` hold packed weights, or `module` is not a linen module.
+      ValueError: a normalization uses batch statistics, as in training; no layer feeds a
+        normalization; the output of a folded layer is also used elsewhere, so that the outputs of
+        the module would change.
+      TypeError: `variables` contain packed weights, or `module` is not a linen module.
 
     >>> class Network(nn.Module):
     ...     @nn.compact
@@ -70,11 +71,11 @@ def fold_batch_norm(
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a linen module instance such as nn.Dense(4), got {module!r}")
     if any(map(is_packed, jax.tree.leaves(variables, is_leaf=is_packed))):
-        raise TypeError("some weights are packed already; fold first, then nmjax.pack")
+        raise TypeError("some weights are already packed; call fold_batch_norm before nmjax.pack")
     pairs = _fed_norms(module, variables, inputs, kwargs)
     if not pairs:
         raise ValueError(
-            f"no nn.BatchNorm of {type(module).__name__} takes the output of an nn.Conv or nn.Dense"
+            f"{type(module).__name__} has no nn.BatchNorm that follows an nn.Conv or nn.Dense"
         )
     folded = unfreeze(jax.tree.map(lambda leaf: leaf, variables))
     for layer, norm in pairs.items():
@@ -87,8 +88,9 @@ def fold_batch_norm(
 def _fed_norms(
     module: nn.Module, variables: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[Path, _Norm]:
-    """Path of a layer -> the normalisation that takes its output."""
-    outputs: list[tuple[Any, Path]] = []  # Kept alive, so that no other gets the same identity.
+    """Path of a layer -> the normalization that takes its output."""
+    # Tracers are compared by identity. The list keeps them alive, so that no identity is reused.
+    outputs: list[tuple[Any, Path]] = []
     pairs: dict[Path, _Norm] = {}
 
     def watch(
@@ -99,7 +101,7 @@ def _fed_norms(
             return run(*args, **kwargs)
         path = tuple(layer.scope.path)
         if isinstance(layer, nn.BatchNorm) and args:
-            # Before it runs, since Flax's own complaint would be about a collection.
+            # Check before running: Flax's own error would only name an immutable collection.
             _check_evaluates(layer, path, *args[1:], **kwargs)
             fed = next((path for output, path in outputs if output is args[0]), None)
             if fed is not None:
@@ -121,21 +123,21 @@ def _fed_norms(
 def _check_evaluates(
     norm: nn.BatchNorm, path: Path, use_running_average: bool | None = None, **_: Any
 ) -> None:
-    """Raises ValueError if a call with these arguments is one of training."""
+    """Raises ValueError if a call with these arguments would use batch statistics."""
     if not nn.merge_param("use_running_average", norm.use_running_average, use_running_average):
         raise ValueError(
-            f"{'/'.join(path)} uses the statistics of the batch, as in training; pass what makes "
-            "the module evaluate, such as train=False"
+            f"{'/'.join(path)} uses the statistics of the batch, as in training; pass the argument "
+            "that switches the module to evaluation, such as train=False"
         )
 
 
 def _check_axis(norm: nn.BatchNorm, path: Path) -> None:
     if norm.axis not in (-1, (-1,)):
-        raise ValueError(f"{'/'.join(path)} normalises axis {norm.axis}; only -1 can be folded")
+        raise ValueError(f"{'/'.join(path)} normalizes axis {norm.axis}; only -1 can be folded")
 
 
 def _fold(variables: dict[str, Any], layer: Path, norm: _Norm) -> None:
-    """Changes the variables of one layer and its normalisation in place."""
+    """Changes the variables of one layer and its normalization in place."""
     params = _at(variables["params"], layer)
     stats = _at(variables["batch_stats"], norm.path)
     affine = _at(variables["params"], norm.path)
@@ -152,6 +154,7 @@ def _fold(variables: dict[str, Any], layer: Path, norm: _Norm) -> None:
     for name in ("kernel", "bias"):
         if name in params:
             params[name] = meta.replace_boxed(params[name], scaled(meta.unbox(params[name])))
+    # The normalization now divides by sqrt(var + epsilon) = 1, and subtracts the new mean.
     neutral = {"scale": jnp.ones_like(factor), "bias": jnp.zeros_like(offset)}
     for name in neutral.keys() & affine.keys():
         affine[name] = meta.replace_boxed(affine[name], neutral[name])
@@ -161,7 +164,7 @@ def _fold(variables: dict[str, Any], layer: Path, norm: _Norm) -> None:
 
 
 def _at(tree: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The subtree at a path; empty where a normalisation has no parameters."""
+    """The subtree at a path; empty if a normalization has no parameters."""
     for name in path:
         tree = tree.get(name, {})
     return tree
@@ -174,7 +177,7 @@ def _check_same(before: Any, after: Any, pairs: dict[Path, _Norm]) -> None:
         largest = np.abs(old).max(initial=0.0)
         if not np.allclose(new, old, rtol=0, atol=tolerance * largest, equal_nan=True):
             raise ValueError(
-                "outputs changed when normalisations were folded, by up to "
-                f"{np.abs(new - old).max():.3g} of {largest:.3g}: the output of a layer is used "
-                f"elsewhere too, one of {', '.join('/'.join(path) for path in pairs)}"
+                "folding changed the module's outputs by up to "
+                f"{np.abs(new - old).max():.3g} of {largest:.3g}: one of these layers feeds more "
+                f"than its normalization: {', '.join('/'.join(path) for path in pairs)}"
             )

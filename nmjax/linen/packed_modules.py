@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,39 +14,40 @@ from jax import lax
 
 from nmjax.kernels.cpu.depthwise import depthwise_conv
 from nmjax.kernels.matmul import Implementation, packed_conv, packed_matmul
-from nmjax.kernels.operands import Packed, as_window, kernel_taps
-from nmjax.packed.packing import is_packed, unpack_leaf
+from nmjax.kernels.operands import as_window
+from nmjax.packed.weight import Packed, is_packed
 
-# Layers whose product can be replaced; the layers of an attention are DenseGeneral.
+# Layers whose product can be replaced. Attention is made of DenseGeneral layers.
 _DENSE = (nn.Dense, nn.DenseGeneral)
 _LAYERS = (*_DENSE, nn.Conv)
 
 
 def packed_apply(module: nn.Module, *, implementation: Implementation = None) -> Callable[..., Any]:
-    """Makes a function like `module.apply` that takes packed parameters.
+    """Returns a function like `module.apply` that takes packed parameters.
 
-    `Dense`, `DenseGeneral` (so attention too) and `Conv` multiply by their packed kernel; whatever
-    else Flax does there, as biases, paddings and dtypes, it still does. Layers whose kernel is not
-    packed run as ever; convolutions of each channel by itself run faster on CPUs. Use it under
-    `jax.jit`: outside, each layer unpacks its kernel only to throw it away, and inside the compiler
-    sees that nobody reads it.
+    `Dense`, `DenseGeneral` (and so attention) and `Conv` multiply by their packed kernels. Flax
+    still handles everything else in these layers, such as biases, padding and dtypes. Layers
+    without a packed kernel run as before, except that depthwise convolutions are faster on CPUs.
 
-    A program with compiled kernels in it is exported by `jax.export.export` with
+    Use it under `jax.jit`. Each layer unpacks its kernel, for its shape and dtype only: the
+    compiler removes that, but outside `jax.jit` it costs time.
+
+    To export a program that contains compiled kernels, pass `jax.export.export` the argument
     `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name)]` for the names
-    `"nmjax_blocks"` and `"nmjax_groups"`, closed over the packed variables or with them as
-    arguments. Whoever loads it calls `nmjax.backends()` first, which registers the kernels.
+    `"nmjax_blocks"` and `"nmjax_groups"`. The process that loads the export must first call
+    `nmjax.backends()`, which registers the kernels.
 
     Args:
       module: any linen module.
       implementation: as for `nmjax.packed_matmul`.
 
     Returns:
-      `apply(variables, *args, **kwargs)`, where `variables["params"]` is what `nmjax.pack` or
-      `nmjax.load_packed` returns, and the rest is as for `module.apply`.
+      `apply(variables, *args, **kwargs)`, where `variables["params"]` comes from `nmjax.pack` or
+      `nmjax.load_packed`. The rest is as for `module.apply`.
 
     Raises:
-      TypeError: `module` is not a linen module; from the function, a module of another class reads
-        a packed leaf itself.
+      TypeError: `module` is not a linen module. The returned function raises TypeError if a module
+        of another class reads a packed leaf.
 
     >>> import jax.numpy as jnp
     >>> import nmjax
@@ -75,7 +75,10 @@ def _multiply_packed(
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
-    """Runs a method of a module; Flax's own call of a packed layer runs on a copy of the layer."""
+    """Runs a method of a module. Flax's `__call__` of a packed layer runs on a copy of the layer.
+
+    The copy has its own product function and reads an unpacked kernel, so Flax's code stays as is.
+    """
     layer = context.module
     own = _own_params(layer)
     packed = {name: leaf for name, leaf in own.items() if is_packed(leaf)}
@@ -84,13 +87,14 @@ def _multiply_packed(
     base = next((base for base in _LAYERS if isinstance(layer, base)), None)
     if base is None or packed.keys() - {"kernel"}:
         raise TypeError(
-            f"{type(layer).__name__} at {'/'.join(layer.path) or 'the root'} reads the packed "
-            f"{sorted(packed)} itself; packed parameters run in nn.Dense, nn.DenseGeneral and "
-            "nn.Conv. Leave these leaves out of the plan (exclude=), or unpack them"
+            f"{type(layer).__name__} at {'/'.join(layer.path) or 'the root'} has packed leaves "
+            f"{sorted(packed)}, but only the kernels of nn.Dense, nn.DenseGeneral and nn.Conv can "
+            "be packed. Leave these leaves out of the plan (exclude=), or unpack them"
         )
     call = inspect.unwrap(base.__call__)
     if getattr(context.orig_method, "func", None) is not call:
-        return run(*args, **kwargs)  # What a subclass adds; it comes to Flax's own call later.
+        # A subclass's method. It reaches Flax's own `__call__` through super(), or later.
+        return run(*args, **kwargs)
     kernel = own["kernel"]
     product: dict[str, Any] = (
         {"conv_general_dilated": _grouped_conv}
@@ -100,13 +104,13 @@ def _multiply_packed(
         else {"conv_general_dilated": partial(_conv, kernel, implementation)}
     )
     copy = layer.clone(parent=None, **product)
-    # The unpacked kernel gives the copy its shape and dtype; no product reads it.
-    params = {**own, "kernel": unpack_leaf(kernel) if packed else kernel}
+    # Flax checks the kernel's shape and dtype, so the copy gets it unpacked. No product reads it.
+    params = {**own, "kernel": kernel.unpack() if packed else kernel}
     return copy.apply({"params": params}, *args, method=base.__call__, **kwargs)
 
 
 def _is_grouped(layer: nn.Module) -> bool:
-    """Whether a convolution has groups, and no product of its own (as our copies do)."""
+    """Whether it is a convolution with groups and without a product function of its own."""
     return (
         isinstance(layer, nn.Conv)
         and layer.feature_group_count > 1
@@ -115,7 +119,7 @@ def _is_grouped(layer: nn.Module) -> bool:
 
 
 def _own_params(module: nn.Module) -> dict[str, Any]:
-    """The module's own leaves, without their boxes."""
+    """The module's own leaves, unboxed."""
     if module.scope is None:
         return {}
     variables = module.scope.variables().get("params", {})
@@ -124,7 +128,8 @@ def _own_params(module: nn.Module) -> dict[str, Any]:
 
 
 def _unboxed(leaf: Any) -> Any:
-    """What is in a box; the sharding that `nn.Partitioned` asks for is that of the dense shape."""
+    """Takes a leaf out of its box."""
+    # `meta.unbox` would apply the sharding of `nn.Partitioned`, which fits only the dense shape.
     if isinstance(leaf, meta.Partitioned) and is_packed(leaf.value):
         return leaf.value
     return meta.unbox(leaf)
@@ -140,7 +145,7 @@ def _dot_general(
     preferred_element_type: Any = None,
     **settings: Any,
 ) -> jax.Array:
-    """`lax.dot_general`, whose second operand is the packed weight, in w's shape and dtype."""
+    """`lax.dot_general` with the packed weight instead of `w`, which has its shape and dtype."""
     (x_axes, w_axes), (x_batch, _) = dimension_numbers
     plan = packed.leaf_plan
     summed = {axis - w.ndim: x_axis for axis, x_axis in zip(w_axes, x_axes, strict=True)}
@@ -169,9 +174,9 @@ def _conv(
     preferred_element_type: Any = None,
     **settings: Any,
 ) -> jax.Array:
-    """`lax.conv_general_dilated`, channels last, whose kernel is the packed weight."""
+    """`lax.conv_general_dilated`, channels last, with the packed weight instead of `w`."""
     plain = feature_group_count == 1 and all(d == 1 for d in lhs_dilation or ())
-    if not plain or len(kernel_taps(packed)) != w.ndim - 2:
+    if not plain or len(packed.kernel_taps) != w.ndim - 2:
         settings |= {
             "lhs_dilation": lhs_dilation,
             "rhs_dilation": rhs_dilation,
@@ -197,7 +202,7 @@ def _grouped_conv(
     padding: Any,
     **settings: Any,
 ) -> jax.Array:
-    """`lax.conv_general_dilated`, channels last; where every channel is a group, faster on CPUs."""
+    """`lax.conv_general_dilated`, channels last; faster on CPUs if it is depthwise."""
 
     def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, w, strides, padding, **settings)
@@ -216,4 +221,4 @@ def _grouped_conv(
 
 def _cast(packed: Packed, w: jax.Array) -> Packed:
     """The packed weight in the dtype that Flax computes in."""
-    return dataclasses.replace(packed, values=packed.values.astype(w.dtype))
+    return packed.with_values(packed.values.astype(w.dtype))

@@ -13,8 +13,6 @@ from jax.typing import ArrayLike
 
 from nmjax.analysis.costs import Cost
 from nmjax.analysis.costs import cost as cost_of_function
-from nmjax.linen.batch_norm import fold_batch_norm as fold_batch_norm
-from nmjax.linen.packed_modules import packed_apply as packed_apply
 from nmjax.patterns import Pattern, parse_pattern
 from nmjax.plans import Plan, make_plan
 from nmjax.pruning import sparsify as sparsify_params
@@ -27,36 +25,36 @@ def sparsify(
     lambda_w: ArrayLike | None = None,
     **selection: Any,
 ) -> nn.Module:
-    """Makes a module whose `apply` uses sparse parameters, with a straight-through gradient.
+    """Returns a module whose `apply` uses sparse parameters, with a straight-through gradient.
 
-    The result has the fields' values, the public methods and the very same variables as `module`:
-    `init` gives the same tree with the same values, and `apply` takes it. So a training loop
-    built on `init`, `apply` and `TrainState` trains sparse unchanged, and checkpoints fit both.
+    The result has the same fields, public methods and variables as `module`: `init` returns the
+    same tree with the same values, and `apply` takes it. So a training loop built on `init`,
+    `apply` and `TrainState` trains sparse without changes, and checkpoints fit both modules.
 
-    `init` itself runs dense. Outputs are sparse from the first `apply` on.
+    `init` runs the dense module; every `apply` is sparse.
 
-    As a part of another module it is best made in `setup`, where the attribute names it. A compact
-    method names it by its class, `SparseDense_0`, or by the name of a module without a parent:
+    Inside another module, create it in `setup`, where the attribute names it. In a compact method
+    its name comes from its class (`SparseDense_0`), or from a module without a parent:
     `sparsify(nn.Dense(4, name="head", parent=None), "2:4")`.
 
     Args:
-      module: any linen module; submodules, collections, dropout, `nn.scan` and `nn.remat` inside
+      module: any linen module. Submodules, collections, dropout, `nn.scan` and `nn.remat` inside
         it work as before.
-      plan: a plan made for the module's `params`, or a pattern such as `"2:4"`, from which the
-        plan is made when the module runs.
-      lambda_w: None for STE; a number for SR-STE in the backward pass, for loops whose optimizer
-        is out of reach. Where it is not, `nmjax.add_sparse_refined` is the better place.
-      **selection: where `plan` is a pattern, the keyword arguments of `nmjax.make_plan`.
+      plan: a plan for the module's `params`, or a pattern such as `"2:4"`, for which a plan is
+        made when the module runs.
+      lambda_w: None for STE; a number for SR-STE in the backward pass. If you control the
+        optimizer, use `nmjax.add_sparse_refined` instead.
+      **selection: keyword arguments of `nmjax.make_plan`, if `plan` is a pattern.
 
     Raises:
-      TypeError: `module` is not a linen module instance, `selection` comes with a plan, or it is
-        not what `nmjax.make_plan` takes.
-      ValueError: from `apply`, as `nmjax.make_plan` and `nmjax.sparsify`.
+      TypeError: `module` is not a linen module instance; `selection` is passed with a plan;
+        `nmjax.make_plan` does not take `selection`.
+      ValueError: `apply` raises what `nmjax.make_plan` and `nmjax.sparsify` raise.
 
     >>> import jax.numpy as jnp
     >>> model = sparsify(nn.Dense(4), "1:4")
     >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8)))
-    >>> output = model.apply(variables, jnp.eye(8))  # the kernel that it used, plus the bias
+    >>> output = model.apply(variables, jnp.eye(8))  # the sparse kernel, plus a bias of zeros
     >>> int((output != 0).sum()), variables["params"]["kernel"].size
     (8, 32)
     """
@@ -64,8 +62,8 @@ def sparsify(
         raise TypeError(f"expected a linen module instance such as nn.Dense(4), got {module!r}")
     if isinstance(plan, Plan) and selection:
         raise TypeError(
-            f"{sorted(selection)} belong to nmjax.make_plan; pass them there, since this plan is "
-            "made already"
+            f"{sorted(selection)} are arguments of nmjax.make_plan; pass them there, because this "
+            "plan already exists"
         )
     inspect.signature(make_plan).bind({}, plan, **selection)
     plan_or_pattern = plan if isinstance(plan, Plan) else parse_pattern(plan)
@@ -76,16 +74,17 @@ def sparsify(
         params = variables.get("params")
         if not params:
             raise ValueError(
-                f"{dense_class.__name__} has no parameters of its own to make sparse. If it was "
-                "given modules that were made in a compact method, they belong to that method's "
-                "module: make them in setup, or with parent=None"
+                f"{dense_class.__name__} has no parameters of its own to make sparse. If its "
+                "submodules were created in another module's compact method, they belong to that "
+                "module: create them in setup, or with parent=None"
             )
         fitting = plan_or_pattern
         if not isinstance(fitting, Plan):
             fitting = make_plan(params, fitting, **selection)
         return {**variables, "params": sparsify_params(params, fitting, lambda_w=lambda_w)}
 
-    # Inside a mapped method `self` is dense again, so methods that call methods map only once.
+    # Inside a mapped method `self` is the dense class again, so methods that call other methods
+    # sparsify the variables only once.
     mapped_class = nn.map_variables(dense_class, "params", trans_in_fn=to_sparse, methods=methods)
     overrides = {name: _dense_in_init(name, dense_class, mapped_class) for name in methods}
     overrides["apply"] = _apply_by_name(dense_class)
@@ -99,14 +98,14 @@ def sparsify(
 
 
 def cost(module: nn.Module, plan: Plan | str | Pattern | None, *inputs: Any, **kwargs: Any) -> Cost:
-    """Counts a module's weights and multiply-adds, layer by layer; nothing is run.
+    """Counts a module's weights and multiply-adds, layer by layer, without running it.
 
     Args:
       module: a linen module.
-      plan: which leaves of its `params` are sparse; a pattern for all of them by the default
-        rules; None for the dense network.
-      *inputs: arrays, ShapeDtypeStructs or shapes (float32 is assumed), as `module` takes them.
-        The batch size counts: use 1 for the cost of one example.
+      plan: a plan for its `params`; a pattern, for a plan with the default rules; None for the
+        dense network.
+      *inputs: the module's inputs as arrays, ShapeDtypeStructs or shapes (of float32). For the
+        cost of one example, use a batch size of 1.
       **kwargs: static arguments of the module's `__call__`, such as `train=True`.
 
     >>> print(cost(nn.Dense(4), "2:4", (1, 8)))
@@ -127,7 +126,7 @@ def cost(module: nn.Module, plan: Plan | str | Pattern | None, *inputs: Any, **k
 
     def forward(params: Any, others: Any, *args: Any) -> Any:
         variables = {**others, "params": params}
-        # Flax draws from "params" where a stream of random numbers, as for dropout, is missing.
+        # Flax uses the "params" stream for random number streams that are missing (dropout).
         return module.apply(variables, *args, rngs={"params": key}, mutable=list(others), **kwargs)
 
     others = {name: tree for name, tree in variables.items() if name != "params"}
@@ -141,7 +140,7 @@ def _is_shape(x: Any) -> bool:
 def _dense_in_init(
     name: str, dense_class: type[nn.Module], mapped_class: type[nn.Module]
 ) -> Callable[..., Any]:
-    """A method that runs dense while the parameters are being made, and sparse from then on."""
+    """A method that runs dense while the module is being initialized, and sparse afterwards."""
     dense, sparse = getattr(dense_class, name), getattr(mapped_class, name)
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +152,7 @@ def _dense_in_init(
 
 
 def _apply_by_name(dense_class: type[nn.Module]) -> Callable[..., Any]:
-    """`apply` for which `method=Network.encode` means the sparse `encode`, not the dense one."""
+    """An `apply` that takes `method=Network.encode` as the sparse `encode`, not the dense one."""
 
     def apply(self: nn.Module, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         function = getattr(method, "__func__", method)
@@ -167,9 +166,9 @@ def _apply_by_name(dense_class: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _public_methods(module_class: type[nn.Module]) -> list[str]:
-    """`__call__`, and the methods that a module class adds to those of every linen module.
+    """`__call__`, and the public methods that a module class adds to `nn.Module`.
 
-    Static methods, class methods and those marked `nn.nowrap` do not read parameters.
+    Static methods, class methods and methods marked `nn.nowrap` do not read parameters.
     """
     return [
         name

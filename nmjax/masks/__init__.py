@@ -1,1 +1,1 @@
-"""Which weights stay: importance scores and a pattern give a boolean mask."""
+"""Masks: importance scores and a pattern decide which weights stay."""

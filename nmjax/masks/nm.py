@@ -1,18 +1,20 @@
-"""Which weights stay: importance scores and an N:M pattern give a boolean mask.
+"""Masks of N:M patterns: the n highest scores of every m consecutive weights stay.
 
-A mask is True where a weight is kept. It is a pure function of the weights, takes tracers, and
-is not differentiated: gradient rules live in `nmjax.straight_through`.
+A mask is True where a weight is kept. It is a pure function of the weights, works on tracers, and
+is not differentiated; the gradient rules are in `nmjax.ste`.
 
-Scores are compared as integers that sort in the same order, so that NaN, infinities, -0.0 and
-denormal numbers need no special case. Three formulations stand on them. All are exact, and none
-sorts, gathers or rolls an array:
+Three algorithms give the same mask, and the group size decides which one runs:
 
-- m <= 4: count who in the group beats me. One pass, and nothing is stored beside the mask.
-- m <= 32: a sorting network over the m members of a group, of which only what leads to the n-th
-  is computed; then one bit for each member that stays, 4 bytes a group. (On CPUs, which have no
-  16-bit slices, XLA also widens narrow weights into a float32 copy for m above 8.)
-- any m: bisect the integers for the n-th highest score, then for the last tie that fits. About
-  40 passes whatever m is, over one stored copy of the integers.
+- m <= 4: count how many members of the group beat each weight. One pass; nothing is stored but
+  the mask.
+- m <= 32: a sorting network over the members of a group finds the n-th highest. It stores one bit
+  per member, 4 bytes per group. (For m above 8, XLA also widens narrow weights into a float32 copy
+  on CPUs, which have no 16-bit slices.)
+- any m: bisection for the n-th highest score (`nmjax.masks.ranking.keep_highest`). About 40 passes,
+  whatever m is, over one stored copy of the scores.
+
+All compare scores as integers (`nmjax.masks.ranking`), and none sorts, gathers, or rolls an array.
+A gather or a roll along a sharded axis would communicate between devices.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nmjax.masks.arguments import check_n_of_m
 from nmjax.masks.ranking import (
     ToKeys,
     check_real_floating,
@@ -38,40 +42,44 @@ from nmjax.masks.ranking import (
 )
 from nmjax.masks.scores import Score, magnitude, score_weights
 from nmjax.masks.shards import check_shards
-from nmjax.patterns import check_n_of_m
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Float, Int, Int32, Shaped, UInt32
 
 
 def nm_mask(
-    w: jax.Array,
-    n: int,
-    m: int,
-    axis: int | Sequence[int] = -2,
+    w: Float[ArrayLike, "*shape"],
+    n: SupportsIndex,
+    m: SupportsIndex,
+    axis: SupportsIndex | Sequence[SupportsIndex] = -2,
     *,
     score: Score = magnitude,
-) -> jax.Array:
+) -> Bool[Array, "*shape"]:
     """Keeps exactly the n highest scores of every m consecutive weights along `axis`.
 
-    Of equal scores the one at the lower index stays. NaN counts as the highest score, whatever
-    its payload or sign, so that it stays visible; -0.0 equals 0.0.
+    Of equal scores, the one at the lower index stays. Every NaN counts as the highest score, so
+    that it stays visible; -0.0 equals 0.0.
 
     Args:
-      w: weights of any shape, real floating dtype.
+      w: weights, real floating dtype.
       n: how many of each group are kept, 1 <= n <= m.
       m: group size; divides the size of `axis`.
-      axis: where groups run. Several axes are first taken together in the order given, the last
-        one varying fastest: `(-3, -2)` for the (heads, head_dim) of an attention output kernel,
+      axis: axis along which groups extend. Several axes are flattened in the order given, and the
+        last varies fastest: `(-3, -2)` for the (heads, head_dim) of an attention output kernel,
         `(-2, -4, -3)` for the (I, H, W) of a convolution kernel stored as HWIO.
-      score: `weights -> importance`, of the same shape, real floating dtype.
+      score: function from the weights to scores of the same shape, real floating dtype.
 
     Returns:
-      Boolean array of `w`'s shape, True = kept. If every shard of `w` holds whole groups, it is
-      sharded like `w` and computed without communication.
+      Boolean array of `w`'s shape, True = kept. If every shard of `w` holds whole groups, the mask
+      is sharded like `w` and computed without communication.
 
     Raises:
-      TypeError: `w` or its score is not real floating point; `n`, `m` or `axis` not integer.
-      ValueError: not 1 <= n <= m; `axis` out of range or repeated; `m` does not divide the size
-        of `axis`; the score has another shape than `w`; in a mesh with explicit axes, a shard of
-        `w` holds part of a group.
+      TypeError: `w` or its scores are not real floating point; `n`, `m`, or `axis` is not an
+        integer.
+      ValueError: not 1 <= n <= m; `axis` is out of range or repeated; `m` does not divide the size
+        of `axis`; the scores have another shape than `w`; a shard along an explicit mesh axis
+        holds part of a group.
 
     Example:
       >>> w = jnp.array([0.1, -3.0, 2.0, 0.5])
@@ -79,7 +87,7 @@ def nm_mask(
       [False, True, True, False]
     """
     w = jnp.asarray(w)
-    check_n_of_m(n, m)
+    check_n_of_m(n, m)  # type: ignore[arg-type]
     n, m = operator.index(n), operator.index(m)
     axes = _group_axes(w, m, axis)
     values, to_keys = _scored(lax.stop_gradient(w), score)
@@ -88,31 +96,35 @@ def nm_mask(
 
 @partial(jax.jit, static_argnames=("to_keys", "n", "m", "axes"), inline=True)
 def _keep_highest(
-    values: jax.Array, to_keys: ToKeys, n: int, m: int, axes: tuple[int, ...]
-) -> jax.Array:
-    """The mask of values of checked shape, as one computation also outside `jax.jit`."""
+    values: Float[Array, "*shape"], to_keys: ToKeys, n: int, m: int, axes: tuple[int, ...]
+) -> Bool[Array, "*shape"]:
+    """The mask of checked values. Jitted, so that it is one computation outside `jax.jit` too."""
+    # Counting compares all m^2 pairs of a group, so it pays for small m only. The network keeps one
+    # bit per member in a 32-bit integer, so it ends at 32.
     groups, ungroup, group_axis = _grouped(values, m, axes)
     keep = _keep_by_rank if m <= 4 else _keep_by_network if m <= 32 else keep_highest
     return ungroup(keep(groups, to_keys, n, group_axis))
 
 
-def _keep_by_rank(groups: jax.Array, to_keys: ToKeys, n: int, axis: int) -> jax.Array:
-    """Keeps whoever is beaten by fewer than n of its group; one pass, nothing stored."""
+def _keep_by_rank(
+    groups: Float[Array, "*groups"], to_keys: ToKeys, n: int, axis: int
+) -> Bool[Array, "*groups"]:
+    """Keeps each weight that fewer than n members of its group beat."""
     mine, position = to_keys(groups), _constant_index(groups, axis)
     beaten_by = jnp.zeros_like(mine)
     for j, other in enumerate(slices(groups, axis)):
-        # Keys are integers, so `>` with one added is `>=`: that is how a lower index wins a tie.
+        # Ties go to the lower index: a member before me also beats me with an equal key. Keys are
+        # integers, so adding one turns `>` into `>=`. The largest key, that of NaN, has room for
+        # it.
         beats_me = to_keys(other) + (j < position).astype(mine.dtype) > mine
         beaten_by += beats_me.astype(mine.dtype)
     return beaten_by < n
 
 
-def _constant_index(groups: jax.Array, axis: int) -> jax.Array:
-    """`index`, a constant but for CPUs.
-
-    Of an iota, XLA for GPUs makes several kernels that run before the mask's own; with a constant,
-    XLA for CPUs is several times slower along the last axis.
-    """
+def _constant_index(groups: Shaped[Array, "*shape"], axis: int) -> Int32[Array, "*positions"]:
+    """Like `index`, but as a constant on every platform except CPUs."""
+    # XLA for GPUs turns an iota into several kernels that run before the mask's own. XLA for CPUs
+    # is several times slower with a constant along the last axis.
     shape = [groups.shape[i] if i == axis else 1 for i in range(groups.ndim)]
     constant = np.arange(groups.shape[axis], dtype=np.int32).reshape(shape)
     position: jax.Array = lax.platform_dependent(
@@ -121,11 +133,19 @@ def _constant_index(groups: jax.Array, axis: int) -> jax.Array:
     return position
 
 
-def _keep_by_network(groups: jax.Array, to_keys: ToKeys, n: int, axis: int) -> jax.Array:
-    """Keeps what a sorting network puts among the first n; the answer is one bit a weight."""
+def _keep_by_network(
+    groups: Float[Array, "*groups"], to_keys: ToKeys, n: int, axis: int
+) -> Bool[Array, "*groups"]:
+    """Keeps what a sorting network ranks among the first n of each group."""
+    # A network compares fixed pairs of positions, so "sorting" is a chain of elementwise minima and
+    # maxima over m slices. XLA fuses it into one pass, which it cannot do with a sort.
     keys = [to_keys(part) for part in slices(groups, axis)]
     threshold = _sorted_descending(keys)[n - 1]
+    # Keys above the threshold all stay. The places that are left go to the keys equal to it, the
+    # lowest index first.
     ties_left = n - sum((key > threshold).astype(jnp.int32) for key in keys)
+    # One integer per group, with a bit for each member, is all that gets stored. Every weight reads
+    # its answer back with a shift.
     kept_bits = jnp.zeros_like(threshold, dtype=jnp.uint32)
     for j, key in enumerate(keys):
         tied = key == threshold
@@ -135,8 +155,8 @@ def _keep_by_network(groups: jax.Array, to_keys: ToKeys, n: int, axis: int) -> j
     return (_computed_once(kept_bits, axis) >> index(groups, axis).astype(jnp.uint32)) & 1 == 1
 
 
-def _sorted_descending(values: Sequence[jax.Array]) -> list[jax.Array]:
-    """Sorts element by element across arrays; what the caller leaves unused is never computed."""
+def _sorted_descending(values: Sequence[Int[Array, "*shape"]]) -> list[Int[Array, "*shape"]]:
+    """Sorts elementwise across arrays. XLA never computes the outputs that nobody reads."""
     wires = list(values)
     for i, j in _merge_exchange(len(wires)):
         wires[i], wires[j] = jnp.maximum(wires[i], wires[j]), jnp.minimum(wires[i], wires[j])
@@ -157,13 +177,11 @@ def _merge_exchange(size: int) -> Iterator[tuple[int, int]]:
         p //= 2
 
 
-def _computed_once(x: jax.Array, axis: int) -> jax.Array:
-    """Has XLA store `x` (size 1 along `axis`) instead of recomputing it for every reader.
-
-    XLA's CPU compiler drops optimization barriers before it fuses, and fuses cheap operations
-    into everyone who reads them, but it never does that to a reduction: so this is a maximum over
-    `x` and a zero.
-    """
+def _computed_once(x: UInt32[Array, "*shape"], axis: int) -> UInt32[Array, "*shape"]:
+    """Makes XLA store `x`, of size 1 along `axis`, instead of recomputing it for every reader."""
+    # XLA for CPUs would fuse the whole network into every weight that reads `x`, and so compute it
+    # m times per group. It drops optimization barriers before it fuses, but it never duplicates a
+    # reduction. So this is a reduction that changes nothing: the maximum of `x` and zero.
     shape = [1] * x.ndim
     shape[axis] = 2
     is_x = lax.broadcasted_iota(jnp.int32, shape, axis) == 0
@@ -171,9 +189,15 @@ def _computed_once(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _grouped(
-    x: jax.Array, m: int, axes: tuple[int, ...]
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], int]:
-    """Takes `axes` together and cuts them by m; returns the groups, the way back, their axis."""
+    x: Shaped[Array, "*shape"], m: int, axes: tuple[int, ...]
+) -> tuple[Shaped[Array, "*groups"], Callable[[jax.Array], jax.Array], int]:
+    """Flattens `axes` and cuts them into groups of m.
+
+    Returns:
+      The groups, a function that undoes the grouping, and the axis of size m.
+    """
+    # Only `axes` move, to the place of the first of them. For a single axis nothing moves, and the
+    # reshape copies nothing.
     first = min(axes)
     rest = [a for a in range(x.ndim) if a not in axes]
     order = [*rest[:first], *axes, *rest[first:]]
@@ -189,33 +213,37 @@ def _grouped(
     return moved.reshape(merged).reshape(*before, size // m, m, *after), ungroup, first + 1
 
 
-def _scored(w: jax.Array, score: Score) -> tuple[jax.Array, ToKeys]:
-    """Values, and the function that turns them or slices of them into sortable integers."""
+def _scored(w: Float[Array, "*shape"], score: Score) -> tuple[Float[Array, "*shape"], ToKeys]:
+    """Values to rank, and the function that turns them into sortable integers."""
     check_real_floating("weights", w.dtype)
-    if score is magnitude:  # Its keys are cheaper straight from the weights.
+    if score is magnitude:  # The bits of the weights give its keys without computing |w|.
         return w, magnitude_keys
     scores = score_weights(w, score)
     check_real_floating("scores", scores.dtype)
     return scores, signed_keys
 
 
-def _group_axes(w: jax.Array, m: int, axis: int | Sequence[int]) -> tuple[int, ...]:
-    """The fewest axes, non-negative and in the order given, that m cuts into whole groups."""
+def _group_axes(
+    w: Shaped[Array, "*shape"], m: int, axis: SupportsIndex | Sequence[SupportsIndex]
+) -> tuple[int, ...]:
+    """The last axes given, as few as hold whole groups; non-negative, in the order given."""
     given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     if not given or not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in given):
         raise TypeError(f"axis must be an integer or a sequence of integers, got {axis!r}")
-    if any(not -w.ndim <= a < w.ndim for a in given):
+    indices = [operator.index(a) for a in given]
+    if any(not -w.ndim <= a < w.ndim for a in indices):
         raise ValueError(f"axis {axis} is out of range for weights of shape {w.shape}")
-    axes = tuple(operator.index(a) % w.ndim for a in given)
+    axes = tuple(a % w.ndim for a in indices)
     if len(set(axes)) < len(axes):
         raise ValueError(f"axis {axis} repeats an axis of weights of shape {w.shape}")
     sizes = [w.shape[a] for a in axes]
     if math.prod(sizes) % m:
         raise ValueError(
             f"groups of {m} do not fit: weights of shape {w.shape} have {math.prod(sizes)} along "
-            f"axis {axis}, which {m} does not divide; choose another m, or keep this layer dense"
+            f"axis {axis}, which {m} does not divide; choose another m or keep this layer dense"
         )
-    # Where m divides the last axes alone, no group reaches across the ones before them.
+    # If m divides the product of the last axes, no group extends into the axes before them. Fewer
+    # axes mean fewer transpositions, and the axes left out may be sharded in any way.
     fewest = next(i for i in reversed(range(len(axes))) if math.prod(sizes[i:]) % m == 0)
     check_shards(w, m, axes[fewest:], f"groups of {m} along axis {axis}")
     return axes[fewest:]

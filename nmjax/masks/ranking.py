@@ -1,40 +1,37 @@
-"""Scores in order: integers that sort like floating point numbers, and the n highest of them.
+"""Ranks scores as integers that sort like floats, and keeps the n highest of any number.
 
-Compared as integers, NaN, infinities, -0.0 and denormal numbers need no special case, and nothing
-is sorted, gathered or rolled.
+Compared as integers, NaN, infinities, -0.0, and denormal numbers need no special case.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
+
+if TYPE_CHECKING:
+    import chex
+    from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
 ToKeys = Callable[[jax.Array], jax.Array]
 
 
 def keep_highest(
-    values: jax.Array, to_keys: ToKeys, n: ArrayLike, axes: int | tuple[int, ...]
-) -> jax.Array:
-    """Keeps all keys above the n-th highest, and the first so many of those equal to it.
-
-    Bisects the integers for the n-th highest key, then for the last tie that fits: about 40 passes
-    however many values compete.
+    values: Float[Array, "*shape"], to_keys: ToKeys, n: chex.Numeric, axes: int | tuple[int, ...]
+) -> Bool[Array, "*shape"]:
+    """Keeps the n highest keys along `axes`; of equal keys, those at the lowest positions.
 
     Args:
       values: any shape.
-      to_keys: turns values, or slices of them, into signed integers to be compared; worked out
-        again in each pass, so that nothing is stored.
-      n: how many stay along `axes`, 0 <= n <= their size; may be traced.
-      axes: along which values compete, not negative; the first in order is the last to vary.
-
-    Returns:
-      Boolean array of the values' shape.
+      to_keys: turns values, or slices of them, into signed integers that sort in the right order.
+      n: how many stay, 0 <= n <= the size of `axes` taken together; may be traced.
+      axes: non-negative axes along which values compete. Positions count along them in the order
+        given, and the last axis varies fastest.
 
     >>> keep_highest(jnp.array([3.0, 1.0, 3.0, 3.0]), signed_keys, 2, 0).tolist()
     [True, False, True, False]
@@ -47,10 +44,16 @@ def keep_highest(
     position: jax.Array | int = 0
     for axis in axes:
         position = position * values.shape[axis] + index(values, axis)
+    # Bisection, and not a sort: `lax.sort` and `top_k` are many times slower on CPUs. Finding the
+    # n-th highest key takes one counting pass per bit of the key, however many values compete.
     keys = to_keys(values)
     bits = 8 * keys.dtype.itemsize
+    # `full_like`, so that under explicit sharding the loop starts with the type its passes return.
     lowest = lax.full_like(count(keys > 0), jnp.iinfo(keys.dtype).min, dtype=keys.dtype)
+    # XLA for CPUs moves `to_keys` out of the loop and stores one copy of the keys.
     threshold = _largest(lambda t: count(to_keys(values) >= t) >= n, lowest, bits)
+    # More keys may equal the threshold than there are places left. A second bisection, over
+    # positions, finds where the last tie that still fits ends.
     ties_kept = n - count(to_keys(values) > threshold)
     end = _largest(
         lambda end: count((to_keys(values) == threshold) & (position < end)) <= ties_kept,
@@ -61,52 +64,60 @@ def keep_highest(
     return (keys > threshold) | ((keys == threshold) & (position < end))
 
 
-def _largest(accepts: Callable[[jax.Array], jax.Array], start: jax.Array, bits: int) -> jax.Array:
-    """The largest integers in start + [0, 2^bits) that `accepts`, which is monotone, accepts."""
+def _largest(
+    accepts: Callable[[jax.Array], jax.Array], start: Int[Array, "*shape"], bits: int
+) -> Int[Array, "*shape"]:
+    """The largest integers in start + [0, 2^bits) that the monotone function `accepts` accepts."""
 
-    def try_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+    # Highest bit first. The lowest key plus 2^31 or 2^63 must wrap to the right sum: signed
+    # integers in XLA do.
+    def try_bit(i: chex.Numeric, found: jax.Array) -> jax.Array:
         candidate = found + (jnp.ones((), found.dtype) << jnp.asarray(bits - 1 - i, found.dtype))
         return jnp.where(accepts(candidate), candidate, found)
 
     return lax.fori_loop(0, bits, try_bit, start)
 
 
-def index(values: jax.Array, axis: int) -> jax.Array:
-    """Position along `axis`, of a shape that broadcasts against `values`."""
+def index(values: Shaped[Array, "*shape"], axis: int) -> Int32[Array, "*positions"]:
+    """Positions along `axis`, in a shape that broadcasts against `values`."""
+    # An iota: with a constant, XLA for CPUs is several times slower along the last axis.
     shape = [1] * values.ndim
     shape[axis] = values.shape[axis]
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def slices(values: jax.Array, axis: int) -> Iterator[jax.Array]:
-    """The slices of size 1 along `axis`."""
+def slices(values: Shaped[Array, "*shape"], axis: int) -> Iterator[jax.Array]:
+    """Slices of size 1 along `axis`."""
     return (lax.slice_in_dim(values, j, j + 1, axis=axis) for j in range(values.shape[axis]))
 
 
-def magnitude_keys(w: jax.Array) -> jax.Array:
+def magnitude_keys(w: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
     """Integers in the order of |w|; NaN is one above infinity."""
     bits, infinity = _bits(w)
+    # Without the sign bit, IEEE floats sort like the integers with the same bits. The minimum gives
+    # every NaN the same key, whatever its payload.
     return jnp.minimum(bits & jnp.iinfo(bits.dtype).max, infinity + 1)
 
 
-def signed_keys(scores: jax.Array) -> jax.Array:
+def signed_keys(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
     """Integers in the order of the scores; NaN is one above infinity, -0.0 equals 0.0."""
     bits, infinity = _bits(scores)
     absolute = bits & jnp.iinfo(bits.dtype).max
-    # The sign bit, not `scores < 0`: denormals count as zero where the CPU flushes them.
+    # Test the sign bit, and not `scores < 0`, which is false for negative denormals on CPUs that
+    # flush them to zero.
     signed = jnp.where(bits < 0, -absolute, absolute)
     return jnp.where(absolute > infinity, infinity + 1, signed)
 
 
-def _bits(x: jax.Array) -> tuple[jax.Array, np.ndarray]:
-    """The bits of floating point numbers, and of infinity, as integers of 32 bits or more."""
+def _bits(x: Float[Array, "*shape"]) -> tuple[Int[Array, "*shape"], np.ndarray]:
+    """The bits of `x` and of infinity, as integers of 32 bits or more."""
     if x.dtype.itemsize < 4:
-        x = x.astype(jnp.float32)  # Exact, and vectorised better than narrow integers.
+        x = x.astype(jnp.float32)  # Exact, and XLA vectorizes it better than narrow integers.
     dtype = np.dtype(f"int{8 * x.dtype.itemsize}")
     return lax.bitcast_convert_type(x, dtype), np.array(np.inf, x.dtype).view(dtype)
 
 
 def check_real_floating(what: str, dtype: np.dtype) -> None:
-    """Raises TypeError unless `dtype` is a real floating one."""
+    """Raises TypeError unless `dtype` is a real floating-point type."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{what} must be real floating point, got dtype {dtype}")

@@ -1,34 +1,33 @@
-"""How much a weight, or a block of weights, matters.
+"""Scores: how important a weight, or a block of weights, is.
 
-The score of a weight is a function of the weight array, of the same shape. The score of a block is
-a function of blocks (*stack, rows, inputs, block) as `nmjax.masks.blocks` cuts them; the result
-lacks the last axis. A row holds the blocks of the same output channels, one for each input.
+A weight score is a function from the weight array to an array of the same shape. A block score is
+a function from blocks (*stack, rows, inputs, block), as `nmjax.masks.blocks` cuts them, to scores
+(*stack, rows, inputs). A row holds the blocks of the same output channels, one for each input.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+if TYPE_CHECKING:
+    import chex
+    from jaxtyping import Array, Float, Shaped
+
 Score = Callable[[jax.Array], jax.Array]
 BlockScore = Callable[[jax.Array], jax.Array]
 
-# Similarities that are held at a time, unless a single row has more: as many as a cache holds.
+# How many cosines BPAR holds at a time (a single row may need more): 4 MiB, about a CPU's cache.
 _SIMILARITIES = 2**20
 
 
-def magnitude(w: jax.Array) -> jax.Array:
+def magnitude(w: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Absolute value: the score of every N:M method compared in the original paper.
-
-    Args:
-      w: weights, any shape, floating dtype.
-
-    Returns:
-      |w|, of `w`'s shape and dtype.
 
     >>> magnitude(jnp.array([-2.0, 0.5])).tolist()
     [2.0, 0.5]
@@ -36,28 +35,24 @@ def magnitude(w: jax.Array) -> jax.Array:
     return jnp.abs(w)
 
 
-def score_weights(w: jax.Array, score: Score) -> jax.Array:
-    """The importance of each weight.
-
-    Raises:
-      ValueError: the scores have another shape than `w`.
-    """
+def score_weights(w: Float[Array, "*shape"], score: Score) -> Shaped[Array, "*shape"]:
+    """Applies `score`; raises ValueError if the scores do not have the shape of `w`."""
     scores = score(w)
     if scores.shape != w.shape:
         raise ValueError(
-            f"score must give one importance for each weight: weights have shape {w.shape}, "
-            f"scores have shape {scores.shape}"
+            f"score must return one number per weight: weights have shape {w.shape}, scores have "
+            f"shape {scores.shape}"
         )
     return scores
 
 
-def block_sum(blocks: jax.Array) -> jax.Array:
-    """Sum over each block, for blocks that hold importances already; at least float32."""
+def block_sum(blocks: Float[Array, "*blocks block"]) -> Float[Array, "*blocks"]:
+    """Sum of each block, in float32 or wider: for blocks that hold scores of weights."""
     return jnp.sum(_wide(blocks), axis=-1)
 
 
-def block_l1(blocks: jax.Array) -> jax.Array:
-    """L1 norm of each block: the score of 1xN.
+def block_l1(blocks: Float[Array, "*blocks block"]) -> Float[Array, "*blocks"]:
+    """L1 norm of each block, the score of the 1xN paper.
 
     >>> block_l1(jnp.array([[[3.0, -4.0], [1.0, 0.0]]])).tolist()
     [[7.0, 1.0]]
@@ -65,7 +60,7 @@ def block_l1(blocks: jax.Array) -> jax.Array:
     return block_sum(jnp.abs(_wide(blocks)))
 
 
-def block_l2(blocks: jax.Array) -> jax.Array:
+def block_l2(blocks: Float[Array, "*blocks block"]) -> Float[Array, "*blocks"]:
     """L2 norm of each block.
 
     >>> block_l2(jnp.array([[[3.0, -4.0], [1.0, 0.0]]])).tolist()
@@ -74,22 +69,21 @@ def block_l2(blocks: jax.Array) -> jax.Array:
     return jnp.sqrt(block_sum(_wide(blocks) ** 2))
 
 
-def block_angular_redundancy(blocks: jax.Array, alpha: float = 1.0) -> jax.Array:
-    """BPAR: blocks that are large, and unlike the others of their row, score high.
+def block_angular_redundancy(
+    blocks: Float[Array, "*rows inputs block"], alpha: chex.Numeric = 1.0
+) -> Float[Array, "*rows inputs"]:
+    """BPAR: blocks that are large and unlike the other blocks of their row score high.
 
-    With B_c the blocks of a row, the sums running over the whole row:
+    For the blocks B_c of a row, with sums over the whole row:
 
         score_c = |B_c|_1 / sum_d |B_d|_1  -  alpha * a_c / sum_d a_d,
         a_c = sum_d |cos(B_c, B_d)|
 
-    A block of zeros is orthogonal to everything and gets `-alpha`, so that it ranks last.
+    A block of zeros scores `-alpha`, the lowest possible value. Computed in float32 or wider.
 
     Args:
       blocks: (*stack, rows, inputs, block).
-      alpha: weight of the redundancy. The paper's code has 1.
-
-    Returns:
-      (*stack, rows, inputs), at least float32.
+      alpha: weight of the redundancy; 1 in the paper's code.
 
     Source: Xiang et al., "SUBP: Soft Uniform Block Pruning", NeurIPS 2023, section 3.2, and
     `utils/prune_criterion.py` of JingyangXiang/SUBP.
@@ -103,6 +97,8 @@ def block_angular_redundancy(blocks: jax.Array, alpha: float = 1.0) -> jax.Array
     directions = jnp.where(norm > 0, blocks / jnp.where(norm > 0, norm, 1), 0)
     redundancy = _share(_similarity(directions))
     size = _share(block_l1(blocks))
+    # A zero block is orthogonal to every block, itself included, and so looks perfectly distinct.
+    # Nothing is gained by keeping it: its redundancy counts as the whole row's.
     return size - alpha * jnp.where(redundancy == 0, 1, redundancy)
 
 
@@ -114,50 +110,52 @@ _BLOCK_SCORES: dict[str, BlockScore] = {
 
 
 def block_score(score: str | BlockScore) -> BlockScore:
-    """The score of that name; a function comes back as it is.
+    """Looks up a block score by name; returns a function unchanged.
 
     Raises:
-      TypeError: neither text nor a function.
+      TypeError: `score` is neither a string nor a function.
       ValueError: no score has that name.
     """
     if callable(score):
         return score
     if not isinstance(score, str):
-        raise TypeError(f"a block score is a name or a function, got {score!r}")
+        raise TypeError(f"a block score must be a name or a function, got {score!r}")
     if score not in _BLOCK_SCORES:
         raise ValueError(
-            f"no block score is called {score!r}; there are {', '.join(_BLOCK_SCORES)}"
+            f"unknown block score {score!r}; the known scores are {', '.join(_BLOCK_SCORES)}"
         )
     return _BLOCK_SCORES[score]
 
 
-def _similarity(directions: jax.Array) -> jax.Array:
-    """Each unit vector's absolute cosines with those of its row, summed; itself included."""
+def _similarity(directions: Float[Array, "*rows inputs block"]) -> Float[Array, "*rows inputs"]:
+    """Sums each unit vector's absolute cosines with the vectors of its row, itself included."""
     *rows, inputs, size = directions.shape
 
-    def of_row(row: jax.Array) -> jax.Array:
+    def of_row(row: Float[Array, "inputs block"]) -> Float[Array, " inputs"]:
+        # Full precision: TPUs would otherwise multiply in bfloat16, too coarse to rank by.
         cosines = jnp.matmul(row, row.T, precision=lax.Precision.HIGHEST)
         return jnp.sum(jnp.abs(cosines), axis=-1)
 
-    # All rows at once would hold rows * inputs^2 cosines.
+    # All rows at once would hold rows * inputs^2 cosines, so the loop takes a few rows at a time.
     at_a_time = max(1, _SIMILARITIES // max(inputs, 1) ** 2)
     sums = lax.map(of_row, directions.reshape(math.prod(rows), inputs, size), batch_size=at_a_time)
     return sums.reshape(*rows, inputs)
 
 
-def _share(values: jax.Array) -> jax.Array:
-    """Each value's part of its row's sum; 0 where a row is all zero."""
+def _share(values: Float[Array, "*rows inputs"]) -> Float[Array, "*rows inputs"]:
+    """Each value's share of its row's sum; 0 in a row of zeros."""
     total = jnp.sum(values, axis=-1, keepdims=True)
     return values / jnp.where(total > 0, total, 1)
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    """Narrow floats as float32, in which sums are taken."""
+def _wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Converts narrow floats to float32, in which sums are taken."""
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def _gathered(x: jax.Array) -> jax.Array:
-    """In a mesh with explicit axes, `x` on every device: a loop over rows cannot be sharded."""
+def _gathered(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Replicates `x` on a mesh with explicit axes."""
+    # `lax.map` loops over rows, and explicit sharding does not allow a loop over a sharded axis.
     spec = jax.typeof(x).sharding.spec
     if all(axis is None for axis in spec):
         return x

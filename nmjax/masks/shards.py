@@ -1,4 +1,4 @@
-"""Whether the shards of an array hold whole groups and blocks."""
+"""Checks that the shards of an array hold whole groups and blocks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import jax
 
 
 def holds_whole(sizes: Sequence[int], shards: Sequence[int], m: int) -> bool:
-    """Whether no shard boundary falls inside one of the runs of m that axes are cut into.
+    """Whether every shard holds whole runs of m consecutive entries of the flattened axes.
 
-    The boundaries of an axis lie, in the flattened axes, at every multiple of one shard's length
-    times the sizes of the axes behind it; m has to divide that.
+    In the flattened axes, the shards of one axis meet at the multiples of (shard length) x (product
+    of the later axes' sizes). No boundary cuts a run if m divides that product.
 
     Args:
-      sizes: of the axes that are taken together, the last one varying fastest.
-      shards: into how many parts each is split.
-      m: how many consecutive entries belong together.
+      sizes: sizes of the axes, in the order in which they are flattened; the last varies fastest.
+      shards: number of shards along each axis.
+      m: length of a run.
 
     >>> holds_whole([8], [2], 4), holds_whole([12], [2], 4)
     (True, False)
-    >>> holds_whole([2, 6], [1, 2], 4)  # The first group is all but two of the first six.
+    >>> holds_whole([2, 6], [1, 2], 4)  # A boundary after three entries cuts the first run.
     False
     """
     return all(
@@ -31,28 +31,27 @@ def holds_whole(sizes: Sequence[int], shards: Sequence[int], m: int) -> bool:
 
 
 def check_shards(w: jax.Array, m: int, axes: tuple[int, ...], what: str) -> None:
-    """Raises if explicit sharding cuts into m; automatic sharding is the compiler's business.
+    """Raises ValueError if a shard along an explicit mesh axis holds part of a run of m weights.
 
     Args:
       w: weights.
-      m: how many consecutive weights belong together.
-      axes: non-negative axes along which they follow each other, the last one fastest.
-      what: what would be cut, for the message.
-
-    Raises:
-      ValueError: in a mesh with explicit axes, a shard of `w` holds part of one.
+      m: length of a run.
+      axes: non-negative axes along which runs extend, in the order in which they are flattened.
+      what: what a run is, for the error message.
     """
+    # The type shows explicit mesh axes only. With automatic axes the compiler inserts whatever
+    # communication a cut run needs; `nmjax.check_sharding` reports it.
     sharding = jax.typeof(w).sharding
     shards = [
         math.prod(sharding.mesh.shape[name] for name in mesh_axes(sharding.spec[a])) for a in axes
     ]
     if not holds_whole([w.shape[a] for a in axes], shards, m):
         raise ValueError(
-            f"{what} of {jax.typeof(w)} reach across shards; shard other "
-            f"axes, or let every shard hold a multiple of {m}, or use jax.reshard first"
+            f"{what} of {jax.typeof(w)} cross shard boundaries; shard other axes, give every "
+            f"shard a multiple of {m}, or call jax.reshard first"
         )
 
 
 def mesh_axes(partition: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Mesh axes that one entry of a PartitionSpec names."""
+    """The mesh axes in one entry of a PartitionSpec."""
     return (partition,) if isinstance(partition, str) else tuple(partition or ())

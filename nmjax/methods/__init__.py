@@ -1,1 +1,22 @@
-"""Methods of sparse training, one file each."""
+"""Methods of sparse training: the contract, one file per method, and schedules."""
+
+from nmjax.methods._dense import dense
+from nmjax.methods._one_shot import OneShotState, one_shot
+from nmjax.methods._soft_uniform_blocks import SoftBlocksState, soft_uniform_blocks
+from nmjax.methods._straight_through import straight_through
+from nmjax.methods.schedules import cosine_ramp, cubic_ramp, exponential_ramp, linear_ramp
+from nmjax.methods.sparsifier import Sparsifier
+
+__all__ = [
+    "OneShotState",
+    "SoftBlocksState",
+    "Sparsifier",
+    "cosine_ramp",
+    "cubic_ramp",
+    "dense",
+    "exponential_ramp",
+    "linear_ramp",
+    "one_shot",
+    "soft_uniform_blocks",
+    "straight_through",
+]

@@ -1,4 +1,4 @@
-"""What packed formats are made of: bits of weights, strings of small integers, exact counts."""
+"""The parts of packed formats: bits of weights, strings of small integers, exact counts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from jax import lax
 def as_bits(w: jax.Array) -> jax.Array:
     """Floating point numbers as unsigned integers of the same width.
 
-    XLA's CPU compiler copies bfloat16 through float32, which quiets NaNs and flushes denormals;
-    integers it leaves alone. Call this, and `from_bits`, outside of any `jax.jit` of one's own:
-    within one computation the compiler turns the copies of integers into copies of numbers again.
+    XLA's CPU compiler copies bfloat16 through float32, which quiets NaNs and flushes denormals. It
+    leaves integers alone. Call this and `from_bits` outside `jax.jit`: within one computation the
+    compiler turns the copies of integers back into copies of floats.
 
     Raises:
       TypeError: a number does not fill whole bytes.
     """
     bits = jnp.finfo(w.dtype).bits
     if bits % 8:
-        raise TypeError(f"cannot pack weights of dtype {w.dtype}: {bits} bits are no whole bytes")
+        raise TypeError(
+            f"cannot pack weights of dtype {w.dtype}: {bits} bits do not fill whole bytes"
+        )
     return lax.bitcast_convert_type(w, np.dtype(f"uint{bits}"))
 
 
 def from_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Undoes `as_bits`."""
+    """Inverse of `as_bits`."""
     return lax.bitcast_convert_type(bits, dtype)
 
 
@@ -37,11 +39,11 @@ def index_dtype(size: int) -> np.dtype:
 
 
 def pack_bits(x: jax.Array, width: int) -> jax.Array:
-    """Joins integers along the last axis but one into bytes, the least significant bit first.
+    """Joins integers along the second-to-last axis into bytes, least significant bit first.
 
     Args:
       x: (*stack, count, lanes), integers below 2 ** width, or booleans of width 1.
-      width: bits of each.
+      width: bits per integer.
 
     Returns:
       uint8 (*stack, bytes, lanes); unused bits of the last byte are zero.
@@ -56,7 +58,7 @@ def pack_bits(x: jax.Array, width: int) -> jax.Array:
 
 
 def unpack_bits(packed: jax.Array, width: int, count: int, xp: ModuleType = jnp) -> jax.Array:
-    """Undoes `pack_bits`, as the narrowest unsigned integers, with jax.numpy or with NumPy."""
+    """Inverse of `pack_bits`, with jax.numpy or NumPy; the narrowest unsigned integers."""
     *stack, _, lanes = packed.shape
     bits = xp.unpackbits(packed, axis=-2, count=count * width, bitorder="little")
     dtype = index_dtype(2**width)
@@ -66,7 +68,11 @@ def unpack_bits(packed: jax.Array, width: int, count: int, xp: ModuleType = jnp)
 
 
 def exactly(flags: jax.Array, n: int, axis: int) -> jax.Array:
-    """Flags of which exactly n are True along an axis: the first n of more, else filled up."""
+    """Flags with exactly n True along an axis: the first n, filled up where there are fewer.
+
+    A packed group or row has a fixed size, but a mask may keep fewer weights than the pattern.
+    """
+    # Dropped entries from the left take the places that are left over.
     spare = n - jnp.minimum(flags.sum(axis=axis, keepdims=True), n)
     first = flags & (flags.cumsum(axis=axis) <= n)
     return first | (~flags & ((~flags).cumsum(axis=axis) <= spare))

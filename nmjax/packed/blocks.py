@@ -3,9 +3,9 @@
 A block is N consecutive output channels at one input channel, with all taps. Its values lie
 together, tap by tap, the N outputs of a tap side by side, so that one vector load brings them all.
 
-Uniform rows keep equally many blocks, so a plain array holds them. Where blocks of the whole layer
-compete, rows differ and the format is block compressed sparse rows (BSR), with pointers that say
-where each row begins.
+Uniform rows keep the same number of blocks, so a plain array holds them. Where the blocks of a
+whole layer compete, rows differ and the format is block compressed sparse rows (BSR), with
+pointers that say where each row begins.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,9 @@ import numpy as np
 from nmjax.layouts import Shape
 from nmjax.masks.blocks import split_blocks
 from nmjax.packed.bits import as_bits, exactly, from_bits, index_dtype
-from nmjax.patterns import Block1xN
-from nmjax.plans import LeafPlan
+from nmjax.packed.weight import Packed
+from nmjax.patterns.block1xn import Block1xN
+from nmjax.patterns.pattern import LeafPlan
 from nmjax.trees.spans import Span, split, stack_axes
 
 
@@ -32,136 +34,159 @@ from nmjax.trees.spans import Span, split, stack_axes
     meta_fields=["leaf_plan"],
 )
 @dataclass(frozen=True, eq=False)
-class PackedBlocks:
-    """A weight of which 1xN blocks stay, packed; a pytree node of two or three arrays.
+class PackedBlocks(Packed, pattern=Block1xN):
+    """A weight with a 1xN pattern, packed; a pytree node of two or three arrays.
 
-    The stack is every axis of the weight that is neither reduced, an output nor a tap. `rows` are
-    outputs / N, and `block` is taps * N weights: N outputs for the first tap, then for the next.
+    The leading axes are those of the weight that are neither reduced, nor outputs, nor taps.
+    `rows` are outputs / N, and `block` is taps * N weights: N outputs for the first tap, then for
+    the next.
 
     Attributes:
-      values: the kept blocks: uniform (*stack, rows, kept, block), else (*stack, kept, block)
+      values: the kept blocks: uniform (*leading, rows, kept, block), else (*leading, kept, block)
         row after row.
-      indices: the input channel of each, (*stack, rows, kept) or (*stack, kept), ascending in
+      indices: the input channel of each, (*leading, rows, kept) or (*leading, kept), ascending in
         each row; the narrowest unsigned integers that count all inputs.
-      row_pointers: None if uniform, else int32 (*stack, rows + 1): row i holds the blocks
+      row_pointers: None if uniform, else int32 (*leading, rows + 1): row i holds the blocks
         row_pointers[i] to row_pointers[i + 1] - 1.
       leaf_plan: pattern, axes and shape of the weight; static.
     """
+
+    excess: ClassVar[str] = "blocks are more than"
 
     values: jax.Array
     indices: jax.Array
     row_pointers: jax.Array | None
     leaf_plan: LeafPlan
 
-    @property
-    def shape(self) -> Shape:
-        """Shape of the weight: axes in front of the planned ones included, axes sliced off not."""
-        planned, stack = self.leaf_plan.shape, _stack(self)
-        in_front = len(stack) - len(stack_axes(len(planned), _spans(self.leaf_plan)))
-        return (*stack[: max(in_front, 0)], *planned[max(-in_front, 0) :])
+    @classmethod
+    def pack(cls, w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Self:
+        """Packs the blocks that a mask keeps. There is no gradient.
+
+        A block with a True anywhere is kept whole, its other weights as zeros. Rows, or layers,
+        that keep too many blocks become NaN.
+
+        Raises:
+          TypeError: the dtype does not fill whole bytes.
+        """
+        # As integers, so that XLA copies kept NaNs and denormals bit for bit.
+        nan = as_bits(jnp.full((), jnp.nan, w.dtype))
+        values, indices, row_pointers = _pack(as_bits(w), mask, nan, leaf_plan)
+        return cls(from_bits(values, w.dtype), indices, row_pointers, leaf_plan)
+
+    def unpack(self) -> jax.Array:
+        """The weight, with zeros where nothing was kept. Its gradient reaches the values."""
+        return _unpack_weight(self)
+
+    @classmethod
+    def misfits(cls, kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
+        """How many blocks are kept beyond what the pattern keeps, and how many blocks there are."""
+        rows, size, allowed = _competition(leaf_plan)
+        flags = _blocks_of(kept, leaf_plan).any(axis=-1)
+        counts = flags.reshape(*flags.shape[:-2], rows, size).sum(axis=-1)
+        return int(jnp.maximum(counts - allowed, 0).sum()), flags.size
+
+    def check(self) -> None:
+        """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
+        plan, pattern = self.leaf_plan, self.pattern
+        if plan.misfit is not None:
+            raise ValueError(plan.misfit)
+        rows, _, kept = _competition(plan)
+        taps = math.prod(plan.shape[axis] for axis in plan.tap_axes)
+        planned = [plan.shape[axis] for axis in stack_axes(len(plan.shape), _spans(plan))]
+        expected = [*planned, *([rows] if pattern.uniform else []), kept, taps * pattern.n]
+        if list(self.values.shape[max(self.values.ndim - len(expected), 0) :]) != expected:
+            raise ValueError(
+                f"values of shape {self.values.shape} cannot hold {pattern} of a weight of shape "
+                f"{plan.shape}; expected {tuple(expected)}"
+            )
+        indices, dtype = self.indices, index_dtype(plan.inputs)
+        if indices.shape != self.values.shape[:-1] or indices.dtype != dtype:
+            raise ValueError(
+                f"indices are {indices.dtype}{indices.shape}, expected "
+                f"{dtype}{self.values.shape[:-1]}"
+            )
+        if (indices >= plan.inputs).any():
+            raise ValueError(f"indices reach beyond {plan.inputs} inputs")
+        places = indices.astype(np.int64)
+        if self.row_pointers is not None:
+            places += plan.inputs * _row_of_each_block(self)
+        if (places[..., 1:] <= places[..., :-1]).any():
+            raise ValueError("the indices of a row are not ascending")
+
+    @classmethod
+    def array_names(cls, leaf_plan: LeafPlan) -> tuple[str, ...]:
+        """The fields that hold arrays: no pointers for uniform rows."""
+        names = super().array_names(leaf_plan)
+        return names[:-1] if _pattern(leaf_plan).uniform else names
 
     @property
-    def dtype(self) -> np.dtype:
-        """Dtype of the weight."""
-        return self.values.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(self))
+    def pattern(self) -> Block1xN:
+        """The weight's pattern."""
+        return _pattern(self.leaf_plan)
 
     @property
     def least_nbytes(self) -> int:
-        """Bytes that values and any encoding of the indices need: log2 of the ways to choose."""
+        """Bytes for the values, and log2 of the ways to choose the blocks."""
         rows, size, kept = _competition(self.leaf_plan)
-        bits = math.prod(_stack(self)) * rows * _log2_choices(size, kept)
+        bits = math.prod(self.leading) * rows * _log2_choices(size, kept)
         return self.values.size * self.dtype.itemsize + math.ceil(bits / 8)
 
+    @property
+    def leading(self) -> Shape:
+        """Sizes of the axes of a stack."""
+        return self.values.shape[: -3 if self.row_pointers is None else -2]
 
-def pack_blocks(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> PackedBlocks:
-    """Packs the blocks that a mask keeps.
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The axes that blocks use: taps, inputs and outputs."""
+        return _spans(self.leaf_plan)
 
-    Args:
-      w: weights of `leaf_plan.shape`, or with more axes in front; a floating dtype of whole bytes.
-      mask: booleans of the same shape. A block with a True is kept, its other weights as zeros;
-        fewer blocks than the pattern keeps are filled up with zeros. Rows, or layers, with more
-        become NaN, which tells of the mistake where a traced mask cannot be looked at.
-      leaf_plan: a 1xN pattern, and the axes.
+    @property
+    def outputs(self) -> int:
+        """Number of outputs that the arrays hold."""
+        return self._rows * self.pattern.n
 
-    There is no gradient: bits have none.
+    def check_shard(self) -> None:
+        """Raises ValueError for a part of the rows of blocks that are not uniform."""
+        planned = self.leaf_plan.outputs // self.pattern.n
+        if self.row_pointers is not None and self._rows != planned:
+            raise ValueError(
+                f"this is a shard of {self.shape}: {self._rows} row pointers for {planned} rows of "
+                "blocks. Only uniform rows can be cut by outputs; use a plan without /layer"
+            )
 
-    Raises:
-      TypeError: the dtype does not fill whole bytes.
-    """
-    nan = as_bits(jnp.full((), jnp.nan, w.dtype))
-    values, indices, row_pointers = _pack(as_bits(w), mask, nan, leaf_plan)
-    return PackedBlocks(from_bits(values, w.dtype), indices, row_pointers, leaf_plan)
+    @property
+    def _rows(self) -> int:
+        pointers = self.row_pointers
+        return self.indices.shape[-2] if pointers is None else pointers.shape[-1] - 1
 
 
 @jax.custom_vjp
-def unpack_blocks(packed: PackedBlocks) -> jax.Array:
-    """The weight, with zeros where nothing was kept; its gradient reaches the values."""
+def _unpack_weight(packed: PackedBlocks) -> jax.Array:
     bits = as_bits(packed.values)
     bits = _unpack(bits, packed.indices, packed.row_pointers, packed.shape, packed.leaf_plan)
     return from_bits(bits, packed.dtype)
 
 
 def _unpack_forward(packed: PackedBlocks) -> tuple[jax.Array, PackedBlocks]:
-    return unpack_blocks(packed), packed
+    return _unpack_weight(packed), packed
 
 
 def _unpack_backward(packed: PackedBlocks, g: jax.Array) -> tuple[PackedBlocks]:
     rows, size, _ = _competition(packed.leaf_plan)
     blocks = _blocks_of(g, packed.leaf_plan)
-    blocks = blocks.reshape(*_stack(packed), rows, size, blocks.shape[-1])
+    blocks = blocks.reshape(*packed.leading, rows, size, blocks.shape[-1])
     places = _places(packed.indices, packed.row_pointers, packed.leaf_plan)
     values = jnp.take_along_axis(blocks, places[..., None], axis=-2)
     values = values.reshape(packed.values.shape)
     return (PackedBlocks(values, None, None, packed.leaf_plan),)  # type: ignore[arg-type]
 
 
-unpack_blocks.defvjp(_unpack_forward, _unpack_backward)
-
-
-def block_misfits(kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
-    """How many blocks are kept beyond what the pattern keeps, and how many blocks there are."""
-    rows, size, allowed = _competition(leaf_plan)
-    flags = _blocks_of(kept, leaf_plan).any(axis=-1)
-    counts = flags.reshape(*flags.shape[:-2], rows, size).sum(axis=-1)
-    return int(jnp.maximum(counts - allowed, 0).sum()), flags.size
-
-
-def check_packed_blocks(packed: PackedBlocks) -> None:
-    """Raises ValueError unless the arrays, of NumPy, are what `pack_blocks` could have made."""
-    plan, pattern = packed.leaf_plan, _pattern(packed.leaf_plan)
-    if plan.misfit is not None:
-        raise ValueError(plan.misfit)
-    rows, _, kept = _competition(plan)
-    taps = math.prod(plan.shape[axis] for axis in plan.tap_axes)
-    planned = [plan.shape[axis] for axis in stack_axes(len(plan.shape), _spans(plan))]
-    expected = [*planned, *([rows] if pattern.uniform else []), kept, taps * pattern.n]
-    if list(packed.values.shape[max(packed.values.ndim - len(expected), 0) :]) != expected:
-        raise ValueError(
-            f"values of shape {packed.values.shape} cannot hold {pattern} of a weight of shape "
-            f"{plan.shape}; expected {tuple(expected)}"
-        )
-    indices, dtype = packed.indices, index_dtype(plan.inputs)
-    if indices.shape != packed.values.shape[:-1] or indices.dtype != dtype:
-        raise ValueError(
-            f"indices are {indices.dtype}{indices.shape}, expected "
-            f"{dtype}{packed.values.shape[:-1]}"
-        )
-    if (indices >= plan.inputs).any():
-        raise ValueError(f"indices reach beyond {plan.inputs} inputs")
-    places = indices.astype(np.int64)
-    if packed.row_pointers is not None:
-        places += plan.inputs * _row_of_each_block(packed)
-    if (places[..., 1:] <= places[..., :-1]).any():
-        raise ValueError("the indices of a row are not ascending")
+_unpack_weight.defvjp(_unpack_forward, _unpack_backward)
 
 
 def _row_of_each_block(packed: PackedBlocks) -> np.ndarray:
-    """Rows (*stack, kept) from checked pointers."""
+    """The row of each block, (*stack, kept), after checking the pointers."""
     pointers, *_, kept = np.asarray(packed.row_pointers), *packed.indices.shape
     plan = packed.leaf_plan
     shape = (*packed.indices.shape[:-1], plan.outputs // _pattern(plan).n + 1)
@@ -224,10 +249,11 @@ def _unpack(
 
 
 def _places(indices: jax.Array, row_pointers: jax.Array | None, leaf_plan: LeafPlan) -> jax.Array:
-    """Where among the blocks that it competed with each was: (*stack, parts, kept)."""
+    """The place of each block among those that it competed with: (*stack, parts, kept)."""
     places = indices.astype(jnp.int32)
     if row_pointers is None:
         return places
+    # The row of the i-th block: how many rows begin at or before it. No search, which would gather.
     begun = row_pointers[..., 1:, None] <= jnp.arange(indices.shape[-1])
     return (places + begun.sum(axis=-2, dtype=jnp.int32) * leaf_plan.inputs)[..., None, :]
 
@@ -245,13 +271,8 @@ def _unblocked(blocks: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
     return apart.reshape(*stack, block // n, inputs, outputs)
 
 
-def _stack(packed: PackedBlocks) -> Shape:
-    """Sizes of the axes in front of a matrix."""
-    return packed.values.shape[: -3 if _pattern(packed.leaf_plan).uniform else -2]
-
-
 def _competition(leaf_plan: LeafPlan) -> tuple[int, int, int]:
-    """In how many parts blocks compete, of how many blocks each, and how many of those stay."""
+    """How many sets of blocks compete, how many blocks are in each, and how many of them stay."""
     pattern = _pattern(leaf_plan)
     rows, size = leaf_plan.outputs // pattern.n, leaf_plan.inputs
     if not pattern.uniform:
@@ -270,6 +291,7 @@ def _pattern(leaf_plan: LeafPlan) -> Block1xN:
 
 
 def _log2_choices(size: int, kept: int) -> float:
-    """log2 of the ways to choose so many of so many, by Stirling's series for large numbers."""
+    """log2 of the number of ways to choose `kept` of `size`."""
+    # lgamma does not overflow where the binomial coefficient would.
     natural = math.lgamma(size + 1) - math.lgamma(kept + 1) - math.lgamma(size - kept + 1)
     return natural / math.log(2)

@@ -1,12 +1,12 @@
 """One N:M weight in packed form: the kept values, and a few bits that say where they were.
 
-The weight is seen as a stack of matrices (inputs, outputs), whatever its layout, and each column of
-a matrix as groups of m. Outputs stay the last axis of everything, so that a vector unit finds
-neighbouring outputs in neighbouring lanes, and so that whatever shards them still does.
+The weight is seen as a stack of matrices (inputs, outputs), whatever its layout, and each column
+of a matrix as groups of m. Outputs are the last axis of every array, so that neighboring outputs
+lie in neighboring lanes of a vector unit, and so that whatever shards the outputs still does.
 
-The positions of a column's kept values make one string of bits, least significant first, filled up
-with zeros to whole bytes. A group takes the shorter of two codes: n positions of ceil(log2 m) bits
-each, ascending, or a bitmask of m bits.
+The positions of a column's kept values make one string of bits, least significant first, filled
+up with zeros to whole bytes. A group takes the shorter of two codes: n positions of ceil(log2 m)
+bits each, ascending, or a bitmask of m bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,9 @@ import numpy as np
 
 from nmjax.layouts import Shape
 from nmjax.packed.bits import as_bits, exactly, from_bits, index_dtype, pack_bits, unpack_bits
-from nmjax.patterns import NM
-from nmjax.plans import LeafPlan
+from nmjax.packed.weight import Packed
+from nmjax.patterns.nm import NM
+from nmjax.patterns.pattern import LeafPlan
 from nmjax.trees.spans import merge, split, stack_axes
 
 
@@ -31,81 +33,148 @@ from nmjax.trees.spans import merge, split, stack_axes
     jax.tree_util.register_dataclass, data_fields=["values", "codes"], meta_fields=["leaf_plan"]
 )
 @dataclass(frozen=True, eq=False)
-class PackedNM:
-    """A weight of which n of every m stay, packed; a pytree node of two arrays.
-
-    `jax.jit`, `jax.device_put`, `jax.lax.scan` over a stack, and whatever flattens trees take it
-    as they take a dict of two arrays.
+class PackedNM(Packed, pattern=NM):
+    """A weight with an N:M pattern, packed; a pytree node of two arrays.
 
     Attributes:
-      values: the kept weights (*stack, groups, n, outputs), in ascending position. The stack is
-        every axis of the weight that is neither reduced nor an output: taps, scanned layers.
-      codes: uint8 (*stack, bytes, outputs), where the values were; see `positions`.
+      values: the kept weights (*leading, groups, n, outputs), in ascending position. The leading
+        axes are those of the weight that are neither reduced nor outputs: taps, scanned layers.
+      codes: uint8 (*leading, bytes, outputs), where the values were; see `positions`.
       leaf_plan: pattern, axes and shape of the weight; static.
     """
+
+    excess: ClassVar[str] = "groups keep more than"
 
     values: jax.Array
     codes: jax.Array
     leaf_plan: LeafPlan
 
-    @property
-    def shape(self) -> Shape:
-        """Shape of the weight: axes in front of the planned ones included, axes sliced off not."""
-        planned = self.leaf_plan.shape
-        stack = self.values.shape[:-3]
-        in_front = len(stack) - len(stack_axes(len(planned), _spans(self.leaf_plan)))
-        return (*stack[: max(in_front, 0)], *planned[max(-in_front, 0) :])
+    @classmethod
+    def pack(cls, w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Self:
+        """Packs the weights that a mask keeps, at most n in each group. There is no gradient.
+
+        Raises:
+          TypeError: the dtype does not fill whole bytes.
+        """
+        # As integers, so that XLA copies kept NaNs and denormals bit for bit.
+        nan = as_bits(jnp.full((), jnp.nan, w.dtype))
+        values, codes = _pack(as_bits(w), mask, nan, leaf_plan)
+        return cls(from_bits(values, w.dtype), codes, leaf_plan)
+
+    def unpack(self) -> jax.Array:
+        """The weight, with zeros where nothing was kept. Its gradient reaches the values."""
+        return _unpack_weight(self)
+
+    @classmethod
+    def misfits(cls, kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
+        """How many groups keep more than n entries, and how many groups there are."""
+        counts = _grouped(kept, leaf_plan).sum(axis=-2)
+        return int((counts > _pattern(leaf_plan).n).sum()), counts.size
+
+    def check(self) -> None:
+        """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
+        plan, pattern, codes = self.leaf_plan, self.pattern, self.codes
+        if plan.misfit is not None:
+            raise ValueError(plan.misfit)
+        groups = plan.inputs // pattern.m
+        planned = [plan.shape[axis] for axis in stack_axes(len(plan.shape), _spans(plan))]
+        expected: list[int] = [*planned, groups, pattern.n, plan.outputs]
+        if list(self.values.shape[max(self.values.ndim - len(expected), 0) :]) != expected:
+            raise ValueError(
+                f"values of shape {self.values.shape} cannot hold {pattern} of a weight of shape "
+                f"{plan.shape}; expected {tuple(expected)}"
+            )
+        count = groups * _codes_per_group(pattern)
+        spare = -count * _code_width(pattern) % 8
+        shape = (*self.values.shape[:-3], (count * _code_width(pattern) + spare) // 8, plan.outputs)
+        if codes.shape != shape or codes.dtype != np.uint8:
+            raise ValueError(f"codes are {codes.dtype}{codes.shape}, expected uint8{shape}")
+        if spare and (codes[..., -1:, :] >> (8 - spare)).any():
+            raise ValueError("unused bits of the codes are not zero")
+        code = _unpack_codes(codes, groups, pattern, np)
+        if _is_bitmask(pattern):
+            right = code.sum(axis=-2, dtype=np.int64) == pattern.n
+        else:
+            ascending = (code[..., 1:, :] > code[..., :-1, :]).all(axis=-2)
+            right = ascending & (code[..., -1, :] < pattern.m)
+        if not right.all():
+            raise ValueError(
+                f"the codes of {(~right).sum():,} groups do not keep {pattern.n} of {pattern.m}"
+            )
 
     @property
-    def dtype(self) -> np.dtype:
-        """Dtype of the weight."""
-        return self.values.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both arrays."""
-        return self.values.size * self.dtype.itemsize + self.codes.size
+    def pattern(self) -> NM:
+        """The weight's pattern."""
+        return _pattern(self.leaf_plan)
 
     @property
     def least_nbytes(self) -> int:
-        """Bytes that values and any encoding of the positions need: log2 C(m, n) bits a group."""
-        bits = math.prod(self.shape) * _pattern(self.leaf_plan).index_bits
+        """Bytes for the values, and log2 C(m, n) bits for each group's positions."""
+        bits = math.prod(self.shape) * self.pattern.index_bits
         return self.values.size * self.dtype.itemsize + math.ceil(bits / 8)
+
+    @property
+    def leading(self) -> Shape:
+        """Sizes of the taps' axes and of the stack's."""
+        return self.values.shape[:-3]
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs that the arrays hold."""
+        return self.values.shape[-3] * self.pattern.m
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs that the arrays hold."""
+        return self.values.shape[-1]
+
+    @property
+    def taps(self) -> Shape:
+        """Sizes of the taps' axes; all leading axes if the plan does not know which are taps."""
+        return self.leading if self._taps_unknown else super().taps
+
+    @property
+    def kernel_taps(self) -> Shape:
+        """Sizes of the spatial axes, which are reduction axes where groups run over them."""
+        return self.reduction_shape[1:] if self.pattern.needs_taps else self.taps
+
+    @property
+    def stack(self) -> Shape:
+        """Sizes of the axes in front of one weight; none if the plan does not know the taps."""
+        return self.leading[: len(self.leading) - len(self.taps)]
+
+    def first_layer(self) -> Self:
+        """The first weight of a stack. Leading axes that the plan does not know are a stack."""
+        layer = self
+        for _ in self.leading if self._taps_unknown else self.stack:
+            layer = jax.tree.map(lambda array: array[0], layer)
+        return layer
+
+    def dense_matrices(self) -> jax.Array:
+        """The weight with its zeros, (*taps, inputs, outputs)."""
+        w = self.as_matrices().unpack()
+        if not self.pattern.needs_taps:
+            return w
+        # Groups run over (input, *taps) of each filter.
+        return jnp.moveaxis(w.reshape(*self.reduction_shape, w.shape[-1]), 0, -2)
 
     def positions(self) -> jax.Array:
         """Where in its group each value was: unsigned integers of `values`' shape, ascending."""
         return _positions(self.codes, self.leaf_plan)
 
-
-def pack_nm(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> PackedNM:
-    """Packs the weights that a mask keeps.
-
-    Args:
-      w: weights of `leaf_plan.shape`, or with more axes in front; a floating dtype of whole bytes.
-      mask: booleans of the same shape, at most n True in each group. Groups with fewer are filled
-        up with zeros. Groups with more become NaN, which tells of the mistake where a traced mask
-        cannot be looked at.
-      leaf_plan: an N:M pattern, and the axes.
-
-    There is no gradient: bits have none.
-
-    Raises:
-      TypeError: the dtype does not fill whole bytes.
-    """
-    nan = as_bits(jnp.full((), jnp.nan, w.dtype))
-    values, codes = _pack(as_bits(w), mask, nan, leaf_plan)
-    return PackedNM(from_bits(values, w.dtype), codes, leaf_plan)
+    @property
+    def _taps_unknown(self) -> bool:
+        return not self.pattern.needs_taps and not self.leaf_plan.tap_axes
 
 
 @jax.custom_vjp
-def unpack_nm(packed: PackedNM) -> jax.Array:
-    """The weight, with zeros where nothing was kept; its gradient reaches the values."""
+def _unpack_weight(packed: PackedNM) -> jax.Array:
     bits = _unpack(as_bits(packed.values), packed.codes, packed.shape, packed.leaf_plan)
     return from_bits(bits, packed.dtype)
 
 
 def _unpack_forward(packed: PackedNM) -> tuple[jax.Array, PackedNM]:
-    return unpack_nm(packed), packed
+    return _unpack_weight(packed), packed
 
 
 def _unpack_backward(packed: PackedNM, g: jax.Array) -> tuple[PackedNM]:
@@ -114,44 +183,7 @@ def _unpack_backward(packed: PackedNM, g: jax.Array) -> tuple[PackedNM]:
     return (PackedNM(values, None, packed.leaf_plan),)  # type: ignore[arg-type]
 
 
-unpack_nm.defvjp(_unpack_forward, _unpack_backward)
-
-
-def nm_misfits(kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
-    """How many groups keep more than n entries, and how many groups there are."""
-    counts = _grouped(kept, leaf_plan).sum(axis=-2)
-    return int((counts > _pattern(leaf_plan).n).sum()), counts.size
-
-
-def check_packed_nm(packed: PackedNM) -> None:
-    """Raises ValueError unless the arrays, of NumPy, are what `pack_nm` could have made."""
-    plan, pattern, codes = packed.leaf_plan, _pattern(packed.leaf_plan), packed.codes
-    if plan.misfit is not None:
-        raise ValueError(plan.misfit)
-    groups = plan.inputs // pattern.m
-    planned = [plan.shape[axis] for axis in stack_axes(len(plan.shape), _spans(plan))]
-    expected: list[int] = [*planned, groups, pattern.n, plan.outputs]
-    if list(packed.values.shape[max(packed.values.ndim - len(expected), 0) :]) != expected:
-        raise ValueError(
-            f"values of shape {packed.values.shape} cannot hold {pattern} of a weight of shape "
-            f"{plan.shape}; expected {tuple(expected)}"
-        )
-    count = groups * _codes_per_group(pattern)
-    spare = -count * _code_width(pattern) % 8
-    shape = (*packed.values.shape[:-3], (count * _code_width(pattern) + spare) // 8, plan.outputs)
-    if codes.shape != shape or codes.dtype != np.uint8:
-        raise ValueError(f"codes are {codes.dtype}{codes.shape}, expected uint8{shape}")
-    if spare and (codes[..., -1:, :] >> (8 - spare)).any():
-        raise ValueError("unused bits of the codes are not zero")
-    code = _unpack_codes(codes, groups, pattern, np)
-    if _is_bitmask(pattern):
-        right = code.sum(axis=-2, dtype=np.int64) == pattern.n
-    else:
-        right = (code[..., 1:, :] > code[..., :-1, :]).all(axis=-2) & (code[..., -1, :] < pattern.m)
-    if not right.all():
-        raise ValueError(
-            f"the codes of {(~right).sum():,} groups do not keep {pattern.n} of {pattern.m}"
-        )
+_unpack_weight.defvjp(_unpack_forward, _unpack_backward)
 
 
 @partial(jax.jit, static_argnames="leaf_plan", inline=True)
@@ -172,17 +204,22 @@ def _pack(
 def _unpack(bits: jax.Array, codes: jax.Array, shape: Shape, leaf_plan: LeafPlan) -> jax.Array:
     """The weight's bits from those of the values."""
     index = jnp.arange(_pattern(leaf_plan).m)[:, None]
-    # (*stack, groups, n, m, outputs), which XLA sums without storing; one term is not zero.
+    # (*stack, groups, n, m, outputs), which XLA sums without storing; one term is nonzero.
     here = _positions(codes, leaf_plan)[..., :, None, :] == index
     groups = jnp.where(here, bits[..., :, None, :], 0).sum(axis=-3, dtype=bits.dtype)
     return split(_flat(groups), shape, _spans(leaf_plan))
 
 
 def _gather(bits: jax.Array, stored: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """The n entries of each group (…, m, outputs) that are stored, and where they were."""
+    """The n stored entries of each group (..., m, outputs), and where they were.
+
+    A gather would be the obvious way, but XLA:CPU runs gathers one element at a time. Comparing
+    every member with every place costs n * m operations, which vectorize and fuse.
+    """
     m = stored.shape[-2]
+    # The rank of each stored member in its group, from 1; 0 for the others.
     order = jnp.where(stored, stored.cumsum(axis=-2), 0)[..., None, :, :]
-    # (…, n, m, outputs), which XLA sums without storing; one of the m terms is not zero.
+    # (..., n, m, outputs), which XLA sums without storing; at most one of m terms is nonzero.
     here = order == jnp.arange(1, n + 1)[:, None, None]
     index = jnp.arange(m, dtype=index_dtype(m))[:, None]
     values = jnp.where(here, bits[..., None, :, :], 0).sum(axis=-2, dtype=bits.dtype)
@@ -224,7 +261,7 @@ def _spans(leaf_plan: LeafPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _pattern(leaf_plan: LeafPlan) -> NM:
     if not isinstance(leaf_plan.pattern, NM):
-        raise TypeError(f"PackedNM holds N:M weights, got the pattern {leaf_plan.pattern}")
+        raise TypeError(f"PackedNM holds N:M weights, not the pattern {leaf_plan.pattern}")
     return leaf_plan.pattern
 
 

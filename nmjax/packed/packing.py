@@ -1,34 +1,29 @@
 """Packed parameters: what a plan prunes, stored as kept values and where they were.
 
-A packed tree is the tree of the parameters with a `PackedNM` or `PackedBlocks` in place of each
-planned leaf, inside its box where it had one. Those are pytree nodes, so the packed tree goes
-through `jax.jit`, `jax.tree.map` over arrays, `jax.device_put` and checkpoints by flattening like
-any other.
+A packed tree is the parameter tree with a packed weight, such as `PackedNM`, in place of each
+planned leaf, inside its box if it had one. Packed weights are pytree nodes, so the packed tree goes
+through `jax.jit`, `jax.tree.map`, `jax.device_put` and checkpoints like any other.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nmjax.packed.blocks import PackedBlocks, block_misfits, pack_blocks, unpack_blocks
-from nmjax.packed.nm import PackedNM, nm_misfits, pack_nm, unpack_nm
-from nmjax.patterns import NM
+from nmjax.packed.weight import Packed, is_packed
 from nmjax.plans import LeafPlan, Plan
 from nmjax.pruning import Masks, check_masks, compute_masks, planned_leaves
 from nmjax.trees.leaves import map_named, named_leaves
 
-Packed = PackedNM | PackedBlocks
-
 
 def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
-    """Prunes and packs the planned leaves, exactly: `unpack(pack(p, plan)) == prune(p, plan)`.
+    """Prunes and packs the planned leaves exactly: `unpack(pack(p, plan)) == prune(p, plan)`.
 
-    Outside `jax.jit` every bit of a kept weight is copied. Inside, XLA's CPU compiler may quiet
-    signalling NaNs and flush denormal numbers of bfloat16, as it does whenever it copies those.
-    There is no gradient through `pack`; through `unpack` there is, to the kept values.
+    Outside `jax.jit`, every bit of a kept weight is copied. Inside, XLA's CPU compiler may quiet
+    signaling NaNs and flush denormal bfloat16 numbers, as it does whenever it copies them.
+    `pack` has no gradient; `unpack` has one, to the kept values.
 
     Args:
       params: dense or pruned parameters that fit the plan. Leaves may have more axes in front than
@@ -41,8 +36,8 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
 
     Raises:
       ValueError: a planned leaf is packed already; `params` or `masks` do not fit the plan; a mask
-        keeps more than its pattern does.
-        (That cannot be seen of traced masks: inside `jax.jit`, what keeps too many becomes NaN.)
+        keeps more than its pattern does. (Values of traced masks are unknown, so inside `jax.jit`
+        groups or rows that keep too many become NaN instead.)
       TypeError: a mask is not boolean; a weight's dtype does not fill whole bytes.
 
     >>> import nmjax
@@ -73,24 +68,19 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
 
 
 def unpack(packed: Any) -> Any:
-    """Dense parameters with zeros: the inverse of `pack` on pruned parameters.
+    """Returns dense parameters with zeros: the inverse of `pack` on pruned parameters.
 
     Args:
       packed: a tree with packed leaves; other leaves come back as they are.
     """
-    return jax.tree.map(lambda x: unpack_leaf(x) if is_packed(x) else x, packed, is_leaf=is_packed)
-
-
-def unpack_leaf(packed: Packed) -> jax.Array:
-    """One packed weight as a dense one."""
-    return unpack_nm(packed) if isinstance(packed, PackedNM) else unpack_blocks(packed)
+    return jax.tree.map(lambda x: x.unpack() if is_packed(x) else x, packed, is_leaf=is_packed)
 
 
 def check_sparse(params: Any, plan: Plan) -> None:
-    """Raises ValueError unless the weights are as sparse as the plan wants them.
+    """Raises ValueError unless the weights are as sparse as the plan says.
 
-    Zeros are what counts, so pruned parameters pass whichever way they were pruned. Not for use
-    inside `jax.jit`: it looks at the values.
+    Only zeros count, so it does not matter how the parameters were pruned. It looks at the values,
+    so it cannot run inside `jax.jit`.
 
     Args:
       params: parameters that fit the plan.
@@ -107,14 +97,8 @@ def check_sparse(params: Any, plan: Plan) -> None:
     )
 
 
-def is_packed(node: Any) -> TypeGuard[Packed]:
-    """Whether a node of a tree is a packed weight."""
-    return isinstance(node, Packed)
-
-
 def _pack_leaf(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Packed:
-    pack_one = pack_nm if isinstance(leaf_plan.pattern, NM) else pack_blocks
-    return pack_one(jnp.asarray(w), jnp.asarray(mask), leaf_plan)
+    return Packed.kind_for(leaf_plan.pattern).pack(jnp.asarray(w), jnp.asarray(mask), leaf_plan)
 
 
 def _check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:
@@ -129,9 +113,7 @@ def _check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:
 
 
 def _misfits(kept: jax.Array, leaf_plan: LeafPlan) -> str:
-    """What is wrong with a weight of which these entries are kept; empty if nothing."""
-    if isinstance(leaf_plan.pattern, NM):
-        wrong, groups = nm_misfits(kept, leaf_plan)
-        return f"{wrong:,} of {groups:,} groups keep more than {leaf_plan.pattern}" if wrong else ""
-    wrong, blocks = block_misfits(kept, leaf_plan)
-    return f"{wrong:,} of {blocks:,} blocks are more than {leaf_plan.pattern}" if wrong else ""
+    """What is wrong with a weight that keeps these entries; empty if nothing is."""
+    kind = Packed.kind_for(leaf_plan.pattern)
+    wrong, of = kind.misfits(kept, leaf_plan)
+    return f"{wrong:,} of {of:,} {kind.excess} {leaf_plan.pattern}" if wrong else ""

@@ -1,4 +1,4 @@
-"""How many bytes packed parameters take, and how few they could."""
+"""Bytes that packed parameters take, and the least that they could take."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class LeafSize:
     Attributes:
       pattern: its pattern as text, or "dense".
       dense: bytes with all weights stored.
-      packed: bytes as it is.
-      least: bytes of the kept values, and of an ideal code for where they were.
+      packed: bytes as stored.
+      least: bytes of the kept values and of an ideal code for their positions.
     """
 
     pattern: str
@@ -40,7 +40,7 @@ class LeafSize:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of packed parameters; `print(sizes)` shows a table.
+    """Sizes of packed parameters in bytes; `print(sizes)` shows a table.
 
     Attributes:
       leaves: leaf name -> its size, in tree order.
@@ -74,7 +74,7 @@ class Sizes:
 
 
 def sizes(packed: Any) -> Sizes:
-    """Bytes of each leaf: dense, packed, and the least that any code for the positions allows.
+    """Measures each leaf in bytes: dense, packed, and the least that any code of positions needs.
 
     For N:M that is log2(C(M, N)) bits a group, for blocks log2 of the ways to choose them.
 

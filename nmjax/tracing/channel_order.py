@@ -1,10 +1,10 @@
-"""Channels of a network in another order, with its function unchanged.
+"""Reorders the channels of a network without changing its function.
 
 1xN patterns keep or drop N consecutive output channels together, so it matters which channels are
-neighbours. Sorting a layer's output channels by their L1 norm puts large ones next to large ones.
-Whatever reads or rescales these channels has to follow: biases, normalisations, their running
-statistics, and the input channels of the next layers. Where several layers add into one stream, as
-in residual networks, they share one order.
+neighbors. Sorting a layer's output channels by their L1 norm puts large ones next to each other.
+Everything that reads or rescales these channels must follow: biases, normalizations, their running
+statistics, and the input channels of the next layers. Layers that add into the same stream, as in
+residual networks, share one order.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ LeafAxis = tuple[str, int]
 
 @dataclass(frozen=True)
 class Channels:
-    """Channels that flow through a network in one order.
+    """Channels that share one order, and the axes of a network's leaves that run along them.
 
     Attributes:
-      writers: (leaf name, axis) of the kernels whose outputs they are; their norms rank them.
-      followers: (leaf name, axis) of all else that runs along them: biases, scales, running
+      writers: (leaf name, axis) of the kernels that produce the channels. Their norms rank them.
+      followers: (leaf name, axis) of everything else along them: biases, scales, running
         statistics, and the inputs of the kernels that read them.
     """
 
@@ -37,18 +37,17 @@ class Channels:
 
 
 def l1_order(variables: Any, channels: Channels) -> jax.Array:
-    """The order that sorts channels by the L1 norm of their filters, largest first.
+    """Returns the order that sorts channels by the L1 norm of their filters, largest first.
 
     Args:
-      variables: parameters, or Flax variables with other collections beside them.
-      channels: of the tree.
+      variables: parameters, or Flax variables with other collections.
+      channels: channels of that tree. If several kernels write them, their norms are added.
 
     Returns:
-      int32 (count,), the channel that comes first, second, ... Of equal norms the lower stays
-      first. Where several kernels write the channels, their norms are added.
+      int32 (count,), the channels in their new order. Equal norms keep their order.
 
     Raises:
-      ValueError: a name is not in the tree, an axis not in the leaf, or sizes differ.
+      ValueError: a name is not in the tree, an axis is not in its leaf, or sizes differ.
 
     Source: Lin et al., "1xN Pattern for Pruning Convolutional Neural Networks", TPAMI 2022, section
     3.3, filter rearrangement.
@@ -60,24 +59,25 @@ def l1_order(variables: Any, channels: Channels) -> jax.Array:
     leaves = named_leaves(variables)
     _check(leaves, channels)
     if not channels.writers:
-        raise ValueError("channels without writers have no norms to be sorted by")
+        raise ValueError("channels without writers have no norms to sort by")
     norms = [_norms(leaves[name], axis) for name, axis in channels.writers]
     return jnp.argsort(-sum(norms[1:], norms[0]), stable=True).astype(jnp.int32)
 
 
 def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequence[int]) -> Any:
-    """The same network with its channels in another order.
+    """Puts the channels of a network into another order.
 
     Args:
       variables: as for `l1_order`.
-      channels: everything that runs along them; a leaf left out changes the function.
-      order: (count,), a permutation of 0 ... count - 1: which channel comes first, second, ...
+      channels: every leaf axis that runs along them. If one is missing, the network's function
+        changes.
+      order: (count,), a permutation of 0 ... count - 1: the channels in their new order.
 
     Returns:
-      The same tree; leaves that the channels do not name are untouched.
+      The same tree. Leaves that `channels` does not name are unchanged.
 
     Raises:
-      ValueError: as for `l1_order`; or `order` is no permutation of the channels.
+      ValueError: as for `l1_order`; or `order` is not a permutation.
 
     >>> variables = {"first": jnp.array([[1.0, 2.0]]), "second": jnp.array([[3.0], [4.0]])}
     >>> channels = Channels((("first", -1),), (("second", -2),))
@@ -86,7 +86,7 @@ def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequ
     """
     count = _check(named_leaves(variables), channels)
     if sorted(np.asarray(order).tolist()) != list(range(count)):
-        raise ValueError(f"the order must hold each of 0 ... {count - 1} once, got {order}")
+        raise ValueError(f"the order must contain each of 0 ... {count - 1} once, got {order}")
     axes: dict[str, list[int]] = {}
     for name, axis in (*channels.writers, *channels.followers):
         axes.setdefault(name, []).append(axis)
@@ -100,9 +100,9 @@ def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequ
 
 
 def sort_channels(variables: Any, groups: Sequence[Channels]) -> Any:
-    """The same network with each group's channels sorted by L1 norm, largest first.
+    """Sorts the channels of each group by L1 norm, largest first.
 
-    Arguments and errors as `l1_order` and `permute_channels`, for one group after the other.
+    Takes and raises what `l1_order` and `permute_channels` do, for each group in turn.
     """
     for channels in groups:
         variables = permute_channels(variables, channels, l1_order(variables, channels))
@@ -115,18 +115,18 @@ def _norms(kernel: jax.Array, axis: int) -> jax.Array:
 
 
 def _check(leaves: dict[str, Any], channels: Channels) -> int:
-    """The number of channels; raises ValueError where the leaves do not agree on one."""
+    """Returns the number of channels; raises ValueError if the leaves do not agree on it."""
     sizes: dict[str, int] = {}
     for name, axis in (*channels.writers, *channels.followers):
         if name not in leaves:
-            raise ValueError(f"no leaf is called {name!r}; there are {', '.join(leaves)}")
+            raise ValueError(f"no leaf is named {name!r}; the leaves are {', '.join(leaves)}")
         shape = leaves[name].shape
         if not -len(shape) <= axis < len(shape):
             raise ValueError(f"{name} of shape {shape} has no axis {axis}")
         sizes[f"{name} of shape {shape} along axis {axis}"] = shape[axis]
     if len(set(sizes.values())) != 1:
         raise ValueError(
-            "channels that share an order must be equally many, but there are\n"
+            "leaves that share an order must have the same number of channels, but there are\n"
             + "\n".join(f"  {size} in {what}" for what, size in sizes.items())
         )
     return next(iter(sizes.values()))

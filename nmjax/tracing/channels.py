@@ -1,10 +1,10 @@
-"""Which axes of a network's leaves run over the same channels, read off the traced network.
+"""Finds which axes of a network's leaves run along the same channels, from the traced network.
 
-The channels of a hidden layer may stand in any order, if everything that reads or writes them is
-put into the same order: the filters that make them, their normalisation, the inputs of whatever
-follows, and, where they are added to others, those too. Each axis of each value in the traced
-program gets a label; operations tie labels together, or fix them where the order matters. What
-no rule is known for fixes all that it touches, so that a channel counts as free only if it is.
+The channels of a hidden layer can be reordered if everything that reads or writes them is reordered
+too: the filters that produce them, their normalization, the inputs of the next layers, and the
+channels that they are added to. Each axis of each value in the traced program gets a label.
+Operations tie labels together, or fix them if the order matters. An operation without a rule fixes
+every label that it touches, so that no channel counts as free by mistake.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ Labels = tuple[Label, ...]
 
 
 def find_channels(forward: Callable[..., Any], variables: Any, *inputs: Any) -> list[Channels]:
-    """Finds the channels of a network whose order is free, for `nmjax.sort_channels`.
+    """Finds the channels of a network that can be reordered, for `nmjax.sort_channels`.
 
-    Sort the channels of a trained network, then take its masks and fine-tune. That is meant for
-    patterns whose blocks compete within the layer (`uniform=False`): rows of small filters then
-    drop more. Where every row drops the same number, large filters lose: they choose inputs among
-    themselves, while next to small ones they had chosen alone.
+    Sort the channels of a trained network, then compute its masks and fine-tune. Sorting helps
+    patterns whose blocks compete within the layer (`uniform=False`), because rows of small filters
+    then drop more blocks. It hurts patterns whose rows all drop the same number: large filters then
+    share their blocks with other large filters, and no longer decide alone which inputs to keep.
 
     Args:
-      forward: the network's forward pass as in evaluation, `forward(variables, *inputs)`; it is
-        traced and not run.
-      variables: every array that follows the channels, running statistics included; arrays or
+      forward: the network's forward pass in evaluation, `forward(variables, *inputs)`; it is
+        traced, not run.
+      variables: every array that runs along channels, including running statistics; arrays or
         ShapeDtypeStructs.
-      *inputs: its inputs. The order along their axes, and along those of the outputs, is fixed.
+      *inputs: the network's inputs. The order along their axes, and along those of the outputs, is
+        fixed.
 
     Returns:
-      One entry for each set of channels, in tree order. Writers are the leaves whose outputs they
-      are by name and shape, as `nmjax.make_plan` tells them; sets without a writer are left out.
+      One entry for each set of channels, in tree order. Its writers are the leaves whose output
+      axis it is, by the names and shapes that `nmjax.make_plan` uses. Sets without a writer are
+      left out.
 
     >>> import jax.numpy as jnp
     >>> variables = {"first": jnp.ones((3, 8)), "second": jnp.ones((8, 2))}
@@ -77,42 +79,45 @@ def _output_axes(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ..
 
 
 class _Trace:
-    """Labels of the axes of a program's values: which are tied, and which are fixed."""
+    """Labels of the axes of a program's values: which ones are tied, and which ones are fixed.
+
+    A union-find structure: `_parent` leads from a label to the one that it is tied to.
+    """
 
     def __init__(self) -> None:
         self._parent: list[Label] = []
         self._fixed: list[bool] = []
 
     def fresh(self, shape: Sequence[int]) -> Labels:
-        """New labels for the axes of a value, tied to nothing."""
+        """Returns new labels for the axes of a value, tied to nothing."""
         first = len(self._parent)
         self._parent += range(first, first + len(shape))
         self._fixed += [False] * len(shape)
         return tuple(range(first, first + len(shape)))
 
     def root(self, label: Label) -> Label:
-        """The label that stands for all that are tied to this one."""
+        """Returns the label that represents all labels tied to this one."""
         while self._parent[label] != label:
             label = self._parent[label]
         return label
 
     def tie(self, a: Label, b: Label) -> None:
-        """From now on both are one label."""
+        """Makes both the same label."""
         a, b = self.root(a), self.root(b)
         self._parent[max(a, b)] = min(a, b)
         self._fixed[min(a, b)] = self._fixed[a] or self._fixed[b]
 
     def fix(self, *values: Sequence[Label]) -> None:
-        """From now on the order along these axes matters."""
+        """Marks that the order along these axes matters."""
         for label in (label for labels in values for label in labels):
             self._fixed[self.root(label)] = True
 
     def is_fixed(self, label: Label) -> bool:
-        """Whether the order along this axis matters."""
+        """Returns whether the order along this axis matters."""
         return self._fixed[self.root(label)]
 
     def run(self, jaxpr: core.Jaxpr, arguments: Sequence[Labels]) -> list[Labels]:
-        """Labels what a program computes; returns the labels of its outputs."""
+        """Labels the values of a program, and returns the labels of its outputs."""
         known = dict(zip(jaxpr.invars, arguments, strict=True))
 
         def labels_of(v: Any) -> Labels:
@@ -139,8 +144,8 @@ class _Trace:
         return outputs
 
 
-# Each rule ties the labels of operands and output, and fixes what the operation orders. It returns
-# False where it does not know the case.
+# A rule ties the labels of operands and output, and fixes axes whose order the operation uses. It
+# returns False if it does not cover the case.
 Rule = Callable[[_Trace, core.JaxprEqn, list[Labels], Labels], bool]
 
 
@@ -167,9 +172,9 @@ def _transpose(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], o
 
 
 def _reshape(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: Labels) -> bool:
-    """Axes that come through whole keep their label; merged and cut ones are fixed."""
+    """Axes that the reshape keeps whole keep their label. Merged and split axes are fixed."""
     shape, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
-    # An axis is known by its size and by how many entries lie behind one step along it.
+    # An axis is the same before and after if it has the same size and the same stride.
     before = {(size, math.prod(shape[i + 1 :])): i for i, size in enumerate(shape) if size > 1}
     after = {(size, math.prod(result[i + 1 :])): i for i, size in enumerate(result) if size > 1}
     for key, axis in before.items():

@@ -1,1 +1,1 @@
-"""Pytrees: paths of leaves, rules on paths, spans of axes."""
+"""Parameter trees: names of leaves, path rules, and spans of axes."""

@@ -1,37 +1,33 @@
-"""The only place that knows how parameter trees spell their paths.
+"""Names of leaves: the only place that knows how parameter trees spell their paths.
 
-A leaf's name joins the keys that lead to it: `"encoder/layer_0/kernel"`. Dicts, FrozenDicts,
-lists, dataclasses and NNX states all come out alike. Boxes that hold one array (Flax's
-`nn.Partitioned`, NNX's `Variable`) leave no trace in the name, so that a tree with and without
-them has the same names.
+A leaf's name joins the keys that lead to it: `"encoder/layer_0/kernel"`. Names look the same for
+dicts, FrozenDicts, lists, dataclasses, and NNX states. Boxes that hold one array (Flax's
+`nn.Partitioned`, NNX's `Variable`) do not appear in the name, so a tree has the same names with
+and without them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
 IsLeaf = Callable[[Any], bool]
+Tree = TypeVar("Tree")
 
 
 def leaf_name(path: KeyPath) -> str:
-    """The name of the leaf at `path`, as `"a/b/kernel"`.
-
-    A trailing attribute `value` is left out: it is how boxes expose the array that they hold.
-    """
+    """The name of the leaf at `path`, such as `"a/b/kernel"`."""
+    # Boxes expose the array that they hold as an attribute `value`.
     if len(path) > 1 and path[-1] == GetAttrKey("value"):
         path = path[:-1]
     return keystr(path, simple=True, separator="/")
 
 
 def named_leaves(tree: Any, *, is_leaf: IsLeaf | None = None) -> dict[str, Any]:
-    """The leaves of `tree` by name, in tree order.
-
-    Raises:
-      ValueError: two leaves have the same name.
+    """The leaves of `tree` by name, in tree order; raises ValueError if two have the same name.
 
     >>> named_leaves({"a": {"kernel": 1}, "b": [2, 3]})
     {'a/kernel': 1, 'b/0': 2, 'b/1': 3}
@@ -41,36 +37,37 @@ def named_leaves(tree: Any, *, is_leaf: IsLeaf | None = None) -> dict[str, Any]:
         name = leaf_name(path)
         if name in leaves:
             raise ValueError(
-                f"two leaves of the parameter tree are both named {name!r}; rename one, so that "
-                "path rules and masks can tell them apart"
+                f"two leaves of the parameter tree have the name {name!r}; rename one, because "
+                "path rules and masks identify leaves by name"
             )
         leaves[name] = leaf
     return leaves
 
 
 def map_named(
-    function: Callable[..., Any], tree: Any, *rest: Any, is_leaf: IsLeaf | None = None
-) -> Any:
-    """Like `jax.tree.map`, with the leaf's name as the function's first argument.
+    function: Callable[..., Any], tree: Tree, *rest: Any, is_leaf: IsLeaf | None = None
+) -> Tree:
+    """Like `jax.tree.map`, but passes the leaf's name to the function as its first argument.
 
     >>> map_named(lambda name, leaf: f"{name}={leaf}", {"a": {"kernel": 1}})
     {'a': {'kernel': 'a/kernel=1'}}
     """
-    return jax.tree.map_with_path(
+    mapped: Tree = jax.tree.map_with_path(
         lambda path, *leaves: function(leaf_name(path), *leaves), tree, *rest, is_leaf=is_leaf
     )
+    return mapped
 
 
 def nest(leaves: Mapping[str, Any]) -> Any:
-    """A tree of dicts with these leaves, by name: the inverse of `named_leaves` on such trees.
+    """Builds a tree of dicts from named leaves: the inverse of `named_leaves` for such trees.
 
     Raises:
-      ValueError: a name is that of a leaf, and the beginning of another's.
+      ValueError: a leaf's name is also the path to another leaf.
 
     >>> nest({"a/kernel": 1, "b/0": 2})
     {'a': {'kernel': 1}, 'b': {'0': 2}}
     """
-    if leaves.keys() == {""}:
+    if leaves.keys() == {""}:  # The tree is a single leaf.
         return leaves[""]
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
@@ -79,8 +76,8 @@ def nest(leaves: Mapping[str, Any]) -> Any:
         for part in path:
             folder = folder.setdefault(part, {})
             if not isinstance(folder, dict):
-                raise ValueError(f"{name!r} lies below another leaf")
+                raise ValueError(f"{name!r} is below another leaf")
         if key in folder:
-            raise ValueError(f"{name!r} is a leaf and has leaves below it")
+            raise ValueError(f"{name!r} is a leaf, but other leaves are below it")
         folder[key] = leaf
     return tree

@@ -1,4 +1,4 @@
-"""Path rules: regular expressions, searched for anywhere in a leaf's name (`"a/b/kernel"`)."""
+"""Path rules: regular expressions that match anywhere in a leaf's name (`"a/b/kernel"`)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,16 @@ PathRules = str | Sequence[str]
 
 
 def as_rules(rules: PathRules) -> tuple[str, ...]:
-    """One rule or several, as several.
-
-    Raises:
-      TypeError: neither text nor several of anything.
-    """
+    """Wraps a single rule in a tuple; raises TypeError unless given a rule or a sequence."""
     if isinstance(rules, str):
         return (rules,)
     if not isinstance(rules, Iterable):
-        raise TypeError(
-            f"path rules are regular expressions as text, one or several, got {rules!r}"
-        )
+        raise TypeError(f"path rules must be a string or a sequence of strings, got {rules!r}")
     return tuple(rules)
 
 
 def first_match(rules: Iterable[str], name: str) -> str | None:
-    """The first of the rules that matches the name, or None.
+    """The first rule that matches the name, or None.
 
     >>> first_match(["head", "block[12]/"], "block1/conv/kernel")
     'block[12]/'
@@ -33,27 +27,27 @@ def first_match(rules: Iterable[str], name: str) -> str | None:
 
 
 def check_rules(rules: Iterable[str], names: Iterable[str]) -> None:
-    """Refuses a rule that nobody heeds.
+    """Rejects rules that match no leaf.
 
     Raises:
-      TypeError: a rule is not text.
-      ValueError: a rule is no regular expression, or matches no name.
+      TypeError: a rule is not a string.
+      ValueError: a rule is not a regular expression, or matches no name.
     """
     rules, names = list(rules), list(names)
     for rule in rules:
         _check_rule(rule)
-    idle = [rule for rule in rules if not any(re.search(rule, name) for name in names)]
-    if idle:
+    unused = [rule for rule in rules if not any(re.search(rule, name) for name in names)]
+    if unused:
         raise ValueError(
-            f"these path rules match no leaf: {', '.join(map(repr, idle))}. The leaves are:\n"
+            f"these path rules match no leaf: {', '.join(map(repr, unused))}. The leaves are:\n"
             + "\n".join(f"  {name}" for name in names)
         )
 
 
 def _check_rule(rule: str) -> None:
     if not isinstance(rule, str):
-        raise TypeError(f"a path rule is a regular expression as text, got {rule!r}")
+        raise TypeError(f"a path rule must be a string, got {rule!r}")
     try:
         re.compile(rule)
     except re.error as error:
-        raise ValueError(f"the path rule {rule!r} is no regular expression: {error}") from error
+        raise ValueError(f"the path rule {rule!r} is not a regular expression: {error}") from error

@@ -1,7 +1,7 @@
-"""Axes taken together: an array of any layout as a stack of matrices, and back.
+"""Spans of axes: views an array of any layout as a stack of matrices, and back.
 
-A span is a tuple of negative axes in the order in which they are flattened, the last one varying
-fastest. Axes that no span names are the stack; they come first and keep their order.
+A span is a tuple of negative axes in the order in which they are flattened; the last varies
+fastest. Axes in no span are the stack: they come first and keep their order.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def merge(x: Array, spans: Sequence[Span]) -> Array:
-    """Flattens each span into one axis, behind the stack; of JAX's arrays or of NumPy's.
+    """Flattens each span into one axis, after the stack. Works on JAX and NumPy arrays.
 
     >>> import jax.numpy as jnp
-    >>> attention_out = jnp.zeros((5, 8, 64, 512))  # a stack of 5: (heads, head, out)
+    >>> attention_out = jnp.zeros((5, 8, 64, 512))  # A stack of 5 kernels (heads, head, out).
     >>> merge(attention_out, [(-3, -2), (-1,)]).shape
     (5, 512, 512)
     """
@@ -32,7 +32,7 @@ def merge(x: Array, spans: Sequence[Span]) -> Array:
 
 
 def split(merged: Array, shape: Sequence[int], spans: Sequence[Span]) -> Array:
-    """Undoes `merge`, given the shape that the array had."""
+    """Undoes `merge`, given the original shape."""
     ndim: int = len(shape)
     order: list[int] = [*stack_axes(ndim, spans), *(axis + ndim for span in spans for axis in span)]
     moved: Array = merged.reshape([shape[axis] for axis in order])
@@ -40,6 +40,6 @@ def split(merged: Array, shape: Sequence[int], spans: Sequence[Span]) -> Array:
 
 
 def stack_axes(ndim: int, spans: Sequence[Span]) -> list[int]:
-    """The axes that no span names, as non-negative ones."""
+    """The axes in no span, as non-negative numbers."""
     named = {axis + ndim for span in spans for axis in span}
     return [axis for axis in range(ndim) if axis not in named]

@@ -164,7 +164,10 @@ def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
     run(flags(tmp_path, **given))
     arguments = ["--runs-dir", str(tmp_path), "--methods", "ste", "--patterns", "2:4", "--resume"]
     assert main([*arguments, "--epochs", "3", "--seeds", "0", "1", "--sweep", "10", "100"]) == 1
-    assert "made with another rate_sum, recipe" in capsys.readouterr().err
+    assert (
+        "cannot be resumed with other settings: recipe epochs is 3, not 2"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_trial_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ A new transformation joins by one row in `TRANSFORMATIONS`.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,13 +61,11 @@ def apply(tx, params=PARAMS, grads=GRADS, steps=1, **extra_args):
 
 
 def assert_trees_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def assert_trees_close(a, b, rtol=1e-6):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol), a, b)
+    chex.assert_trees_all_close(a, b, rtol=rtol)
 
 
 def types(tree):

@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,19 +160,15 @@ def test_jit_changes_nothing(tx):
 
 
 def test_many_steps_compile_once(tx):
-    traces = 0
-
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def step(params, state, grads):
-        nonlocal traces
-        traces += 1
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     params, state = PARAMS, tx.init(PARAMS)
     for scale in range(5):
         params, state = step(params, state, jax.tree.map(lambda g, s=scale: s * g, GRADS))
-    assert traces == 1
 
 
 def test_seeds_under_vmap(tx):

@@ -1,4 +1,4 @@
-"""Convolutions of each channel by itself, faster on CPUs than XLA's own."""
+"""Depthwise convolutions that are faster on CPUs than XLA's own."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from nmjax.kernels.operands import Window
 
 
 def depthwise_conv(x: jax.Array, w: jax.Array, window: Window) -> jax.Array:
-    """Convolves every channel with a kernel of its own: a sum of shifted products.
+    """Convolves every channel with its own kernel, as a sum of shifted products.
 
-    XLA's CPU compiler runs such convolutions through a loop for any number of groups. This sum it
-    fuses into one pass over the image, with what comes before and after: some 30 times as fast
-    over the layers of MobileNetV1 (`experiments.benchmarks.networks` measures whole networks).
+    XLA's CPU compiler runs depthwise convolutions through a loop for any number of groups. It
+    fuses this sum into one pass over the image, together with what comes before and after: about
+    30 times as fast over the layers of MobileNetV1 (`experiments.benchmarks.networks` measures
+    whole networks).
 
     Args:
       x: (batch, *spatial, channels), floating.
@@ -26,7 +27,7 @@ def depthwise_conv(x: jax.Array, w: jax.Array, window: Window) -> jax.Array:
       window: strides, padding and dilation.
 
     Returns:
-      (batch, *spatial, channels), of the dtype that both promote to; summed in float32 at least.
+      (batch, *spatial, channels), of the dtype that both promote to; summed in float32 or wider.
     """
     taps, channels = w.shape[:-2], x.shape[-1]
     output = window.output(x.shape[1:-1], taps)

@@ -1,4 +1,4 @@
-"""The compiled kernels: where they are, whether this JAX can load them, and if not, why not."""
+"""Loads the compiled kernels for CPUs, or says why they are missing."""
 
 from __future__ import annotations
 
@@ -8,50 +8,22 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nmjax.kernels.gpu.cusparselt_library import load_cusparselt
-from nmjax.kernels.gpu.decode_library import why_no_decode
-from nmjax.kernels.handlers import register_handlers
+from nmjax.kernels.ffi_targets import register_handlers
 
 HANDLERS = ("nmjax_blocks", "nmjax_groups")
 
 
 @dataclass(frozen=True)
 class Library:
-    """What became of loading the kernels.
+    """Result of loading the kernels.
 
     Attributes:
       instruction_set: `"avx2"`, `"avx512"`, `"avx512_bf16"` or `"portable"`; None if not loaded.
-      reason: why not, and what to do; empty if loaded.
+      reason: why they are not loaded, and what to do; empty if they are.
     """
 
     instruction_set: str | None
     reason: str = ""
-
-    @property
-    def is_fast(self) -> bool:
-        """Whether the kernels are loaded and use vectors wide enough to beat XLA's products."""
-        return self.instruction_set not in (None, "portable")
-
-
-def backends() -> dict[str, str]:
-    """What can multiply packed weights here: name -> state, or why it is not there.
-
-    `"xla"` is plain XLA, always there. `"ffi"` are the compiled kernels for CPUs. For 2:4
-    weights on NVIDIA's GPUs, `"cusparselt"` is NVIDIA's library, and `"decode"` a kernel of ours
-    for few rows. In the environment, `NMJAX_DISABLE_FFI` switches off all but the first,
-    `NMJAX_KERNELS_LIBRARY` names another library file of kernels for CPUs, and `NMJAX_KERNELS_ISA`
-    picks a narrower instruction set than the machine has.
-
-    >>> sorted(backends())
-    ['cusparselt', 'decode', 'ffi', 'xla']
-    """
-    library, cusparselt = load_library(), load_cusparselt()
-    return {
-        "xla": "ready: unpacks, or gathers where that is faster",
-        "ffi": library.reason or f"ready: {library.instruction_set}",
-        "cusparselt": cusparselt.reason or f"ready: {cusparselt.version}",
-        "decode": why_no_decode() or "ready",
-    }
 
 
 @functools.cache

@@ -1,8 +1,8 @@
-"""Which of cuSPARSELt's kernels was fastest for a product, kept on disk.
+"""Keeps on disk which of cuSPARSELt's kernels was fastest for each product.
 
-One file of JSON for each kind of GPU, in $NMJAX_CACHE_DIR, or else in $XDG_CACHE_HOME/nmjax or
-~/.cache/nmjax. It can be deleted at any time: products are then computed by cuSPARSELt's own first
-choice until they are tuned again.
+There is one JSON file for each kind of GPU, in $NMJAX_CACHE_DIR, or else in $XDG_CACHE_HOME/nmjax
+or ~/.cache/nmjax. You can delete it at any time: products then run by cuSPARSELt's first choice
+until they are tuned again.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Algorithm(NamedTuple):
     """One of cuSPARSELt's kernels.
 
     Attributes:
-      config: its number; negative for cuSPARSELt's own first choice.
-      split_k: into how many parts the sum is split.
+      config: its number; negative for cuSPARSELt's first choice.
+      split_k: number of parts that the sum is split into.
       split_k_mode: how the parts are added up.
-      workspace: bytes that it wants.
+      workspace: bytes that it needs.
     """
 
     config: int
@@ -37,7 +37,7 @@ class Algorithm(NamedTuple):
 
 
 class Question(NamedTuple):
-    """Everything about a product that its fastest kernel depends on, but the GPU.
+    """Everything but the GPU that decides which kernel is fastest for a product.
 
     Attributes:
       version: of cuSPARSELt.
@@ -61,7 +61,7 @@ class Question(NamedTuple):
         return json.dumps(self)
 
 
-# What this process found, by file and question: it counts where no file can be written too.
+# What this process found, by file and question. It counts even if no file can be written.
 _found: dict[tuple[Path, str], Algorithm] = {}
 
 
@@ -75,21 +75,21 @@ def known_algorithm(question: Question) -> Algorithm | None:
 
 
 def remember_algorithm(question: Question, algorithm: Algorithm) -> None:
-    """Keeps the fastest kernel for a product, for this process and on disk.
+    """Keeps the fastest kernel for a product, in this process and on disk.
 
-    Where the file cannot be written, a warning says so, and later processes search again.
+    If the file cannot be written, it warns, and later processes search again.
     """
     path = _file()
     _found[path, question.key] = algorithm
-    # What other processes have found meanwhile is kept; of two that write at once, one is.
+    # Keeps what other processes have found meanwhile. If two write at once, one of them wins.
     known = _read(path) | {question.key: list(algorithm)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda draft: draft.write_text(json.dumps(known, indent=1)))
     except OSError as error:
         warnings.warn(
-            f"the fastest kernel is known to this process alone: {path} cannot be written "
-            f"({error}); name another folder in NMJAX_CACHE_DIR",
+            f"only this process knows the fastest kernel: {path} cannot be written ({error}); "
+            "name another folder in NMJAX_CACHE_DIR",
             stacklevel=2,
         )
     _known.cache_clear()
@@ -101,7 +101,7 @@ def _known(path: Path) -> dict[str, list[int]]:
 
 
 def _read(path: Path) -> dict[str, list[int]]:
-    """What is in the file; nothing if it is damaged, which a warning says."""
+    """The content of the file; nothing, with a warning, if it is damaged."""
     if not path.exists():
         return {}
     try:
@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, list[int]]:
         return dict(known)
     except (ValueError, TypeError, AttributeError) as error:
         warnings.warn(
-            f"{path} is damaged and ignored ({error}); the next search writes it anew", stacklevel=2
+            f"{path} is damaged and ignored ({error}); the next search replaces it", stacklevel=2
         )
         return {}
 

@@ -1,13 +1,15 @@
 """Products with 2:4 weights on NVIDIA's sparse tensor cores, by cuSPARSELt.
 
 A weight is compressed once, on the GPU, into cuSPARSELt's own form, and then multiplied by many
-inputs. That form is not ours to read, and belongs to one kind of GPU and one version of cuSPARSELt:
-keep packed weights in files, and compress them where they run.
+inputs. Only cuSPARSELt reads that form, and it depends on the kind of GPU and the version of
+cuSPARSELt. So keep packed weights in files, and compress them where they run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,27 +18,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nmjax.kernels.cpu.ffi import batched, result_like
+from nmjax.kernels.calls import batched, result_like
 from nmjax.kernels.gpu.algorithms import Algorithm, Question, known_algorithm, remember_algorithm
 from nmjax.kernels.gpu.cusparselt_library import load_cusparselt
 from nmjax.kernels.gpu.cusparselt_limits import (
     RESULTS,
     batch_step,
     bias_dtype,
+    check_batch,
+    check_matrix,
+    check_result,
     compressed_bytes,
     compressing_bytes,
     multiplying_bytes,
     searching_bytes,
-    why_not_2_4,
-    why_not_batch,
-    why_not_matrix,
-    why_not_result,
 )
-from nmjax.kernels.gpu.devices import why_no_gpu
-from nmjax.kernels.operands import FusedActivation, inputs_of, outputs_of
-from nmjax.kernels.reference import dense_weight
+from nmjax.kernels.gpu.devices import check_gpu
+from nmjax.kernels.operands import FusedActivation
 from nmjax.kernels.split import split
 from nmjax.packed.nm import PackedNM
+from nmjax.packed.weight import Packed
 
 
 @partial(
@@ -49,7 +50,7 @@ class Compressed:
     """A 2:4 matrix in cuSPARSELt's form; a pytree node of one array.
 
     Attributes:
-      data: uint8 (bytes,), for cuSPARSELt alone.
+      data: uint8 (bytes,), in cuSPARSELt's private format.
       shape: (rows, columns) of the matrix; static.
       transposed: whether `matmul` multiplies by the transposed matrix; static.
       dtype: of the matrix; static.
@@ -80,19 +81,20 @@ def compress(w: jax.Array, *, transposed: bool = False) -> Compressed:
       transposed: whether products are `x @ w.T` rather than `x @ w`.
 
     Raises:
-      ValueError: a shape, a dtype or a place in memory that cuSPARSELt does not take; `w`, if it is
-        not traced, has groups of 4 with more than 2 entries; cuSPARSELt or a GPU is not there.
+      NotImplementedError: cuSPARSELt or a GPU is missing, or does not take the shape or dtype.
+      ValueError: `w`, if it is not traced, has groups of 4 with more than 2 entries.
     """
-    obstacle = why_not(w.dtype, w.shape, transposed) or _why_not_here(w)
-    if obstacle:
-        raise ValueError(f"cuSPARSELt cannot compress {w.dtype}{w.shape}: {obstacle}")
+    with _explained(f"compress {w.dtype}{w.shape}"):
+        check_library()
+        check_matrix(w.dtype, w.shape, transposed)
+        _check_device(w)
     if not isinstance(w, jax.core.Tracer):
         _check_2_4(w, transposed)
     return compress_unchecked(w, transposed)
 
 
 def compress_unchecked(w: jax.Array, transposed: bool) -> Compressed:
-    """As `compress`, of a matrix that is known to be 2:4 and of a shape that fits."""
+    """Like `compress`, for a matrix that is known to be 2:4 and to have a shape that fits."""
     rows, columns = w.shape
     results = (
         result_like((compressed_bytes(w.shape, w.dtype),), np.dtype(np.uint8), w),
@@ -104,19 +106,18 @@ def compress_unchecked(w: jax.Array, transposed: bool) -> Compressed:
 
 
 def prepare(packed: PackedNM) -> Compressed:
-    """Compresses one packed leaf, for as many products as follow.
+    """Compresses one packed leaf, for any number of products.
 
     Args:
       packed: an N:M matrix that is 2:4 as well: 2:4 itself, 1:4, 2:8, 1:2 and sparser.
 
     Raises:
-      ValueError: the leaf is not 2:4, not one matrix, or of a shape or dtype that cuSPARSELt does
-        not take; cuSPARSELt is not there.
+      NotImplementedError: the leaf is not 2:4 or not one matrix, cuSPARSELt does not take its shape
+        or dtype, or cuSPARSELt is missing.
     """
-    obstacle = why_not_packed(packed)
-    if obstacle:
-        raise ValueError(f"cuSPARSELt cannot take the weight {packed.shape}: {obstacle}")
-    return compress_unchecked(dense_weight(packed), transposed=False)
+    with _explained(f"take the weight {packed.shape}"):
+        _check_packed(packed)
+    return compress_unchecked(packed.dense_matrices(), transposed=False)
 
 
 def packed_matmul(
@@ -125,7 +126,7 @@ def packed_matmul(
     bias: jax.Array | None = None,
     activation: FusedActivation = None,
 ) -> jax.Array:
-    """X (batch, inputs) times a packed leaf, which every call compresses anew; see `prepare`."""
+    """Multiplies x (batch, inputs) by a packed leaf, compressing it in each call; see `prepare`."""
     return matmul(x, prepare(packed), bias, activation)
 
 
@@ -137,7 +138,7 @@ def matmul(
     *,
     dtype: Any = None,
 ) -> jax.Array:
-    """X (batch, inputs) times a compressed matrix, (batch, outputs); no gradient.
+    """Multiplies x (batch, inputs) by a compressed matrix: (batch, outputs). There is no gradient.
 
     Args:
       x: of the matrix's dtype; the batch a multiple of 8, of 16 for dtypes of one byte. Sums of
@@ -150,7 +151,8 @@ def matmul(
       dtype: of the result; default the first that `RESULTS` names for `x`'s dtype.
 
     Raises:
-      ValueError: shapes, dtypes or the activation do not fit; cuSPARSELt or a GPU is not there.
+      ValueError: shapes or dtypes do not fit; an unknown activation.
+      NotImplementedError: cuSPARSELt or a GPU is missing, or does not compute this product.
     """
     result = _checked_result(x, w, bias, activation, dtype)
     return batched(partial(_split, activation, result), x, w, bias)
@@ -165,10 +167,10 @@ def tune(
     dtype: Any = None,
     again: bool = False,
 ) -> None:
-    """Times every kernel that cuSPARSELt has for a product; products traced later take the fastest.
+    """Times every kernel that cuSPARSELt has for a product; products traced later use the fastest.
 
-    In this process and, since it is kept on disk, in later ones, which need not search; see
-    `nmjax.kernels.gpu.algorithms`. A warning says where it cannot be kept.
+    The result is kept on disk (`nmjax.kernels.gpu.algorithms`), so later processes use it too. If
+    it cannot be kept, a warning says so.
 
     Args:
       x: as for `matmul`; neither it nor the weight may be traced. Where devices share a batch, as
@@ -196,13 +198,15 @@ def _checked_result(
     activation: FusedActivation,
     dtype: Any,
 ) -> np.dtype:
-    """The result's dtype; raises ValueError if cuSPARSELt cannot make the product here."""
+    """The result's dtype; raises if the product is wrong, or cuSPARSELt cannot compute it here."""
     result = np.dtype(dtype or RESULTS.get(str(w.dtype), (w.dtype,))[0])
-    obstacle = _why_not_product(x, w, bias, result, activation) or _why_not_here(x, w.data)
-    if obstacle:
-        raise ValueError(
-            f"cuSPARSELt cannot multiply {x.dtype}{x.shape} by {w.dtype}{w.shape}: {obstacle}"
-        )
+    what = f"multiply {x.dtype}{x.shape} by {w.dtype}{w.shape}"
+    _check_shapes(x, w, bias, what)
+    with _explained(what):
+        check_library()
+        check_result(w.dtype, result, activation)
+        check_batch(x.dtype, x.shape[0])
+        _check_device(x, w.data)
     return result
 
 
@@ -213,7 +217,7 @@ def _split(
     w: Compressed,
     bias: jax.Array | None,
 ) -> jax.Array:
-    """The product, of which each device computes some rows with the whole weight."""
+    """The product; each device computes some rows with the whole weight."""
 
     def kernel(x: jax.Array, data: jax.Array, *biases: jax.Array) -> jax.Array:
         part = dataclasses.replace(w, data=data)
@@ -275,48 +279,65 @@ def _question(
     )
 
 
-def why_not(dtype: np.dtype, shape: tuple[int, ...], transposed: bool) -> str | None:
-    """Why cuSPARSELt does not take a matrix of this dtype and shape here, or None."""
-    return load_cusparselt().reason or why_not_matrix(dtype, shape, transposed)
-
-
-def why_not_packed(packed: PackedNM) -> str | None:
-    """Why cuSPARSELt does not take a packed leaf here, or None."""
-    return why_not_2_4(packed) or why_not(
-        packed.dtype, (inputs_of(packed), outputs_of(packed)), transposed=False
-    )
-
-
-def why_not_product(dtype: np.dtype, batch: int, packed: PackedNM) -> str | None:
-    """Why cuSPARSELt does not multiply x of this dtype by a packed leaf here, or None."""
+def check(dtype: np.dtype, packed: Packed, rows: int) -> None:
+    """Raises NotImplementedError unless cuSPARSELt multiplies x of this dtype by a packed leaf."""
     if dtype != packed.dtype:
-        return f"x is {dtype}, the weight {packed.dtype}; both must be the same"
-    return why_not_packed(packed) or why_not_batch(dtype, batch)
+        raise NotImplementedError(
+            f"x is {dtype}, the weight {packed.dtype}; both must have the same dtype"
+        )
+    _check_packed(packed)
+    check_batch(dtype, rows)
 
 
-def _why_not_product(
-    x: jax.Array,
-    w: Compressed,
-    bias: jax.Array | None,
-    result: np.dtype,
-    activation: str | None,
-) -> str | None:
-    if load_cusparselt().reason:
-        return load_cusparselt().reason
+def check_semi_structured(packed: Packed) -> None:
+    """Raises NotImplementedError for a weight of 16-bit numbers that sparse tensor cores reject."""
+    pattern = packed.pattern
+    if not pattern.is_semi_structured:
+        raise NotImplementedError(f"groups of 4 can have more than 2 entries in {pattern}")
+    if packed.kernel_taps or packed.values.ndim != 3:
+        raise NotImplementedError(
+            "it takes one matrix; map over a stack of layers, and convolutions stay packed"
+        )
+    if any(size % 16 for size in (packed.inputs, packed.outputs)):
+        raise NotImplementedError("it takes sizes that are multiples of 16")
+
+
+def check_library() -> None:
+    """Raises NotImplementedError if cuSPARSELt or our calls of it are not loaded."""
+    if reason := load_cusparselt().reason:
+        raise NotImplementedError(reason)
+
+
+def _check_packed(packed: Packed) -> None:
+    check_semi_structured(packed)
+    check_library()
+    check_matrix(packed.dtype, (packed.inputs, packed.outputs), transposed=False)
+
+
+def _check_shapes(x: jax.Array, w: Compressed, bias: jax.Array | None, what: str) -> None:
+    """Raises ValueError for operands that no backend could multiply."""
     if x.ndim != 2 or x.shape[1] != w.inputs:
-        return f"x should be (batch, {w.inputs})"
+        raise ValueError(f"cannot {what}: x should be (batch, {w.inputs})")
     if x.dtype != w.dtype:
-        return "both must have the same dtype"
+        raise ValueError(f"cannot {what}: both must have the same dtype")
     if bias is not None and bias.shape != (w.outputs,):
-        return f"the bias has shape {bias.shape}, expected ({w.outputs},)"
-    return why_not_result(w.dtype, result, activation) or why_not_batch(x.dtype, x.shape[0])
+        raise ValueError(f"cannot {what}: the bias has shape {bias.shape}, expected ({w.outputs},)")
 
 
-def _why_not_here(*operands: jax.Array) -> str | None:
-    """Why the device has no kernel for operands that are multiplied at once, or None."""
-    if any(isinstance(operand, jax.core.Tracer) for operand in operands):
-        return None  # Traced for any device; XLA says so where it has no such call.
-    return why_no_gpu(operands[0].dtype)
+def _check_device(*operands: jax.Array) -> None:
+    """Raises NotImplementedError if JAX's device cannot run a product of these operands now."""
+    # Traced operands may be lowered for any device; XLA raises for one without such a call.
+    if not any(isinstance(operand, jax.core.Tracer) for operand in operands):
+        check_gpu(operands[0].dtype)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Adds what cuSPARSELt was to do to the reason why it cannot."""
+    try:
+        yield
+    except NotImplementedError as reason:
+        raise NotImplementedError(f"cuSPARSELt cannot {what}: {reason}") from None
 
 
 def _check_2_4(w: jax.Array, transposed: bool) -> None:

@@ -1,4 +1,4 @@
-"""NVIDIA's cuSPARSELt and our calls of it: whether both can be loaded here, and if not, why not."""
+"""Loads NVIDIA's cuSPARSELt and our calls of it, or says why they are missing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nmjax.kernels.ffi_targets import register_handlers
 from nmjax.kernels.gpu.algorithms import Algorithm
-from nmjax.kernels.handlers import register_handlers
 
 _NAME = "libcusparseLt.so.0"
 HANDLERS = ("nmjax_cusparselt_compress", "nmjax_cusparselt_matmul", "nmjax_cusparselt_search")
@@ -23,11 +23,11 @@ _INITIALIZE = {
 
 @dataclass(frozen=True)
 class CusparseLt:
-    """What became of loading cuSPARSELt.
+    """Result of loading cuSPARSELt.
 
     Attributes:
       version: such as `"0.8.0"`; None if not loaded.
-      reason: why not, and what to do; empty if loaded.
+      reason: why it is not loaded, and what to do; empty if it is.
       library: our calls; None if not loaded.
     """
 
@@ -48,7 +48,7 @@ class CusparseLt:
 def load_cusparselt() -> CusparseLt:
     """Loads cuSPARSELt and registers our calls of it with XLA, once; never raises.
 
-    A GPU is not needed for that: products on a machine without one fail when they run.
+    Loading needs no GPU: products on a machine without one fail when they run.
     """
     if os.environ.get("NMJAX_DISABLE_FFI"):
         return CusparseLt(None, "switched off by NMJAX_DISABLE_FFI")
@@ -59,13 +59,13 @@ def load_cusparselt() -> CusparseLt:
         obstacle = build.why_no_cusparselt()
         return CusparseLt(None, f"not built: {obstacle or 'run python -m nmjax.kernels.build'}")
     try:
-        # Global, so that our library, which is linked to none, finds its symbols.
+        # Global, so that our library, which is not linked to it, finds its symbols.
         nvidia = ctypes.CDLL(_path_of_nvidia(build.nvidia_folders("lib")), ctypes.RTLD_GLOBAL)
         version = _version(nvidia)
     except (OSError, AttributeError) as error:
         return CusparseLt(None, f"{error}: {build.INSTALL}")
     if version < build.OLDEST_CUSPARSELT:
-        # Its descriptors have other sizes, and it lacks calls that we make.
+        # Its descriptors have other sizes, and it lacks functions that we call.
         return CusparseLt(None, f"cuSPARSELt {_text(version)} is too old: {build.INSTALL}")
     try:
         library = ctypes.CDLL(str(path))

@@ -1,4 +1,4 @@
-"""What cuSPARSELt takes, and the memory that it wants; no library and no GPU is asked.
+"""What cuSPARSELt takes, and the memory that it needs, without asking a library or a GPU.
 
 Sources: NVIDIA's documentation (docs.nvidia.com/cuda/cusparselt), its sample matmul_advanced
 (NVIDIA/CUDALibrarySamples), and, where they say nothing, what version 0.10.0 answered on an L4, an
@@ -12,10 +12,6 @@ import math
 
 import numpy as np
 
-from nmjax.kernels.operands import Packed, inputs_of, kernel_taps, outputs_of
-from nmjax.packed.nm import PackedNM
-from nmjax.patterns import NM, Pattern
-
 # What cuSPARSELt multiplies, and the dtypes of the product; the first is the default.
 RESULTS: dict[str, tuple[str, ...]] = {
     "bfloat16": ("bfloat16",),
@@ -23,41 +19,40 @@ RESULTS: dict[str, tuple[str, ...]] = {
     "int8": ("int32", "float16", "bfloat16", "int8"),
     "float8_e4m3fn": ("bfloat16", "float16", "float32"),
 }
-# Of which products GELU is part: by the documentation of int8 only, by the records of float8 too.
+# Which products can include GELU: by the documentation only int8, by the records float8 too.
 GELU = {"int8": ("int8",), "float8_e4m3fn": ("bfloat16",)}
 
 
 def bias_dtype(dtype: str, result: str) -> str:
-    """Of a bias for operands and a result of these dtypes."""
+    """Dtype of the bias for operands and a result of these dtypes."""
     return "float32" if dtype == "int8" else result
 
 
 def compressed_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Room for a compressed matrix: half of it, the codes of the values kept, and some to spare.
+    """Bytes for a compressed matrix: half of its values, codes of their positions, and spare room.
 
-    cuSPARSELt tells the exact size only where there is a GPU, which compiling for one does without;
-    a matrix that needs more is an error when it is compressed. A group of 4 has a code of 4 bits,
-    and in the records twice as much room for it if its values are bytes.
+    cuSPARSELt reports the exact size only on a GPU, but programs are also compiled on machines
+    without one. A matrix that needs more raises an error when it is compressed.
     """
     weights = _rounded_up(shape)
+    # A group of 4 has a code of 4 bits; in the records, twice as much if its values are bytes.
     return weights // 2 * dtype.itemsize + weights // (4 * dtype.itemsize) + 4096
 
 
 def compressing_bytes(shape: tuple[int, ...]) -> int:
-    """Room that compressing a matrix wants besides; the records have an eighth of a byte each."""
+    """Bytes of scratch memory for compressing a matrix."""
+    # The records have an eighth of a byte for each weight.
     return _rounded_up(shape) // 8 + 2**20
 
 
 def multiplying_bytes(shape: tuple[int, ...]) -> int:
-    """Room that a product wants which is not tuned; the records have an eighth of a byte a weight.
-
-    The rest is for sums that the library adds up in parts.
-    """
+    """Bytes of scratch memory for a product that is not tuned."""
+    # The records have an eighth of a byte for each weight; the rest is for partial sums.
     return _rounded_up(shape) // 8 + 2**25
 
 
 def searching_bytes(shape: tuple[int, ...], rows: int, outputs: int) -> int:
-    """Room for a search, which tries products in parts: one part's sums more."""
+    """Bytes of scratch memory for a search, which tries split sums: one part's sums more."""
     return multiplying_bytes(shape) + 4 * rows * outputs
 
 
@@ -65,61 +60,48 @@ def _rounded_up(shape: tuple[int, ...]) -> int:
     return math.prod(math.ceil(size / 256) * 256 for size in shape)
 
 
-def why_not_matrix(dtype: np.dtype, shape: tuple[int, ...], transposed: bool) -> str | None:
-    """Why cuSPARSELt takes no matrix of this dtype and shape, or None."""
+def check_matrix(dtype: np.dtype, shape: tuple[int, ...], transposed: bool) -> None:
+    """Raises NotImplementedError for a matrix that cuSPARSELt does not take."""
     dtype = np.dtype(dtype)
     if str(dtype) not in RESULTS:
-        return f"it takes {', '.join(RESULTS)}"
+        raise NotImplementedError(f"it takes {', '.join(RESULTS)}")
     if len(shape) != 2:
-        return "it takes one matrix"
+        raise NotImplementedError("it takes one matrix")
     step = 32 // min(dtype.itemsize, 2)
     if any(size % step for size in shape):
-        return f"it takes sizes that are multiples of {step}"
+        raise NotImplementedError(f"it takes sizes that are multiples of {step}")
     if dtype.itemsize == 1 and not transposed:
-        return "it takes matrices of one-byte numbers only as (outputs, inputs): transposed=True"
-    return None
+        raise NotImplementedError(
+            "it takes matrices of one-byte numbers only as (outputs, inputs): transposed=True"
+        )
 
 
 def batch_step(dtype: np.dtype) -> int:
-    """What the rows of an input of a dtype are a multiple of."""
+    """What the rows of an input of a dtype must be a multiple of."""
     return 16 // min(np.dtype(dtype).itemsize, 2)
 
 
-def why_not_batch(dtype: np.dtype, batch: int) -> str | None:
-    """Why cuSPARSELt does not take so many rows of an input, or None."""
+def check_batch(dtype: np.dtype, batch: int) -> None:
+    """Raises NotImplementedError for a number of rows that cuSPARSELt does not take."""
     step = batch_step(dtype)
-    return f"the batch must be a multiple of {step}, not {batch}; pad it" if batch % step else None
+    if batch % step:
+        raise NotImplementedError(f"the batch must be a multiple of {step}, not {batch}; pad it")
 
 
-def why_not_result(dtype: np.dtype, result: np.dtype, activation: str | None) -> str | None:
-    """Why operands of a dtype cannot have such a result, or None."""
+def check_result(dtype: np.dtype, result: np.dtype, activation: str | None) -> None:
+    """Raises for a result that operands of a dtype cannot have.
+
+    Raises:
+      NotImplementedError: cuSPARSELt does not compute it.
+      ValueError: an unknown activation.
+    """
     allowed = RESULTS[str(dtype)]
     if str(result) not in allowed:
-        return f"results can be {', '.join(allowed)}, not {result}"
+        raise NotImplementedError(f"results can be {', '.join(allowed)}, not {result}")
     if activation not in (None, "relu", "gelu"):
-        return f'activation must be None, "relu" or "gelu", got {activation!r}'
+        raise ValueError(f'activation must be None, "relu" or "gelu", got {activation!r}')
     if activation == "gelu" and str(result) not in GELU.get(str(dtype), ()):
         pairs = " and ".join(f"{given} with {names[0]} results" for given, names in GELU.items())
-        return f"it computes GELU of {pairs} only; apply jax.nn.gelu to the product"
-    return None
-
-
-def why_not_2_4(packed: Packed) -> str | None:
-    """Why no machine's sparse tensor cores multiply by a packed leaf of 16-bit numbers, or None."""
-    pattern = packed.leaf_plan.pattern
-    if not isinstance(packed, PackedNM) or not is_2_4(pattern):
-        return f"groups of 4 can have more than 2 entries in {pattern}"
-    if kernel_taps(packed) or packed.values.ndim != 3:
-        return "it takes one matrix; map over a stack of layers, and convolutions stay packed"
-    if any(size % 16 for size in (inputs_of(packed), outputs_of(packed))):
-        return "it takes sizes that are multiples of 16"
-    return None
-
-
-def is_2_4(pattern: Pattern) -> bool:
-    """Whether every weight of a pattern has at most 2 entries in each aligned group of 4."""
-    if not isinstance(pattern, NM):
-        return False
-    if pattern.m % 4 == 0:
-        return pattern.n <= 2
-    return pattern == NM(1, 2)
+        raise NotImplementedError(
+            f"it computes GELU of {pairs} only; apply jax.nn.gelu to the product"
+        )

@@ -1,4 +1,4 @@
-"""Few rows times a packed 2:4 weight on NVIDIA's GPUs, which read it packed: `decode.cuh`."""
+"""Few rows times a packed 2:4 weight on NVIDIA GPUs; the kernel (`decode.cuh`) reads it packed."""
 
 from __future__ import annotations
 
@@ -9,80 +9,81 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nmjax.kernels.cpu.ffi import batched, result_like
-from nmjax.kernels.gpu.decode_library import why_no_decode
-from nmjax.kernels.operands import Activation, kernel_taps
-from nmjax.kernels.quantized import QuantizedNM
+from nmjax.kernels.calls import batched, result_like
+from nmjax.kernels.gpu.decode_library import check_decode
+from nmjax.kernels.operands import Activation
 from nmjax.kernels.split import split
 from nmjax.packed.nm import PackedNM
-from nmjax.patterns import NM
+from nmjax.packed.weight import Packed
+from nmjax.patterns.nm import NM
 
-# The kernel takes weights whose sizes are multiples of it.
+# The kernel takes weights with sizes that are multiples of this.
 _STEP = 16
 
 
 def matmul(
     x: jax.Array,
-    packed: PackedNM | QuantizedNM,
+    packed: PackedNM,
     bias: jax.Array | None = None,
     activation: Activation = None,
     *,
+    scales: jax.Array | None = None,
     vector: Literal[0, 2, 4, 8] = 0,
 ) -> jax.Array:
-    """X (batch, inputs) times the weight, (batch, outputs), of x's dtype; sums are in float32.
+    """Multiplies x (batch, inputs) by a packed 2:4 matrix: (batch, outputs), of x's dtype.
 
     Args:
-      x: of the weight's dtype, bfloat16 or float16; bfloat16 where the values are int8. Any batch;
+      x: of the weight's dtype, bfloat16 or float16; bfloat16 if the values are int8. Any batch;
         beyond 64 rows, each 64 read the weight again.
-      packed: a 2:4 matrix, both sizes multiples of 16; see `nmjax.kernels.quantized` for int8.
+      packed: a 2:4 matrix, both sizes multiples of 16. Sums are in float32.
       bias: (outputs,), added in float32.
       activation: None or `"relu"`.
-      vector: how many outputs a thread reads at a time, for measuring; 0 picks.
+      scales: float32 (outputs,), if the values are int8: those of
+        `nmjax.kernels.quantized.QuantizedNM`.
+      vector: how many outputs a thread reads at a time, for benchmarks; 0 picks.
 
     Raises:
-      ValueError: the kernel is not there, or does not take the dtype, the pattern or the shape;
-        an unknown activation.
+      NotImplementedError: the kernel is missing, or does not take the dtype, pattern or shape.
+      ValueError: an unknown activation.
     """
-    obstacle = why_not(x.dtype, packed)
+    check(x.dtype, packed, x.shape[0], is_quantized=scales is not None)
     if activation not in (None, "relu"):
-        obstacle = obstacle or f'activation must be None or "relu", got {activation!r}'
-    if obstacle:
-        raise ValueError(f"the kernel for few rows cannot multiply {packed.shape}: {obstacle}")
-    return batched(partial(_call, vector, activation), x, packed, bias)
+        raise ValueError(f'activation must be None or "relu", got {activation!r}')
+    return batched(partial(_call, vector, activation), x, (packed, scales), bias)
 
 
-def why_not(dtype: np.dtype, packed: PackedNM | QuantizedNM) -> str | None:
-    """Why the kernel does not multiply x of this dtype by a packed leaf here, or None."""
-    obstacle = why_no_decode()
-    if obstacle:
-        return obstacle
-    leaf = packed.packed if isinstance(packed, QuantizedNM) else packed
-    if not isinstance(leaf, PackedNM) or leaf.leaf_plan.pattern != NM(2, 4):
-        return f"it multiplies 2:4 weights, not {leaf.leaf_plan.pattern}"
-    if kernel_taps(leaf) or leaf.values.ndim != 3:
-        return "it takes one matrix; map over a stack of layers, and convolutions stay packed"
-    if isinstance(packed, QuantizedNM):
+def check(dtype: np.dtype, packed: Packed, rows: int = 1, *, is_quantized: bool = False) -> None:
+    """Raises NotImplementedError unless the kernel multiplies x of this dtype by the weight."""
+    del rows
+    check_decode()
+    if packed.pattern != NM(2, 4):
+        raise NotImplementedError(f"it multiplies 2:4 weights, not {packed.pattern}")
+    if packed.kernel_taps or packed.values.ndim != 3:
+        raise NotImplementedError(
+            "it takes one matrix; map over a stack of layers, and convolutions stay packed"
+        )
+    if is_quantized:
         if dtype != jnp.bfloat16:
-            return f"it multiplies bfloat16 by values of int8, not {dtype}"
-    elif dtype not in (jnp.bfloat16, jnp.float16) or leaf.dtype != dtype:
-        return f"it takes bfloat16 or float16 throughout, not {dtype} and {leaf.dtype}"
-    groups, _, outputs = leaf.values.shape
+            raise NotImplementedError(f"it multiplies bfloat16 by int8 values, not {dtype}")
+    elif dtype not in (jnp.bfloat16, jnp.float16) or packed.dtype != dtype:
+        raise NotImplementedError(
+            f"it takes bfloat16 or float16 throughout, not {dtype} and {packed.dtype}"
+        )
+    groups, _, outputs = packed.values.shape
     if 4 * groups % _STEP or outputs % _STEP:
-        return f"it takes sizes that are multiples of {_STEP}"
-    return None
+        raise NotImplementedError(f"it takes sizes that are multiples of {_STEP}")
 
 
 def _call(
     vector: int,
     activation: Activation,
     x: jax.Array,
-    packed: PackedNM | QuantizedNM,
+    weight: tuple[PackedNM, jax.Array | None],
     bias: jax.Array | None,
 ) -> jax.Array:
+    # XLA's FFI has no optional operands: an empty array stands for a missing one.
     none = jnp.zeros(0, jnp.float32)
-    leaf, scales = (
-        (packed.packed, packed.scales) if isinstance(packed, QuantizedNM) else (packed, none)
-    )
+    packed, scales = weight
 
     def kernel(x: jax.Array, *arrays: jax.Array) -> jax.Array:
         shape = (x.shape[0], arrays[0].shape[-1])
@@ -93,11 +94,11 @@ def _call(
     return split(
         kernel,
         x,
-        leaf.values,
-        leaf.codes,
-        scales,
+        packed.values,
+        packed.codes,
+        none if scales is None else scales,
         none if bias is None else bias.astype(jnp.float32),
-        rule=f"b i, g n o, c o, {'o' if scales.size else 'y'}, {'z' if bias is None else 'o'} "
+        rule=f"b i, g n o, c o, {'y' if scales is None else 'o'}, {'z' if bias is None else 'o'} "
         "-> b o",
         steps={"o": _STEP},
     )

@@ -1,4 +1,4 @@
-"""The compiled kernel for few rows on NVIDIA's GPUs: whether it can be loaded here, or why not."""
+"""Loads the compiled kernel for few rows on NVIDIA GPUs, or says why it is missing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import functools
 import os
 from pathlib import Path
 
-from nmjax.kernels.handlers import register_handlers
+from nmjax.kernels.ffi_targets import register_handlers
 
 
 @functools.cache
-def why_no_decode() -> str | None:
-    """Loads the kernel and registers it with XLA, once; why it is not there, or None.
+def load_decode() -> str:
+    """Loads the kernel and registers it with XLA, once; never raises.
 
-    A GPU is not needed for that: products on a machine without one fail when they run.
+    Loading needs no GPU: products on a machine without one fail when they run.
+
+    Returns:
+      Why the kernel is missing, and what to do; empty if it is loaded.
     """
     if os.environ.get("NMJAX_DISABLE_FFI"):
         return "switched off by NMJAX_DISABLE_FFI"
@@ -28,4 +31,10 @@ def why_no_decode() -> str | None:
         register_handlers(ctypes.CDLL(str(path)), ("nmjax_decode",), "CUDA")
     except Exception as error:  # Whatever is wrong with a library, plain XLA still works.
         return f"{path} does not load: {error}"
-    return None
+    return ""
+
+
+def check_decode() -> None:
+    """Raises NotImplementedError if the kernel is not loaded."""
+    if reason := load_decode():
+        raise NotImplementedError(reason)

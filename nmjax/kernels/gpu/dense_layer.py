@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from nmjax.kernels.gpu import cusparselt
-from nmjax.kernels.gpu.cusparselt_limits import why_not_batch
-from nmjax.kernels.gpu.devices import why_no_gpu
+from nmjax.kernels.gpu.cusparselt_limits import check_batch, check_matrix
+from nmjax.kernels.gpu.devices import check_gpu
 from nmjax.masks.transposable import transposable_mask
 from nmjax.ste import prune_ste
 
@@ -24,23 +24,23 @@ def sparse_dense(
     *,
     implementation: Literal["xla", "cusparselt"] | None = None,
 ) -> jax.Array:
-    """X times the weight, of which 2 of every 4 stay along both axes.
+    """Multiplies `x` by a weight that keeps 2 of every 4 along both axes.
 
     Forward `y = x @ s` with `s = w * mask`. Backward `dx = dy @ s.T` with the same `s`, which is
     2:4 along that product's sum too, and `dw = x.T @ dy` for every entry of `w`, straight through
-    the mask. XLA multiplies densely, or cuSPARSELt runs both products with `s` on the sparse tensor
-    cores of NVIDIA's GPUs, if it is asked to: that is not the default before it has been measured.
+    the mask. XLA multiplies densely by default. If asked, cuSPARSELt runs both products with `s` on
+    the sparse tensor cores of NVIDIA GPUs; that has not been measured yet.
 
-    Choosing a mask costs time, and memory: 13 times a 16-bit weight's, as XLA plans it for an H200.
-    The paper below keeps a mask for 40 steps.
+    Choosing a mask takes time, and 13 times the memory of a 16-bit weight, as XLA plans it for an
+    H200. The paper below keeps a mask for 40 steps.
 
     Args:
       x: (..., inputs), real floating.
       w: (inputs, outputs), real floating, both sizes multiples of 4. The mask is chosen in its
         dtype, the products are computed in the dtype that `x` and `w` promote to.
-      mask: booleans of `w`'s shape, what `nmjax.transposable_mask` returned, now or some steps ago;
-        default that of `w`, chosen anew in each call. One that keeps more makes wrong products by
-        cuSPARSELt.
+      mask: booleans of `w`'s shape from `nmjax.transposable_mask`, now or some steps ago. By
+        default each call computes that of `w`. With a mask that keeps more, cuSPARSELt's products
+        are wrong.
       implementation: `"xla"`, the default, or `"cusparselt"`.
 
     Returns:
@@ -48,7 +48,8 @@ def sparse_dense(
 
     Raises:
       TypeError: `x` or `w` is not real floating, or `mask` not boolean.
-      ValueError: shapes do not fit; `implementation` is unknown, or cannot take these operands.
+      ValueError: shapes do not fit; `implementation` is unknown.
+      NotImplementedError: the implementation asked for cannot take these operands.
 
     Source: Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", ICML 2024, whose
     weight gradient is sparse too; ours is dense.
@@ -78,15 +79,15 @@ def _way(x: jax.Array, w: jax.Array, implementation: str | None) -> Way:
         raise ValueError(
             f'implementation must be None, "xla" or "cusparselt", got {implementation!r}'
         )
-    obstacle = (
-        cusparselt.why_not(x.dtype, w.shape, False)
-        or why_not_batch(x.dtype, x.shape[0])
-        or why_no_gpu()
-    )
-    if obstacle:
-        raise ValueError(
-            f'implementation="cusparselt" cannot multiply {x.shape} by {w.shape}: {obstacle}'
-        )
+    try:
+        cusparselt.check_library()
+        check_matrix(x.dtype, w.shape, False)
+        check_batch(x.dtype, x.shape[0])
+        check_gpu()
+    except NotImplementedError as reason:
+        raise NotImplementedError(
+            f'implementation="cusparselt" cannot multiply {x.shape} by {w.shape}: {reason}'
+        ) from None
     return "cusparselt"
 
 

@@ -1,4 +1,4 @@
-"""Whether the device that JAX uses can run what is compiled for NVIDIA's GPUs."""
+"""Whether the device that JAX uses can run what is compiled for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def why_no_gpu(dtype: np.dtype | None = None) -> str | None:
-    """Why the device that JAX would use has no sparse tensor cores for a dtype, or None."""
+def check_gpu(dtype: np.dtype | None = None) -> None:
+    """Raises NotImplementedError unless JAX's device has sparse tensor cores for a dtype."""
     device = jax.devices()[0]
     kind, capability = device.device_kind, str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu" or not capability[:1].isdigit():  # AMD's is a name.
-        return f"JAX runs on {kind} here, not on an NVIDIA GPU"
+    # AMD's compute capability is a name, not a number.
+    if device.platform != "gpu" or not capability[:1].isdigit():
+        raise NotImplementedError(f"JAX runs on {kind} here, not on an NVIDIA GPU")
     version = tuple(map(int, capability.split(".")))
     if version < (8, 0):
-        return f"{kind} has no sparse tensor cores; those came with Ampere"
+        raise NotImplementedError(f"{kind} has no sparse tensor cores; those came with Ampere")
     if dtype == jnp.float8_e4m3fn and version < (8, 9):
-        return f"{kind} has no tensor cores for {dtype}; those came with Ada and Hopper"
-    return None
+        raise NotImplementedError(
+            f"{kind} has no tensor cores for {dtype}; those came with Ada and Hopper"
+        )

@@ -36,9 +36,9 @@ def dense_kernels(monkeypatch):
             y = jnp.clip(jnp.round(y), limits.min, limits.max)
         return y.astype(result)
 
-    def decode_matmul(x, packed, bias=None, activation=None, *, vector=0):
-        if isinstance(packed, QuantizedNM):
-            return quantized.matmul(x, packed, bias, activation)
+    def decode_matmul(x, packed, bias=None, activation=None, *, scales=None, vector=0):
+        if scales is not None:
+            return quantized.matmul(x, QuantizedNM(packed, scales), bias, activation)
         return reference.matmul(x, packed, bias, activation)
 
     monkeypatch.setattr(cusparselt, "compress", compress)
@@ -88,7 +88,7 @@ def test_every_section_of_a_gpu_runs(dense_kernels, monkeypatch, tmp_path):
         return lambda *others: make(*arguments, 1)
 
     check_sparse_dense = gpu_checks.check_sparse_dense
-    monkeypatch.setattr(gpu, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "check_gpu", lambda: None)
     monkeypatch.setattr(gpu, "built", lambda: {"cusparselt": "compiled"})
     monkeypatch.setattr(gpu, "translated", dict)
     monkeypatch.setattr(gpu, "masked", small(gpu.masked, 16))
@@ -107,12 +107,11 @@ def test_every_section_of_a_gpu_runs(dense_kernels, monkeypatch, tmp_path):
     assert sections == set(results["seconds"])
     assert sections >= {"few rows", "many rows", "mask and apply", "train step", "check decode"}
     assert results["many rows"][0]["speedup"] > 0
-    assert results["check and time sparse wgmma"]["times"][0]["speedup"] > 0
 
 
 def test_every_timed_program_translates(monkeypatch):
     monkeypatch.setattr(cusparselt, "load_cusparselt", lambda: CusparseLt("1.2.3"))
-    monkeypatch.setattr(decode, "why_no_decode", lambda: None)
+    monkeypatch.setattr(decode, "check_decode", lambda: None)
     programs = list(gpu_products.lowered_products())
     assert len(programs) == sum(
         len(cases) for cases in (gpu_products.MANY_ROWS, gpu_products.SMALL, gpu_products.FEW_ROWS)

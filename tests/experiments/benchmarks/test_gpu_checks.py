@@ -3,7 +3,6 @@
 import ctypes
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import nmjax
 from experiments.benchmarks import gpu_checks
-from nmjax.kernels import build
-from nmjax.kernels.gpu import cusparselt
+from nmjax.kernels import build, matmul
+from nmjax.kernels.gpu import cusparselt, dense_layer
 from nmjax.kernels.gpu.cusparselt_library import CusparseLt
 from nmjax.kernels.gpu.cusparselt_limits import RESULTS
 
@@ -47,8 +46,8 @@ def on_cpu(library, monkeypatch, tmp_path):
     """As on a machine that has cuSPARSELt and a GPU."""
     state = CusparseLt("1.2.3", library=library)
     monkeypatch.setattr(cusparselt, "load_cusparselt", lambda: state)
-    for name in ("nmjax.kernels.gpu.cusparselt", "nmjax.kernels.matmul", "nmjax.sparse_dense"):
-        monkeypatch.setattr(sys.modules[name], "why_no_gpu", lambda *dtype: None)
+    for module in (cusparselt, matmul, dense_layer):
+        monkeypatch.setattr(module, "check_gpu", lambda *dtype: None)
     monkeypatch.setenv("NMJAX_CACHE_DIR", str(tmp_path))
     jax.clear_caches()
 
@@ -121,7 +120,7 @@ def test_data_parallel_training_gathers_nothing(on_cpu):
     w = jnp.asarray(rng.integers(-4, 5, (32, 32)), jnp.bfloat16)
 
     def loss(x, w, implementation):
-        y = nmjax.sparse_dense(x, w, implementation=implementation)
+        y = nmjax.kernels.sparse_dense(x, w, implementation=implementation)
         return (y.astype(jnp.float32) ** 2).sum()
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)

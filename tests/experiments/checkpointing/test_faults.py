@@ -1,4 +1,4 @@
-"""Runs that are killed, told to go, or find their folder taken; and what becomes of them."""
+"""Runs that are killed, told to stop, or find their folder taken."""
 
 import random
 import signal
@@ -7,9 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from experiments.checkpointing import folder_lock
-from experiments.checkpointing.folder_lock import FolderLock, check_held
-from experiments.training.metrics_log import MetricsLog
+from experiments.checkpointing.run_folder import take
+from experiments.json_files import JsonLines
 from tests.experiments.training_processes import end, last_state, start
 
 KILLS = 20
@@ -43,7 +42,7 @@ def is_writing(folder):
 
 
 def metrics(folder):
-    return [{**line, "seconds": 0} for line in MetricsLog(folder).read()]
+    return [{**line, "seconds": 0} for line in JsonLines(folder / "metrics.jsonl").read()]
 
 
 def assert_same_run(folder, other):
@@ -54,7 +53,8 @@ def assert_same_run(folder, other):
     for name, array in theirs.items():
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
     ours, theirs = (
-        [{**line, "seconds": 0} for line in MetricsLog(f).read()] for f in (folder, other)
+        [{**line, "seconds": 0} for line in JsonLines(f / "metrics.jsonl").read()]
+        for f in (folder, other)
     )
     assert ours == theirs
 
@@ -103,7 +103,10 @@ def test_sigterm_saves_at_once_and_ends_cleanly(whole, compiled):
     ]
     flags += ["--checkpoint-every", "1000"]
     folder, process = whole.parent / "told", start(flags, compiled=compiled)
-    while not (folder / "metrics.jsonl").exists() or len(MetricsLog(folder).read()) < 2:
+    while (
+        not (folder / "metrics.jsonl").exists()
+        or len(JsonLines(folder / "metrics.jsonl").read()) < 2
+    ):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -121,58 +124,9 @@ def test_sigterm_saves_at_once_and_ends_cleanly(whole, compiled):
 @pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused(tmp_path, compiled):
     flags = [*FLAGS, "--runs-dir", str(tmp_path), "--name", "taken", "--resume"]
-    lock = FolderLock(tmp_path / "taken")
+    lock = take(tmp_path / "taken")
     _, err = end(start(flags, compiled=compiled), status=1)
     assert "taken is in use by process" in err
     assert "wait for that run to end, or give another --name" in err
-    lock.release()
+    lock.close()
     assert sorted(path.name for path in (tmp_path / "taken").iterdir()) == [".lock"]
-
-
-def test_a_folder_is_held_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_lock.time, "sleep", lambda seconds: None)
-    lock = FolderLock(tmp_path / "run")
-    check_held(tmp_path / "run", lock.owner)
-    with pytest.raises(ValueError, match=r"run on .* is not the folder that process 0 on x made"):
-        check_held(tmp_path / "run", "process 0 on x")
-    with pytest.raises(ValueError, match="put --runs-dir on a disk that all processes share"):
-        check_held(tmp_path / "elsewhere", lock.owner)
-    with pytest.raises(ValueError, match=r"run is in use by process \d+ on "):
-        FolderLock(tmp_path / "run")
-    lock.release()
-    FolderLock(tmp_path / "run").release()
-    # Left by a process that died, however it died: the file alone means nothing.
-    (tmp_path / "run" / ".lock").write_text("process 1 on elsewhere")
-    FolderLock(tmp_path / "run").release()
-
-
-@pytest.mark.parametrize("before", [None, "", "process 1 on elsewhere"])
-def test_a_disk_that_shows_the_owner_late_is_waited_for(tmp_path, monkeypatch, before):
-    """As another machine's may; but not for ever."""
-    path = tmp_path / ".lock"
-    if before is not None:
-        path.write_text(before)
-    pauses = []
-
-    def sleep(seconds):
-        pauses.append(seconds)
-        if len(pauses) == 4:
-            path.write_text("process 0 on x\n")
-
-    monkeypatch.setattr(folder_lock.time, "sleep", sleep)
-    check_held(tmp_path, "process 0 on x")
-    assert len(pauses) == 4
-    pauses.clear()
-    with pytest.raises(ValueError, match="is not the folder that process 2 on x made"):
-        check_held(tmp_path, "process 2 on x")
-    assert 3 <= sum(pauses) <= 10
-
-
-def test_the_owner_is_on_the_disk_before_others_look(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(
-        folder_lock.os, "fsync", lambda file: written.append((tmp_path / ".lock").read_text())
-    )
-    lock = FolderLock(tmp_path)
-    assert written == [lock.owner + "\n"]
-    lock.release()

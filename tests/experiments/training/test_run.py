@@ -12,10 +12,10 @@ import pytest
 import tyro
 
 from experiments.checkpointing.checkpoints import Checkpoints
+from experiments.json_files import JsonLines
 from experiments.tasks.task import Metric
 from experiments.train import main
 from experiments.training.flags import Flags, make_task
-from experiments.training.metrics_log import MetricsLog
 from experiments.training.run import _score, open_run
 from nmjax.files.checkpoints import read_checkpoint
 from tests.experiments.prepared import cifar10_examples, prepare
@@ -33,7 +33,7 @@ def whole(tmp_path_factory):
 
 
 def metrics(folder):
-    return [{**line, "seconds": 0} for line in MetricsLog(folder).read()]
+    return [{**line, "seconds": 0} for line in JsonLines(folder / "metrics.jsonl").read()]
 
 
 def stored(folder, steps):
@@ -43,7 +43,7 @@ def stored(folder, steps):
 
 
 def test_what_a_run_leaves(whole):
-    lines = MetricsLog(whole).read()
+    lines = JsonLines(whole / "metrics.jsonl").read()
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert [line["step"] for line in lines] == [20, 40, 60, 80]
     assert {len(line["train_loss"]) for line in lines} == {1}
@@ -65,15 +65,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, monkeypatch, capsys, s
     name = f"stopped{stop_in_epoch}"
     flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", name]
     folder = whole.parent / name
-    append = MetricsLog.append
+    append = JsonLines.append
 
-    def stop(self, report, steps_per_epoch):
-        append(self, report, steps_per_epoch)
-        if report.epoch == stop_in_epoch:
+    def stop(self, line):
+        append(self, line)
+        if line["epoch"] == stop_in_epoch:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "append", stop)
+        patch.setattr(JsonLines, "append", stop)
         assert main(flags) == 130
     assert f"--resume goes on from epoch {stop_in_epoch - 1}\n" in capsys.readouterr().out
     # The interrupted epoch has a line and no checkpoint, and is trained again.
@@ -98,12 +98,12 @@ def test_resuming_a_complete_run_does_nothing(whole, capsys):
 def test_a_run_is_not_overwritten_nor_resumed_as_another(whole, capsys):
     flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", "whole"]
     assert main(flags) == 1
-    assert "holds a run already: give --resume to go on, or another --name" in (
+    assert "already holds a run: give --resume to go on, or another --name" in (
         capsys.readouterr().err
     )
     assert main([*flags, "--resume", "--seeds", "1", "--learning-rate", "0.2"]) == 1
     error = capsys.readouterr().err
-    assert "learning_rate was 0.1, now 0.2; seeds was [0], now [1]" in error
+    assert "with other settings: learning_rate is 0.2, not 0.1; seeds is [1], not [0]." in error
     # The recipe decides, not who said it.
     assert main([*flags, "--resume", "--learning-rate", "0.1", "--log-every", "7"]) == 0
 
@@ -113,7 +113,7 @@ def test_several_devices_and_seeds_compute_the_same(whole):
     flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", "mesh"]
     flags += ["--devices", "4", "--seeds", "0", "3"]
     run = open_run(tyro.cli(Flags, args=flags))
-    run.lock.release()
+    run.release()
     leaf = run.state.train.params["stem"]["kernel"]
     assert leaf.shape[0] == 2
     assert len(leaf.sharding.device_set) == 4
@@ -158,7 +158,7 @@ def test_cifar10_from_disk(tmp_path, capsys):
     flags += ["--batch-size", "16", "--learning-rate", "0.05", "--warmup-epochs", "0"]
     flags += ["--data-dir", str(tmp_path), "--runs-dir", str(tmp_path), "--log-every", "3"]
     assert main(flags) == 0
-    lines = MetricsLog(tmp_path / "cifar10-resnet8-sr_ste-1_4").read()
+    lines = metrics(tmp_path / "cifar10-resnet8-sr_ste-1_4")
     assert [line["step"] for line in lines] == [4, 8, 12]
     assert lines[-1]["train_loss"][0] < lines[0]["train_loss"][0]
     assert lines[-1]["density"] == [0.25]
@@ -256,12 +256,3 @@ def test_the_best_checkpoint_is_that_of_the_first_metric():
     assert score(Metric(), accuracy=[0.5, 0.75], loss=[1.0, 2.0]) == 0.625
     assert score(error, error=[2.0]) > score(error, error=[3.0])
     assert score(error, error=[3.0]) > score(error) == score(error, error=[np.nan])
-
-
-def test_a_line_cut_off_while_it_was_written_is_left_out(tmp_path):
-    log = MetricsLog(tmp_path)
-    assert log.read() == []
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
-    assert [line["epoch"] for line in log.read()] == [1, 2]
-    log.keep_until(1)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'

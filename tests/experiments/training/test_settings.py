@@ -1,59 +1,64 @@
 """What must stay the same for a run to go on."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
-from experiments.distributed.placement import HERE
+from experiments.checkpointing.run_folder import open_folder
 from experiments.training import settings
 from experiments.training.flags import Flags
 from experiments.training.methods import METHODS
-from experiments.training.settings import check_alike, check_same_task, claim_folder
+from experiments.training.settings import check_alike, deciding, settings_of
 from experiments.training.step import Job, plan_of
 from tests.experiments.tiny import STEPS, tiny_task
 
 
-def make_job(vocabulary):
+def make_settings(vocabulary="32 pieces ab12", **flags):
     task = dataclasses.replace(tiny_task(), identity=(("vocabulary", vocabulary),))
     plan = plan_of(task, "2:4")
-    return Job(task, plan, METHODS["ste"].build(plan, task.recipe, STEPS))
+    job = Job(task, plan, METHODS["ste"].build(plan, task.recipe, STEPS))
+    return settings_of(Flags(**flags), job)
+
+
+def claim(folder, settings, earlier="resume"):
+    open_folder(folder, settings, earlier=earlier, deciding=deciding)()
 
 
 def test_a_run_with_another_vocabulary_is_not_resumed(tmp_path):
-    flags = Flags(runs_dir=tmp_path, name="a", resume=True)
-    claim_folder(flags, make_job("32 pieces ab12"), HERE)
-    claim_folder(flags, make_job("32 pieces ab12"), HERE)
-    with pytest.raises(ValueError, match="vocabulary was 32 pieces ab12, now 32 pieces cd34"):
-        claim_folder(flags, make_job("32 pieces cd34"), HERE)
+    claim(tmp_path / "a", make_settings())
+    claim(tmp_path / "a", make_settings())
+    with pytest.raises(ValueError, match="vocabulary is 32 pieces cd34, not 32 pieces ab12"):
+        claim(tmp_path / "a", make_settings("32 pieces cd34"))
 
 
 @pytest.mark.parametrize("content", ["", '{"flags": {', "[]", '{"flags": {}}'])
 def test_settings_that_were_cut_off_are_named_with_a_way_out(tmp_path, content):
-    flags = Flags(runs_dir=tmp_path, name="a", resume=True)
-    claim_folder(flags, make_job("32 pieces ab12"), HERE)
-    path = tmp_path / "a" / "settings.json"
-    whole = path.read_text()
+    claim(tmp_path, make_settings())
+    path = tmp_path / "settings.json"
+    whole = json.loads(path.read_text())
     path.write_text(content)
     with pytest.raises(ValueError, match=rf"{path} does not hold the settings .* delete the file"):
-        claim_folder(flags, make_job("32 pieces ab12"), HERE)
+        claim(tmp_path, make_settings())
     path.unlink()
-    claim_folder(flags, make_job("32 pieces ab12"), HERE)
-    assert path.read_text() == whole
+    claim(tmp_path, make_settings())
+    again = json.loads(path.read_text())
+    assert deciding(again) == deciding(whole)
 
 
 def test_settings_stay_when_they_cannot_be_written_again(tmp_path, monkeypatch):
-    flags = Flags(runs_dir=tmp_path, name="a", resume=True)
-    claim_folder(flags, make_job("32 pieces ab12"), HERE)
-    before = (tmp_path / "a" / "settings.json").read_text()
+    claim(tmp_path, make_settings())
+    before = (tmp_path / "settings.json").read_text()
 
     def cut_off(path, text):
         path.write_bytes(text.encode()[:9])
         raise OSError("disk full")
 
-    monkeypatch.setattr(settings.Path, "write_text", cut_off)
+    monkeypatch.setattr(Path, "write_text", cut_off)
     with pytest.raises(OSError, match="disk full"):
-        claim_folder(flags, make_job("32 pieces ab12"), HERE)
-    assert (tmp_path / "a" / "settings.json").read_text() == before
+        claim(tmp_path, make_settings())
+    assert (tmp_path / "settings.json").read_text() == before
 
 
 def as_process_0_among(monkeypatch, others):
@@ -64,30 +69,30 @@ def as_process_0_among(monkeypatch, others):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("ab12", "cd34"), "vocabulary 32 pieces cd34, not vocabulary 32 pieces ab12"),
-        (("steps_per_epoch 5", "steps_per_epoch 6"), "steps_per_epoch 6, not steps_per_epoch 5"),
-        (("batch_size 8", "batch_size 4"), "batch_size 4, not batch_size 8"),
-        (("\nvocabulary 32 pieces ab12", ""), "nothing, not vocabulary 32 pieces ab12"),
+        (("ab12", "cd34"), "vocabulary is 32 pieces cd34, not 32 pieces ab12"),
+        (('steps_per_epoch": 5', 'steps_per_epoch": 6'), "steps_per_epoch is 6, not 5"),
+        (('batch_size": 8', 'batch_size": 4'), "batch_size is 4, not 8"),
+        ((', "vocabulary": "32 pieces ab12"', ""), "vocabulary is nothing, not 32 pieces ab12"),
     ],
 )
 def test_processes_with_other_data_are_refused(monkeypatch, change, message):
-    task = make_job("32 pieces ab12").task
+    own = make_settings()
     as_process_0_among(monkeypatch, [str, str])
-    check_same_task(task)
+    check_alike(own, STEPS)
     as_process_0_among(monkeypatch, [str, lambda own: own.replace(*change)])
-    message = f"process 2 has another task digits than process 0: {message}. Give all the same data"
+    message = f"process 2 has other settings than process 0: {message}. Give all the same flags"
     with pytest.raises(ValueError, match=message):
-        check_same_task(task)
+        check_alike(own, STEPS)
 
 
 def test_processes_may_differ_in_flags_of_their_own(tmp_path, monkeypatch):
-    others = [lambda own: own, lambda own: own.replace("epochs 5", "epochs 6")]
+    others = [str, lambda own: own.replace('"mesh": "data=5"', '"mesh": "data=6"')]
     as_process_0_among(monkeypatch, others)
-    check_alike(Flags(epochs=4))
-    with pytest.raises(ValueError, match=r"process 2 .* other flags .*: epochs 6, not epochs 5\."):
-        check_alike(Flags(epochs=5))
+    check_alike(make_settings(mesh="data=4"), STEPS)
+    with pytest.raises(ValueError, match=r"process 2 has other settings .*: mesh is data=6, not"):
+        check_alike(make_settings(mesh="data=5"), STEPS)
     said = []
     monkeypatch.setattr(settings, "tell_all", lambda own: said.append(own) or [own])
     for process in (0, 1):
-        check_alike(Flags(process=process, data_dir=tmp_path / str(process)))
+        check_alike(make_settings(process=process, data_dir=tmp_path / str(process)), STEPS)
     assert said[0] == said[1]

@@ -367,7 +367,7 @@ def test_inputs_closed_over_are_refused():
 
 def test_a_plan_of_other_parameters():
     plan = nmjax.make_plan({"other": jnp.ones((8, 4))}, "2:4")
-    with pytest.raises(ValueError, match=r"leaves not in params: \['other'\]"):
+    with pytest.raises(ValueError, match=r"leaves that params does not have: \['other'\]"):
         cost(lambda p, x: x @ p["w"], MATRIX, ROWS, plan=plan)
 
 

@@ -45,7 +45,7 @@ def test_rows(tmp_path):
 def test_what_is_multiplied_dense_takes_as_long_as_that(tmp_path):
     nmjax.save_packed(tmp_path / "a.safetensors", packed_layers("3:4"))
     for row in layer_times.measure(tmp_path / "a.safetensors", 2, 5):
-        assert row["layer"][-1] == "dense"
+        assert row["layer"][-1] == "xla"
         assert row["dense"] == row["packed"]
 
 
@@ -70,7 +70,7 @@ def test_the_command(tmp_path, capsys):
 def test_errors(tmp_path, capsys):
     nmjax.save_packed(tmp_path / "dense.safetensors", {"bias": jnp.ones(3)})
     assert main(["bench", str(tmp_path / "dense.safetensors")]) == 1
-    assert "none of its 1 leaves is packed" in capsys.readouterr().err
+    assert "none of its 1 leaves are packed" in capsys.readouterr().err
     nmjax.save_packed(tmp_path / "a.safetensors", packed_layers("2:4"))
     assert main(["bench", str(tmp_path / "a.safetensors"), "--threads", "1000"]) == 1
     assert "asked for 1000 threads" in capsys.readouterr().err

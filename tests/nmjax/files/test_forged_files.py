@@ -168,7 +168,7 @@ FORGERS += [forge_header, forge_manifest, forge_dtype, swap_tensors]
 
 def assert_valid(tree, size):
     """Whatever loads can be used: positions are where they may be, and in order."""
-    for leaf in jax.tree.leaves(tree, is_leaf=nmjax.packed.packing.is_packed):
+    for leaf in jax.tree.leaves(tree, is_leaf=nmjax.packed.weight.is_packed):
         if isinstance(leaf, PackedNM):
             pattern, plan = leaf.leaf_plan.pattern, leaf.leaf_plan
             assert leaf.values.shape[-3:] == (plan.inputs // pattern.m, pattern.n, plan.outputs)

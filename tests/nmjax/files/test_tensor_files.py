@@ -79,7 +79,7 @@ def test_the_data_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*no"):
+    with pytest.raises(FileNotFoundError, match=r"folder .*no does not exist"):
         write_tensors(tmp_path / "no" / "x", {"x": np.ones(2)}, {})
     with pytest.raises(FileNotFoundError):
         read_tensors(tmp_path / "x")
@@ -95,17 +95,17 @@ def tensor(dtype, shape, end):
 @pytest.mark.parametrize(
     ("header", "body", "complaint"),
     [
-        (tensor("F32", [3], 8), b"12345678", "no safetensors file"),
-        (tensor("F32", [2], 8), b"1234", "no safetensors file"),
-        (tensor("F32", [2], 8), b"123456789", "no safetensors file"),
-        (tensor("F32", [2**62, 8], 8), b"12345678", "no safetensors file"),
+        (tensor("F32", [3], 8), b"12345678", "not a safetensors file"),
+        (tensor("F32", [2], 8), b"1234", "not a safetensors file"),
+        (tensor("F32", [2], 8), b"123456789", "not a safetensors file"),
+        (tensor("F32", [2**62, 8], 8), b"12345678", "not a safetensors file"),
         (tensor("F32", [0, 2**62], 0), b"", "cannot be read"),
         (tensor("F32", [1] * 70, 4), b"1234", "cannot be read"),
         (tensor("F4", [2], 1), b"1", "dtype F4 is not supported"),
-        (tensor("F99", [2], 1), b"1", "no safetensors file"),
+        (tensor("F99", [2], 1), b"1", "not a safetensors file"),
         (tensor("BOOL", [2], 2), b"\0\2", "neither 0 nor 1"),
-        ({"__metadata__": {"a": 1}}, b"", "no safetensors file"),
-        ([], b"", "no safetensors file"),
+        ({"__metadata__": {"a": 1}}, b"", "not a safetensors file"),
+        ([], b"", "not a safetensors file"),
     ],
 )
 def test_forged_headers(tmp_path, header, body, complaint):
@@ -118,7 +118,7 @@ def test_forged_headers(tmp_path, header, body, complaint):
 @pytest.mark.parametrize("data", [b"", b"abc", b"\xff" * 100, struct.pack("<Q", 2**40) + b"{}"])
 def test_no_safetensors_at_all(tmp_path, data):
     (tmp_path / "x").write_bytes(data)
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         read_tensors(tmp_path / "x")
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import nmjax
-from nmjax.kernels.cpu import choice
+from nmjax.kernels import matmul
+from nmjax.kernels.cpu import compiled
 from nmjax.kernels.cpu.library import Library
 
 PARAMS = {
@@ -77,7 +78,7 @@ def test_what_kernels_cannot_take_is_said(pattern, words):
     params = {"kernel": jnp.ones((64, 32))}
     packed = nmjax.pack(params, nmjax.make_plan(params, pattern))["kernel"]
     if nmjax.backends()["ffi"].startswith("ready"):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(NotImplementedError, match=words):
             nmjax.packed_matmul(jnp.ones((1, 64)), packed, implementation="ffi")
     np.testing.assert_allclose(
         nmjax.packed_matmul(jnp.ones((1, 64)), packed), jnp.ones((1, 64)) @ nmjax.unpack(packed)
@@ -85,10 +86,10 @@ def test_what_kernels_cannot_take_is_said(pattern, words):
 
 
 def chosen(monkeypatch, library, pattern, batch, dtype=jnp.float32):
-    monkeypatch.setattr(choice, "load_library", lambda: library)
+    monkeypatch.setattr(compiled, "load_library", lambda: library)
     params = {"kernel": jnp.ones((64, 128), dtype)}
     packed = nmjax.pack(params, nmjax.make_plan(params, pattern))["kernel"]
-    return choice.choose(jnp.dtype(dtype), packed, batch)
+    return matmul.choose(jnp.dtype(dtype), packed, batch)
 
 
 FAST, NONE = Library("avx2"), Library(None, "not built")
@@ -98,17 +99,17 @@ FAST, NONE = Library("avx2"), Library(None, "not built")
     ("library", "pattern", "batch", "name"),
     [
         (FAST, "1x16@0.75", 256, "ffi"),
-        (FAST, "1x16@0.1", 256, "dense"),
-        (FAST, "1x2@0.75", 256, "dense"),
+        (FAST, "1x16@0.1", 256, "xla"),
+        (FAST, "1x2@0.75", 256, "xla"),
         (FAST, "1:16", 1, "ffi"),
-        (FAST, "3:4", 1, "dense"),
-        (Library("portable"), "1x16@0.75", 256, "dense"),
+        (FAST, "3:4", 1, "xla"),
+        (Library("portable"), "1x16@0.75", 256, "xla"),
         (NONE, "1x16@0.75", 4, "gather"),
-        (NONE, "1x16@0.75", 256, "dense"),
-        (NONE, "1x16@0.95", 256, "row by row"),
-        (NONE, "1x64@0.75", 256, "row by row"),
-        (NONE, "1x16@0.75/layer", 4, "dense"),
-        (NONE, "2:4", 1, "dense"),
+        (NONE, "1x16@0.75", 256, "xla"),
+        (NONE, "1x16@0.95", 256, "row_by_row"),
+        (NONE, "1x64@0.75", 256, "row_by_row"),
+        (NONE, "1x16@0.75/layer", 4, "xla"),
+        (NONE, "2:4", 1, "xla"),
     ],
 )
 def test_choice(monkeypatch, library, pattern, batch, name):
@@ -116,11 +117,11 @@ def test_choice(monkeypatch, library, pattern, batch, name):
 
 
 def expected_speedup(monkeypatch, shape, pattern, dtype):
-    monkeypatch.setattr(choice, "load_library", lambda: FAST)
+    monkeypatch.setattr(compiled, "load_library", lambda: FAST)
     params = {"kernel": jax.ShapeDtypeStruct(shape, dtype)}
     plan = nmjax.make_plan(params, pattern)
     packed = jax.eval_shape(lambda params: nmjax.pack(params, plan), params)["kernel"]
-    return choice.expected_speedup(jnp.dtype(dtype), packed)
+    return matmul.expected_speedup(jnp.dtype(dtype), packed)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +161,8 @@ def test_the_dense_product_is_as_fast_as_itself(monkeypatch):
     assert expected_speedup(monkeypatch, (320, 128), "1x16@0.1", jnp.float32) == 1.0
     params = {"kernel": jnp.ones((320, 128))}
     packed = nmjax.pack(params, nmjax.make_plan(params, "1:16"))["kernel"]
-    monkeypatch.setattr(choice, "load_library", lambda: NONE)
-    assert choice.expected_speedup(jnp.dtype(jnp.float32), packed) == 1.0
+    monkeypatch.setattr(compiled, "load_library", lambda: NONE)
+    assert matmul.expected_speedup(jnp.dtype(jnp.float32), packed) == 1.0
 
 
 def test_the_reason_is_in_words(monkeypatch):
@@ -170,15 +171,41 @@ def test_the_reason_is_in_words(monkeypatch):
     assert "float16" in chosen(monkeypatch, FAST, "2:4", 1, jnp.float16).reason
 
 
-@pytest.mark.parametrize("way", ["gather", "row by row", "dense"])
-def test_every_way_in_plain_xla_is_the_same_product(monkeypatch, way):
+@pytest.mark.parametrize("implementation", ["gather", "row_by_row", "xla"])
+def test_every_way_in_plain_xla_is_the_same_product(implementation):
     params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 128)), jnp.float32)}
     packed = nmjax.pack(params, nmjax.make_plan(params, "1x16@0.75"))["kernel"]
     x = jnp.asarray(np.random.default_rng(1).normal(size=(9, 64)), jnp.float32)
-    monkeypatch.setattr("nmjax.kernels.matmul.choose", lambda *_: choice.Choice(way, ""))
-    y = nmjax.packed_matmul(x, packed, jnp.ones(128), activation="relu")
+    y = nmjax.packed_matmul(
+        x, packed, jnp.ones(128), activation="relu", implementation=implementation
+    )
     expected = np.maximum(np.asarray(x, np.float64) @ np.asarray(nmjax.unpack(packed)) + 1, 0)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["gather", "row_by_row", "decode", "cusparselt"])
+def test_what_an_implementation_cannot_do_is_not_implemented(implementation):
+    with pytest.raises(NotImplementedError, match=f'"{implementation}" cannot multiply'):
+        nmjax.packed_conv(IMAGES, CONV, implementation=implementation)
+
+
+def test_a_row_makes_an_implementation(monkeypatch):
+    def never(dtype, packed, rows):
+        raise NotImplementedError("not on Tuesdays")
+
+    double = matmul.Row(
+        lambda x, packed, bias, activation: 2 * (x @ packed.unpack()),
+        None,
+        lambda dtype, packed, rows: None,
+        lambda packed, rows: "it is new",
+    )
+    table = {"double": double, **matmul.IMPLEMENTATIONS}
+    monkeypatch.setattr(matmul, "IMPLEMENTATIONS", table)
+    np.testing.assert_allclose(nmjax.packed_matmul(X, DENSE), 2 * (X @ DENSE.unpack()))
+    table["double"] = double._replace(check=never)
+    np.testing.assert_allclose(nmjax.packed_matmul(X, DENSE), X @ DENSE.unpack())  # The next one.
+    with pytest.raises(NotImplementedError, match=r'"double" cannot multiply.*not on Tuesdays'):
+        nmjax.packed_matmul(X, DENSE, implementation="double")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32, jnp.bfloat16])
@@ -206,7 +233,7 @@ def test_weights_without_a_fast_product_are_unpacked_once(monkeypatch):
 
 
 def test_a_stack_is_unpacked_if_its_layers_are_slow(monkeypatch):
-    monkeypatch.setattr(choice, "load_library", lambda: FAST)
+    monkeypatch.setattr(compiled, "load_library", lambda: FAST)
     stacks = jax.tree.map(lambda w: jnp.ones((3, *w.shape)), PARAMS)
     for pattern in ("2:4", "1x16@0.5", "1x16@0.5/layer"):
         ready = nmjax.unpack_slow(nmjax.pack(stacks, nmjax.make_plan(PARAMS, pattern)))

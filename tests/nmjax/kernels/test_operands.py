@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import nmjax
-from nmjax.kernels.operands import Window, as_window, kernel_taps, one_layer, stack_of
+from nmjax.kernels.operands import Window, as_window
 
 SHAPES = {"dense": (16, 32), "line": (3, 16, 32), "conv": (3, 3, 16, 32)}
 PATTERNS = ["2:4", "2:4/kernel", "1x16@0.5", "1x16@0.5/layer"]
@@ -35,15 +35,15 @@ def test_a_stack_is_told_from_taps(pattern, planned):
     for name, shape in SHAPES.items():
         leaf = packed[name]["kernel"]
         if name != "dense":
-            assert kernel_taps(leaf) == shape[:-2]
-            assert stack_of(leaf) == (4,)
-        layer = one_layer(leaf)
+            assert leaf.kernel_taps == shape[:-2]
+            assert leaf.stack == (4,)
+        layer = leaf.first_layer()
         assert layer.shape == shape
         np.testing.assert_array_equal(nmjax.unpack(layer), dense[name]["kernel"][0])
-        assert kernel_taps(layer) == shape[:-2]
-        assert stack_of(layer) == ()
-        assert one_layer(layer).shape == shape
-        assert jax.eval_shape(one_layer, leaf).shape == shape
+        assert layer.kernel_taps == shape[:-2]
+        assert layer.stack == ()
+        assert layer.first_layer().shape == shape
+        assert jax.eval_shape(lambda packed: packed.first_layer(), leaf).shape == shape
 
 
 def test_numbers_of_a_window_may_be_numpys():

@@ -292,7 +292,7 @@ def test_kernels_refuse_a_batch_sharded_over_explicit_axes():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
     x = jax.device_put(numbers((8, 16)), jax.NamedSharding(mesh, PartitionSpec("data")))
     packed = packed_weight((16, 32), "1x4@0.5")
-    with pytest.raises(ValueError, match=r"explicit axes of a mesh; use jax\.shard_map"):
+    with pytest.raises(NotImplementedError, match=r"explicit axes of a mesh; use jax\.shard_map"):
         nmjax.packed_matmul(x, packed, implementation="ffi")
 
 
@@ -320,7 +320,7 @@ def test_an_index_out_of_range_is_refused_not_read():
 
 
 def test_nothing_of_the_dense_weight_is_computed():
-    if not load_library().is_fast:
+    if load_library().instruction_set in (None, "portable"):
         pytest.skip("the weight is unpacked here")
     packed, x = packed_weight((96, 80), "1x16@0.75"), numbers((20, 96))
     text = jax.jit(nmjax.packed_matmul).lower(x, packed).compile().as_text()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import nmjax
 from nmjax.kernels import quantized
 from nmjax.kernels.quantized import dequantize, quantize
-from nmjax.packed.nm import unpack_nm
+from nmjax.packed.nm import PackedNM
 
 SHAPES = ((8, 1), (16, 5), (40, 3))
 
@@ -91,7 +91,7 @@ def test_products_by_definition(seed, activation):
     bias = rng.normal(size=5).astype(np.float32)
     y = jax.jit(quantized.matmul, static_argnums=3)(x, made, bias, activation)
     assert y.dtype == jnp.bfloat16
-    back = jax.jit(lambda w: unpack_nm(dequantize(w, jnp.dtype(jnp.float32))))(made)
+    back = jax.jit(lambda w: PackedNM.unpack(dequantize(w, jnp.dtype(jnp.float32))))(made)
     expected = np.asarray(x, np.float64) @ np.asarray(back, np.float64) + bias
     expected = np.maximum(expected, 0) if activation else expected
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5)

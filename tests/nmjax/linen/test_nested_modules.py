@@ -75,7 +75,7 @@ def test_parts_that_belong_to_another_module_are_refused():
         def __call__(self, x):
             return linen.sparsify(nn.Sequential([nn.Dense(8), nn.Dense(4)]), "2:4")(x)
 
-    with pytest.raises(ValueError, match="make them in setup, or with parent=None"):
+    with pytest.raises(ValueError, match="create them in setup, or with parent=None"):
         Compact().apply(Compact().init(KEY, X), X)
 
 

@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
-def test_scanned_and_rematerialised_layers(pattern):
+def test_scanned_and_rematerialized_layers(pattern):
     pruned, packed = pruned_and_packed(Scanned(), X, pattern)
     y = jax.jit(packed_apply(Scanned()))(packed, X)
     np.testing.assert_allclose(y, Scanned().apply(pruned, X), rtol=1e-5, atol=1e-5)

@@ -238,7 +238,7 @@ def test_what_is_no_module(module):
 
 
 def test_a_selection_beside_a_plan():
-    with pytest.raises(TypeError, match=r"\['exclude'\] belong to nmjax.make_plan"):
+    with pytest.raises(TypeError, match=r"\['exclude'\] are arguments of nmjax.make_plan"):
         linen.sparsify(Network(), PLAN, exclude="head")
 
 
@@ -256,7 +256,7 @@ def test_parameters_that_do_not_fit():
     sparse = linen.sparsify(Network(width=32), PLAN)
     with pytest.raises(ValueError, match="do not fit the plan"):
         sparse.apply(sparse.init(KEY, X), X)
-    with pytest.raises(ValueError, match="groups may not straddle"):
+    with pytest.raises(ValueError, match="do not divide into whole groups"):
         linen.sparsify(Network(), "2:3").apply(VARIABLES, X)
 
 

@@ -111,7 +111,9 @@ def test_norms(dtype):
 def test_scores_by_name():
     assert scores.block_score("bpar") is scores.block_angular_redundancy
     assert scores.block_score(scores.block_l2) is scores.block_l2
-    with pytest.raises(ValueError, match="'l3'; there are l1, l2, bpar"):
+    with pytest.raises(
+        ValueError, match="unknown block score 'l3'; the known scores are l1, l2, bpar"
+    ):
         scores.block_score("l3")
-    with pytest.raises(TypeError, match="a name or a function, got 1"):
+    with pytest.raises(TypeError, match="must be a name or a function, got 1"):
         scores.block_score(1)

@@ -13,13 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nmjax
 from nmjax import NM, Block1xN, LeafPlan
-from nmjax.packed.blocks import (
-    PackedBlocks,
-    block_misfits,
-    check_packed_blocks,
-    pack_blocks,
-    unpack_blocks,
-)
+from nmjax.packed.blocks import PackedBlocks
 from nmjax.pruning import leaf_mask
 from tests.nmjax.float_bits import DTYPES, any_bits, bits_of
 
@@ -29,7 +23,7 @@ def mask_of(w, plan):
 
 
 def packed_of(w, plan):
-    return pack_blocks(w, mask_of(w, plan), plan)
+    return PackedBlocks.pack(w, mask_of(w, plan), plan)
 
 
 def on_host(packed):
@@ -81,9 +75,9 @@ def weights(draw):
 def test_packing_is_exact_and_as_documented(case):
     w, plan = case
     mask = mask_of(w, plan)
-    packed = pack_blocks(w, mask, plan)
+    packed = PackedBlocks.pack(w, mask, plan)
     assert (packed.shape, packed.dtype) == (w.shape, w.dtype)
-    np.testing.assert_array_equal(bits_of(unpack_blocks(packed)), np.where(mask, bits_of(w), 0))
+    np.testing.assert_array_equal(bits_of(packed.unpack()), np.where(mask, bits_of(w), 0))
     expected = spelled_out(bits_of(w), mask, plan)
     blocks = [block for rows in expected for row in rows for block in row]
     np.testing.assert_array_equal(packed.indices.ravel(), [i for i, _ in blocks])
@@ -97,7 +91,7 @@ def test_packing_is_exact_and_as_documented(case):
         pointers = np.asarray(packed.row_pointers).reshape(len(expected), -1)
         np.testing.assert_array_equal(np.diff(pointers), counts)
         assert (pointers[:, 0] == 0).all()
-    check_packed_blocks(on_host(packed))
+    PackedBlocks.check(on_host(packed))
 
 
 UNIFORM = LeafPlan(Block1xN(2, 0.5), (-2,), (-1,), (6, 4))
@@ -112,7 +106,7 @@ def test_indices_are_as_narrow_as_they_can_be(inputs, dtype):
     packed = packed_of(w, plan)
     assert packed.indices.dtype == dtype
     assert packed.indices[0, -1] == inputs - 1
-    np.testing.assert_array_equal(unpack_blocks(packed), jnp.where(mask_of(w, plan), w, 0))
+    np.testing.assert_array_equal(packed.unpack(), jnp.where(mask_of(w, plan), w, 0))
 
 
 # Masks that keep fewer, or more
@@ -121,28 +115,29 @@ def test_indices_are_as_narrow_as_they_can_be(inputs, dtype):
 @given(st.lists(st.booleans(), min_size=24, max_size=24), st.sampled_from([UNIFORM, LAYER]))
 def test_masks_that_keep_fewer(bits, plan):
     mask = jnp.array(bits).reshape(6, 4) & mask_of(WEIGHTS, plan)
-    packed = pack_blocks(-WEIGHTS, mask, plan)
-    check_packed_blocks(on_host(packed))
+    packed = PackedBlocks.pack(-WEIGHTS, mask, plan)
+    PackedBlocks.check(on_host(packed))
     expected = jnp.where(mask, -WEIGHTS, 0)
-    np.testing.assert_array_equal(bits_of(unpack_blocks(packed)), bits_of(expected))
+    np.testing.assert_array_equal(bits_of(packed.unpack()), bits_of(expected))
 
 
 def test_rows_that_keep_too_many_become_nan():
     mask = mask_of(WEIGHTS, UNIFORM).at[:, :2].set(True)
-    dense = unpack_blocks(jax.jit(pack_blocks, static_argnums=2)(WEIGHTS, mask, UNIFORM))
+    packed = jax.jit(PackedBlocks.pack, static_argnums=2)(WEIGHTS, mask, UNIFORM)
+    dense = packed.unpack()
     assert jnp.isnan(dense[:, :2]).sum() == 6
     assert not jnp.isnan(dense[:, 2:]).any()
-    assert jnp.isnan(unpack_blocks(pack_blocks(WEIGHTS, mask, LAYER))).sum() == 12
+    assert jnp.isnan(PackedBlocks.unpack(PackedBlocks.pack(WEIGHTS, mask, LAYER))).sum() == 12
 
 
 def test_misfits_are_counted():
-    assert block_misfits(WEIGHTS != 0, UNIFORM) == (6, 12)
-    assert block_misfits(mask_of(WEIGHTS, UNIFORM), UNIFORM) == (0, 12)
+    assert PackedBlocks.misfits(WEIGHTS != 0, UNIFORM) == (6, 12)
+    assert PackedBlocks.misfits(mask_of(WEIGHTS, UNIFORM), UNIFORM) == (0, 12)
     # One row keeps all 6 inputs, the other none: 3 too many for a row, none for the layer.
     one_row = jnp.zeros((6, 4), bool).at[:, 1].set(True)
-    assert block_misfits(one_row, UNIFORM) == (3, 12)
-    assert block_misfits(one_row, LAYER) == (0, 12)
-    assert block_misfits(one_row.at[2, 3].set(True), LAYER) == (1, 12)
+    assert PackedBlocks.misfits(one_row, UNIFORM) == (3, 12)
+    assert PackedBlocks.misfits(one_row, LAYER) == (0, 12)
+    assert PackedBlocks.misfits(one_row.at[2, 3].set(True), LAYER) == (1, 12)
 
 
 # As a pytree node
@@ -154,9 +149,9 @@ def test_it_is_its_arrays_for_jax(plan):
     leaves, structure = jax.tree.flatten(packed)
     assert [x.dtype for x in leaves] == ["float32", "uint8"] + ["int32"] * (plan is LAYER)
     again = jax.tree.unflatten(structure, leaves)
-    np.testing.assert_array_equal(unpack_blocks(again), unpack_blocks(packed))
+    np.testing.assert_array_equal(PackedBlocks.unpack(again), packed.unpack())
     moved = jax.device_put(packed, jax.devices()[1])
-    np.testing.assert_array_equal(unpack_blocks(moved), unpack_blocks(packed))
+    np.testing.assert_array_equal(PackedBlocks.unpack(moved), packed.unpack())
 
 
 @pytest.mark.parametrize("plan", [UNIFORM, LAYER])
@@ -166,9 +161,9 @@ def test_stacks_are_mapped_and_scanned(plan):
     mapped = jax.vmap(lambda w: packed_of(w, plan))(stack)
     jax.tree.map(np.testing.assert_array_equal, packed, mapped)
     pruned = jnp.where(mask_of(stack, plan), stack, 0)
-    np.testing.assert_array_equal(unpack_blocks(packed), pruned)
-    np.testing.assert_array_equal(jax.vmap(unpack_blocks)(packed), pruned)
-    _, scanned = jax.lax.scan(lambda _, layer: (None, unpack_blocks(layer)), None, packed)
+    np.testing.assert_array_equal(packed.unpack(), pruned)
+    np.testing.assert_array_equal(jax.vmap(PackedBlocks.unpack)(packed), pruned)
+    _, scanned = jax.lax.scan(lambda _, layer: (None, PackedBlocks.unpack(layer)), None, packed)
     np.testing.assert_array_equal(scanned, pruned)
     assert packed.shape == (3, 6, 4)
 
@@ -178,7 +173,7 @@ def test_shapes_without_values(plan):
     packed = jax.eval_shape(lambda w: packed_of(w, plan), WEIGHTS)
     assert (packed.shape, packed.dtype) == ((6, 4), jnp.float32)
     assert packed.nbytes == packed_of(WEIGHTS, plan).nbytes == 6 * (8 + 1) + 12 * (plan is LAYER)
-    assert jax.eval_shape(unpack_blocks, packed).shape == (6, 4)
+    assert jax.eval_shape(PackedBlocks.unpack, packed).shape == (6, 4)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -190,9 +185,11 @@ def test_rows_may_be_sharded(axis_type):
     expected = jnp.where(mask_of(w, plan), w, 0)
     with jax.set_mesh(mesh):
         mask = jax.device_put(mask_of(w, plan), sharding)
-        packed = jax.jit(pack_blocks, static_argnums=2)(jax.device_put(w, sharding), mask, plan)
+        packed = jax.jit(PackedBlocks.pack, static_argnums=2)(
+            jax.device_put(w, sharding), mask, plan
+        )
         assert packed.values.sharding.spec[0] == packed.indices.sharding.spec[0] == "d"
-        np.testing.assert_array_equal(unpack_blocks(packed), expected)
+        np.testing.assert_array_equal(packed.unpack(), expected)
 
 
 # Sizes
@@ -257,11 +254,11 @@ def indices(*numbers):
 )
 def test_what_pack_could_not_have_made(packed, complaint):
     with pytest.raises(ValueError, match=complaint):
-        check_packed_blocks(packed)
+        PackedBlocks.check(packed)
 
 
 def test_another_pattern():
     with pytest.raises(TypeError, match="PackedBlocks holds 1xN weights"):
-        unpack_blocks(
+        PackedBlocks.unpack(
             PackedBlocks(WEIGHTS, WEIGHTS, None, dataclasses.replace(UNIFORM, pattern=NM(2, 4)))
         )

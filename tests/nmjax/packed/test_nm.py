@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nmjax
 from nmjax import NM, LeafPlan
-from nmjax.packed.nm import PackedNM, check_packed_nm, nm_misfits, pack_nm, unpack_nm
+from nmjax.packed.nm import PackedNM
 from nmjax.pruning import leaf_mask
 from tests.nmjax.float_bits import DTYPES, any_bits, bits_of
 
@@ -25,7 +25,7 @@ def mask_of(w, plan):
 
 
 def packed_of(w, plan):
-    return pack_nm(w, mask_of(w, plan), plan)
+    return PackedNM.pack(w, mask_of(w, plan), plan)
 
 
 def on_host(packed):
@@ -87,9 +87,9 @@ def weights(draw, dtypes=DTYPES):
 def test_packing_is_exact_and_as_documented(case):
     w, plan = case
     mask = mask_of(w, plan)
-    packed = pack_nm(w, mask, plan)
+    packed = PackedNM.pack(w, mask, plan)
     assert (packed.shape, packed.dtype) == (w.shape, w.dtype)
-    np.testing.assert_array_equal(bits_of(unpack_nm(packed)), np.where(mask, bits_of(w), 0))
+    np.testing.assert_array_equal(bits_of(packed.unpack()), np.where(mask, bits_of(w), 0))
     np.testing.assert_array_equal(packed.codes, spelled_out(mask, plan))
     m, table = plan.pattern.m, columns(mask, plan)
     places = table.reshape(*table.shape[:-1], -1, m).nonzero()[-1]
@@ -97,7 +97,7 @@ def test_packing_is_exact_and_as_documented(case):
     np.testing.assert_array_equal(positions.ravel(), places)
     kept = columns(bits_of(w), plan)[table]
     np.testing.assert_array_equal(np.moveaxis(bits_of(packed.values), -1, -3).ravel(), kept)
-    check_packed_nm(on_host(packed))
+    PackedNM.check(on_host(packed))
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
@@ -105,10 +105,10 @@ def test_every_pattern(n, m):
     plan = LeafPlan(NM(n, m), (-2,), (-1,), (2 * m, 3))
     w = any_bits(np.random.default_rng(m), plan.shape, "bfloat16")
     mask = mask_of(w, plan)
-    packed = pack_nm(w, mask, plan)
-    np.testing.assert_array_equal(bits_of(unpack_nm(packed)), np.where(mask, bits_of(w), 0))
+    packed = PackedNM.pack(w, mask, plan)
+    np.testing.assert_array_equal(bits_of(packed.unpack()), np.where(mask, bits_of(w), 0))
     np.testing.assert_array_equal(packed.codes, spelled_out(mask, plan))
-    check_packed_nm(on_host(packed))
+    PackedNM.check(on_host(packed))
 
 
 def test_float64():
@@ -117,14 +117,14 @@ def test_float64():
         w = any_bits(np.random.default_rng(0), plan.shape, "float64")
         packed = packed_of(w, plan)
         expected = np.where(mask_of(w, plan), bits_of(w), 0)
-        np.testing.assert_array_equal(bits_of(unpack_nm(packed)), expected)
+        np.testing.assert_array_equal(bits_of(packed.unpack()), expected)
 
 
 def test_a_dtype_of_half_bytes_is_refused():
     plan = LeafPlan(NM(2, 4), (-2,), (-1,), (8, 3))
     w = jnp.zeros(plan.shape, jnp.float4_e2m1fn)
     with pytest.raises(TypeError, match="float4_e2m1fn"):
-        pack_nm(w, jnp.zeros(plan.shape, bool), plan)
+        PackedNM.pack(w, jnp.zeros(plan.shape, bool), plan)
 
 
 # Masks that keep fewer, or more
@@ -137,23 +137,23 @@ WEIGHTS = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
 @given(st.lists(st.booleans(), min_size=24, max_size=24))
 def test_masks_that_keep_fewer(bits):
     mask = jnp.array(bits).reshape(8, 3) & mask_of(WEIGHTS, MATRIX)
-    packed = pack_nm(-WEIGHTS, mask, MATRIX)
-    check_packed_nm(on_host(packed))
-    np.testing.assert_array_equal(bits_of(unpack_nm(packed)), bits_of(jnp.where(mask, -WEIGHTS, 0)))
+    packed = PackedNM.pack(-WEIGHTS, mask, MATRIX)
+    PackedNM.check(on_host(packed))
+    np.testing.assert_array_equal(bits_of(packed.unpack()), bits_of(jnp.where(mask, -WEIGHTS, 0)))
 
 
 def test_groups_that_keep_too_many_become_nan():
     mask = mask_of(WEIGHTS, MATRIX).at[:4, 1].set(True)
-    dense = unpack_nm(jax.jit(pack_nm, static_argnums=2)(WEIGHTS, mask, MATRIX))
+    dense = PackedNM.unpack(jax.jit(PackedNM.pack, static_argnums=2)(WEIGHTS, mask, MATRIX))
     assert jnp.isnan(dense[:4, 1]).sum() == 2
     assert not jnp.isnan(dense[4:]).any()
     assert not jnp.isnan(dense[:, [0, 2]]).any()
 
 
 def test_misfits_are_counted():
-    assert nm_misfits(WEIGHTS != 0, MATRIX) == (6, 6)
-    assert nm_misfits(mask_of(WEIGHTS, MATRIX), MATRIX) == (0, 6)
-    assert nm_misfits(mask_of(WEIGHTS, MATRIX).at[:3, 1].set(True), MATRIX) == (1, 6)
+    assert PackedNM.misfits(WEIGHTS != 0, MATRIX) == (6, 6)
+    assert PackedNM.misfits(mask_of(WEIGHTS, MATRIX), MATRIX) == (0, 6)
+    assert PackedNM.misfits(mask_of(WEIGHTS, MATRIX).at[:3, 1].set(True), MATRIX) == (1, 6)
 
 
 # As a pytree node
@@ -164,14 +164,14 @@ def test_it_is_two_arrays_for_jax():
     leaves, structure = jax.tree.flatten(packed)
     assert [x.dtype for x in leaves] == ["float32", "uint8"]
     again = jax.tree.unflatten(structure, leaves)
-    np.testing.assert_array_equal(unpack_nm(again), unpack_nm(packed))
+    np.testing.assert_array_equal(PackedNM.unpack(again), packed.unpack())
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(packed)]
     assert names == [".values", ".codes"]
     twice = jax.tree.map(lambda x: x + x if x.dtype == jnp.float32 else x, packed)
-    np.testing.assert_array_equal(unpack_nm(twice), 2 * unpack_nm(packed))
+    np.testing.assert_array_equal(PackedNM.unpack(twice), 2 * packed.unpack())
     moved = jax.device_put(packed, jax.devices()[1])
     assert moved.values.devices() == {jax.devices()[1]}
-    np.testing.assert_array_equal(unpack_nm(moved), unpack_nm(packed))
+    np.testing.assert_array_equal(PackedNM.unpack(moved), packed.unpack())
 
 
 def test_equal_plans_compile_once():
@@ -180,7 +180,7 @@ def test_equal_plans_compile_once():
     @jax.jit
     def total(packed):
         traces.append(packed)
-        return unpack_nm(packed).sum()
+        return packed.unpack().sum()
 
     for _ in range(2):
         total(packed_of(WEIGHTS, dataclasses.replace(MATRIX)))
@@ -193,8 +193,8 @@ def test_stacks_are_mapped_and_scanned():
     mapped = jax.vmap(lambda w: packed_of(w, MATRIX))(stack)
     jax.tree.map(np.testing.assert_array_equal, packed, mapped)
     pruned = jnp.where(mask_of(stack, MATRIX), stack, 0)
-    np.testing.assert_array_equal(jax.vmap(unpack_nm)(packed), pruned)
-    _, scanned = jax.lax.scan(lambda _, layer: (None, unpack_nm(layer)), None, packed)
+    np.testing.assert_array_equal(jax.vmap(PackedNM.unpack)(packed), pruned)
+    _, scanned = jax.lax.scan(lambda _, layer: (None, PackedNM.unpack(layer)), None, packed)
     np.testing.assert_array_equal(scanned, pruned)
     assert packed.shape == (3, 8, 3)
     assert jax.tree.map(lambda x: x[0], packed).shape == (8, 3)
@@ -204,7 +204,7 @@ def test_shapes_without_values():
     packed = jax.eval_shape(lambda w: packed_of(w, MATRIX), WEIGHTS)
     assert (packed.shape, packed.dtype) == ((8, 3), jnp.float32)
     assert packed.nbytes == packed_of(WEIGHTS, MATRIX).nbytes == 12 * 4 + 3
-    assert jax.eval_shape(unpack_nm, packed).shape == (8, 3)
+    assert jax.eval_shape(PackedNM.unpack, packed).shape == (8, 3)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -216,7 +216,7 @@ def test_outputs_may_be_sharded(axis_type):
     with jax.set_mesh(mesh):
         packed = jax.jit(lambda w: packed_of(w, plan))(jax.device_put(w, sharding))
         assert packed.values.sharding.spec[-1] == packed.codes.sharding.spec[-1] == "d"
-        np.testing.assert_array_equal(unpack_nm(packed), jnp.where(mask_of(w, plan), w, 0))
+        np.testing.assert_array_equal(packed.unpack(), jnp.where(mask_of(w, plan), w, 0))
 
 
 # Sizes
@@ -270,26 +270,26 @@ RAGGED = LeafPlan(NM(2, 4), (-2,), (-1,), (4, 3))
 )
 def test_what_pack_could_not_have_made(packed, complaint):
     with pytest.raises(ValueError, match=complaint):
-        check_packed_nm(packed)
+        PackedNM.check(packed)
 
 
 def test_unused_bits_and_wrong_bitmasks():
     w = WEIGHTS[:4]
     packed = packed_of(w, RAGGED)
-    check_packed_nm(packed)
+    PackedNM.check(packed)
     with pytest.raises(ValueError, match="unused bits"):
-        check_packed_nm(dataclasses.replace(packed, codes=np.asarray(packed.codes) | 0x80))
+        PackedNM.check(dataclasses.replace(packed, codes=np.asarray(packed.codes) | 0x80))
     plan = LeafPlan(NM(4, 8), (-2,), (-1,), (8, 3))
     packed = packed_of(WEIGHTS, plan)
     with pytest.raises(ValueError, match="1 groups do not keep 4 of 8"):
-        check_packed_nm(dataclasses.replace(packed, codes=np.array([[0x0F, 0x1F, 0xF0]], np.uint8)))
+        PackedNM.check(dataclasses.replace(packed, codes=np.array([[0x0F, 0x1F, 0xF0]], np.uint8)))
 
 
 def test_positions_beyond_the_group():
     plan = LeafPlan(NM(1, 3), (-2,), (-1,), (3, 1))
     packed = packed_of(WEIGHTS[:3, :1], plan)
     with pytest.raises(ValueError, match="1 groups do not keep 1 of 3"):
-        check_packed_nm(dataclasses.replace(packed, codes=np.array([[3]], np.uint8)))
+        PackedNM.check(dataclasses.replace(packed, codes=np.array([[3]], np.uint8)))
 
 
 def test_another_pattern():

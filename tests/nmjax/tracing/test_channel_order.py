@@ -80,7 +80,11 @@ def test_blocks_of_sorted_channels_keep_more():
 @pytest.mark.parametrize(
     ("channels", "order", "message"),
     [
-        (Channels((("none", -1),)), range(8), "no leaf is called 'none'; there are depthwise/bias"),
+        (
+            Channels((("none", -1),)),
+            range(8),
+            "no leaf is named 'none'; the leaves are",
+        ),
         (Channels((("first/bias", -2),)), range(8), r"first/bias of shape \(8,\) has no axis -2"),
         (
             Channels((("first/kernel", -1),), (("first/kernel", -2),)),

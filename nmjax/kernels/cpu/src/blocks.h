@@ -14,7 +14,7 @@ constexpr int kPixelVectors = 3, kOutputs = 4;
 #endif
 constexpr int kTile = kPixelVectors * kLanes;
 
-// So many blocks ahead their pixels are fetched into the cache.
+// How many blocks ahead their pixels are fetched into the cache.
 constexpr int kAhead = kRoomAhead;
 
 // do_tile(where in the panels, which pixel of them all, how many pixels from there on).

@@ -85,7 +85,7 @@ inline Grid make_grid(int64_t images, const int64_t (&input)[2], const int64_t (
           {places[0][i] * across + places[1][j], steps[0][i] * sizes[1] + steps[1][j]});
     }
   }
-  // Where an output needs one pixel, images are a longer list of pixels and leave no gaps.
+  // If an output needs one pixel only, all images are one list of pixels without gaps.
   if (grid.taps.size() == 1 && images > 1) {
     const auto repeat = [&](std::vector<int64_t>& table, int64_t size) {
       const int64_t count = table.size();

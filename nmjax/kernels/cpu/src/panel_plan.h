@@ -17,11 +17,11 @@ constexpr int64_t kPixelsAtOnce = 256;  // that share the reading of a weight
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Room for so many numbers in an odd number of cache lines: rows whose distance is a power of two
+// Rounds up to an odd number of cache lines: rows whose distance is a power of two
 // would share a few sets of the cache.
 inline int64_t odd_lines(int64_t numbers) { return (ceil_div(numbers, kLine) | 1) * kLine; }
 
-// Work that takes less than some 20 microseconds is not worth waking a thread.
+// Waking a thread does not pay for less than about 20 microseconds of work.
 inline int64_t useful_threads(int64_t multiply_adds, int64_t threads) {
   return multiply_adds < 2'000'000 ? 1 : threads;
 }
@@ -41,7 +41,7 @@ inline float number_at(Tensor tensor, int64_t at) {
 
 // Panels are as narrow as they can be, so that the features at hand lie on few memory pages. Where
 // every output needs one pixel that is a tile. Taps need the pixels around it too, and for them
-// panels are wider, since neighbouring panels overlap.
+// panels are wider, since neighboring panels overlap.
 struct PanelPlan {
   Type type;
   int64_t outputs;           // pixels that a panel computes
@@ -66,7 +66,7 @@ struct PanelPlan {
   }
 };
 
-// Packs the features [begin, end) of one panel of an image; beyond its last one there is nothing.
+// Packs features [begin, end) of one panel of an image; does nothing beyond the last panel.
 inline void pack_panel(const Kernels& kernels, const PanelPlan& plan, const Grid& grid, Tensor x,
                        int64_t image, int64_t panel, Tensor to, int64_t begin, int64_t end) {
   if (panel >= plan.panels) return;

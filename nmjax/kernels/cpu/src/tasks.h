@@ -2,7 +2,7 @@
 //
 // A panel holds input pixels feature by feature: feature k of pixel p is panel[k * stride + p].
 // A pixel is whatever one output position is computed for: a row of a matmul's batch, or a pixel of
-// an image. Several neighbouring pixels fill a vector, so a weight is broadcast and never gathered.
+// an image. Several neighboring pixels fill a vector, so a weight is broadcast and never gathered.
 #pragma once
 
 #include <cstdint>

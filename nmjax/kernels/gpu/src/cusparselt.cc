@@ -177,7 +177,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_prepare, prepare, bind_product<kI
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_matmul, matmul, bind_product<kExecute>(),
                               {ffi::Traits::kCmdBufferCompatible});
 
-// It synchronises with the device, so no CUDA graph takes it.
+// It synchronizes with the device, so no CUDA graph takes it.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_cusparselt_search, search, bind_product<kExecute>());
 
 // What the last search of this process found: config, split_k, split_k_mode, bytes of workspace.

@@ -44,7 +44,7 @@ struct Algorithm {
 
 struct Found {
   Algorithm algorithm;
-  size_t workspace = 0;  // Bytes that it wants.
+  size_t workspace = 0;  // Bytes that it needs.
 };
 
 enum class Activation { kNone, kRelu, kGelu };
@@ -259,7 +259,7 @@ class Device {
                          int, int>;
   static constexpr size_t kMostPlans = 4096;
 
-  // As much of what a search found as a plan can be asked for, and the workspace that this wants,
+  // As much of a search result as a plan can be asked for, and the workspace that this needs,
   // which may be more than was searched with.
   Complaint repeatable(const Product& product, const Algorithm& fastest, Found* found) {
     Complaint wrong;

@@ -5,7 +5,7 @@
 // A lane of `mma` m16n8k16 holds entries k = 2t, 2t+1, 2t+8, 2t+9 of two rows of A and one column
 // of B (t = lane % 4). The sum may run in any order, so those four are a group of the weight: a
 // lane expands whole groups and reads the four entries of x that belong to them in one load. Rows
-// of A may be any outputs, so a lane takes neighbouring ones, which are neighbours in memory.
+// of A may be any outputs, so a lane takes neighboring ones, which are neighbors in memory.
 #pragma once
 
 #include <cstdint>

@@ -75,7 +75,7 @@ def sr_ste_training(w, x):
 
 
 def sparse_dense(w, x):
-    return jax.value_and_grad(lambda w, x: nmjax.sparse_dense(x, w).sum(), (0, 1))(w, x)
+    return jax.value_and_grad(lambda w, x: nmjax.kernels.sparse_dense(x, w).sum(), (0, 1))(w, x)
 
 
 def with_cusparselt(w, x):
@@ -86,7 +86,8 @@ def with_cusparselt(w, x):
 def with_decode(w, x):
     plan = nmjax.make_plan({"w": w}, "2:4")
     packed = nmjax.pack({"w": w}, plan)["w"]
-    return decode.matmul(x, packed), decode.matmul(x, quantized.quantize(packed))
+    w = quantized.quantize(packed)
+    return decode.matmul(x, packed), decode.matmul(x, w.packed, scales=w.scales)
 
 
 def main():

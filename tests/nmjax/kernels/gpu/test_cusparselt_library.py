@@ -45,7 +45,7 @@ def test_missing_headers_are_named(monkeypatch, tmp_path):
     for name in ("driver_types.h", "cusparse.h"):
         (tmp_path / name).touch()
     header = tmp_path / "cusparseLt.h"
-    for version, obstacle in ((7, "is of version 0.7.1, too old: pip"), (8, None), (10, None)):
+    for version, obstacle in ((7, "has version 0.7.1, too old: pip"), (8, None), (10, None)):
         lines = zip(("MAJOR", "MINOR", "PATCH"), (0, version, 1), strict=True)
         header.write_text("".join(f"#define CUSPARSELT_VER_{name} {n}\n" for name, n in lines))
         found = build.why_no_cusparselt()

@@ -1,5 +1,7 @@
 """What cuSPARSELt takes: rules and sizes, against what version 0.10.0 was recorded to answer."""
 
+import contextlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 import nmjax
 from nmjax.kernels.gpu import cusparselt_limits as limits
+from nmjax.kernels.gpu.cusparselt import check_semi_structured
 from nmjax.patterns import NM
 
 
@@ -23,10 +26,10 @@ def test_which_patterns_are_2_4(n, m, seed):
     w = np.random.default_rng(seed).normal(size=(48, 4))
     mask = np.asarray(nmjax.nm_mask(jnp.asarray(w, jnp.float32), n, m))
     fits = (mask.reshape(12, 4, 4).sum(axis=1) <= 2).all()
-    if limits.is_2_4(NM(n, m)):
+    if NM(n, m).is_semi_structured:
         assert fits
     worst = np.arange(48) % m < n  # The kept ones of each group in a row.
-    assert limits.is_2_4(NM(n, m)) == (worst.reshape(12, 4).sum(axis=1) <= 2).all()
+    assert NM(n, m).is_semi_structured == (worst.reshape(12, 4).sum(axis=1) <= 2).all()
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,8 @@ def test_which_patterns_are_2_4(n, m, seed):
 )
 def test_which_layers_sparse_tensor_cores_run(pattern, shape, fits):
     packed = packed_leaf(pattern, shape, jnp.float32)
-    assert (limits.why_not_2_4(packed) is None) == fits
+    with contextlib.nullcontext() if fits else pytest.raises(NotImplementedError):
+        check_semi_structured(packed)
 
 
 # Rows and inputs of the matrix, then bytes of its compressed form and of the buffer to make it:
@@ -100,24 +104,28 @@ def test_a_bias_has_a_dtype_of_its_own_for_integers():
     ],
 )
 def test_matrices_that_are_refused(dtype, shape, transposed, words):
-    assert words in limits.why_not_matrix(jnp.dtype(dtype), shape, transposed)
+    with pytest.raises(NotImplementedError, match=words):
+        limits.check_matrix(jnp.dtype(dtype), shape, transposed)
 
 
 def test_results_and_activations_that_are_refused():
     for dtype, results in limits.RESULTS.items():
         for result in results:
             for activation in (None, "relu"):
-                assert (
-                    limits.why_not_result(jnp.dtype(dtype), jnp.dtype(result), activation) is None
-                )
+                limits.check_result(jnp.dtype(dtype), jnp.dtype(result), activation)
     bfloat16, int8 = jnp.dtype("bfloat16"), jnp.dtype("int8")
-    assert limits.why_not_result(int8, int8, "gelu") is None
-    assert "apply jax.nn.gelu" in limits.why_not_result(bfloat16, bfloat16, "gelu")
-    assert "apply jax.nn.gelu" in limits.why_not_result(int8, jnp.dtype("int32"), "gelu")
-    assert "'tanh'" in limits.why_not_result(bfloat16, bfloat16, "tanh")
-    assert "not float32" in limits.why_not_result(bfloat16, jnp.dtype("float32"), None)
+    limits.check_result(int8, int8, "gelu")
+    with pytest.raises(NotImplementedError, match=r"apply jax\.nn\.gelu"):
+        limits.check_result(bfloat16, bfloat16, "gelu")
+    with pytest.raises(NotImplementedError, match=r"apply jax\.nn\.gelu"):
+        limits.check_result(int8, jnp.dtype("int32"), "gelu")
+    with pytest.raises(ValueError, match="'tanh'"):
+        limits.check_result(bfloat16, bfloat16, "tanh")
+    with pytest.raises(NotImplementedError, match="not float32"):
+        limits.check_result(bfloat16, jnp.dtype("float32"), None)
 
 
 def test_rows_that_are_refused():
-    assert limits.why_not_batch(jnp.dtype("bfloat16"), 24) is None
-    assert "multiple of 16, not 24; pad it" in limits.why_not_batch(jnp.dtype("int8"), 24)
+    limits.check_batch(jnp.dtype("bfloat16"), 24)
+    with pytest.raises(NotImplementedError, match="multiple of 16, not 24; pad it"):
+        limits.check_batch(jnp.dtype("int8"), 24)

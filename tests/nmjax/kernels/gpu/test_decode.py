@@ -8,14 +8,14 @@ import pytest
 
 import nmjax
 from nmjax.kernels.gpu import decode
-from nmjax.kernels.gpu.decode_library import why_no_decode
-from nmjax.kernels.quantized import quantize
+from nmjax.kernels.gpu.decode_library import load_decode
+from nmjax.kernels.quantized import QuantizedNM, quantize
 
 
 @pytest.fixture
 def loaded(monkeypatch):
     """As on a machine that has the kernel."""
-    monkeypatch.setattr(decode, "why_no_decode", lambda: None)
+    monkeypatch.setattr(decode, "check_decode", lambda: None)
 
 
 def packed_leaf(pattern="2:4", shape=(32, 16), dtype=jnp.bfloat16):
@@ -27,9 +27,13 @@ def cuda_text(function, *arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def multiply_quantized(x, w):
+    return decode.matmul(x, w.packed, scales=w.scales)
+
+
 def test_packed_arrays_go_to_the_kernel_as_they_are(loaded):
     x, packed = jnp.ones((3, 32), jnp.bfloat16), packed_leaf()
-    assert decode.why_not(x.dtype, packed) is None
+    decode.check(x.dtype, packed)
     call = functools.partial(decode.matmul, activation="relu")
     text = cuda_text(call, x, packed, jnp.ones(16))
     operands = "tensor<3x32xbf16>, tensor<8x2x16xbf16>, tensor<4x16xui8>, tensor<0xf32>"
@@ -39,12 +43,12 @@ def test_packed_arrays_go_to_the_kernel_as_they_are(loaded):
 
 def test_integers_go_with_their_scales(loaded):
     x, w = jnp.ones((3, 32), jnp.bfloat16), quantize(packed_leaf())
-    assert decode.why_not(x.dtype, w) is None
-    text = cuda_text(decode.matmul, x, w)
+    decode.check(x.dtype, w.packed, is_quantized=True)
+    text = cuda_text(multiply_quantized, x, w)
     operands = "tensor<3x32xbf16>, tensor<8x2x16xi8>, tensor<4x16xui8>, tensor<16xf32>"
     assert f"({operands}, tensor<0xf32>) -> tensor<3x16xbf16>" in text
     assert "tensor<15x32xbf16>" in cuda_text(
-        jax.vmap(decode.matmul, (0, None)), jnp.ones((5, 3, 32), jnp.bfloat16), w
+        jax.vmap(multiply_quantized, (0, None)), jnp.ones((5, 3, 32), jnp.bfloat16), w
     )
 
 
@@ -64,15 +68,16 @@ def test_a_mapped_axis_joins_the_batch(loaded):
         (packed_leaf(shape=(32, 8)), jnp.bfloat16, "multiples of 16"),
         (packed_leaf(shape=(3, 3, 32, 16)), jnp.bfloat16, "one matrix"),
         (packed_leaf("1x4@0.5"), jnp.bfloat16, "1x4@0.5"),
-        (quantize(packed_leaf()), jnp.float16, "bfloat16 by values of int8"),
+        (quantize(packed_leaf()), jnp.float16, "bfloat16 by int8 values"),
         (quantize(packed_leaf("1:4")), jnp.bfloat16, "not 1:4"),
         (quantize(packed_leaf(shape=(24, 16))), jnp.bfloat16, "multiples of 16"),
     ],
 )
 def test_what_it_does_not_take_is_said(loaded, packed, dtype, words):
-    assert words in decode.why_not(jnp.dtype(dtype), packed)
-    with pytest.raises(ValueError, match="cannot multiply"):
-        decode.matmul(jnp.ones((3, packed.shape[-2]), dtype), packed)
+    x = jnp.ones((3, packed.shape[-2]), dtype)
+    multiply = multiply_quantized if isinstance(packed, QuantizedNM) else decode.matmul
+    with pytest.raises(NotImplementedError, match=words):
+        multiply(x, packed)
 
 
 def test_an_activation_it_does_not_know_is_refused(loaded):
@@ -82,23 +87,23 @@ def test_an_activation_it_does_not_know_is_refused(loaded):
 
 def test_asking_for_it_without_a_gpu_is_an_error(loaded):
     x, packed = jnp.ones((3, 32), jnp.bfloat16), packed_leaf()
-    with pytest.raises(ValueError, match="not on an NVIDIA GPU"):
+    with pytest.raises(NotImplementedError, match="not on an NVIDIA GPU"):
         nmjax.packed_matmul(x, packed, implementation="decode")
 
 
 def test_why_it_is_not_there_is_said(monkeypatch, tmp_path):
-    why_no_decode.cache_clear()
+    load_decode.cache_clear()
     monkeypatch.setenv("NMJAX_DECODE_LIBRARY", str(tmp_path / "missing.so"))
     assert "not built" in nmjax.backends()["decode"]
-    with pytest.raises(ValueError, match="not built"):
+    with pytest.raises(NotImplementedError, match="not built"):
         nmjax.packed_matmul(jnp.ones((3, 32)), packed_leaf(), implementation="decode")
-    why_no_decode.cache_clear()
+    load_decode.cache_clear()
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")
     monkeypatch.setenv("NMJAX_DECODE_LIBRARY", str(broken))
-    assert "does not load" in why_no_decode()
+    assert "does not load" in load_decode()
     monkeypatch.setenv("NMJAX_DISABLE_FFI", "1")
-    why_no_decode.cache_clear()
-    assert "NMJAX_DISABLE_FFI" in why_no_decode()
+    load_decode.cache_clear()
+    assert "NMJAX_DISABLE_FFI" in load_decode()
     monkeypatch.undo()
-    why_no_decode.cache_clear()
+    load_decode.cache_clear()

@@ -4,7 +4,6 @@ Numbers are small integers, so that every sum is exact and one wrong lane is a w
 """
 
 import ctypes
-import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +19,6 @@ import nmjax
 from nmjax.kernels import build, quantized, reference
 from nmjax.kernels.gpu import decode as decode_module
 from nmjax.kernels.quantized import QuantizedNM, dequantize
-from nmjax.packed.nm import unpack_nm
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +45,14 @@ def called(library, monkeypatch):
     """The public function, as on a machine that has the kernel and a GPU."""
     capsule = jax.ffi.pycapsule(library.on_cpu_decode)
     jax.ffi.register_ffi_target("nmjax_decode", capsule, platform="cpu")
-    monkeypatch.setattr(decode_module, "why_no_decode", lambda: None)
-    return decode_module.matmul
+    monkeypatch.setattr(decode_module, "check_decode", lambda: None)
+
+    def multiply(x, w, bias=None, activation=None, **settings):
+        if isinstance(w, QuantizedNM):
+            return decode_module.matmul(x, w.packed, bias, activation, scales=w.scales, **settings)
+        return decode_module.matmul(x, w, bias, activation, **settings)
+
+    return multiply
 
 
 def address(x):
@@ -115,11 +119,11 @@ def test_products_with_integers_are_exact(decode, lane_outputs, tiles, batch, in
     packed, _ = packed_and_pruned(jnp.asarray(integers((inputs, outputs), inputs), jnp.bfloat16))
     values = jnp.asarray(rng.integers(-128, 128, packed.values.shape), jnp.int8)
     scales = jnp.asarray(2.0 ** rng.integers(-3, 4, outputs), jnp.float32)
-    w = QuantizedNM(dataclasses.replace(packed, values=values), scales)
+    w = QuantizedNM(packed.with_values(values), scales)
     x = jnp.asarray(rng.integers(-2, 3, (batch, inputs)), jnp.bfloat16)
     bias = None if batch == 1 else rng.integers(-9, 9, outputs).astype(np.float32)
     y = run(decode, x, w, bias, batch != 1, lane_outputs, tiles)
-    dense = np.asarray(unpack_nm(dequantize(w, jnp.dtype(jnp.float32))), np.float64)
+    dense = np.asarray(dequantize(w, jnp.dtype(jnp.float32)).unpack(), np.float64)
     expected = np.asarray(x, np.float64) @ dense + (0 if bias is None else bias)
     expected = np.maximum(expected, 0) if batch != 1 else expected
     expected = np.asarray(jnp.asarray(expected, jnp.float32).astype(jnp.bfloat16))
@@ -133,7 +137,7 @@ def test_every_integer_is_expanded(decode):
     packed, _ = packed_and_pruned(w)
     values = np.zeros(packed.values.shape, np.int8)
     values[0, 0], values[0, 1] = np.arange(-128, 128), np.arange(127, -129, -1)
-    packed = dataclasses.replace(packed, values=jnp.asarray(values))
+    packed = packed.with_values(jnp.asarray(values))
     w = QuantizedNM(packed, jnp.ones(256))
     y = run(decode, jnp.eye(8, 16, dtype=jnp.bfloat16), w, None, False, 8, 1)
     np.testing.assert_array_equal(y[:2].astype(int), values[0])

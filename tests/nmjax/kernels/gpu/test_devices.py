@@ -1,14 +1,17 @@
 """Which devices run what is compiled for NVIDIA's GPUs."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from nmjax.kernels.gpu.devices import why_no_gpu
+from nmjax.kernels.gpu.devices import check_gpu
 
 
 def test_a_cpu_is_none():
-    assert "not on an NVIDIA GPU" in why_no_gpu()
+    with pytest.raises(NotImplementedError, match="not on an NVIDIA GPU"):
+        check_gpu()
 
 
 @pytest.mark.parametrize(
@@ -29,5 +32,6 @@ def test_old_gpus_are_told_from_new_ones(monkeypatch, kind, capability, dtype, o
         platform, device_kind, compute_capability = "gpu", kind, capability
 
     monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
-    found = why_no_gpu(None if dtype is None else jnp.dtype(dtype))
-    assert (found is None) if obstacle is None else (obstacle in found)
+    refused = pytest.raises(NotImplementedError, match=obstacle)
+    with contextlib.nullcontext() if obstacle is None else refused:
+        check_gpu(None if dtype is None else jnp.dtype(dtype))

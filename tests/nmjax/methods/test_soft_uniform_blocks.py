@@ -353,7 +353,9 @@ def test_a_layer_of_another_pattern_is_named():
 
 def test_a_score_in_the_plan_is_not_overlooked():
     plan = nmjax.make_plan(PARAMS, "1x4@0.5", score=jnp.square)
-    with pytest.raises(ValueError, match=r"ranked by score=, not by the plan's score .*square"):
+    with pytest.raises(
+        ValueError, match=r"ranks blocks by its own score=, but the plan has the score .*square"
+    ):
         nmjax.soft_uniform_blocks(plan, RAMP)
 
 

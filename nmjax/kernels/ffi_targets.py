@@ -1,4 +1,4 @@
-"""Makes what a compiled library exports known to XLA, if this XLA is not too old for it."""
+"""Registers the functions of a compiled library with XLA, unless this XLA is too old for them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def register_handlers(
     """
     from nmjax.kernels import build  # Here, so that it can be run as a module.
 
-    # A handler of newer headers would keep the whole backend from starting.
+    # A handler from newer headers would keep the whole backend from starting.
     built = library.nmjax_ffi_version()
     running = _version(build.include_folder() / "xla/ffi/api/c_api.h")
     if built // 1000 != running // 1000 or built > running:
@@ -47,7 +47,7 @@ def register_handlers(
 
 
 def _version(header: Path) -> int:
-    """The FFI's version of the installed XLA, major * 1000 + minor."""
+    """Version of the installed XLA's FFI, major * 1000 + minor."""
     text = header.read_text()
     parts = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
     major, minor = (int(part.group(1)) if part else 0 for part in parts)

@@ -1,0 +1,122 @@
+"""The folder of a run: one run at a time uses it, and resumes only what it holds."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import IO, Literal
+
+from experiments.distributed.processes import REFUSALS, is_first, tell_all, together
+from experiments.json_files import Numbers, differences, read_json, write_json
+
+# What to do with an earlier run in the folder: go on with it, refuse to touch it, or start over.
+Earlier = Literal["resume", "refuse", "replace"]
+Deciding = Callable[[Numbers], Numbers]
+
+_LOCK, _SETTINGS = ".lock", "settings.json"
+
+# Seconds between looks at a folder that does not show its owner.
+_PAUSES = (0, 0.5, 1, 2, 2)
+
+
+def open_folder(
+    path: Path, settings: Numbers, *, earlier: Earlier, deciding: Deciding = dict
+) -> Callable[[], None]:
+    """Takes a folder for a run and writes the settings there. Every process must call this.
+
+    Args:
+      path: a folder that all processes share.
+      settings: of the run, nested dicts.
+      earlier: what to do with a run that is there.
+      deciding: settings -> those in which a resumed run must agree.
+
+    Returns:
+      A function that gives the folder back. So does the end of the process, however it ends.
+
+    Raises:
+      ValueError: the folder is in use, holds another run, or is not the same in all processes.
+    """
+    lock = together(partial(_claim, path, settings, earlier, deciding), REFUSALS)
+    owner = tell_all(_this_process())[0]
+    together(partial(check_shared, path, owner), REFUSALS)
+    return (lambda: None) if lock is None else lock.close
+
+
+def take(path: Path) -> IO[str]:
+    """Locks a folder, and creates it if needed; returns the open lock file, which owns it.
+
+    Raises:
+      ValueError: another run has the folder; says which process.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    # "a+" and not "w": the file must keep the owner's name until we have the lock.
+    lock = (path / _LOCK).open("a+")
+    try:
+        # The lock belongs to the open file, so the system takes it back from a dead process.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        lock.close()
+        raise ValueError(
+            f"{path} is in use by {owner}: wait for that run to end, or give another --name"
+        ) from error
+    lock.truncate(0)
+    lock.write(_this_process() + "\n")
+    lock.flush()
+    os.fsync(lock.fileno())  # Only then do other hosts see it.
+    return lock
+
+
+def check_shared(path: Path, owner: str) -> None:
+    """Raises ValueError if this process does not see within seconds that `owner` has the folder.
+
+    A network disk may show old content for a while.
+    """
+    for pause in _PAUSES:
+        time.sleep(pause)
+        if (path / _LOCK).exists() and (path / _LOCK).read_text().strip() == owner:
+            return
+    raise ValueError(
+        f"{path.absolute()} on {platform.node()} is not the folder that {owner} created: put "
+        "--runs-dir on a disk that all processes share"
+    )
+
+
+def _claim(path: Path, settings: Numbers, earlier: Earlier, deciding: Deciding) -> IO[str] | None:
+    if not is_first():
+        return None
+    lock = take(path)
+    # Through JSON, so that tuples and paths compare as they are read back.
+    settings = json.loads(json.dumps(settings, default=str))
+    if (path / _SETTINGS).exists() and earlier == "refuse":
+        raise ValueError(f"{path} already holds a run: give --resume to go on, or another --name")
+    if (path / _SETTINGS).exists() and earlier == "resume":
+        _check_same(path / _SETTINGS, settings, deciding)
+    write_json(path / _SETTINGS, settings, indent=2)
+    return lock
+
+
+def _check_same(path: Path, settings: Numbers, deciding: Deciding) -> None:
+    try:
+        before = deciding(read_json(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not hold the settings of a run: {error!r}. If you have no copy, delete "
+            "the file, and --resume goes on with the flags given now"
+        ) from error
+    if changed := differences(deciding(settings), before):
+        raise ValueError(
+            f"the run in {path.parent} cannot be resumed with other settings: {changed}. Give the "
+            "flags it was started with, or another --name"
+        )
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {platform.node()}"

@@ -1,0 +1,126 @@
+"""What runs, comparisons and benchmarks write as JSON: plain numbers, the machine, whole files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nmjax.files.whole_files import write_whole
+
+Numbers = dict[str, Any]
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def plain(value: Any, digits: int = 17) -> Any:
+    """Converts arrays, tuples and dicts to what JSON has; numbers that are not finite are null.
+
+    Args:
+      value: to convert, with everything inside it.
+      digits: significant digits of floats; 17 keep every bit.
+    """
+    if isinstance(value, dict):
+        return {name: plain(entry, digits) for name, entry in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist(), digits)
+    if isinstance(value, list | tuple):
+        return [plain(entry, digits) for entry in value]
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
+
+
+def machine() -> Numbers:
+    """Describes the machine: processor, cores this process may use, load, devices, versions."""
+    device = jax.devices()[0]
+    allowed = getattr(os, "sched_getaffinity", None)  # macOS and Windows do not have it.
+    return {
+        "processor": _processor(),
+        "cores": len(allowed(0)) if allowed else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "device": f"{jax.device_count()} x {device.platform} ({device.device_kind})",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        # A machine for benchmarks alone does not need flax.
+        **{name: importlib.metadata.version(name) for name in filter(_is_installed, _PACKAGES)},
+    }
+
+
+def differences(now: Any, expected: Any, limit: int = 8) -> str:
+    """Says where two nested dicts differ, such as "recipe epochs is 3, not 2"; "" if nowhere."""
+    return "; ".join(islice(_differences(now, expected, ""), limit))
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file.
+
+    Raises:
+      ValueError: it does not hold JSON; names the file.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def write_json(path: Path, value: Any, **style: Any) -> None:
+    """Writes a file whole or not at all; `style` goes to `json.dumps`."""
+    text = json.dumps(value, **style) + "\n"
+    write_whole(path, lambda part: part.write_text(text))
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, that grows at its end."""
+
+    def __init__(self, path: Path) -> None:
+        """Names the file. The first line creates it."""
+        self._path = path
+
+    def read(self) -> list[Numbers]:
+        """All lines, except a last one that was cut off while it was written."""
+        if not self._path.exists():
+            return []
+        lines = self._path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def append(self, entry: Numbers) -> None:
+        """Adds a line."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(plain(entry)) + "\n")
+
+    def keep(self, wanted: Callable[[Numbers], bool]) -> None:
+        """Drops all other lines."""
+        text = "".join(json.dumps(line) + "\n" for line in self.read() if wanted(line))
+        write_whole(self._path, lambda part: part.write_text(text))
+
+
+def _differences(now: Any, expected: Any, name: str) -> Iterator[str]:
+    if isinstance(now, dict) and isinstance(expected, dict):
+        for key in dict.fromkeys([*expected, *now]):
+            one, other = now.get(key, "nothing"), expected.get(key, "nothing")
+            yield from _differences(one, other, f"{name} {key}".strip())
+    elif now != expected:
+        yield f"{name} is {now}, not {expected}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

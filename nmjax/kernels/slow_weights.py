@@ -1,0 +1,42 @@
+"""Packed weights that no product here reads packed: unpack them before serving."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from nmjax.kernels.matmul import choose
+from nmjax.packed.weight import is_packed
+
+
+def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
+    """Unpacks the weights that have no product faster than the dense one on this platform.
+
+    Call it once before serving: `packed_matmul` would unpack these weights in each call.
+
+    Args:
+      packed: a tree with packed leaves.
+      rows: how many rows a product multiplies at a time: the batch, times the output's pixels.
+
+    Returns:
+      The same tree; the leaves concerned are dense, with zeros.
+
+    >>> import jax.numpy as jnp
+    >>> import nmjax
+    >>> params = {"kernel": jnp.ones((8, 6))}
+    >>> packed = nmjax.pack(params, nmjax.make_plan(params, "7:8"))
+    >>> unpack_slow(packed)["kernel"].shape
+    (8, 6)
+    """
+
+    def is_slow(leaf: Any) -> bool:
+        if not is_packed(leaf):
+            return False
+        on_cpu = jax.default_backend() == "cpu"
+        layer = jax.eval_shape(lambda leaf: leaf.first_layer(), leaf)
+        return not on_cpu or choose(leaf.dtype, layer, rows).name == "xla"
+
+    return jax.tree.map(
+        lambda leaf: leaf.unpack() if is_slow(leaf) else leaf, packed, is_leaf=is_packed
+    )

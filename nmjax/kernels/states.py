@@ -1,0 +1,28 @@
+"""Which backends can multiply packed weights on this machine."""
+
+from __future__ import annotations
+
+from nmjax.kernels.cpu.library import load_library
+from nmjax.kernels.gpu.cusparselt_library import load_cusparselt
+from nmjax.kernels.gpu.decode_library import load_decode
+
+
+def backends() -> dict[str, str]:
+    """Says which backends can multiply packed weights here: name -> "ready", or why not.
+
+    `"xla"` is plain XLA, which always works. `"ffi"` are the compiled kernels for CPUs. For 2:4
+    weights on NVIDIA GPUs, `"cusparselt"` is NVIDIA's library, and `"decode"` a kernel for few
+    rows. Environment variables: `NMJAX_DISABLE_FFI` switches off all but the first,
+    `NMJAX_KERNELS_LIBRARY` names another library file of CPU kernels, and `NMJAX_KERNELS_ISA`
+    picks a narrower instruction set than the machine has.
+
+    >>> sorted(backends())
+    ['cusparselt', 'decode', 'ffi', 'xla']
+    """
+    library, nvidia = load_library(), load_cusparselt()
+    return {
+        "xla": "ready: unpacks, or gathers where that is faster",
+        "ffi": library.reason or f"ready: {library.instruction_set}",
+        "cusparselt": nvidia.reason or f"ready: {nvidia.version}",
+        "decode": load_decode() or "ready",
+    }

@@ -1,0 +1,55 @@
+"""The numbers that describe a mask: how many of how many weights or blocks stay."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+
+
+def check_n_of_m(n: int, m: int) -> None:
+    """Raises TypeError or ValueError unless `n` and `m` are integers with 1 <= n <= m."""
+    for name, value in (("n", n), ("m", m)):
+        if isinstance(value, bool) or not is_integer(value):
+            raise TypeError(
+                f"{name} must be a Python integer, got {value!r} of type {type(value).__name__}; "
+                'inside optax.inject_hyperparams pass the pattern as text, such as "2:4"'
+            )
+    if not 1 <= n <= m:
+        raise ValueError(
+            f"a pattern keeps n of every m weights with 1 <= n <= m, got n={n}, m={m}"
+            + (f"; did you mean {m}:{n}?" if 1 <= m < n else "")
+        )
+
+
+def check_block(n: int, sparsity: float) -> None:
+    """Raises TypeError or ValueError unless `n` is an integer >= 1 and 0 <= `sparsity` < 1."""
+    if isinstance(n, bool) or not is_integer(n):
+        raise TypeError(f"n must be a Python integer, got {n!r} of type {type(n).__name__}")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
+        raise TypeError(
+            f"sparsity must be a Python number, got {sparsity!r} of type "
+            f"{type(sparsity).__name__}; inside optax.inject_hyperparams pass the pattern as text, "
+            'such as "1x16@0.5"'
+        )
+    if n < 1:
+        raise ValueError(f"a block holds n >= 1 output channels, got n={n}")
+    if not 0 <= sparsity < 1:
+        raise ValueError(
+            f"sparsity is the fraction of blocks to drop, 0 <= sparsity < 1, got {sparsity}"
+            + (f"; did you mean {sparsity / 100}?" if 1 < sparsity < 100 else "")
+        )
+
+
+def kept_blocks(sparsity: float, blocks: int) -> int:
+    """How many of these blocks stay: all but `floor(sparsity * blocks)`, in float64."""
+    return blocks - math.floor(float(sparsity) * blocks)
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` can serve as an index. Tracers and arrays of several numbers cannot."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True

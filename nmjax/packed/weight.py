@@ -1,0 +1,215 @@
+"""What every packed weight can do, whatever its pattern.
+
+A packed weight is a pytree node of a few arrays and a static `LeafPlan`. `jax.jit`,
+`jax.device_put`, `jax.lax.scan` over a stack, and everything else that flattens trees treat it
+like a dict of arrays.
+
+Sizes that `jax.shard_map` or `jax.lax.scan` may have cut are read off the arrays, not the plan.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar, Self, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nmjax.layouts import Shape
+from nmjax.patterns.pattern import LeafPlan, Pattern
+from nmjax.trees.spans import Span, stack_axes
+
+
+class Packed(abc.ABC):
+    """A weight stored as its kept values and where they were.
+
+    Subclasses are frozen dataclasses, registered as pytree nodes whose only static field is
+    `leaf_plan`. `class PackedNM(Packed, pattern=NM)` makes `PackedNM` the packed form of `NM`.
+
+    Attributes:
+      values: the kept weights. Their leading axes are those of `leading`.
+      leaf_plan: pattern, axes and shape of the weight; static.
+      excess: what `misfits` counts, for error messages: "groups keep more than".
+    """
+
+    values: jax.Array
+    leaf_plan: LeafPlan
+    excess: ClassVar[str]
+    _kinds: ClassVar[dict[type[Pattern], type[Packed]]] = {}
+
+    def __init_subclass__(cls, *, pattern: type[Pattern], **settings: Any) -> None:
+        """Makes the subclass the packed form of a kind of pattern."""
+        super().__init_subclass__(**settings)
+        Packed._kinds[pattern] = cls
+
+    @classmethod
+    def kind_for(cls, pattern: Pattern) -> type[Packed]:
+        """The packed form of weights with a pattern.
+
+        Raises:
+          TypeError: nobody has defined one.
+        """
+        if type(pattern) not in cls._kinds:
+            raise TypeError(f"weights with the pattern {pattern} have no packed form")
+        return cls._kinds[type(pattern)]
+
+    @classmethod
+    @abc.abstractmethod
+    def pack(cls, w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Self:
+        """Packs the weights that a mask keeps. There is no gradient.
+
+        Args:
+          w: weights of `leaf_plan.shape`, or with more axes in front; a floating dtype of whole
+            bytes.
+          mask: booleans of the same shape. Where it keeps fewer than the pattern, zeros fill up.
+            Where it keeps more, the values become NaN, which shows the mistake even under
+            `jax.jit`, where the mask cannot be looked at.
+          leaf_plan: of the weight.
+        """
+
+    @abc.abstractmethod
+    def unpack(self) -> jax.Array:
+        """The weight, with zeros where nothing was kept. Its gradient reaches the values."""
+
+    @classmethod
+    @abc.abstractmethod
+    def misfits(cls, kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
+        """How many groups or blocks break the pattern, and how many there are.
+
+        Args:
+          kept: booleans of the weight's shape, not traced.
+          leaf_plan: of the weight.
+        """
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
+
+    @property
+    def pattern(self) -> Any:
+        """The weight's pattern."""
+        return self.leaf_plan.pattern
+
+    @property
+    @abc.abstractmethod
+    def least_nbytes(self) -> int:
+        """Bytes that the values and an ideal code of their positions need."""
+
+    @property
+    @abc.abstractmethod
+    def leading(self) -> Shape:
+        """Sizes of the weight's axes that the pattern does not use: the arrays' leading axes."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The axes of the weight that the pattern uses, all but the leading ones."""
+        return self.leaf_plan.reduction_axes, self.leaf_plan.output_axes
+
+    @classmethod
+    def array_names(cls, leaf_plan: LeafPlan) -> tuple[str, ...]:
+        """The fields that hold arrays."""
+        del leaf_plan
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        return tuple(field.name for field in fields if field.name != "leaf_plan")
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the weight, with the axes in front of the planned ones.
+
+        `jax.lax.scan` and `jax.tree.map(lambda x: x[0], packed)` take leading axes away.
+        """
+        planned, leading = self.leaf_plan.shape, self.leading
+        in_front = len(leading) - len(stack_axes(len(planned), self.spans))
+        return (*leading[: max(in_front, 0)], *planned[max(-in_front, 0) :])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the weight."""
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(self))
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs, at one tap of a convolution, that the arrays hold."""
+        return self.leaf_plan.inputs
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs that the arrays hold: within `jax.shard_map`, those of the shard."""
+        return self.leaf_plan.outputs
+
+    @property
+    def taps(self) -> Shape:
+        """Sizes of the axes of a convolution's taps."""
+        return tuple(self.leaf_plan.shape[axis] for axis in self.leaf_plan.tap_axes)
+
+    @property
+    def kernel_taps(self) -> Shape:
+        """Sizes of a convolution kernel's spatial axes, even if its taps count as inputs."""
+        return self.taps
+
+    @property
+    def stack(self) -> Shape:
+        """Sizes of the axes in front of one weight."""
+        return self.leading
+
+    @property
+    def density(self) -> float:
+        """Fraction of the weights that is stored."""
+        sizes = (*self.stack, *self.taps, self.inputs, self.outputs)
+        return self.values.size / max(math.prod(sizes), 1)
+
+    @property
+    def output_shape(self) -> Shape:
+        """Sizes of the output axes. If the arrays are a shard, the first axis is the cut one."""
+        full = tuple(self.leaf_plan.shape[axis] for axis in self.leaf_plan.output_axes)
+        return (self.outputs // math.prod(full[1:]), *full[1:])
+
+    @property
+    def reduction_shape(self) -> Shape:
+        """Sizes of the reduction axes. If the arrays are a shard, the first axis is the cut one."""
+        full = tuple(self.leaf_plan.shape[axis] for axis in self.leaf_plan.reduction_axes)
+        return (self.inputs // math.prod(full[1:]), *full[1:])
+
+    def first_layer(self) -> Self:
+        """The first weight of a stack; the weight itself if it is not a stack."""
+        layer = self
+        for _ in self.stack:
+            layer = jax.tree.map(lambda array: array[0], layer)
+        return layer
+
+    def as_matrices(self) -> Self:
+        """The same arrays as the weight (*taps, inputs, outputs), whatever its layout was."""
+        taps = self.taps
+        shape = (*taps, self.inputs, self.outputs)
+        tap_axes = tuple(range(-2 - len(taps), -2)) if self.leaf_plan.tap_axes else ()
+        plan = LeafPlan(self.leaf_plan.pattern, (-2,), (-1,), shape, tap_axes)
+        return dataclasses.replace(self, leaf_plan=plan)  # type: ignore[type-var]
+
+    def dense_matrices(self) -> jax.Array:
+        """The weight with its zeros, (*taps, inputs, outputs): what defines every product."""
+        return self.as_matrices().unpack()
+
+    def with_values(self, values: jax.Array) -> Self:
+        """The same weight with other values in the same places, such as a cast."""
+        return dataclasses.replace(self, values=values)  # type: ignore[type-var]
+
+    def result_dtype(self, x: jax.Array) -> np.dtype:
+        """Dtype of a product with `x`: what JAX promotes both to."""
+        return jnp.promote_types(x.dtype, self.dtype)
+
+    def check_shard(self) -> None:
+        """Raises ValueError if the arrays are a shard that no product can use."""
+        del self  # Most packed weights can be cut.
+
+
+def is_packed(node: Any) -> TypeGuard[Packed]:
+    """Whether a node of a tree is a packed weight."""
+    return isinstance(node, Packed)
