@@ -13,11 +13,7 @@ Data = dict[str, Any]
 
 
 class Summary(NamedTuple):
-    """One number, with its spread over the seeds.
-
-    Attributes:
-      values: one per seed.
-    """
+    """One number of every seed."""
 
     values: tuple[float, ...]
 

@@ -11,18 +11,10 @@ from typing import Any
 import matplotlib as mpl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.report import curves, final_numbers, mask_maps
+from experiments.report import curves, final_numbers, mask_maps, sentences, tables
 from experiments.report.claims import Finding, judge
 from experiments.report.numbers import Data, Run
 from experiments.report.pictures import STYLE, Picture, color_of, name_of
-from experiments.report.sentences import (
-    headline,
-    pull_sentences,
-    reasons,
-    recipe_sentence,
-    scale_sentence,
-)
-from experiments.report.tables import baselines, block_table, main_table, sweep_table
 from experiments.training.methods import METHODS
 
 _PICTURES = (
@@ -70,7 +62,7 @@ def draw_all(run: Run) -> list[Picture]:
 
 def _render(run: Run, findings: dict[str, list[Finding]], pictures: list[Picture]) -> str:
     """Fills the template; it gets text and numbers only, so that it calls nothing."""
-    sweeps = [sweep_table(run, decoupled=after) for after in (False, True)]
+    sweeps = [tables.sweep_table(run, decoupled=after) for after in (False, True)]
     methods = dict.fromkeys(row.method for row in run.part("main", "blocks"))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -85,20 +77,20 @@ def _render(run: Run, findings: dict[str, list[Finding]], pictures: list[Picture
         seconds=sum(trial["seconds"] for trial in run.data["trials"]),
         stopped=[t for t in run.data["trials"] if t["error"]],
         is_timed=bool(run.data.get("step_times")),
-        baselines=baselines(run),
+        baselines=tables.baselines(run),
         metric_title=run.metric.missing_title,
         cards=[_card(run, pattern) for pattern in run.patterns("main")],
         about=_about(run.settings["task"]),
         methods={name_of(name): METHODS[name].what for name in methods},
-        recipe=recipe_sentence(run),
-        table=main_table(run),
+        recipe=sentences.recipe_sentence(run),
+        table=tables.main_table(run),
         shown=_shown(run.data.get("shown", {})),
         findings=findings,
         counts=Counter(at.seen for f in findings["main"] for at in f.at if at and f.source),
-        scale=scale_sentence(run),
-        pull=pull_sentences(run),
+        scale=sentences.scale_sentence(run),
+        pull=sentences.pull_sentences(run),
         sweeps=[sweep for sweep in sweeps if any(len(g) > 2 for g in sweep.groups.values())],
-        blocks=block_table(run),
+        blocks=tables.block_table(run),
         pictures={picture.name: (picture.source, picture) for picture in pictures},
     )
 
@@ -120,8 +112,8 @@ def _card(run: Run, pattern: str) -> dict[str, Any]:
             for row, value in zip(rows, missing, strict=True)
             if row.pattern == pattern
         ],
-        "headline": headline(run, pattern),
-        "reasons": reasons(run, pattern),
+        "headline": sentences.headline(run, pattern),
+        "reasons": sentences.reasons(run, pattern),
     }
 
 
@@ -132,7 +124,9 @@ def _shown(shown: dict[str, list[dict[str, str]]]) -> list[dict[str, Any]]:
     for index, example in enumerate(next(iter(trials.values()), [])):
         *given, own = example  # The last column is the network's own.
         texts = {name: example[name] for name in given}
-        texts |= {name: examples[index][own] for name, examples in trials.items()}
+        for title, examples in trials.items():  # Such as "2:4 sr_ste, lambda_w 0.02".
+            pattern, method = title.split(",")[0].split(" ")
+            texts[f"{pattern} {name_of(method)}"] = examples[index][own]
         is_drawn = all(text.startswith("data:image/") for text in example.values())
         found.append({"texts": texts, "given": given, "is_drawn": is_drawn})
     return found

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Iterable
-from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -45,16 +44,8 @@ STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A drawing and what it shows.
-
-    Attributes:
-      name: of its file, without the suffix.
-      title: what it shows, in a few words, for readers who cannot see it.
-      caption: below it.
-      svg: the drawing.
-    """
+class Picture(NamedTuple):
+    """A drawing: the name of its file, a title for those who cannot see it, a caption, the SVG."""
 
     name: str
     title: str

@@ -30,7 +30,7 @@ def recipe_sentence(run: Run) -> str:
     return (
         f"All methods train for the same number of steps with {optimizer}{clip}, batch size "
         f"{recipe['batch_size']} and weight decay {recipe['weight_decay']:g}. The learning rate "
-        f"rises to {recipe['learning_rate']:g} over {recipe['warmup_epochs']:.3g} epochs and then "
+        f"rises to {recipe['learning_rate']:g} by epoch {recipe['warmup_epochs']:.3g} and then "
         f"follows {_DECAYS[recipe['schedule']]}."
     )
 

@@ -149,12 +149,12 @@ def test_what_networks_do_is_shown_as_text_or_as_pictures(data, tmp_path):
             {"said": "one", "network": "two"},
             {"truth": uri + "AA", "network": uri + "BB"},
         ],
-        "2:4 sr_ste": [
+        "2:4 sr_ste, lambda_w 0.02": [
             {"said": "one", "network": "three"},
             {"truth": uri + "AA", "network": uri + "CC"},
         ],
     }
     page = write_report(data, tmp_path).read_text()
     assert "<pre>three</pre>" in page
-    for name, content in (("truth", "AA"), ("2:4 dense", "BB"), ("2:4 sr_ste", "CC")):
+    for name, content in (("truth", "AA"), ("2:4 dense", "BB"), ("2:4 SR-STE", "CC")):
         assert f'<img src="{uri}{content}" alt="{name}">' in page
