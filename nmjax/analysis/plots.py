@@ -151,6 +151,7 @@ def plot_mask(mask: ArrayLike, *, m: int | None = None, ax: Axes | None = None) 
     """
     ax = _axes(ax)
     rows = np.asarray(mask).reshape(-1, np.shape(mask)[-1])
+    # 1.2 instead of 1 draws kept weights in dark gray, so that lines on them stay visible.
     ax.imshow(rows, cmap="Greys", vmin=0, vmax=1.2, interpolation="nearest", aspect="auto")
     for edge in range(m, len(rows), m) if m else ():
         ax.axhline(edge - 0.5, color=COLORS[1], linewidth=0.6)
@@ -182,14 +183,9 @@ def plot_kernels(
 
     # Without pyplot, which would keep the figure open and show it twice in a notebook.
     figure = Figure(figsize=(0.55 * len(outputs) + 0.7, 0.55 * len(inputs) + 0.6))
-    room = {
-        "left": 0.08,
-        "right": 0.99,
-        "top": 0.93,
-        "bottom": 0.08,
-        "wspace": 0.15,
-        "hspace": 0.15,
-    }
+    # Fixed margins, because automatic layout is slow for this many axes.
+    edges = {"left": 0.08, "right": 0.99, "top": 0.93, "bottom": 0.08}
+    room = {**edges, "wspace": 0.15, "hspace": 0.15}
     grid: Any = figure.subplots(len(inputs), len(outputs), squeeze=False, gridspec_kw=room)
     for row, i in enumerate(inputs):
         for column, o in enumerate(outputs):
