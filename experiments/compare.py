@@ -39,6 +39,7 @@ from experiments.report.sentences import PAPER_LAMBDA_W
 from experiments.tasks.task import Compared, Task
 from experiments.training.flags import Flags as TrainFlags
 from experiments.training.flags import make_task
+from experiments.training.job import Job, assemble_job, plan_of
 from experiments.training.loop import begin, train
 from experiments.training.methods import (
     NEGATIVE_FRACTION,
@@ -49,7 +50,7 @@ from experiments.training.methods import (
 )
 from experiments.training.results import Results, Trial, brief_epoch_numbers
 from experiments.training.snapshots import block_masks, example_images, kernel_shapes, shown
-from experiments.training.step import Job, Programs, RunState, make_programs, plan_of
+from experiments.training.step import Programs, RunState, make_programs
 from experiments.training.step_times import Timed, step_times
 
 TIMED_STEPS = 40
@@ -60,16 +61,16 @@ class Flags:
     """Compares methods of sparse training: table, pictures and one HTML report in runs/NAME/.
 
     The defaults are the main job. Ctrl-C leaves a report of what was finished; --resume goes on.
-    What is None is the task's own.
+    What is None, or empty, is the task's own choice.
 
     Attributes:
-      task: what to train on.
-      model: what to train.
+      task: what to train on: a file in experiments/tasks, or PACKAGE.MODULE:FUNCTION.
+      model: what to train. Empty for the task's default.
       data_dir: folder of prepared data sets. None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
       patterns: weights kept of each group, N:M. The last is also swept over lambda_w.
       methods: which to compare; dense is the yardstick of the step times.
       block_patterns: blocks of N outputs and the fraction dropped, 1xN@S. They are set beside
-        dense and SR-STE at the same density, which is trained at 1:M where it is not there yet.
+        dense and SR-STE at the same density. Where no N:M pattern has it, 1:M is trained too.
       block_methods: which to compare at those patterns.
       seeds: of the initial weights and the order of the data. All train together, on two cores
         fastest if they are even in number.
@@ -82,11 +83,11 @@ class Flags:
       evaluate_every: epochs between two points of the accuracy curves. None for 12 points.
       name: of the folder. None for the task's name.
       runs_dir: folder of all runs.
-      resume: keep the finished trials in the folder. Otherwise all start anew.
+      resume: keep the finished trials in the folder. Otherwise start over.
     """
 
     task: str = "digits"
-    model: str | None = None
+    model: str = ""
     data_dir: Path | None = None
     patterns: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
@@ -106,7 +107,7 @@ class Flags:
     @property
     def folder(self) -> Path:
         """Where everything goes."""
-        return self.runs_dir / (self.name or self.task)
+        return self.runs_dir / (self.name or self.task.replace(":", "_"))
 
 
 class Comparison:
@@ -116,13 +117,13 @@ class Comparison:
         """Makes the task and says which trials there are.
 
         Raises:
-          ValueError: a flag asks for what there is not.
+          ValueError: a flag has an unsupported value.
         """
         for pattern, method in product(flags.patterns or (), flags.methods or ()):
             check_fits(method, pattern)
         self.flags = flags
         given = TrainFlags(
-            task=flags.task,  # type: ignore[arg-type]
+            task=flags.task,
             model=flags.model,
             data_dir=flags.data_dir,
             epochs=flags.epochs,
@@ -206,13 +207,11 @@ class Comparison:
         return self.flags.evaluate_every or max(1, self.task.recipe.epochs // 12)
 
     def job(self, trial: Trial) -> tuple[Job, Programs]:
-        """Job and programs of a trial; trials that differ in `lambda_w` only share them."""
+        """Job and programs of a trial; trials that differ only in `lambda_w` share them."""
         build, several = find_row(trial.method).build, len(trial.seeds) > 1
         key = (trial.pattern, build, several)
         if key not in self._jobs:
-            plan = plan_of(self.task, trial.pattern)
-            method = build(plan, self.task.recipe, self.task.steps_per_epoch)
-            job = Job(self.task, plan, method)
+            job = assemble_job(self.task, trial.method, trial.pattern)
             over_seeds = fastest(len(trial.seeds)) if several else None
             self._jobs[key] = job, make_programs(job, over_seeds=over_seeds)
         return self._jobs[key]
@@ -261,7 +260,7 @@ class Comparison:
 
 
 def _changed(compared: Compared, flags: Flags) -> Compared:
-    """What is compared, with the flags that were given in place of the task's own."""
+    """What is compared: the task's own choice, changed where a flag was given."""
     given = {entry.name: getattr(flags, entry.name) for entry in dataclasses.fields(compared)}
     return dataclasses.replace(
         compared, **{name: value for name, value in given.items() if value is not None}
@@ -269,7 +268,7 @@ def _changed(compared: Compared, flags: Flags) -> Compared:
 
 
 def _missing_densities(chosen: Compared) -> list[str]:
-    """Patterns 1:M as dense as blocks that no N:M pattern is as dense as; M a power of two."""
+    """Patterns 1:M, M a power of two, for blocks whose density no N:M pattern has yet."""
     there = [nmjax.parse_pattern(pattern).density for pattern in chosen.patterns]
     found = []
     for pattern in chosen.block_patterns if "sr_ste" in chosen.methods else ():
@@ -323,7 +322,7 @@ def _finish(comparison: Comparison, results: Results, console: Console) -> int:
 
 
 def run_trials(comparison: Comparison, results: Results, console: Console) -> int:
-    """Runs the trials that are not finished, under a progress bar; returns how many those were."""
+    """Runs the unfinished trials under a progress bar; returns their number."""
     waiting = [trial for trial in comparison.trials if results.find(trial) is None]
     steps = comparison.task.recipe.epochs * comparison.task.steps_per_epoch
     columns = (

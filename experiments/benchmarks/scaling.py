@@ -37,9 +37,9 @@ from experiments.distributed.layout import Preset
 from experiments.distributed.placement import Placement, make_placement
 from experiments.tasks.families.classification import classification_task
 from experiments.tasks.task import Batch, Recipe, Task
+from experiments.training.job import Job, assemble_job
 from experiments.training.loop import begin
-from experiments.training.methods import find_row
-from experiments.training.step import Job, Programs, RunState, make_programs, plan_of
+from experiments.training.step import Programs, RunState, make_programs
 
 CLASSES = 16
 
@@ -79,12 +79,6 @@ def make_task(width: int, batch_size: int) -> Task:
     )
 
 
-def make_job(task: Task, method: str, pattern: str) -> Job:
-    """The training of a task."""
-    plan = plan_of(task, pattern)
-    return Job(task, plan, find_row(method).build(plan, task.recipe, task.steps_per_epoch))
-
-
 def place(job: Job, devices: int, preset: Preset) -> tuple[Placement, Programs, RunState, Any]:
     """Placement, programs, first state and batch of a job on a number of devices."""
     placement = make_placement(
@@ -117,7 +111,7 @@ def measure_steps(
         collectives = {}
         for method in ("dense", "sr_ste"):
             placement, programs, state, batch = place(
-                make_job(task, method, pattern), devices, preset
+                assemble_job(task, method, pattern), devices, preset
             )
             with placement.active():
                 compiled = programs.step.lower(state.train, batch).compile()  # type: ignore[attr-defined]
@@ -146,7 +140,9 @@ def measure_checkpoints(
         ("SR-STE", "sr_ste"),
         ("one-shot", "one_shot"),
     ):
-        placement, programs, state, batch = place(make_job(task, method, pattern), devices, "fsdp")
+        placement, programs, state, batch = place(
+            assemble_job(task, method, pattern), devices, "fsdp"
+        )
         with placement.active():
             train = state.train
             # Past the step at which a one-shot mask is taken; zeros would take no room on disk.

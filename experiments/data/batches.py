@@ -1,4 +1,4 @@
-"""What a data set yields: batches of arrays, of which a process may read some rows."""
+"""Batches of arrays that a data set yields, and the rows of a batch that a process reads."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ class CocoMasks:
             outline = self.outlines.get(number)
             if outline is None or outline.image != image:
                 raise ValueError(
-                    f"{name}: {self.file} has no annotation {number} of image {image}. Both have "
-                    "to be the same split of COCO 2017"
+                    f"{name}: {self.file} has no annotation {number} of image {image}. Both must "
+                    "be the same split of COCO 2017"
                 )
         return [self.outlines[number] for number in objects]
 
@@ -103,14 +103,14 @@ def open_masks(split: str, data_dir: str | Path | None = None) -> CocoMasks:
         raise MissingDatasetError(
             f"there is no {file}, and tensorflow-datasets has no masks of COCO. Download "
             "annotations_trainval2017.zip of cocodataset.org and unpack it in "
-            f"{file.parent.parent}, or train --model faster_rcnn, which needs boxes only."
+            f"{file.parent.parent}, or train --model faster_rcnn, which only needs boxes."
         )
     try:
         # pycocotools reports its progress with print.
         with redirect_stdout(io.StringIO()):
             index = COCO(file)
     except Exception as error:  # AssertionError, KeyError, TypeError, JSON's errors, ...
-        raise ValueError(f"{file} is no file of annotations: {_describe(error)}") from error
+        raise ValueError(f"{file} is not an annotation file: {_describe(error)}") from error
     sizes = {number: (image["height"], image["width"]) for number, image in index.imgs.items()}
     outlines = {}
     for number, annotation in index.anns.items():

@@ -31,7 +31,7 @@ class Indexed(Protocol[T_co]):
 
 @dataclass(frozen=True)
 class Reading:
-    """How many hands read and transform, which changes nothing but the speed.
+    """Number of reader processes and threads. It changes only the speed.
 
     Attributes:
       workers: processes; 0 reads in this one. Each takes seconds to start, every epoch.
@@ -55,8 +55,8 @@ def train_epoch(
 ) -> Iterator[Batch]:
     """Yields the batches of one epoch, in an order and with augmentations of its own.
 
-    Every example is seen at most once; the last `len(records) % batch_size` of the order are
-    left out, other ones in each epoch.
+    Every example is seen at most once. The last `len(records) % batch_size` of the order are left
+    out, which are other examples in each epoch.
 
     Args:
       records: the examples, by index.
@@ -66,7 +66,7 @@ def train_epoch(
       seed: of the run, not negative.
       epoch: which epoch of the run, from 0.
       first_step: batches to leave out at the start, without reading them.
-      rows: of each batch, all by default; the others are not read, for other processes may.
+      rows: of each batch, all by default; the others are not read here.
       reading: threads and processes.
     """
     both = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
@@ -93,7 +93,7 @@ def eval_epoch(
       records: the examples, by index.
       transform: `example -> arrays of one example`.
       batch_size: examples a batch.
-      rows_of: batch size -> rows of each batch; the others are not read, for other processes may.
+      rows_of: batch size -> rows of each batch; the others are not read here.
         Rows from the batch size on are padding.
       reading: threads and processes.
     """
@@ -136,7 +136,7 @@ def _padded_rows(examples: Any, batch_size: int, rows: Rows, index: int) -> Batc
     there = rows[rows < min(batch_size, len(examples) - index * batch_size)]
     if len(there):
         return pad_batch(_batch_rows(examples, batch_size, there, index), len(rows))
-    # The shapes of nothing but padding are those of any example.
+    # A batch of padding only has the shapes of any example.
     nothing = {
         name: values[:0] for name, values in _batch_rows(examples, 1, rows[:1] * 0, 0).items()
     }
@@ -159,7 +159,7 @@ def _read(batches: Any, reading: Reading) -> Iterator[Batch]:
     iterator = iter(dataset)
     try:
         for batch in iterator:
-            # A copy where the array lies in memory shared with a worker, which frees it.
+            # Copied, because the worker frees memory that it shares with this process.
             yield {name: _own(values) for name, values in batch.items()}
     finally:
         iterator.close()

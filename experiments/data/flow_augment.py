@@ -1,6 +1,6 @@
 """Augmentation of a pair of images and its flow: scaled, mirrored, cut out.
 
-The ranges are RAFT's for FlyingChairs. Its changes of colour and its erased rectangles are left
+The ranges are RAFT's for FlyingChairs. Its changes of color and its erased rectangles are left
 out. A function that is random takes a NumPy generator and draws from nothing else.
 
 Source: Teed and Deng, "RAFT", ECCV 2020; princeton-vl/RAFT.
@@ -36,7 +36,7 @@ def augment(rng: np.random.Generator, pair: Pair, height: int, width: int) -> Pa
     if rng.random() < STRETCHED:
         across *= 2 ** rng.uniform(-STRETCH, STRETCH)
         down *= 2 ** rng.uniform(-STRETCH, STRETCH)
-    # Never smaller than what is cut out, whatever was drawn.
+    # Never smaller than the crop, whichever scale was drawn.
     pair = resize(pair, max(height, round(rows * down)), max(width, round(columns * across)))
     if rng.random() < MIRRORED:
         pair = mirror(pair)

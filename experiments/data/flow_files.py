@@ -22,7 +22,7 @@ UNKNOWN_FLOW = 1e9
 
 _MAGIC = b"PIEH"
 _HEADER_BYTES = 12
-# Larger than any camera's; a broken header would ask for more memory than there is.
+# Larger than any camera's. A broken header could ask for more memory than the machine has.
 _LONGEST_SIDE = 100_000
 
 
@@ -54,7 +54,7 @@ def read_flo(path: Path) -> Flow:
 
 
 def write_flo(path: Path, flow: NDArray[np.floating]) -> None:
-    """Writes a `.flo` file; what `read_flo` reads back bit by bit if it was float32.
+    """Writes a `.flo` file. `read_flo` returns the same bits if the flow was float32.
 
     Args:
       path: of the file.

@@ -19,7 +19,7 @@ _SPLITS = {"train": "1", "validation": "2"}
 
 
 class MissingFlowError(FileNotFoundError):
-    """A data set of optical flow is not where it was looked for, or not whole."""
+    """An optical flow data set is missing or incomplete."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def open_chairs(folder: Path, split: Literal["train", "validation"]) -> FlowPair
     """Opens FlyingChairs: `data/00001_img1.ppm`, `data/00001_img2.ppm`, `data/00001_flow.flo`, ...
 
     The official split is a text file with a line for each example, 1 for training and 2 for
-    validation; it lies in `folder` or in `folder/data`.
+    validation; it is in `folder` or in `folder/data`.
 
     Raises:
       MissingFlowError: folder, split or a file is missing; says what to get and where to put it.
@@ -78,7 +78,7 @@ def open_chairs(folder: Path, split: Literal["train", "validation"]) -> FlowPair
     flows = sorted((folder / "data").glob("*_flow.flo"))
     if not flows:
         raise MissingFlowError(
-            f"there is no FlyingChairs in {folder}: no file data/*_flow.flo. Unpack "
+            f"found no FlyingChairs in {folder}: no file matches data/*_flow.flo. Unpack "
             "FlyingChairs.zip (lmb.informatik.uni-freiburg.de) and give its folder FlyingChairs_"
             "release as --data-dir"
         )
@@ -86,7 +86,7 @@ def open_chairs(folder: Path, split: Literal["train", "validation"]) -> FlowPair
     found = [place for place in places if place.is_file()]
     if not found:
         raise MissingFlowError(
-            f"{places[0]} is missing: the official split, which lies beside FlyingChairs.zip"
+            f"{places[0]} is missing: download the official split from where FlyingChairs.zip is"
         )
     marks = found[0].read_text().split()
     if len(marks) != len(flows):
@@ -112,7 +112,7 @@ def open_sintel(folder: Path, rendering: Literal["clean", "final"]) -> FlowPairs
     scenes = sorted(path for path in images.glob("*") if path.is_dir())
     if not scenes:
         raise MissingFlowError(
-            f"there is no Sintel in {folder}: no scene in training/{rendering}. Unpack "
+            f"found no Sintel in {folder}: there are no scenes in training/{rendering}. Unpack "
             "MPI-Sintel-complete.zip (sintel.is.tue.mpg.de) and give its folder as --data-dir"
         )
     chosen = []
@@ -134,5 +134,5 @@ def _all_there(files: list[FlowFiles]) -> list[FlowFiles]:
     for names in files:
         for path in (names.first, names.second, names.flow):
             if not path.is_file():
-                raise MissingFlowError(f"{path} is missing: the data set is not whole")
+                raise MissingFlowError(f"{path} is missing: the data set is incomplete")
     return files

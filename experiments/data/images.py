@@ -1,6 +1,6 @@
 """Image augmentation, in NumPy and Pillow.
 
-Images are uint8 arrays (height, width, channels) until `normalise`, which returns float32. A
+Images are uint8 arrays (height, width, channels) until `normalize`, which returns float32. A
 function that is random takes a NumPy generator and draws from nothing else, so the same
 generator gives the same image.
 """
@@ -87,10 +87,10 @@ def random_crop_box(
             return Box(int(top), int(left), h, w)
     aspect = min(max(width / height, ratio[0]), ratio[1])
     h, w = min(height, round(width / aspect)), min(width, round(height * aspect))
-    return centre_box(height, width, h, w)
+    return center_box(height, width, h, w)
 
 
-def centre_box(height: int, width: int, crop_height: int, crop_width: int) -> Box:
+def center_box(height: int, width: int, crop_height: int, crop_width: int) -> Box:
     """Returns the central rectangle of a given size."""
     top, left = round((height - crop_height) / 2), round((width - crop_width) / 2)
     return Box(top, left, crop_height, crop_width)
@@ -103,12 +103,12 @@ def crop_and_resize(image: Image.Image, box: Box, size: int) -> Pixels:
     return np.asarray(cut.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def resize_and_centre_crop(image: Image.Image, shorter: int, size: int) -> Pixels:
+def resize_and_center_crop(image: Image.Image, shorter: int, size: int) -> Pixels:
     """Scales the shorter side to `shorter` and cuts out the central (size, size, 3)."""
     scale = shorter / min(image.size)
     width, height = (max(shorter, int(side * scale)) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    box = centre_box(height, width, size, size)
+    box = center_box(height, width, size, size)
     return np.asarray(resized)[box.top : box.top + size, box.left : box.left + size]
 
 
@@ -126,7 +126,7 @@ def random_flip(rng: np.random.Generator, image: Pixels) -> Pixels:
 
 
 def lighting_shift(rng: np.random.Generator, std: float) -> Floats:
-    """Draws the colour shift of "PCA lighting": sum_i alpha_i s_i v_i, alpha_i ~ normal(0, std).
+    """Draws the color shift of "PCA lighting": sum_i alpha_i s_i v_i, alpha_i ~ normal(0, std).
 
     Args:
       rng: source of the draws.
@@ -139,7 +139,7 @@ def lighting_shift(rng: np.random.Generator, std: float) -> Floats:
     return (_PCA_VECTORS @ (alphas * _PCA_SCALES)).astype(np.float32)
 
 
-def normalise(
+def normalize(
     image: Pixels,
     mean: tuple[float, ...],
     std: tuple[float, ...],

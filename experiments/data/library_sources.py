@@ -43,7 +43,7 @@ class Sources(NamedTuple):
 def load_sources(folder: Path | None = None) -> Sources:
     """Reads every `*.py` file of a folder and splits them by a hash of the relative path.
 
-    A file is in the same half wherever the library lies, and whatever other files there are.
+    A file's half depends only on its path within the library.
 
     Args:
       folder: of the library; None for that of the running Python.
@@ -64,7 +64,7 @@ def load_sources(folder: Path | None = None) -> Sources:
     if not train or not test:
         raise ValueError(
             f"{root} has {len(train)} training and {len(test)} test files named *.py, "
-            f"{len(skipped)} could not be read; it takes one of each at least. Is the library "
+            f"{len(skipped)} could not be read. At least one of each is needed. Is the library "
             "installed there as sources?"
         )
     return Sources(_join(train), _join(test), len(train), len(test), tuple(skipped))

@@ -1,11 +1,11 @@
 """Scenes to detect objects in: handwritten digits over photographs, with exact boxes and masks.
 
 scikit-learn ships both. A digit is enlarged, tinted and put somewhere on a darkened photograph, as
-chalk would look; later ones hide parts of earlier ones. Its mask is what is seen of it and its box
+chalk would look; later ones hide parts of earlier ones. Its mask is its visible part and its box
 is that mask's. Training scenes are made of other digits and of other parts of the photographs than
 test scenes.
 
-Whatever is drawn is annotated: a digit that would hide too much of another is left out.
+Everything that is drawn is annotated. A digit that would hide too much of another is left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIDES = (22, 36)  # of an enlarged digit, in pixels
 # Brightness that a photograph is darkened to, and the darkest tint of a digit in each channel.
 DARKENED = 0.5
 DARKEST_TINT = 0.7
-# Fractions: of the digits, for training; of grey that is ink; of a digit that must be seen.
+# Fractions: of the digits, for training; of gray that is ink; of a digit that must be seen.
 _TRAIN_SHARE = 0.7
 _INK = 0.3
 _SEEN = 0.75
@@ -105,8 +105,8 @@ def _background(rng: np.random.Generator, size: int, split: Split) -> NDArray[np
 def _place(rng: np.random.Generator, digit: NDArray[np.float64], size: int) -> NDArray[np.bool_]:
     """The ink of an enlarged digit somewhere in the image."""
     side = int(rng.integers(SIDES[0], SIDES[1] + 1))
-    grey = Image.fromarray(digit.astype(np.float32))
-    ink = np.asarray(grey.resize((side, side), Image.Resampling.BICUBIC)) > _INK
+    gray = Image.fromarray(digit.astype(np.float32))
+    ink = np.asarray(gray.resize((side, side), Image.Resampling.BICUBIC)) > _INK
     # Cut to its ink, so that a digit may touch the image's border.
     left, top, right, bottom = box_of(ink)
     ink = ink[top:bottom, left:right]

@@ -70,8 +70,8 @@ def encode_pairs(pairs: Iterable[Pair], vocabulary: Vocabulary, *, length: int) 
         seen += len(chunk)
     if not any(len(part[0]) for part in parts):
         raise ValueError(
-            f"none of {seen} pairs is left: {empty} have an empty side, {too_long} more than "
-            f"{length} tokens on one. Take longer sequences or a larger vocabulary"
+            f"no pairs are left of {seen}: {empty} have an empty side, {too_long} have more than "
+            f"{length} tokens on one. Use longer sequences or a larger vocabulary"
         )
     indices, sources, targets = zip(*parts, strict=True)
     return EncodedPairs(

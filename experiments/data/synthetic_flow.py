@@ -1,6 +1,6 @@
 """Pairs of images with exact dense flow: photographs that move in layers.
 
-scikit-learn ships two photographs; they are given coloured grain, in parts stronger than what they
+scikit-learn ships two photographs; they are given colored grain, in parts stronger than what they
 show. A background and a few blobs are cut out of them at random and each moves by an affine map of
 its own, the blobs in front of the background and of each other.
 The flow is exact: texture and outline of a layer are functions of the position in the first image,
@@ -44,12 +44,12 @@ class Layer(NamedTuple):
     """Something that moves as one piece.
 
     Attributes:
-      texture: (height, width, 3), grey values in [0, 1].
-      origin: (2,), where in the texture the image's centre lies, x and y.
-      turn: (2, 2), from positions in the image, against its centre, to the texture's.
+      texture: (height, width, 3), gray values in [0, 1].
+      origin: (2,), where in the texture the image's center lies, x and y.
+      turn: (2, 2), from positions in the image, against its center, to the texture's.
       motion: (2, 3), affine: from positions in the first image to those in the second, both
-        against the image's centre.
-      centre: (2,), of the outline, against the image's centre.
+        against the image's center.
+      center: (2,), of the outline, against the image's center.
       radii: amplitudes and phases of the outline's radius as a function of the angle, (waves, 2);
         empty for a background, which has no outline.
     """
@@ -58,7 +58,7 @@ class Layer(NamedTuple):
     origin: Array
     turn: Array
     motion: Array
-    centre: Array
+    center: Array
     radii: Array
 
 
@@ -140,7 +140,7 @@ def photographs(split: Split) -> tuple[Array, ...]:
 
 @lru_cache(maxsize=2)
 def grained(split: Split) -> tuple[Array, ...]:
-    """The photographs of a split with grain, the same at every call, that moves with them."""
+    """The photographs of a split, with grain that moves with them; the result is cached."""
     rng = np.random.default_rng(0)
     found = []
     for texture in photographs(split):
@@ -154,21 +154,21 @@ def _draw_layer(rng: np.random.Generator, size: int, split: Split, *, is_blob: b
     texture = textures[rng.integers(len(textures))]
     height, width, _ = texture.shape
     radii = np.zeros((0, 2))
-    centre = np.zeros(2)
+    center = np.zeros(2)
     if is_blob:
-        centre = rng.uniform(-0.4, 0.4, 2) * size
+        center = rng.uniform(-0.4, 0.4, 2) * size
         mean = rng.uniform(0.12, 0.28) * size
         amplitudes = mean * np.array([1.0, *rng.uniform(0, 0.2, 3)])
         radii = np.stack([amplitudes, rng.uniform(0, 2 * np.pi, 4)], axis=-1)
     linear = _rotation(rng.normal(0, TURN)) @ np.diag(1 + rng.normal(0, STRETCH, 2))
-    # Turns and stretches about the layer's own centre, then moves on.
-    shift = centre - linear @ centre + rng.normal(0, SHIFT_PIXELS, 2)
+    # Turns and stretches about the layer's own center, then moves on.
+    shift = center - linear @ center + rng.normal(0, SHIFT_PIXELS, 2)
     return Layer(
         texture=texture,
         origin=rng.uniform(0, 1, 2) * (width - 1, height - 1),
         turn=_rotation(rng.uniform(0, 2 * np.pi)) * rng.uniform(0.8, 1.25),
         motion=np.column_stack([linear, shift]),
-        centre=centre,
+        center=center,
         radii=radii,
     )
 
@@ -177,7 +177,7 @@ def _covers(layer: Layer, points: Array) -> NDArray[np.bool_]:
     """Whether points of the first image, (..., 2), lie inside the outline."""
     if len(layer.radii) == 0:
         return np.ones(points.shape[:-1], bool)
-    x, y = np.moveaxis(points - layer.centre, -1, 0)
+    x, y = np.moveaxis(points - layer.center, -1, 0)
     angle = np.arctan2(y, x)
     radius = layer.radii[0, 0] + sum(
         amplitude * np.cos(wave * angle + phase)
@@ -187,7 +187,7 @@ def _covers(layer: Layer, points: Array) -> NDArray[np.bool_]:
 
 
 def _texture_at(layer: Layer, points: Array) -> Array:
-    """Grey values at points of the first image, bilinear; the photograph is mirrored outside."""
+    """Gray values at points of the first image, bilinear; the photograph is mirrored outside."""
     x, y = np.moveaxis(points @ layer.turn.T + layer.origin, -1, 0)
     channels = [
         map_coordinates(layer.texture[..., channel], [y, x], order=1, mode="mirror")

@@ -72,7 +72,7 @@ def train_vocabulary(sentences: Iterable[str], size: int) -> Vocabulary:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"no vocabulary of {size} pieces: {error}") from error
+        raise ValueError(f"cannot make a vocabulary of {size} pieces: {error}") from error
     return Vocabulary(model.getvalue())
 
 
@@ -80,8 +80,8 @@ def load_vocabulary(path: Path, *, size: int) -> Vocabulary:
     """Reads a `.model` file.
 
     Raises:
-      ValueError: if it is none, numbers the special pieces in another way, or has not `size`
-        pieces.
+      ValueError: if it is not a vocabulary, numbers the special pieces differently, or does not
+        have `size` pieces.
     """
     try:
         vocabulary = Vocabulary(path.read_bytes())

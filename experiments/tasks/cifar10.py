@@ -13,63 +13,45 @@ Run:
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import images
-from experiments.data.epochs import Reading, eval_epoch, steps_per_epoch, train_epoch
+from experiments.data.epochs import eval_epoch, steps_per_epoch, train_epoch
 from experiments.data.records import Record, decode, open_images
-from experiments.models.images.networks import make_image_network
+from experiments.models.images.networks import IMAGE_NETWORKS, dense_layers, make_image_network
 from experiments.tasks.families.classification import classification_task
+from experiments.tasks.options import BOTH_DTYPES, DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Recipe, Task
 
 # Of the training images, each channel, scaled to [0, 1].
 _MEAN = (0.4914, 0.4822, 0.4465)
 _STD = (0.2470, 0.2435, 0.2616)
 
-_READING = Reading()
 RECIPE = Recipe(epochs=200, batch_size=128, learning_rate=0.1, warmup_epochs=5, weight_decay=5e-4)
 
 
-def cifar10_task(
-    model: str = "resnet18",
-    *,
-    recipe: Recipe = RECIPE,
-    data_dir: str | Path | None = None,
-    dtype: Any = jnp.float32,
-    keep_dense: tuple[str, ...] = ("^stem/", "^head/"),
-    reading: Reading = _READING,
-) -> Task:
-    """Makes the CIFAR-10 task.
+@offers(*IMAGE_NETWORKS, default="resnet18", dtypes=BOTH_DTYPES)
+def task(options: Options = DEFAULTS) -> Task:
+    """Makes the CIFAR-10 task. The networks have the stem for small images.
 
-    Args:
-      model: one of `experiments.models.images.networks.IMAGE_NETWORKS`; gets the stem for small
-        images.
-      recipe: hyper-parameters; its batch size is that of the batches.
-      data_dir: folder of prepared data sets; see `open_images`.
-      dtype: the network computes in.
-      keep_dense: path rules of layers that stay dense. The stem cannot be sparse: it sums over
-        three channels, which no group of four or more fits into.
-      reading: threads and processes that read.
+    The stem stays dense: it sums over three channels, which no group of four or more fits into.
 
     Raises:
       MissingDatasetError: if the data set has not been prepared.
-      ValueError: if there is no such model, or the batch is larger than the data set.
+      ValueError: if the batch is larger than the data set.
     """
-    train = open_images("cifar10", "train", name_feature="id", data_dir=data_dir)
-    test = open_images("cifar10", "test", name_feature="id", data_dir=data_dir)
-    epochs = partial(
-        train_epoch, train, train_example, batch_size=recipe.batch_size, reading=reading
-    )
-    evaluation = partial(
-        eval_epoch, test, eval_example, batch_size=recipe.batch_size, reading=reading
-    )
+    recipe = options.changed(RECIPE)
+    batches: dict[str, Any] = {"batch_size": recipe.batch_size, "reading": options.reading}
+    train = open_images("cifar10", "train", name_feature="id", data_dir=options.data_dir)
+    test = open_images("cifar10", "test", name_feature="id", data_dir=options.data_dir)
+    epochs = partial(train_epoch, train, train_example, **batches)
+    evaluation = partial(eval_epoch, test, eval_example, **batches)
     return classification_task(
         name="cifar10",
-        model=make_image_network(model, 10, stem="cifar", dtype=dtype),
+        model=make_image_network(options.model, 10, stem="cifar", dtype=jnp.dtype(options.dtype)),
         input_shape=(32, 32, 3),
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
         train_rows=epochs,
@@ -77,23 +59,23 @@ def cifar10_task(
         eval_rows=evaluation,
         steps_per_epoch=steps_per_epoch(train, recipe.batch_size),
         recipe=recipe,
-        keep_dense=keep_dense,
+        keep_dense=dense_layers(options.model, blocks=options.for_blocks),
     )
 
 
 def train_example(record: Record, rng: np.random.Generator) -> Batch:
-    """Decodes, shifts, mirrors and normalises one image."""
+    """Decodes, shifts, mirrors and normalizes one image."""
     pixels = images.random_shift(rng, np.asarray(decode(record)), padding=4)
     pixels = images.random_flip(rng, pixels)
     return {
-        "image": images.normalise(pixels, _MEAN, _STD),
+        "image": images.normalize(pixels, _MEAN, _STD),
         "label": np.asarray(record["label"], np.int32),
     }
 
 
 def eval_example(record: Record) -> Batch:
-    """Decodes and normalises one image."""
+    """Decodes and normalizes one image."""
     return {
-        "image": images.normalise(np.asarray(decode(record)), _MEAN, _STD),
+        "image": images.normalize(np.asarray(decode(record)), _MEAN, _STD),
         "label": np.asarray(record["label"], np.int32),
     }

@@ -2,9 +2,9 @@
 
 What this is for: the N:M paper's object detection and instance segmentation, whose code was never
 released. SGD with momentum 0.9 at 0.02, weight decay 1e-4, 12 epochs of batches of 16. Unlike the
-usual recipe the backbone starts from scratch and its normalisation is trained, the learning rate
+usual recipe the backbone starts from scratch and its normalization is trained, the learning rate
 falls as a cosine instead of in two steps, and images are scaled to a longer side of 1,024 pixels on
-a square canvas, so that all have one shape. Masks are kept, learnt and compared at a quarter of
+a square canvas, so that all have one shape. Masks are kept, learned and compared at a quarter of
 that resolution, whereas COCO's evaluation compares them at the original size of each image. Average
 precision and time have not been measured with this code.
 
@@ -21,54 +21,42 @@ He et al., "Mask R-CNN", ICCV 2017.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from experiments.data.coco import CLASSES, CocoRecord, as_arrays, count_boxes, open_coco
-from experiments.data.epochs import Reading, eval_epoch, steps_per_epoch, train_epoch
+from experiments.data.epochs import eval_epoch, steps_per_epoch, train_epoch
 from experiments.models.detection.feature_pyramid import FeaturePyramid
 from experiments.models.detection.mask_rcnn import MaskRCNN
 from experiments.tasks.families.object_detection import object_detection_task
+from experiments.tasks.options import DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
-MODELS = ("faster_rcnn", "mask_rcnn")
 SIZE = 1024
 MOST_OBJECTS = 100
 _EVAL_BATCH = 8
-_READING = Reading()
 
 RECIPE = Recipe(
     epochs=12, batch_size=16, learning_rate=0.02, warmup_epochs=0.1, clip=10.0, weight_decay=1e-4
 )
 
 
-def coco_task(
-    model: str = "faster_rcnn",
-    *,
-    recipe: Recipe = RECIPE,
-    data_dir: Path | None = None,
-    size: int = SIZE,
-    reading: Reading = _READING,
-) -> Task:
+@offers("faster_rcnn", "mask_rcnn")
+def task(options: Options = DEFAULTS, *, size: int = SIZE) -> Task:
     """Makes the task of finding COCO's objects.
 
     Args:
-      model: one of `MODELS`.
-      recipe: hyper-parameters.
-      data_dir: folder of prepared data sets; see `experiments.data.records.open_source`.
+      options: model, recipe and the like.
       size: of the images' sides; a multiple of 64.
-      reading: threads and processes that read.
 
     Raises:
       MissingDatasetError: if the data set has not been prepared, or its masks are missing.
-      ValueError: the model is unknown, the batch is larger than the data set, or the masks' file is
-        damaged.
+      ValueError: the batch is larger than the data set, or the masks' file is damaged.
     """
-    network = make_network(model)
+    network, recipe = make_network(options.model), options.changed(RECIPE)
     # The small one first: a folder that is not prepared is found out before much is read.
     validation, train = (
-        open_coco(split, data_dir, with_masks=network.with_masks)
+        open_coco(split, options.data_dir, with_masks=network.with_masks)
         for split in ("validation", "train")
     )
     epochs = partial(
@@ -76,14 +64,14 @@ def coco_task(
         train,
         partial(train_example, size=size),
         batch_size=recipe.batch_size,
-        reading=reading,
+        reading=options.reading,
     )
     evaluation = partial(
         eval_epoch,
         validation,
         partial(as_arrays, size=size, most=MOST_OBJECTS),
         batch_size=_EVAL_BATCH,
-        reading=reading,
+        reading=options.reading,
     )
     return object_detection_task(
         name="coco",
@@ -101,18 +89,12 @@ def coco_task(
 
 
 def make_network(model: str) -> MaskRCNN:
-    """Makes one of `MODELS`, over a ResNet-50 feature pyramid.
-
-    Raises:
-      ValueError: the model is unknown.
-    """
-    if model not in MODELS:
-        raise ValueError(f"no model {model!r} for coco, only {' and '.join(MODELS)}")
+    """Makes "faster_rcnn" or "mask_rcnn", over a ResNet-50 feature pyramid."""
     return MaskRCNN(pyramid=FeaturePyramid(), classes=CLASSES, with_masks=model == "mask_rcnn")
 
 
 def train_example(record: CocoRecord, rng: np.random.Generator, size: int) -> Batch:
-    """One image, mirrored every other time; crowds are no objects to learn from."""
+    """One image, mirrored every other time; crowds are left out as objects."""
     arrays = as_arrays(record, size, MOST_OBJECTS, mirrored=rng.random() < 0.5)
     is_crowd = arrays.pop("is_crowd")
     return {**arrays, "classes": np.where(is_crowd, 0, arrays["classes"]).astype(np.int32)}

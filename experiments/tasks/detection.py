@@ -7,7 +7,7 @@ network is a small Mask R-CNN, trained from scratch. Without learning, nothing i
 precision is 0.
 
 Metrics are COCO's: AP is the mean over overlaps from 0.5 to 0.95, AP50 asks for an overlap of one
-half only. Two seeds instead of more: one a core is what ten minutes allow.
+half only. Two seeds and not more, one per core, because that fits into ten minutes.
 
 Source: He et al., "Mask R-CNN", ICCV 2017.
 """
@@ -25,6 +25,7 @@ from experiments.models.detection.feature_pyramid import FeaturePyramid
 from experiments.models.detection.mask_rcnn import MaskRCNN
 from experiments.models.images.resnet import BasicBlock
 from experiments.tasks.families.object_detection import object_detection_task
+from experiments.tasks.options import DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 SIZE = 64
@@ -43,12 +44,10 @@ RECIPE = Recipe(
 )
 
 
-def detection_task(*, recipe: Recipe = RECIPE) -> Task:
-    """Makes the task of finding digits in photographs with a small Mask R-CNN.
-
-    Args:
-      recipe: hyper-parameters; an epoch has `STEPS_PER_EPOCH` steps.
-    """
+@offers("mask_rcnn_tiny")
+def task(options: Options = DEFAULTS) -> Task:
+    """Makes the task of finding digits in photographs with a small Mask R-CNN."""
+    recipe = options.changed(RECIPE)
     return object_detection_task(
         name="detection",
         model=tiny_mask_rcnn(),
@@ -106,7 +105,7 @@ def _train_batches(seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
 
 @lru_cache(maxsize=1)
 def test_batches() -> list[Batch]:
-    """The test set in batches of one size, the same at every call."""
+    """The test set in batches of one size; the result is cached."""
     # No seed of a run makes this generator.
     rng = np.random.default_rng(2**32)
     valid = np.ones(_EVAL_BATCH, np.int32)

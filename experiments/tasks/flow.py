@@ -3,14 +3,14 @@
 A background and one or two blobs, cut out of scikit-learn's two photographs, move by affine maps
 of their own; see `experiments.data.synthetic_flow`. A thousand training pairs are drawn once, the
 same for every seed of a run, and mirrored and turned over at random; test pairs are cut out of
-another part of the photographs. The network is a small RAFT whose features are centred and scaled
+another part of the photographs. The network is a small RAFT whose features are centered and scaled
 before they are correlated. The baseline is to say that nothing moves.
 
 The recipe is that of RAFT's first stage on FlyingChairs (AdamW, gradient norm clipped to 1 after
 the sparse-refined term of 2e-4 is added, linear decay after a warm-up over 5 % of the steps), with
 a higher learning rate for a smaller network: 2e-3. Twice that is too much: in a trial the error
-stayed at two thirds of the baseline's until the rate had decayed. Two seeds instead of more: one a
-core is what ten minutes allow.
+stayed at two thirds of the baseline's until the rate had decayed. Two seeds and not more,
+one per core, because that fits into ten minutes.
 
 Source: Teed and Deng, "RAFT: Recurrent All-Pairs Field Transforms for Optical Flow", ECCV 2020.
 """
@@ -28,6 +28,7 @@ from experiments.data.synthetic_flow import Split, draw_pair
 from experiments.models.flow.raft import tiny_raft
 from experiments.tasks.families.optical_flow import no_motion_error, optical_flow_task
 from experiments.tasks.flying_chairs import as_arrays
+from experiments.tasks.options import DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 SIZE = 64
@@ -47,15 +48,14 @@ RECIPE = Recipe(
 )
 
 
-def flow_task(*, recipe: Recipe = RECIPE) -> Task:
+@offers("raft_tiny")
+def task(options: Options = DEFAULTS) -> Task:
     """Makes the task of estimating generated optical flow with a small RAFT.
-
-    Args:
-      recipe: hyper-parameters.
 
     Raises:
       ValueError: the batch is larger than the training set.
     """
+    recipe = options.changed(RECIPE)
     tests = partial(eval_epoch, drawn_pairs("test", TEST_PAIRS), as_arrays, batch_size=_EVAL_BATCH)
     return optical_flow_task(
         name="flow",
@@ -78,7 +78,7 @@ def flow_task(*, recipe: Recipe = RECIPE) -> Task:
 
 @lru_cache(maxsize=2)
 def drawn_pairs(split: Split, count: int) -> tuple[Pair, ...]:
-    """The first pairs of a split, the same at every call, as files would hold them."""
+    """The first pairs of a split, as uint8 like files on disk; always the same ones."""
     rng = np.random.default_rng(int(split == "test"))
     pairs = (draw_pair(rng, SIZE, split) for _ in range(count))
     return tuple((_pixels(pair.first), _pixels(pair.second), pair.flow) for pair in pairs)

@@ -5,7 +5,7 @@ on the validation set (its README). AdamW at 4e-4 with weight decay 1e-4, linear
 warm-up over 5 % of the steps, 200,000 steps of 4 pairs, cuts of 368 x 496, 12 iterations, gradient
 norm clipped to 1 after the sparse-refined term is added. Evaluation takes 24 iterations. Unlike
 there, the stems and the convolution over the flow stay dense, because a group of four does not fit
-into three or two channels, colours are not changed, and an epoch's incomplete last batch is left
+into three or two channels, colors are not changed, and an epoch's incomplete last batch is left
 out. Error and time have not been measured with this code.
 
 Run:
@@ -28,12 +28,12 @@ from experiments.data.flow_files import is_known
 from experiments.data.flow_folders import open_chairs
 from experiments.models.flow.raft import Raft
 from experiments.tasks.families.optical_flow import optical_flow_task
+from experiments.tasks.options import DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 CROP = (368, 496)
 EVAL_ITERATIONS = 24
 _EVAL_BATCH = 8
-_READING = Reading()
 
 # 36 epochs of 5,558 steps (22,232 training pairs) are 200,000 steps.
 RECIPE = Recipe(
@@ -48,27 +48,24 @@ RECIPE = Recipe(
 )
 
 
-def flying_chairs_task(
-    *, recipe: Recipe = RECIPE, data_dir: Path | None = None, reading: Reading = _READING
-) -> Task:
+@offers("raft")
+def task(options: Options = DEFAULTS) -> Task:
     """Makes the task of estimating optical flow on FlyingChairs.
 
     Args:
-      recipe: hyper-parameters.
-      data_dir: the unpacked FlyingChairs_release.
-      reading: threads and processes that read.
+      options: model, recipe and the like; `data_dir` is the unpacked FlyingChairs_release.
 
     Raises:
-      MissingFlowError: the data set is not there, or not whole.
+      MissingFlowError: the data set is missing or incomplete.
       ValueError: the batch is larger than the data set.
     """
-    folder = data_dir or Path("FlyingChairs_release")
-    validation = open_chairs(folder, "validation")
+    folder = options.data_dir or Path("FlyingChairs_release")
+    validation, reading = open_chairs(folder, "validation"), options.reading
     return chairs_trained_task(
         "flying_chairs",
         folder,
         partial(eval_epoch, validation, eval_example, batch_size=_EVAL_BATCH, reading=reading),
-        recipe=recipe,
+        recipe=options.changed(RECIPE),
         reading=reading,
         eval_iterations=EVAL_ITERATIONS,
     )

@@ -21,7 +21,7 @@ Where ours differs from the released code:
   * Groups run over input channels, which sparse hardware needs. The paper's tables were made
     with groups over the flattened kernel; 1x1 convolutions are the same either way.
   * The stem is dense. It sums over three channels, and even its 3 * 7 * 7 = 147 weights a
-    filter are no multiple of four, so the released code's groups straddle filters there.
+    filter are not a multiple of four, so the released code's groups straddle filters there.
     The last layer is dense in the released code too. Later work keeps both dense.
   * lambda_w is added once. The released script divides the loss by the number of workers but
     sums the gradients, which multiplies the term by that number: with its eight GPUs, the
@@ -62,17 +62,17 @@ Run:
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import images
-from experiments.data.epochs import Reading, eval_epoch, steps_per_epoch, train_epoch
+from experiments.data.epochs import eval_epoch, steps_per_epoch, train_epoch
 from experiments.data.records import Record, decode, open_images
-from experiments.models.images.networks import make_image_network
+from experiments.models.images.networks import IMAGE_NETWORKS, dense_layers, make_image_network
 from experiments.tasks.families.classification import classification_task
+from experiments.tasks.options import BOTH_DTYPES, DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Recipe, Task
 
 # Of the training images, each channel, scaled to [0, 1].
@@ -80,7 +80,6 @@ _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 _SIZE = 224
 
-_READING = Reading(threads=8)
 RECIPE = Recipe(
     epochs=120,
     batch_size=256,
@@ -104,43 +103,25 @@ BLOCK_RECIPE = Recipe(
 )
 
 
-def imagenet2012_task(
-    model: str = "resnet50",
-    *,
-    recipe: Recipe = RECIPE,
-    data_dir: str | Path | None = None,
-    dtype: Any = jnp.float32,
-    keep_dense: tuple[str, ...] = ("^stem/", "^head/"),
-    reading: Reading = _READING,
-) -> Task:
-    """Makes the ImageNet task.
-
-    Args:
-      model: one of `experiments.models.images.networks.IMAGE_NETWORKS`.
-      recipe: hyper-parameters; its batch size is that of the batches.
-      data_dir: folder of prepared data sets; see `open_images`.
-      dtype: the network computes in.
-      keep_dense: path rules of layers that stay dense. `("^stem/",)` makes the head sparse as
-        well; the stem never can be, see above.
-      reading: threads and processes that read.
+@offers(*IMAGE_NETWORKS, default="resnet50", dtypes=BOTH_DTYPES)
+def task(options: Options = DEFAULTS) -> Task:
+    """Makes the ImageNet task. Blocks of 1xN are trained by their own recipe.
 
     Raises:
       MissingDatasetError: if the data set has not been prepared.
-      ValueError: if there is no such model, or the batch is larger than the data set.
+      ValueError: if the batch is larger than the data set.
     """
-    train = open_images("imagenet2012", "train", name_feature="file_name", data_dir=data_dir)
-    held_out = open_images(
-        "imagenet2012", "validation", name_feature="file_name", data_dir=data_dir
+    recipe = options.changed(BLOCK_RECIPE if options.for_blocks else RECIPE)
+    open_split = partial(
+        open_images, "imagenet2012", name_feature="file_name", data_dir=options.data_dir
     )
-    epochs = partial(
-        train_epoch, train, train_example, batch_size=recipe.batch_size, reading=reading
-    )
-    evaluation = partial(
-        eval_epoch, held_out, eval_example, batch_size=recipe.batch_size, reading=reading
-    )
+    train, held_out = open_split("train"), open_split("validation")
+    batches: dict[str, Any] = {"batch_size": recipe.batch_size, "reading": options.reading}
+    epochs = partial(train_epoch, train, train_example, **batches)
+    evaluation = partial(eval_epoch, held_out, eval_example, **batches)
     return classification_task(
         name="imagenet2012",
-        model=make_image_network(model, 1000, dtype=dtype),
+        model=make_image_network(options.model, 1000, dtype=jnp.dtype(options.dtype)),
         input_shape=(_SIZE, _SIZE, 3),
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
         train_rows=epochs,
@@ -148,26 +129,26 @@ def imagenet2012_task(
         eval_rows=evaluation,
         steps_per_epoch=steps_per_epoch(train, recipe.batch_size),
         recipe=recipe,
-        keep_dense=keep_dense,
+        keep_dense=dense_layers(options.model, blocks=options.for_blocks),
     )
 
 
 def train_example(record: Record, rng: np.random.Generator) -> Batch:
-    """Decodes one image, crops and scales it at random, mirrors, relights and normalises."""
+    """Decodes one image, crops and scales it at random, mirrors, relights and normalizes."""
     image = decode(record)
     box = images.random_crop_box(rng, image.height, image.width)
     pixels = images.random_flip(rng, images.crop_and_resize(image, box, _SIZE))
     shift = images.lighting_shift(rng, std=0.1)
     return {
-        "image": images.normalise(pixels, _MEAN, _STD, shift),
+        "image": images.normalize(pixels, _MEAN, _STD, shift),
         "label": np.asarray(record["label"], np.int32),
     }
 
 
 def eval_example(record: Record) -> Batch:
-    """Decodes one image, takes the central crop and normalises."""
-    pixels = images.resize_and_centre_crop(decode(record), shorter=256, size=_SIZE)
+    """Decodes one image, takes the central crop and normalizes."""
+    pixels = images.resize_and_center_crop(decode(record), shorter=256, size=_SIZE)
     return {
-        "image": images.normalise(pixels, _MEAN, _STD),
+        "image": images.normalize(pixels, _MEAN, _STD),
         "label": np.asarray(record["label"], np.int32),
     }

@@ -21,13 +21,14 @@ from num2words import num2words
 
 from experiments.data.sentence_pairs import encode_pairs
 from experiments.data.vocabulary import train_vocabulary
-from experiments.models.text.transformer import find_transformer
+from experiments.models.text.transformer import TRANSFORMERS
 from experiments.tasks.families.translation import (
     BLEU_METRIC,
     CHRF_METRIC,
     EXACT_METRIC,
     translation_task,
 )
+from experiments.tasks.options import BOTH_DTYPES, DEFAULTS, Options, offers
 from experiments.tasks.task import Recipe, Task
 
 DIGITS = 9
@@ -52,41 +53,31 @@ RECIPE = Recipe(
 )
 
 
-def number_names_task(
-    model: str = "transformer_tiny",
-    *,
-    recipe: Recipe = RECIPE,
-    dtype: Any = jnp.float32,
-    train_pairs: int = TRAIN_PAIRS,
-    test_pairs: int = TEST_PAIRS,
+@offers(*TRANSFORMERS, default="transformer_tiny", dtypes=BOTH_DTYPES)
+def task(
+    options: Options = DEFAULTS, *, train_pairs: int = TRAIN_PAIRS, test_pairs: int = TEST_PAIRS
 ) -> Task:
     """Makes the task of translating number names.
 
     Args:
-      model: one of `experiments.models.text.transformer.TRANSFORMERS`.
-      recipe: hyper-parameters.
-      dtype: the network computes in.
+      options: model, recipe and the like.
       train_pairs: how many.
       test_pairs: how many, of numbers that are never trained on.
-
-    Raises:
-      ValueError: there is no such model.
     """
-    size = find_transformer(model)
     train, test = number_pairs(train_pairs, test_pairs)
     vocabulary = train_vocabulary((side for pair in train for side in pair), PIECES)
     encoded = encode_pairs(test, vocabulary, length=LENGTH)
     return translation_task(
         name="number_names",
-        size=size,
+        size=TRANSFORMERS[options.model],
         vocabulary=vocabulary,
         train=encode_pairs(train, vocabulary, length=LENGTH),
         test=encoded,
         texts=[test[index] for index in encoded.kept],
-        recipe=recipe,
+        recipe=options.changed(RECIPE),
         metrics=(EXACT_METRIC, BLEU_METRIC, CHRF_METRIC),
         bleu_tokens="char",
-        dtype=dtype,
+        dtype=jnp.dtype(options.dtype),
         notes=(f"A vocabulary of {PIECES} pieces for both languages.",),
     )
 
@@ -116,5 +107,5 @@ def names(numbers: Any) -> list[tuple[str, str]]:
 
 
 def is_test(number: int) -> bool:
-    """Whether a number is never trained on: one in ten, whatever else is drawn."""
+    """Whether a number is held out for testing. It is one in ten and depends only on the number."""
     return hashlib.sha256(str(number).encode()).digest()[0] < 26

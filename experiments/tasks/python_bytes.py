@@ -1,4 +1,4 @@
-"""Language modelling: the next byte of the sources of Python's own library.
+"""Language modeling: the next byte of the sources of Python's own library.
 
 A decoder alone reads bytes and predicts the next one; the metric is bits per byte of files that
 training never sees. With hundreds of thousands of predictions to average over it is the most
@@ -36,6 +36,7 @@ from experiments.data.library_sources import Bytes, Sources, load_sources
 from experiments.models.text.decoding import draw
 from experiments.models.text.transformer import DECODERS, Decoder
 from experiments.tasks.families.classification import cross_entropy
+from experiments.tasks.options import BOTH_DTYPES, DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Metric, Recipe, Rows, Shown, Sums, Task, Variables
 
 METRIC = Metric("bits per byte", unit="", step="bits", perfect=0.0, scale=1.0, close=0.02)
@@ -89,30 +90,27 @@ PORTIONS = {
 }
 
 
-def python_bytes_task(
-    model: str = "decoder_tiny",
+@offers(*RECIPES, dtypes=BOTH_DTYPES)
+def task(
+    options: Options = DEFAULTS,
     *,
-    recipe: Recipe | None = None,
-    dtype: Any = jnp.float32,
     sources: Sources | None = None,
     portion: Portion | None = None,
 ) -> Task:
     """Makes the task of predicting the next byte.
 
     Args:
-      model: one of `RECIPES`.
-      recipe: hyper-parameters; None for the model's.
-      dtype: the network computes in.
+      options: model, recipe and the like.
       sources: the corpus; None for the running Python's library.
       portion: how much of it; None for the model's.
 
     Raises:
-      ValueError: there is no such model, the corpus is empty, or shorter than a window.
+      ValueError: the corpus is empty, or shorter than a window.
     """
-    recipe, portion = recipe or find_recipe(model), portion or PORTIONS[model]
+    recipe, portion = options.changed(RECIPES[options.model]), portion or PORTIONS[options.model]
     sources = sources or _library()
     _check_long_enough(sources, portion.window)
-    network = Decoder(DECODERS[model], 256, dtype)
+    network = Decoder(DECODERS[options.model], 256, jnp.dtype(options.dtype))
 
     def init(key: jax.Array) -> Variables:
         return dict(network.init(key, jnp.zeros((1, 2), jnp.int32)))
@@ -153,17 +151,6 @@ def python_bytes_task(
         notes=(_note(sources),),
         identity=(("corpus", hashlib.sha256(sources.train.tobytes()).hexdigest()[:16]),),
     )
-
-
-def find_recipe(model: str) -> Recipe:
-    """The recipe of a model.
-
-    Raises:
-      ValueError: there is no such model.
-    """
-    if model not in RECIPES:
-        raise ValueError(f"no model named {model!r}; there are {', '.join(RECIPES)}")
-    return RECIPES[model]
 
 
 def baselines(sources: Sources) -> tuple[tuple[str, float], ...]:
@@ -227,7 +214,7 @@ def _eval_batches(
 
 
 def _spread(stream: Bytes, window: int, count: int) -> NDArray[np.int64]:
-    """Where windows begin that lie at equal distances over the stream."""
+    """The starts of windows spread evenly over the stream."""
     return np.linspace(0, len(stream) - window - 1, count).astype(np.int64)
 
 
@@ -239,9 +226,9 @@ def _windows(stream: Bytes, starts: NDArray[np.int64], window: int) -> NDArray[n
 def _show(
     network: Decoder, stream: Bytes, window: int, params: Any, collections: Variables
 ) -> list[Shown]:
-    """Lets the network go on in the middle of some test files, half a window at a time.
+    """Lets the network continue some test files, half a window at a time.
 
-    It was trained on whole windows, and looks back on half of one at least.
+    It was trained on whole windows, so it always sees at least half of one.
     """
     del collections
     half = window // 2
@@ -260,7 +247,7 @@ def _show(
 
 @partial(jax.jit, static_argnums=0)
 def _continue(network: Decoder, params: Any, prompt: jax.Array, key: jax.Array) -> jax.Array:
-    """As many bytes again as `prompt` (rows, bytes) has."""
+    """Draws as many more bytes as `prompt` (rows, bytes) has."""
     variables = {"params": params}
     rows, length = prompt.shape
     memory = network.apply(variables, rows, 2 * length, method="begin")

@@ -19,44 +19,38 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.data.epochs import Reading, eval_epoch
+from experiments.data.epochs import eval_epoch
 from experiments.data.flow_augment import Pair
 from experiments.data.flow_folders import open_sintel
 from experiments.tasks.flying_chairs import RECIPE, as_arrays, chairs_trained_task
-from experiments.tasks.task import Batch, Recipe, Task
+from experiments.tasks.options import DEFAULTS, Options, offers
+from experiments.tasks.task import Batch, Task
 
 EVAL_ITERATIONS = 32
 _MULTIPLE = 8
 _EVAL_BATCH = 4
-_READING = Reading()
 
 
-def sintel_task(
-    *,
-    recipe: Recipe = RECIPE,
-    data_dir: Path | None = None,
-    rendering: Literal["clean", "final"] = "clean",
-    reading: Reading = _READING,
-) -> Task:
+@offers("raft")
+def task(options: Options = DEFAULTS, *, rendering: Literal["clean", "final"] = "clean") -> Task:
     """Makes the task of estimating optical flow on Sintel after training on FlyingChairs.
 
     Args:
-      recipe: hyper-parameters.
-      data_dir: holds the unpacked data sets as FlyingChairs_release and Sintel.
+      options: model, recipe and the like; `data_dir` holds the unpacked data sets as
+        FlyingChairs_release and Sintel.
       rendering: "clean" or "final", which adds blur and fog.
-      reading: threads and processes that read.
 
     Raises:
-      MissingFlowError: a data set is not there, or not whole.
+      MissingFlowError: a data set is missing or incomplete.
       ValueError: the batch is larger than the data set.
     """
-    folder = data_dir or Path()
-    pairs = open_sintel(folder / "Sintel", rendering)
+    folder = options.data_dir or Path()
+    pairs, reading = open_sintel(folder / "Sintel", rendering), options.reading
     return chairs_trained_task(
         "sintel",
         folder / "FlyingChairs_release",
         partial(eval_epoch, pairs, eval_example, batch_size=_EVAL_BATCH, reading=reading),
-        recipe=recipe,
+        recipe=options.changed(RECIPE),
         reading=reading,
         eval_iterations=EVAL_ITERATIONS,
     )

@@ -1,8 +1,8 @@
 """What a task is: data, model, loss, metric and recipe, in the form the training loop takes.
 
-A task is one file in this folder with a constructor that returns a `Task`. The loop in
-`experiments.training.loop` knows nothing else about it, so a translation task and a classification
-task run through the same code.
+A task is one file in this folder whose function `task` returns a `Task`; see
+`experiments.tasks.options`. The loop in `experiments.training.loop` knows nothing else about it, so
+translation and classification run through the same code.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Metric:
     Attributes:
       name: its key among the test metrics.
       unit: of the numbers shown; "" where the name says it.
-      step: what differences are counted in.
-      perfect: the best value there is. A metric whose best value is 0 is one to lower.
-      scale: of the numbers shown.
-      close: a distance from dense that counts as close.
+      step: unit of differences.
+      perfect: the best possible value. If it is 0, lower is better.
+      scale: factor from the value to the number shown.
+      close: a difference from dense, in the value, that counts as close.
     """
 
     name: str = "accuracy"
@@ -55,7 +55,7 @@ class Metric:
 
     @property
     def missing_title(self) -> str:
-        """What `missing` is called."""
+        """Title of the numbers that `missing` returns."""
         if self.perfect == 0:
             return self.title
         return f"error, {self.scale * self.perfect:g} - {self.title}"
@@ -100,7 +100,7 @@ class Recipe:
       clip: largest norm of the gradient of all parameters together; 0 for no limit.
       weight_decay: coupled (added to the gradient) with SGD; decoupled with AdamW.
       decay_vectors: whether weight decay also acts on parameters with one axis: biases and the
-        scales of normalisations.
+        scales of normalizations.
       lambda_w: strength of the sparse-refined term, as a part of the gradient.
       lambda_decoupled: its strength where it comes after Adam's preconditioner.
       label_smoothing: share of the target that is spread over all classes, in training.
@@ -133,16 +133,16 @@ class Task:
     """Everything the training loop needs to know about one problem.
 
     Attributes:
-      name: as given to `--task`.
+      name: for tables and files.
       init: `key -> {"params": ..., **collections}`, the Flax variables.
       loss: `(params, collections, batch, key) -> (scalar loss, new collections)` in training
         mode. `params` are already sparse.
       evaluate: `(params, collections, batch) -> sums`, a dict of scalars summed over the
         examples of the batch, always with "count" (padding, marked by `batch["valid"] == 0`,
-        left out) and "loss"; the rest are metrics such as "accuracy". The loop adds sums up over
-        batches and divides by "count".
+        left out) and "loss"; the rest are metrics such as "accuracy". The loop adds the sums of
+        all batches and divides by "count".
       train_batches: `(seed, epoch) -> iterator of host batches` of exactly
-        `recipe.batch_size` examples, in an order that depends on nothing but its arguments.
+        `recipe.batch_size` examples, in an order that depends only on the arguments.
       eval_batches: `() -> iterator of host batches`, all of one shape, the last one padded, with
         a "valid" array of 0 and 1.
       steps_per_epoch: length of `train_batches(...)`.
@@ -152,14 +152,13 @@ class Task:
         compared by.
       predict: `(params, collections, batch) -> arrays` with one entry an example, such as
         translations; None where `evaluate` says all.
-      score: `(batches, their predictions) -> {name: value}`, for metrics that are no means over
-        examples. Computed on the host, with NumPy arrays; of the batches it gets "valid" and
-        what `scored_by` says.
-      scored_by: names of the arrays of a batch that predictions are compared with, where it has
-        them.
+      score: `(batches, their predictions) -> {name: value}`, for metrics that are not means over
+        examples. It runs on the host with NumPy arrays; each batch has only "valid" and the
+        arrays in `scored_by`.
+      scored_by: names of the arrays in a batch that `score` compares predictions with.
       show: `(params, collections) -> rows of a table`, column -> text: what a trained network does
-        with some test examples, the same at every call. The last column is the network's own,
-        the others describe the example. A text of `image_uri` is shown as a picture.
+        with a fixed choice of test examples. The last column is the network's answer, the others
+        describe the example. A text from `image_uri` is shown as a picture.
       baselines: name -> the first metric's value without any learning worth the name.
       notes: sentences about the data that were found, printed and reported.
       identity: name -> fingerprint of what else decides the result, such as a vocabulary: a run
@@ -167,10 +166,12 @@ class Task:
       compared: what `experiments.compare` trains by default.
       train_rows: `(*, seed, epoch, first_step, rows) -> iterator of host batches`: those of
         `train_batches(seed, epoch)` from a step on, and of each the given rows. For tasks that can
-        leave the others unread; None: they are made and dropped, as tasks do whose data is made
-        up or lies in memory whole: digits, detection, flow.
+        skip reading the other rows. None: all rows are made and the others dropped, which is fine
+        where data is generated or already in memory.
       eval_rows: `(*, rows_of) -> iterator of host batches`: of each batch of `eval_batches()`, with
-        n examples, the rows `rows_of(n)`; those from the n-th on are padding. None as above.
+        n examples, the rows `rows_of(n)`; rows from the n-th on are padding. None as above.
+      traceable: computes what `evaluate` does, in operations whose channels `nmjax.find_channels`
+        can follow; None where those of `evaluate` are.
     """
 
     name: str
@@ -193,6 +194,7 @@ class Task:
     compared: Compared = Compared()
     train_rows: Callable[..., Iterator[Batch]] | None = None
     eval_rows: Callable[..., Iterator[Batch]] | None = None
+    traceable: Callable[[Any, Variables, Batch], Any] | None = None
 
     def read(self, seed: int, epoch: int, first_step: int, rows: Rows) -> Iterator[Batch]:
         """The batches of an epoch from a step on, and of each the given rows."""

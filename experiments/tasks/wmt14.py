@@ -19,7 +19,6 @@ Source: Vaswani et al., "Attention Is All You Need", 2017, sections 5 and 6.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,9 @@ import numpy as np
 from experiments.data.records import data_folder, open_source
 from experiments.data.sentence_pairs import EncodedPairs, encode_pairs
 from experiments.data.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
-from experiments.models.text.transformer import find_transformer
+from experiments.models.text.transformer import TRANSFORMERS
 from experiments.tasks.families.translation import BLEU_METRIC, CHRF_METRIC, translation_task
+from experiments.tasks.options import BOTH_DTYPES, DEFAULTS, Options, offers
 from experiments.tasks.task import Compared, Recipe, Task
 from nmjax.files.whole_files import write_whole
 
@@ -62,49 +62,40 @@ RECIPE = Recipe(
 COMPARED = Compared(seeds=(0,))
 
 
-def wmt14_task(
-    model: str = "transformer_base",
-    *,
-    recipe: Recipe = RECIPE,
-    data_dir: str | Path | None = None,
-    dtype: Any = jnp.float32,
-    pieces: int = PIECES,
-) -> Task:
+@offers(*TRANSFORMERS, default="transformer_base", dtypes=BOTH_DTYPES)
+def task(options: Options = DEFAULTS, *, pieces: int = PIECES) -> Task:
     """Makes the WMT14 task.
 
     Args:
-      model: one of `experiments.models.text.transformer.TRANSFORMERS`.
-      recipe: hyper-parameters; its batch size counts sentences.
-      data_dir: folder of prepared data sets; see `open_source`.
-      dtype: the network computes in.
+      options: model, recipe and the like; the batch size counts sentences.
       pieces: size of the vocabulary of both languages.
 
     Raises:
       MissingDatasetError: if the data set has not been prepared.
-      ValueError: if there is no such model, or what an earlier run kept does not fit.
+      ValueError: if what an earlier run kept does not fit.
     """
-    size = find_transformer(model)
-    train, test = _Pairs(_open("train", data_dir)), _Pairs(_open("test", data_dir))
-    kept = data_folder(data_dir) / DATASET.split("/")[0] / "sentencepiece"
+    folder = options.data_dir
+    train, test = _Pairs(_open("train", folder)), _Pairs(_open("test", folder))
+    kept = data_folder(folder) / DATASET.split("/")[0] / "sentencepiece"
     kept.mkdir(parents=True, exist_ok=True)
     vocabulary = _vocabulary(train, kept / f"de-en_{pieces}.model", pieces)
     name = f"{len(train)}_{TRAIN_LENGTH}_{vocabulary.fingerprint.replace(' ', '_')}"
     encoded = _encoded(train, vocabulary, kept / f"train_{name}.npz")
     test_pairs = encode_pairs(test, vocabulary, length=TEST_LENGTH)
-    task = translation_task(
+    return translation_task(
         name="wmt14",
-        size=size,
+        size=TRANSFORMERS[options.model],
         vocabulary=vocabulary,
         train=encoded,
         test=test_pairs,
         texts=[test[int(index)] for index in test_pairs.kept],
-        recipe=recipe,
+        recipe=options.changed(RECIPE),
         metrics=(BLEU_METRIC, CHRF_METRIC),
         eval_batch_size=32,
-        dtype=dtype,
+        dtype=jnp.dtype(options.dtype),
         notes=(f"A vocabulary of {len(vocabulary):,} pieces for both languages.",),
+        compared=COMPARED,
     )
-    return dataclasses.replace(task, compared=COMPARED)
 
 
 class _Pairs:

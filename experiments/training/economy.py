@@ -1,59 +1,25 @@
-"""Tasks that compute in less memory: in bfloat16, or without keeping what is cheap to repeat.
+"""Tasks whose functions run another way: with less memory, or on meshes with Explicit axes.
 
-Each function takes a task and returns the same task with another loss. What the loss is given is
-sparse already, so masks always come from the float32 parameters.
+Each function takes a task and returns the same task with another loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from experiments.tasks.task import Batch, Sums, Task, Variables
+from experiments.tasks.task import Task
 
-Tree = TypeVar("Tree")
-
-# What remat keeps; all else is element by element, or sums of that, and computed again.
+# What remat keeps. The rest is cheap to recompute: elementwise operations and sums of them.
 _KEPT = ("dot_general", "conv_general_dilated")
 
 
-def in_bfloat16(task: Task) -> Task:
-    """The task computed in bfloat16; parameters, gradients and collections stay float32.
-
-    Parameters and floating point inputs are rounded on their way into the network, gradients are
-    widened on their way back. What the network itself widens, such as means, stays wide.
-    """
-
-    def loss(
-        params: Any, collections: Variables, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Variables]:
-        value, updated = task.loss(_narrow(params), collections, _narrow(batch), key)
-        return value.astype(jnp.float32), _as_before(updated, collections)
-
-    def evaluate(params: Any, collections: Variables, batch: Batch) -> Sums:
-        valid = {"valid": batch["valid"]} if "valid" in batch else {}
-        return task.evaluate(_narrow(params), collections, {**_narrow(batch), **valid})
-
-    def narrowly(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda params, collections, batch: function(
-            _narrow(params), collections, _narrow(batch)
-        )
-
-    return dataclasses.replace(
-        task,
-        loss=loss,
-        evaluate=evaluate,
-        predict=None if task.predict is None else narrowly(task.predict),
-    )
-
-
 def with_remat(task: Task) -> Task:
-    """The task whose backward pass computes again what lies between products.
+    """The task whose backward pass recomputes everything except products.
 
     Only the results of matrix products and convolutions are kept from the forward pass.
     """
@@ -66,10 +32,10 @@ def with_remat(task: Task) -> Task:
 
 
 def in_auto_axes(task: Task) -> Task:
-    """The task for meshes with Explicit axes, whose network was written without thought of them.
+    """The task on a mesh with Explicit axes, for networks written without them in mind.
 
     Inside the network the compiler places arrays, as it does with Auto axes. Loss, sums,
-    predictions and collections come out whole on every device.
+    predictions and collections are whole on every device.
     """
 
     def automatic(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,17 +47,3 @@ def in_auto_axes(task: Task) -> Task:
         evaluate=automatic(task.evaluate),
         predict=None if task.predict is None else automatic(task.predict),
     )
-
-
-def _narrow(tree: Tree) -> Tree:
-    def narrow(leaf: Any) -> Any:
-        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.asarray(leaf, jnp.bfloat16) if is_float else leaf
-
-    narrowed: Tree = jax.tree.map(narrow, tree)
-    return narrowed
-
-
-def _as_before(updated: Tree, before: Tree) -> Tree:
-    same: Tree = jax.tree.map(lambda new, old: new.astype(old.dtype), updated, before)
-    return same

@@ -1,7 +1,7 @@
 """One training loop for every task and method.
 
-`train` yields a report after each epoch. What it trains is one state, or several that differ in
-their seed only and share every step. Within an epoch nothing waits for the device.
+`train` yields a report after each epoch. It trains one state, or several that differ only in their
+seed and share every step. Within an epoch the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class EpochReport:
       sad_epoch: mask entries, over all layers, that differ from the previous epoch's.
       flip_rate: mean over the watched steps of the fraction of mask entries that one step changes.
       density: fraction of non-zero weights, of the planned leaves, in the forward pass.
-      blocks: of methods that remember masks of 1xN blocks. "sad": entries of those masks that
+      blocks: for methods that remember masks of 1xN blocks. "sad": entries of those masks that
         differ from the previous epoch's. "regrown": blocks that are back since then. "kept_rows":
         layer -> blocks kept in each row of blocks, (seeds, rows).
       seconds: that the epoch took, evaluation included.
-      state: where training stands. Its arrays are given up to the next step: save or copy what
-        must last before asking for the next report.
+      state: the state of training. The next step donates its arrays: save or copy what must last
+        before asking for the next report.
     """
 
     epoch: int
@@ -70,26 +70,28 @@ def train(
       job: task, plan and method. The recipe is the task's.
       seeds: of the initial weights and of the order of the data. Several are trained together.
       lambda_w: strength of the sparse-refined term; None for the recipe's.
-      programs: from `make_programs`, to share their compilation between runs; with an axis of
-        seeds exactly if there are several, and with the placement's layout.
-      start: goes on from this state, which a report or `on_step` gave. Given up like those.
+      programs: from `make_programs`, to share their compilation between runs. They must have an
+        axis of seeds if and only if there are several, and the placement's layout.
+      start: goes on from this state, from a report or `on_step`; its arrays are donated.
       evaluate_every: epochs between two evaluations. The last epoch is always evaluated.
       watch_every: steps between two whose mask flips are counted; at least one an epoch is.
       placement: over devices and processes.
       on_step: called after each step is handed to the device, with the number of steps done and
-        the state, of which the same holds as of a report's.
+        the state, whose arrays the next step donates as well.
 
     Yields:
       One report an epoch.
 
     Raises:
-      FloatingPointError: the loss is not finite; says for which seed and at which step.
-      ValueError: `programs` do not fit the number of seeds.
+      FloatingPointError: the loss is not finite; the message names the seed and the step.
+      ValueError: `programs` does not fit the number of seeds.
     """
     task = job.task
     programs = programs or make_programs(job, over_seeds=jax.vmap if len(seeds) > 1 else None)
     if programs.seeds != (len(seeds) > 1):
-        raise ValueError(f"programs with seeds={programs.seeds} were given {len(seeds)} seeds")
+        raise ValueError(
+            f"programs made with seeds={programs.seeds} cannot train {len(seeds)} seeds"
+        )
     default = task.recipe.strength(decoupled=job.method.decoupled)
     strength = default if lambda_w is None else lambda_w
     state = start if start is not None else begin(programs, seeds, strength)
@@ -130,7 +132,7 @@ def evaluate(
     state: TrainState,
     placement: Placement = HERE,
 ) -> dict[str, np.ndarray]:
-    """Means over the test examples and scores of the predictions, of the sparse parameters.
+    """Evaluates the sparse parameters: means over the test examples, scores of predictions.
 
     Returns:
       Metric -> one entry a seed.
@@ -152,7 +154,7 @@ def evaluate(
 
 
 def _scores(task: Task, predictions: list[Any], seeds: int) -> dict[str, np.ndarray]:
-    """What the task makes of its predictions, seed by seed."""
+    """The task's scores of its predictions, seed by seed."""
     if task.score is None:
         return {}
     found = []
@@ -172,19 +174,22 @@ def _train_epoch(
     watch_every: int,
     on_step: Callable[[int, RunState], None],
 ) -> RunState:
-    """The steps of one epoch from `first` on; counts the flips of every `watch_every`-th."""
+    """Runs an epoch from step `first` on; counts the mask flips of every `watch_every`-th step."""
     run, topology = state
     steps = job.task.steps_per_epoch
     every, refresh_every = min(watch_every, steps), job.method.refresh_every or steps
     for index, batch in enumerate(batches, first):
-        if (epoch * steps + index) % refresh_every == 0:
+        done = epoch * steps + index
+        if programs.rearrange is not None and done == job.method.rearranges_at:
+            run, topology = programs.rearrange(RunState(run, topology))
+        if done % refresh_every == 0:
             run = programs.refresh(run)
         is_watched = index % every == every - 1
         before = programs.masks(run.params) if is_watched else None
         run = programs.step(run, batch)
         if is_watched:
             topology = programs.count_flips(topology, before, programs.masks(run.params))
-        on_step(epoch * steps + index + 1, RunState(run, topology))
+        on_step(done + 1, RunState(run, topology))
     return RunState(run, topology)
 
 

@@ -1,7 +1,7 @@
 """The methods that a run can train with: name -> sparsifier, transformation, schedule.
 
-A method is added by one row in `METHODS`. Whatever it needs to remember belongs into the
-sparsifier's state, and whatever it does to the gradient into its transformation.
+To add a method, add a row to `METHODS`. What it remembers belongs into the sparsifier's state, and
+what it does to the gradient belongs into its transformation.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from experiments.tasks.task import Recipe
 from nmjax.patterns import Pattern
 from nmjax.pruning import Masks
 
-# At -lambda_w itself nothing is learnt: the pruned weights grow exponentially until they displace
-# the kept ones, again and again. This fraction of it is enough to see the harm.
+# At -lambda_w itself the network learns nothing: pruned weights grow exponentially until they
+# displace the kept ones, again and again. This fraction is enough to see the harm.
 NEGATIVE_FRACTION = -0.1
 
 
@@ -31,13 +31,15 @@ class Method(NamedTuple):
     Attributes:
       sparsifier: makes the forward pass sparse.
       transform: lambda_w -> what comes first in the optimizer's chain. `lambda_w` is traced, so
-        that runs which differ in nothing else share one compilation.
+        runs that differ only in it share one compilation.
       decoupled: whether it comes after momentum or Adam instead, as AdamW's weight decay does.
       restarts: optimizer steps at which the learning rate's schedule starts again from warm-up.
       refresh_every: optimizer steps from one refresh of the sparsifier to the next; None for once
         an epoch, before its first step.
-      masks: the sparsifier's state -> the masks that it remembers, which the optimizer then gets
-        as well; None for methods whose masks follow from the weights.
+      rearranges_at: optimizer step before which the network's channels are sorted by size, as
+        `experiments.training.rearranging` has it; None for never.
+      masks: the sparsifier's state -> the masks that it remembers, which the optimizer also gets;
+        None for methods that compute masks from the weights.
     """
 
     sparsifier: nmjax.Sparsifier
@@ -45,6 +47,7 @@ class Method(NamedTuple):
     decoupled: bool = False
     restarts: tuple[int, ...] = ()
     refresh_every: int | None = None
+    rearranges_at: int | None = None
     masks: Callable[[Any], Masks] | None = None
 
 
@@ -61,7 +64,7 @@ class Row(NamedTuple):
         same program with another `lambda_w`.
       lambda_fraction: of the recipe's `lambda_w`; 0 where the method has none.
       what: one line for tables and help.
-      blocks_only: whether it takes 1xN patterns and no others.
+      blocks_only: whether it takes only 1xN patterns.
       decoupled: whether its strength is a fraction of the recipe's `lambda_decoupled` instead.
     """
 
@@ -99,18 +102,22 @@ def one_shot(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
 
 
 def one_by_n(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
-    """`one_shot` with blocks that compete over a whole layer: rows keep what they happen to keep.
+    """`one_shot` with blocks that compete within a whole layer, so rows keep unequal numbers.
 
-    The published method prunes a network trained by somebody else and fine-tunes it for 180
-    epochs at a tenth of its learning rate. Here both halves share the budget of the other methods.
+    Before the blocks are chosen, the trained network's channels are sorted by the L1 norm of their
+    filters, so that a block holds filters of similar size.
+
+    The published method starts from a pretrained network and fine-tunes it for 180 epochs at a
+    tenth of its learning rate. Here both halves share the budget of the other methods.
 
     Source: Lin et al., "1xN Pattern for Pruning Convolutional Neural Networks", TPAMI 2022.
     """
-    return one_shot(_over_layers(plan), recipe, steps_per_epoch)
+    half = recipe.epochs // 2 * steps_per_epoch
+    return one_shot(_over_layers(plan), recipe, steps_per_epoch)._replace(rearranges_at=half)
 
 
 def subp(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
-    """SUBP: uniform blocks ranked by size and angular redundancy, dropped bit by bit, regrown.
+    """SUBP: uniform blocks ranked by size and angular redundancy, dropped gradually, may regrow.
 
     Masks are renewed once an epoch, and the ramp is the recipe's. The pull on dropped weights is
     that of SR-STE.
@@ -159,7 +166,11 @@ METHODS: dict[str, Row] = {
         sparse_refined, NEGATIVE_FRACTION, "STE with a push away from zero on the pruned weights"
     ),
     "one_by_n": Row(
-        one_by_n, 0.0, "one-shot, the blocks of a layer compete: rows keep unequal numbers", True
+        one_by_n,
+        0.0,
+        "one-shot, channels sorted by size first; the blocks of a layer compete: rows keep unequal "
+        "numbers",
+        True,
     ),
     "subp_l1": Row(
         subp_l1, 1.0, "pruned bit by bit, pruned blocks may return; ranked by L1 norm", True
@@ -181,13 +192,34 @@ def find_row(name: str) -> Row:
     return METHODS[name]
 
 
-def check_fits(name: str, pattern: str | Pattern) -> None:
-    """Raises ValueError if there is no such method, or it does not take the pattern."""
-    if find_row(name).blocks_only and not is_blocks(pattern):
+def check_fits(
+    name: str,
+    pattern: str | Pattern,
+    lambda_w: float | None = None,
+    lambda_decoupled: float | None = None,
+) -> None:
+    """Checks what a method is given.
+
+    Args:
+      name: of the method.
+      pattern: that it trains at.
+      lambda_w: strength of the sparse-refined term, where one was asked for.
+      lambda_decoupled: the same after the preconditioner.
+
+    Raises:
+      ValueError: there is no such method, it does not take the pattern, or it has no sparse-refined
+        term.
+    """
+    row = find_row(name)
+    if row.blocks_only and not is_blocks(pattern):
         raise ValueError(
             f"method {name!r} prunes blocks and cannot take {pattern}; give it a pattern such as "
             '"1x16@0.5"'
         )
+    strengths = {"--lambda-w": lambda_w, "--lambda-decoupled": lambda_decoupled}
+    given = [flag for flag, value in strengths.items() if value is not None]
+    if given and row.lambda_fraction == 0:
+        raise ValueError(f"method {name!r} has no sparse-refined term: drop {' and '.join(given)}")
 
 
 def is_blocks(pattern: str | Pattern) -> bool:
@@ -205,7 +237,7 @@ def learning_rate(
     Args:
       recipe: peak, epochs, warm-up and kind of decay.
       steps_per_epoch: optimizer steps in an epoch.
-      restarts: steps, ascending, at which it all starts again.
+      restarts: steps, ascending, at which warm-up and decay start again.
 
     Source of the inverse square root: Vaswani et al., "Attention Is All You Need", 2017, equation
     3, whose peak is 1 / sqrt(width * warmup).
@@ -271,7 +303,7 @@ def _soft_uniform(score: str, plan: nmjax.Plan, recipe: Recipe, steps_per_epoch:
 
 
 def _over_layers(plan: nmjax.Plan) -> nmjax.Plan:
-    """The plan with blocks that compete over a layer."""
+    """The plan with blocks that compete within a layer."""
 
     def widen(leaf: Any) -> Any:
         if not isinstance(leaf, nmjax.LeafPlan) or not isinstance(leaf.pattern, nmjax.Block1xN):
@@ -291,7 +323,7 @@ def _state_masks(state: Any) -> Masks:
     return masks
 
 
-# One for all, so that dense runs watched at different patterns share one compilation.
+# One object, so that dense runs at different patterns share one compilation.
 _DENSE = Method(nmjax.dense(), _nothing)
 
 
@@ -311,8 +343,8 @@ def _linear(peak: float, warmup: int, steps: int) -> optax.Schedule:
 
 
 def _inverse_sqrt(peak: float, warmup: int, steps: int) -> optax.Schedule:
-    """Of the steps after the warm-up; without one, as if it had been one step long."""
+    """Counts steps after the warm-up. Without a warm-up it acts as if that took one step."""
     del steps
     start = max(warmup, 1)
-    # Below zero while the warm-up lasts, when what comes out is not used.
+    # `step` is negative during the warm-up, when optax evaluates this and ignores the result.
     return lambda step: peak * jnp.sqrt(start / (start + jnp.maximum(step, 0)))

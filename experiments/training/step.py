@@ -1,6 +1,6 @@
-"""The functions that a training run is made of: start, step, evaluate, and what masks did.
+"""The functions that a training run consists of: begin, step, evaluate, measure the masks.
 
-Each is written for one state and jitted once; several seeds share them by a leading axis.
+Each is written for one state and jitted once. Several seeds share them through a leading axis.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import nmjax
 from experiments.distributed.layout import Layout
 from experiments.distributed.seeds import OverSeeds
 from experiments.tasks.task import Batch, Sums, Task, Variables
+from experiments.training.job import Job as Job
+from experiments.training.job import plan_of as plan_of
 from experiments.training.methods import Method, is_blocks, optimizer
+from experiments.training.rearranging import free_channels, sort_network
 from nmjax.pruning import Masks
 from nmjax.trees.leaves import named_leaves
 
 Measured = dict[str, Any]
-# The last: parts of a batch that are taken one after the other.
+# The number: parts that a batch is split into, see `Job.accumulate`.
 Training = tuple[Task, Method, int]
 
 
@@ -54,13 +57,13 @@ class TrainState(NamedTuple):
 
 
 class Topology(NamedTuple):
-    """Earlier masks, to compare with. A mask is what magnitude pruning would keep at a moment.
+    """Earlier masks to compare with: what magnitude pruning would have kept then.
 
     Attributes:
       first: masks of the initial weights.
       epoch: masks at the end of the previous epoch.
       flips: float32 scalar, sum of the flip rates watched in this epoch.
-      watched: int32 scalar, how many steps that are.
+      watched: int32 scalar, number of steps that `flips` sums over.
       used: masks of 1xN blocks that the method itself remembered at the end of the previous
         epoch; empty for other patterns, and for methods that remember none.
     """
@@ -82,7 +85,7 @@ class RunState(NamedTuple):
     topology: Topology
 
     def steps_done(self) -> int:
-        """How many optimizer steps lie behind this state."""
+        """Number of optimizer steps taken so far."""
         return int(np.ravel(jax.device_get(self.train.step))[0])
 
 
@@ -92,12 +95,14 @@ class Programs(NamedTuple):
     Attributes:
       init: seed -> the model's variables.
       begin: (variables, seed, lambda_w) -> TrainState.
+      rearrange: RunState -> RunState with the network's channels sorted by size; None for methods
+        that do not sort them.
       refresh: TrainState -> TrainState, the sparsifier's, between steps.
-      step: (TrainState, batch) -> TrainState. Gives up its first argument's memory.
+      step: (TrainState, batch) -> TrainState. Donates its first argument.
       forward: TrainState -> the parameters of the forward pass.
       evaluate: (those parameters, collections, batch) -> sums.
-      predict: (the same) -> (what of the batch they are scored by, predictions), both whole on
-        every device; None for a task without them.
+      predict: (the same) -> (the arrays of the batch that scores need, predictions), both whole on
+        every device; None for a task without predictions.
       masks: params -> masks.
       remember: (TrainState, masks of the initial weights) -> Topology.
       count_flips: (Topology, masks before a step, masks after it) -> Topology.
@@ -108,6 +113,7 @@ class Programs(NamedTuple):
 
     init: Callable[..., Any]
     begin: Callable[..., TrainState]
+    rearrange: Callable[..., RunState] | None
     refresh: Callable[..., TrainState]
     step: Callable[..., TrainState]
     forward: Callable[..., Any]
@@ -120,42 +126,19 @@ class Programs(NamedTuple):
     seeds: bool
 
 
-class Job(NamedTuple):
-    """What is trained and how.
-
-    Attributes:
-      task: data, model, loss, metric, recipe.
-      plan: which leaves are sparse; for dense training: whose topology is watched.
-      method: from `experiments.training.methods`.
-      accumulate: parts that a step takes its batch in, one after the other, to need less memory.
-        Gradients are averaged over them; batch statistics are each part's own.
-    """
-
-    task: Task
-    plan: nmjax.Plan
-    method: Method
-    accumulate: int = 1
-
-
-def plan_of(task: Task, pattern: str) -> nmjax.Plan:
-    """The plan of a task's model at a pattern, with the task's dense layers left dense."""
-    variables = jax.eval_shape(task.init, jax.random.key(0))
-    return nmjax.make_plan(variables["params"], pattern, exclude=task.keep_dense)
-
-
 def make_programs(
     job: Job, *, over_seeds: OverSeeds | None = None, layout: Layout | None = None
 ) -> Programs:
     """Jits the functions of a run.
 
-    What depends on the task, plan or method only is shared, compilation included, with programs
-    made earlier for the same one, the same `over_seeds` and the same `layout`.
+    A function that depends only on the task, plan or method is shared, with its compilation, with
+    programs made earlier for the same one and the same `over_seeds` and `layout`.
 
     Args:
       job: task, plan and method.
-      over_seeds: None for a single state; otherwise what makes a function of one state a function
-        of many, such as `jax.vmap` or `experiments.distributed.seeds.fastest(...)`.
-      layout: where results lie; None for the default device.
+      over_seeds: None for a single state; otherwise turns a function of one state into one of many,
+        such as `jax.vmap` or `experiments.distributed.seeds.fastest(...)`.
+      layout: where to place results; None for the default device.
     """
     task, plan, method, accumulate = job
     training = (task, method, accumulate)
@@ -163,6 +146,7 @@ def make_programs(
     return Programs(
         init=jit(_init, task),
         begin=jit(_begin, training),
+        rearrange=None if method.rearranges_at is None else jit(_rearrange, free_channels(job)),
         refresh=jit(_refresh, method),
         step=jit(_step, training, donate=0),
         forward=jit(_forward, method),
@@ -185,7 +169,7 @@ def _jit(
     *,
     donate: int | None = None,
 ) -> Callable[..., Any]:
-    """Jits `function` with its first argument fixed; the same arguments, the same compilation."""
+    """Jits `function` with its first argument fixed; equal arguments share one compilation."""
 
     @wraps(function)
     def one(*args: Any) -> Any:
@@ -220,6 +204,22 @@ def _begin(
         step=jnp.int32(0),
         loss_sum=jnp.float32(0),
         bad_step=jnp.int32(-1),
+    )
+
+
+def _rearrange(channels: tuple[nmjax.Channels, ...], state: RunState) -> RunState:
+    """Runs before a sparsifier chooses masks: those that it remembers already are not sorted."""
+    train, topology = state
+    variables, opt_state, (first, epoch) = sort_network(
+        channels,
+        {"params": train.params, **train.collections},
+        train.opt_state,
+        (topology.first, topology.epoch),
+    )
+    params = variables.pop("params")
+    return RunState(
+        train._replace(params=params, collections=variables, opt_state=opt_state),
+        topology._replace(first=first, epoch=epoch),
     )
 
 
@@ -294,7 +294,7 @@ def _evaluate(task: Task, params: Any, collections: Variables, batch: Batch) -> 
 def _predict(task: Task, params: Any, collections: Variables, batch: Batch) -> tuple[Batch, Any]:
     if task.predict is None:
         raise TypeError(f"task {task.name} predicts nothing")
-    # A process has read its rows only, and scores all: what it needs of the others comes along.
+    # Each process has read only its own rows, but scores all of them, so they travel together.
     needed = {name: batch[name] for name in ("valid", *task.scored_by) if name in batch}
     return needed, task.predict(params, collections, batch)
 
@@ -308,10 +308,10 @@ def _remember(job: Job, state: TrainState, first: Masks) -> Topology:
 
 
 def _used(job: Job, state: TrainState) -> Masks:
-    """The masks of blocks that a method remembers."""
+    """The masks of blocks that a method remembers; none for other patterns."""
     if job.method.masks is None or not all(is_blocks(leaf.pattern) for leaf in job.plan.values()):
         return {}
-    # Copies: a step gives up the memory of the state's own.
+    # Copies, because the next step donates the state's own.
     return {name: jnp.copy(mask) for name, mask in job.method.masks(state.sparse).items()}
 
 
@@ -340,7 +340,7 @@ def _close(job: Job, state: RunState, masks: Masks, forward: Any) -> tuple[RunSt
 
 
 def _block_changes(plan: nmjax.Plan, before: Masks, after: Masks) -> Measured:
-    """Mask entries that differ, blocks that are back, and blocks kept after in each row."""
+    """Mask entries that differ, blocks that returned, and blocks kept now in each row."""
     return {
         "sad": nmjax.total_sad(before, after),
         "regrown": sum(nmjax.blocks_regrown(before, after, plan).values()),

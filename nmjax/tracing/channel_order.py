@@ -61,6 +61,7 @@ def l1_order(variables: Any, channels: Channels) -> jax.Array:
     if not channels.writers:
         raise ValueError("channels without writers have no norms to sort by")
     norms = [_norms(leaves[name], axis) for name, axis in channels.writers]
+    # A stable sort of the negated norms keeps equal channels in order.
     return jnp.argsort(-sum(norms[1:], norms[0]), stable=True).astype(jnp.int32)
 
 
@@ -85,13 +86,16 @@ def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequ
     [[4.0], [3.0]]
     """
     count = _check(named_leaves(variables), channels)
-    if sorted(np.asarray(order).tolist()) != list(range(count)):
+    # Under jit or vmap the order has no values yet that could be checked.
+    is_traced = isinstance(order, jax.core.Tracer)
+    if not is_traced and sorted(np.asarray(order).tolist()) != list(range(count)):
         raise ValueError(f"the order must contain each of 0 ... {count - 1} once, got {order}")
     axes: dict[str, list[int]] = {}
     for name, axis in (*channels.writers, *channels.followers):
         axes.setdefault(name, []).append(axis)
 
     def permute(name: str, leaf: Any) -> Any:
+        # A kernel whose inputs and outputs are the same channels is reordered along both axes.
         for axis in axes.get(name, ()):
             leaf = jnp.take(leaf, jnp.asarray(order), axis=axis)
         return leaf

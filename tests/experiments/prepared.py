@@ -44,13 +44,13 @@ def cifar10_examples(count, *, seed=0):
 
 
 def imagenet2012_examples(count, *, seed=0):
-    """Colour gradients of many sizes."""
+    """Color gradients of many sizes."""
     rng = np.random.default_rng(seed)
     for index in range(count):
         height, width = rng.integers(120, 400, size=2)
         rows, columns = np.mgrid[0:height, 0:width]
-        grey = 255 * (rows / height + columns / width) / 2
-        pixels = np.stack([grey, grey[::-1], grey[:, ::-1]], axis=-1).astype(np.uint8)
+        gray = 255 * (rows / height + columns / width) / 2
+        pixels = np.stack([gray, gray[::-1], gray[:, ::-1]], axis=-1).astype(np.uint8)
         yield {
             "file_name": f"n{seed:08d}_{index}.JPEG",
             "image": encode(pixels, "JPEG"),

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from experiments import compare as module
+from experiments.checkpointing.run_folder import take
 from experiments.compare import Comparison, Flags, compare, main
 from experiments.report.numbers import Run
 from experiments.report.tables import block_table, main_table
@@ -168,6 +169,20 @@ def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
         "cannot be resumed with other settings: recipe epochs is 3, not 2"
         in capsys.readouterr().err
     )
+
+
+def test_a_folder_is_compared_in_once_and_started_over(tmp_path, capsys):
+    given = {"methods": ("ste",), "patterns": ("2:4",), "sweep": ()}
+    first = run(flags(tmp_path, **given))[-1]
+    lock = take(flags(tmp_path).folder)
+    assert main(["--runs-dir", str(tmp_path), "--methods", "ste", "--patterns", "2:4"]) == 1
+    assert "is in use by process" in capsys.readouterr().err
+    lock.close()
+    again = run(flags(tmp_path, **given, epochs=3))[-1]
+    assert [len(trial["epochs"]) for trial in again["trials"]] == [3]
+    assert [len(trial["epochs"]) for trial in first["trials"]] == [2]
+    settings = json.loads((flags(tmp_path).folder / "settings.json").read_text())
+    assert settings["recipe"]["epochs"] == 3
 
 
 def test_a_trial_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def make_task(flags):
 
 if __name__ == "__main__":
     EXAMPLES = Examples(tiny_task())
-    experiments.training.flags._task = make_task
+    experiments.training.flags.find_task = lambda name: make_task
     status = main()
     print(f"{len(EXAMPLES.read)} test examples read", file=sys.stderr)
     sys.exit(status)

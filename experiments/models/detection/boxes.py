@@ -44,7 +44,7 @@ def iou(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def encode(boxes: jax.Array, anchors: jax.Array, weights: Sequence[float]) -> jax.Array:
-    """Codes boxes against anchors: centre offsets in anchor sides, and logs of relative sides.
+    """Codes boxes against anchors: center offsets in anchor sides, and logs of relative sides.
 
     Args:
       boxes: (..., 4), with positive sides.
@@ -54,9 +54,9 @@ def encode(boxes: jax.Array, anchors: jax.Array, weights: Sequence[float]) -> ja
     Returns:
       (..., 4): x, y, width, height.
     """
-    centre, side = _centre_and_side(boxes)
-    anchor_centre, anchor_side = _centre_and_side(anchors)
-    offsets = (centre - anchor_centre) / anchor_side
+    center, side = _center_and_side(boxes)
+    anchor_center, anchor_side = _center_and_side(anchors)
+    offsets = (center - anchor_center) / anchor_side
     scales = jnp.log(side / anchor_side)
     return jnp.concatenate([offsets, scales], axis=-1) * jnp.asarray(weights, boxes.dtype)
 
@@ -70,10 +70,10 @@ def decode(codes: jax.Array, anchors: jax.Array, weights: Sequence[float]) -> ja
       weights: as in `encode`.
     """
     codes = codes / jnp.asarray(weights, codes.dtype)
-    anchor_centre, anchor_side = _centre_and_side(anchors)
-    centre = codes[..., :2] * anchor_side + anchor_centre
+    anchor_center, anchor_side = _center_and_side(anchors)
+    center = codes[..., :2] * anchor_side + anchor_center
     side = jnp.exp(jnp.minimum(codes[..., 2:], _LARGEST_LOG_SCALE)) * anchor_side
-    return jnp.concatenate([centre - side / 2, centre + side / 2], axis=-1)
+    return jnp.concatenate([center - side / 2, center + side / 2], axis=-1)
 
 
 def clip(boxes: jax.Array, height: int, width: int) -> jax.Array:
@@ -132,13 +132,13 @@ def pyramid_anchors(
 ) -> list[np.ndarray]:
     """Anchors at every pixel of every level: one size a level, several ratios.
 
-    An anchor has the area size^2 and height / width = ratio, and is centred on its pixel's upper
+    An anchor has the area size^2 and height / width = ratio, and is centered on its pixel's upper
     left corner, as in torchvision.
 
     Args:
       shapes: (rows, columns) of the levels.
       image: (height, width), which the levels divide.
-      sizes: one a level, in pixels.
+      sizes: one per level, in pixels.
       ratios: heights over widths.
 
     Returns:
@@ -156,6 +156,6 @@ def pyramid_anchors(
     return levels
 
 
-def _centre_and_side(boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Centres (..., 2) and sides (..., 2)."""
+def _center_and_side(boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Centers (..., 2) and sides (..., 2)."""
     return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]

@@ -49,7 +49,7 @@ class FeaturePyramid(nn.Module):
         """Maps images (batch, height, width, 3) to maps, finest first.
 
         Raises:
-          ValueError: the images' sides are no multiples of the coarsest stride.
+          ValueError: the images' sides are not multiples of the coarsest stride.
         """
         if x.shape[1] % self.strides[-1] or x.shape[2] % self.strides[-1]:
             raise ValueError(

@@ -23,7 +23,7 @@ _BETA = 1 / 9  # where the box loss turns from quadratic to linear
 
 
 class Chosen(NamedTuple):
-    """Proposals of one image that are learnt from, objects first.
+    """Proposals of one image that are learned from, objects first.
 
     Attributes:
       boxes: (n, 4).
@@ -119,7 +119,7 @@ def box_losses(
     Args:
       chosen: proposals.
       logits: (n, classes).
-      codes: (n, classes, 4); those of the true class are learnt.
+      codes: (n, classes, 4); those of the true class are learned.
       boxes: (objects, 4).
 
     Returns:
@@ -142,7 +142,7 @@ def mask_loss(chosen: Chosen, logits: jax.Array, masks: jax.Array, *, stride: in
 
     Args:
       chosen: proposals.
-      logits: (n, size, size, classes); those of the true class are learnt.
+      logits: (n, size, size, classes); those of the true class are learned.
       masks: (objects, height / stride, width / stride).
       stride: pixels of the image between two of a mask.
     """

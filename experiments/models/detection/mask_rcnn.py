@@ -2,7 +2,7 @@
 
 The defaults have the layers of torchvision's `fasterrcnn_resnet50_fpn` and, with masks,
 `maskrcnn_resnet50_fpn`: 41,755,286 and 44,401,393 parameters at 91 classes. There, batch
-normalisation is frozen and not counted; here it is trained, which adds its 53,120. The tests count.
+normalization is frozen and not counted; here it is trained, which adds its 53,120. The tests count.
 
 Path rules can address every layer: "pyramid/stage2_block1/conv1", "pyramid/lateral1",
 "regions/conv", "boxes/hidden1", "masks/conv1".
@@ -120,8 +120,8 @@ class MaskRCNN(nn.Module):
       mask_convs: layers of the mask head.
       box_size: of the grid that the box head sees.
       mask_size: of the grid that the mask head sees; its masks have twice the size.
-      region_samples: anchors of an image that are learnt from.
-      box_samples: proposals of an image that are learnt from, a quarter of them objects at most.
+      region_samples: anchors of an image that are learned from.
+      box_samples: proposals of an image that are learned from, a quarter of them objects at most.
       before: proposals of a level before suppression, in training and in evaluation.
       after: proposals of an image.
       candidates: pairs of proposal and class that detections are chosen from.
@@ -166,7 +166,7 @@ class MaskRCNN(nn.Module):
           images: (batch, height, width, 3).
           truth: of the images.
           key: draws the samples.
-          train: whether the batch's own statistics normalise.
+          train: whether the batch's own statistics normalize.
 
         Raises:
           ValueError: the model needs masks that are missing, or that do not fit the images.
@@ -190,7 +190,7 @@ class MaskRCNN(nn.Module):
         named |= {"classes": class_loss, "box codes": code_loss}
         if self.with_masks:
             if truth.masks is None:
-                raise ValueError("a model with masks needs true masks, got boxes only")
+                raise ValueError("a model with masks needs true masks, got only boxes")
             # Objects come first among the chosen.
             first = jax.tree.map(lambda x: x[:, : self.box_samples // 4], chosen)
             drawn = self._flat(self.masks, self._crop(maps, first.boxes, self.mask_size))
@@ -277,8 +277,8 @@ def mask_stride(image: tuple[int, ...], mask: tuple[int, ...]) -> int:
     stride = max(image[0] // mask[0], 1)
     if (stride * mask[0], stride * mask[1]) != tuple(image):
         raise ValueError(
-            f"masks of {tuple(mask)} pixels do not fit images of {tuple(image)}: both sides have "
-            "to be smaller by the same whole factor"
+            f"masks of {tuple(mask)} pixels do not fit images of {tuple(image)}: both sides must "
+            "be smaller by the same whole factor"
         )
     return stride
 

@@ -1,4 +1,4 @@
-"""Which anchor or proposal learns which object, and which of them are learnt from at all.
+"""Matches anchors and proposals with objects, and draws those that losses count.
 
 Source: Ren et al., "Faster R-CNN", NeurIPS 2015, section 3.1.2; the rules are torchvision's.
 """
@@ -19,7 +19,7 @@ class Match(NamedTuple):
     Attributes:
       object: (n,) index of the object with the largest overlap.
       is_object: (n,) whether the candidate shows it.
-      is_background: (n,) whether it shows no object. What is neither is not learnt from.
+      is_background: (n,) whether it shows no object. What is neither does not count.
     """
 
     object: jax.Array
@@ -45,7 +45,7 @@ def match(
       above: a candidate shows its object from this overlap on.
       below: it is background below this one.
       keep_best: an object's best candidates show it, however small the overlap, or objects
-        between two anchors would never be learnt.
+        between two anchors would never be learned.
     """
     overlap = jnp.where(is_there, iou(candidates, objects), -1.0)
     most = overlap.max(axis=1)
@@ -59,7 +59,7 @@ def match(
 def sample(
     key: jax.Array, found: Match, *, count: int, share: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws what is learnt from: at most `share * count` objects, filled up with background.
+    """Draws what losses count: at most `share * count` objects, filled up with background.
 
     Args:
       key: random.

@@ -27,7 +27,7 @@ class Detections(NamedTuple):
     Attributes:
       boxes: (n, 4).
       classes: (n,) int32, from 1; 0 where there is no detection.
-      scores: (n,) in [0, 1]; 0 where there is none.
+      scores: (n,) in [0, 1]; 0 where there is no detection.
     """
 
     boxes: jax.Array
@@ -101,7 +101,7 @@ def detect(
       proposals: (n, 4).
       is_there: (n,) False for padding.
       image: (height, width).
-      candidates: how many pairs are looked at, at most.
+      candidates: the largest number of pairs to examine.
       count: how many detections, at most.
       lowest: score that is reported.
       threshold: of the suppression.

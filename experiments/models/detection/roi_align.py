@@ -29,13 +29,13 @@ def roi_align(
 ) -> jax.Array:
     """Averages bilinear samples of a feature map in the cells of a grid over each box.
 
-    A cell's value is the mean of 2x2 samples; pixel i of a map has its centre at i + 1/2. Samples
+    A cell's value is the mean of 2x2 samples; pixel i of a map has its center at i + 1/2. Samples
     more than a pixel outside of the map are zero, nearer ones are those of its border. Boxes are
     given no gradient.
 
     Args:
       levels: maps (rows, columns, features) of one image, or of one mask.
-      strides: pixels of the image between two of the map, one a level.
+      strides: pixels of the image per pixel of the map, one for each level.
       boxes: (n, 4) in pixels of the image.
       which: (n,) the level that each box is read from.
       size: of the grid.
@@ -103,7 +103,7 @@ def _by_samples(
     which: jax.Array,
     size: int,
 ) -> jax.Array:
-    """`roi_align` by reading the four neighbours of every sample.
+    """`roi_align` by reading the four neighbors of every sample.
 
     The levels are joined to one long list of pixels, so that each box reads from its own level
     only, whatever that is.
@@ -115,8 +115,8 @@ def _by_samples(
     columns = jnp.array([level.shape[1] for level in levels])[which]
     scale = 1 / jnp.array(strides, boxes.dtype)[which]
     boxes = boxes * scale[:, None] - 0.5
-    top, below, y_weights = _neighbours(boxes[:, 1], boxes[:, 3], rows, size)
-    left, right, x_weights = _neighbours(boxes[:, 0], boxes[:, 2], columns, size)
+    top, below, y_weights = _neighbors(boxes[:, 1], boxes[:, 3], rows, size)
+    left, right, x_weights = _neighbors(boxes[:, 0], boxes[:, 2], columns, size)
     count = size * SAMPLES
     values = jnp.zeros((len(boxes), count, count, pixels.shape[-1]), pixels.dtype)
     for row, row_weight in zip((top, below), y_weights, strict=True):
@@ -129,7 +129,7 @@ def _by_samples(
     return cells.mean(axis=(2, 4))
 
 
-def _neighbours(
+def _neighbors(
     begin: jax.Array, end: jax.Array, length: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     """Along one axis: the pixels below and above each sample, and their weights, (n, samples)."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 
-def centre_and_scale(maps: jax.Array) -> jax.Array:
+def center_and_scale(maps: jax.Array) -> jax.Array:
     """Subtracts each map's mean over its pixels, and gives every pixel the same length.
 
     Args:
@@ -68,7 +68,7 @@ def correlation_pyramid(first: jax.Array, second: jax.Array, levels: int) -> lis
 def look_up(pyramid: list[jax.Array], points: jax.Array, radius: int) -> jax.Array:
     """Samples a window around a point in every level, bilinearly, zero outside.
 
-    At level l the window's centre is point / 2^l, as in the released code, although the centre
+    At level l the window's center is point / 2^l, as in the released code, although the center
     of the pooled pixels lies up to half a pixel off.
 
     Args:

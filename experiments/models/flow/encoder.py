@@ -35,12 +35,12 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps (batch, rows, columns, in) to (batch, rows/stride, columns/stride, width)."""
         y = _conv(self.width, 3, self.stride, "conv1")(x)
-        y = nn.relu(_normalise(y, self.norm, train, "norm1"))
+        y = nn.relu(_normalize(y, self.norm, train, "norm1"))
         y = _conv(self.width, 3, 1, "conv2")(y)
-        y = nn.relu(_normalise(y, self.norm, train, "norm2"))
+        y = nn.relu(_normalize(y, self.norm, train, "norm2"))
         if x.shape != y.shape:
             x = _conv(self.width, 1, self.stride, "shortcut")(x)
-            x = _normalise(x, self.norm, train, "shortcut_norm")
+            x = _normalize(x, self.norm, train, "shortcut_norm")
         return nn.relu(x + y)
 
 
@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         """Maps images (batch, height, width, 3) to (batch, height/s, width/s, features)."""
         stem, *strides = self.strides
         x = _conv(self.widths[0], 7, stem, "stem")(x)
-        x = nn.relu(_normalise(x, self.norm, train, "stem_norm"))
+        x = nn.relu(_normalize(x, self.norm, train, "stem_norm"))
         for stage, (width, stride) in enumerate(zip(self.widths, strides, strict=True), start=1):
             for index in (1, 2):
                 block = ResidualBlock(
@@ -86,7 +86,7 @@ def _conv(width: int, size: int, stride: int, name: str) -> nn.Conv:
     )
 
 
-def _normalise(x: jax.Array, norm: Norm, train: bool, name: str) -> jax.Array:
+def _normalize(x: jax.Array, norm: Norm, train: bool, name: str) -> jax.Array:
     if norm == "instance":
         return nn.InstanceNorm(epsilon=1e-5, use_bias=False, use_scale=False, name=name)(x)
     batch_norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)

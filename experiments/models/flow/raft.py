@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.flow.correlation import centre_and_scale, correlation_pyramid, look_up
+from experiments.models.flow.correlation import center_and_scale, correlation_pyramid, look_up
 from experiments.models.flow.encoder import Encoder
 from experiments.models.flow.update import Update
 
@@ -30,8 +30,8 @@ class Raft(nn.Module):
       widths: channels of both encoders' stages.
       strides: of both encoders; their product is the factor between images and flow field.
       features: channels that are correlated.
-      unit_features: centre them over each image and scale them to one length before they are
-        correlated. Not in the published model, which learns such things in 200,000 steps.
+      unit_features: center them over each image and scale them to one length before they are
+        correlated. The published model learns this in 200,000 steps instead.
       hidden: channels of the recurrent state.
       context: channels that are the same at every step.
       levels: of the correlation pyramid.
@@ -65,14 +65,14 @@ class Raft(nn.Module):
           first: (batch, height, width, 3), in [-1, 1]; sides are multiples of the strides'
             product.
           second: of the same shape.
-          train: return the flow of every step, and normalise by the batch's own statistics.
+          train: return the flow of every step, and normalize by the batch's own statistics.
 
         Returns:
           (steps, batch, height, width, 2), x and y: every step's in training, else the last one's
           only.
 
         Raises:
-          ValueError: the images' sides are no multiples of the strides' product, or too small for
+          ValueError: the images' sides are not multiples of the strides' product, or too small for
             the pyramid.
         """
         factor = math.prod(self.strides)
@@ -81,7 +81,7 @@ class Raft(nn.Module):
         encoder = Encoder(self.widths, self.strides, self.features, "instance", name="features")
         maps = encoder(jnp.concatenate([first, second]), train)
         if self.unit_features:
-            maps = centre_and_scale(maps)
+            maps = center_and_scale(maps)
         first_maps, second_maps = jnp.split(maps, 2)
         pyramid = correlation_pyramid(first_maps, second_maps, self.levels)
         state = Encoder(
@@ -114,8 +114,8 @@ class Raft(nn.Module):
 def tiny_raft(iterations: int = 3) -> Raft:
     """A RAFT for images of 64 pixels: a field at a quarter of their size, few channels and layers.
 
-    Its features see a neighbourhood only, so that even untrained ones match what they see. The stem
-    alone makes the images smaller, and windows have a radius of 2, which is less work.
+    Its features have a small receptive field, so even untrained ones can be matched. Only the stem
+    shrinks the images, and windows have a radius of 2, which saves work.
     """
     return Raft(
         widths=(32,),
@@ -141,7 +141,7 @@ def convex_upsample(flow: jax.Array, logits: jax.Array, factor: int) -> jax.Arra
 
     Args:
       flow: (batch, rows, columns, 2).
-      logits: (batch, rows, columns, 9 factor^2): neighbours in row order, then a, then c.
+      logits: (batch, rows, columns, 9 factor^2): neighbors in row order, then a, then c.
       factor: f.
 
     Returns:
@@ -151,10 +151,10 @@ def convex_upsample(flow: jax.Array, logits: jax.Array, factor: int) -> jax.Arra
     weights = logits.reshape(batch, rows, columns, 9, factor, factor)
     weights = nn.softmax(weights, axis=3)
     padded = jnp.pad(factor * flow, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    neighbours = jnp.stack(
+    neighbors = jnp.stack(
         [padded[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)], axis=3
     )
-    fine = jnp.einsum("bijkac,bijkd->biajcd", weights, neighbours)
+    fine = jnp.einsum("bijkac,bijkd->biajcd", weights, neighbors)
     return fine.reshape(batch, factor * rows, factor * columns, 2)
 
 

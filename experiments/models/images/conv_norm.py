@@ -1,4 +1,4 @@
-"""Convolution, normalisation and last layer, as torchvision's image networks have them."""
+"""Convolution, normalization and last layer, as torchvision's image networks have them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_conv(
 def make_norm(
     train: bool, *, name: str, zero: bool = False, dtype: Any = jnp.float32
 ) -> nn.BatchNorm:
-    """Batch normalisation; `zero` starts its scale at 0."""
+    """Batch normalization; `zero` starts its scale at 0."""
     init = nn.initializers.zeros if zero else nn.initializers.ones
     return nn.BatchNorm(
         use_running_average=not train,

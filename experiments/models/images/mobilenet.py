@@ -1,6 +1,6 @@
 """MobileNetV1, for ImageNet and for small images.
 
-Thirteen blocks of a depthwise 3x3 and a 1x1 convolution, each followed by normalisation and ReLU.
+Thirteen blocks of a depthwise 3x3 and a 1x1 convolution, each followed by normalization and ReLU.
 At 1000 classes it has 4,231,976 parameters and 568,740,352 multiply-adds; the tests count them.
 
 Path rules can address every layer: "stem", "block3/depthwise", "block3/pointwise", "head". Plans

@@ -38,13 +38,17 @@ def make_image_network(
     return MobileNetV1(num_classes, stem=stem, dtype=dtype)
 
 
-def dense_for_blocks(name: str) -> tuple[str, ...]:
-    """Path rules of the layers that SUBP keeps dense in a network.
+def dense_layers(name: str, *, blocks: bool) -> tuple[str, ...]:
+    """Path rules of the layers that the papers keep dense in a network.
 
-    First and last layer, and the projections of ResNets without bottlenecks. Depthwise
-    convolutions need no rule: plans leave them dense.
+    First and last layer; for blocks also the projections of ResNets without bottlenecks, as in
+    SUBP. Depthwise convolutions need no rule: plans leave them dense.
+
+    Args:
+      name: one of `IMAGE_NETWORKS`.
+      blocks: whether the pattern is one of 1xN blocks.
 
     Source: models/ and compute_flops.py of JingyangXiang/SUBP.
     """
-    projections = ("/shortcut/",) if name in _DENSE_PROJECTIONS else ()
+    projections = ("/shortcut/",) if blocks and name in _DENSE_PROJECTIONS else ()
     return ("^stem/", "^head/", *projections)

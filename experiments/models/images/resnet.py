@@ -1,6 +1,6 @@
 """Residual networks for ImageNet and for small images.
 
-The layout is that of torchvision, in which the papers' tables count: a bottleneck block strides
+The layout is torchvision's, which the papers' tables use: a bottleneck block strides
 in its 3x3 convolution ("version 1.5"), convolutions pad symmetrically, projections appear only
 where the shape changes. Parameters are 11,689,512 for ResNet-18, 21,797,672 for ResNet-34 and
 25,557,032 for ResNet-50 at 1000 classes; the tests count them.
@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
     Attributes:
       features: output channels.
       stride: of the first convolution.
-      zero_init_last: start the last normalisation's scale at 0, so that the block starts as the
+      zero_init_last: start the last normalization's scale at 0, so that the block starts as the
         identity.
       dtype: of the computation; parameters are float32.
     """
@@ -60,7 +60,7 @@ class BottleneckBlock(nn.Module):
     Attributes:
       features: channels of the 3x3 convolution; the block returns four times as many.
       stride: of the 3x3 convolution.
-      zero_init_last: start the last normalisation's scale at 0, so that the block starts as the
+      zero_init_last: start the last normalization's scale at 0, so that the block starts as the
         identity.
       dtype: of the computation; parameters are float32.
     """
@@ -141,7 +141,7 @@ def apply_stages(
 
     Args:
       x: images (batch, height, width, channels).
-      train: normalise by the batch's own statistics.
+      train: normalize by the batch's own statistics.
       stage_sizes: see `ResNet`, as the others.
       block: of the stages.
       width: features of the first stage.
@@ -203,7 +203,7 @@ def make_resnet(
       name: one of `RESNETS`.
       num_classes: logits.
       stem: "imagenet" or "cifar".
-      zero_init_last: start each block's last normalisation scale at 0.
+      zero_init_last: start each block's last normalization scale at 0.
       dtype: of the computation, such as `jnp.bfloat16`.
 
     Raises:

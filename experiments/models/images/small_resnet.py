@@ -59,7 +59,7 @@ def conv_by_matmul(
     return jnp.concatenate(taps, axis=-1) @ kernel.reshape(-1, features)
 
 
-def _conv(features: int, size: int, stride: int, *, name: str) -> nn.Conv:
+def _conv(features: int, size: int, stride: int, unfold: bool, *, name: str) -> nn.Conv:
     return nn.Conv(
         features,
         (size, size),
@@ -67,7 +67,7 @@ def _conv(features: int, size: int, stride: int, *, name: str) -> nn.Conv:
         padding=size // 2,
         use_bias=False,
         kernel_init=_conv_init,
-        conv_general_dilated=conv_by_matmul,
+        conv_general_dilated=conv_by_matmul if unfold else None,
         name=name,
     )
 
@@ -77,16 +77,18 @@ class Block(nn.Module):
 
     features: int
     stride: int
+    unfold: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps (batch, height, width, in) to (batch, height/stride, width/stride, features)."""
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
-        y = _conv(self.features, 3, self.stride, name="conv1")(x)
+        conv = partial(_conv, self.features, unfold=self.unfold)
+        y = conv(3, self.stride, name="conv1")(x)
         y = nn.relu(norm(name="norm1")(y))
-        y = norm(name="norm2")(_conv(self.features, 3, 1, name="conv2")(y))
+        y = norm(name="norm2")(conv(3, 1, name="conv2")(y))
         if x.shape != y.shape:
-            x = _conv(self.features, 1, self.stride, name="shortcut")(x)
+            x = conv(1, self.stride, name="shortcut")(x)
             x = norm(name="shortcut_norm")(x)
         return nn.relu(x + y)
 
@@ -97,17 +99,21 @@ class SmallResNet(nn.Module):
     Attributes:
       widths: features of the stages; each after the first halves the image.
       num_classes: logits.
+      unfold: write convolutions as matrix products. Not for tracing channels, which an unfolded
+        patch mixes with its pixels.
     """
 
     widths: tuple[int, ...]
     num_classes: int
+    unfold: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
-        x = _conv(self.widths[0], 3, 1, name="stem")(x)
+        x = _conv(self.widths[0], 3, 1, self.unfold, name="stem")(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="stem_norm")(x)
         x = nn.relu(x)
         for index, features in enumerate(self.widths):
-            x = Block(features, 1 if index == 0 else 2, name=f"block{index + 1}")(x, train)
+            stride = 1 if index == 0 else 2
+            x = Block(features, stride, self.unfold, name=f"block{index + 1}")(x, train)
         return nn.Dense(self.num_classes, name="head")(x.mean((1, 2)))

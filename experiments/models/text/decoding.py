@@ -57,7 +57,7 @@ def beam_search(
 ) -> tuple[jax.Array, jax.Array]:
     """Finds a likely sequence that ends, keeping the `beams` likeliest beginnings at every step.
 
-    What is maximised is the log probability over the length penalty ((5 + tokens) / 6) ** alpha,
+    What is maximized is the log probability over the length penalty ((5 + tokens) / 6) ** alpha,
     the end among the tokens. It stops when no beginning can become better than the best that has
     ended. With as many beams as there are beginnings the result is the optimum.
 
@@ -81,7 +81,7 @@ def beam_search(
     start = Beams(
         index=jnp.int32(0),
         tokens=jnp.full((batch, beams, length), padding, jnp.int32),
-        # All beams begin alike: only one of them counts, or all would stay alike.
+        # All beams start out equal. Only one of them counts at first, or they would stay equal.
         scores=jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (batch, 1)),
         best=jnp.full((batch, length), padding, jnp.int32),
         best_score=jnp.full(batch, -jnp.inf),

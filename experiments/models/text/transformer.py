@@ -1,6 +1,6 @@
-"""Transformers: an encoder with a decoder for translation, a decoder alone for language modelling.
+"""Transformers: encoder and decoder for translation, decoder only for language modeling.
 
-Normalisation comes before each sub-layer and once more at the end of each stack ("pre-norm"): that
+Normalization comes before each sub-layer and once more at the end of each stack ("pre-norm"): that
 trains without the care that the paper's order, after each sub-layer, asks of the warm-up. Otherwise
 as in the paper: sinusoidal positions, ReLU, biases everywhere, and one embedding for what is read,
 what is written and the output's logits. Without the embedding, the base size has the 44,140,544
@@ -55,7 +55,7 @@ TRANSFORMERS = {
     "transformer_big": Size(1024, 4096, 16, 6, 0.3),
     "transformer_tiny": Size(64, 256, 4, 2),
 }
-# Of a decoder alone.
+# Decoder-only models.
 DECODERS = {
     "decoder_tiny": Size(64, 256, 4, 2),
     "decoder_small": Size(256, 1024, 8, 6),
@@ -63,24 +63,13 @@ DECODERS = {
 }
 
 
-def find_transformer(name: str) -> Size:
-    """Returns the size of an encoder-decoder.
-
-    Raises:
-      ValueError: there is no such model.
-    """
-    if name not in TRANSFORMERS:
-        raise ValueError(f"no model named {name!r}; there are {', '.join(TRANSFORMERS)}")
-    return TRANSFORMERS[name]
-
-
 class Cache(NamedTuple):
     """What decoding keeps from one token to the next; every array is (batch, ...).
 
     Attributes:
       own: of each layer, keys and values of the tokens so far, zero after them.
-      memory: of each layer, keys and values of the source; empty for a decoder alone.
-      mask: which source tokens may be seen, (batch, 1, 1, source); None for a decoder alone.
+      memory: of each layer, keys and values of the source; empty for decoder-only models.
+      mask: which source tokens may be seen, (batch, 1, 1, source); None for decoder-only models.
     """
 
     own: tuple[KeysValues, ...]
@@ -110,7 +99,7 @@ class Layer(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        """Makes the sub-layers, each with its normalisation."""
+        """Makes the sub-layers, each with its normalization."""
         size = self.size
         self.attention_norm = nn.LayerNorm(dtype=self.dtype)
         self.attention = Attention(size.width, size.heads, self.dtype)
@@ -170,7 +159,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers one after the other, and a normalisation.
+    """Layers one after the other, and a normalization.
 
     Attributes:
       size: of the model.
@@ -322,7 +311,7 @@ class Transformer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder alone: a language model.
+    """A decoder-only language model.
 
     Attributes:
       size: of it.

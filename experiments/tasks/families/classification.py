@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -28,13 +29,12 @@ def classification_task(
     eval_batches: Callable[[], Iterator[Batch]],
     steps_per_epoch: int,
     recipe: Recipe,
-    keep_dense: tuple[str, ...] = (),
-    train_rows: Callable[..., Iterator[Batch]] | None = None,
-    eval_rows: Callable[..., Iterator[Batch]] | None = None,
+    traced_model: nn.Module | None = None,
+    **described: Any,
 ) -> Task:
     """Makes the task of classifying images with a Flax linen module.
 
-    Training minimises the mean cross entropy over the batch; evaluation sums "count", "loss",
+    Training minimizes the mean cross entropy over the batch; evaluation sums "count", "loss",
     "accuracy" and, for 20 classes or more, "top5". Whatever dtype the module computes in, the
     loss is float32.
 
@@ -49,9 +49,9 @@ def classification_task(
       eval_batches: `() -> batches`, the same plus "valid" (batch,), 0 where padded.
       steps_per_epoch: how many batches `train_batches` yields.
       recipe: default hyper-parameters; its label smoothing acts on the training loss.
-      keep_dense: path rules of layers that stay dense.
-      train_rows: as `Task` has it.
-      eval_rows: as `Task` has it.
+      traced_model: the same function of the same variables, in operations whose channels
+        `nmjax.find_channels` can follow; None where those of `model` are.
+      **described: other fields of `Task`.
 
     Returns:
       The task.
@@ -74,22 +74,21 @@ def classification_task(
         losses = cross_entropy(logits, batch["label"], smoothing=recipe.label_smoothing)
         return losses.mean(), {**collections, **updated}
 
-    def evaluate(params: Any, collections: Variables, batch: Batch) -> Sums:
-        logits: Any = model.apply({"params": params, **collections}, batch["image"], train=False)
+    def evaluate(network: nn.Module, params: Any, collections: Variables, batch: Batch) -> Sums:
+        logits: Any = network.apply({"params": params, **collections}, batch["image"], train=False)
         return classification_sums(logits, batch["label"], batch["valid"])
 
     return Task(
         name=name,
         init=init,
         loss=loss,
-        evaluate=evaluate,
+        evaluate=partial(evaluate, model),
+        traceable=None if traced_model is None else partial(evaluate, traced_model),
         train_batches=train_batches,
         eval_batches=eval_batches,
         steps_per_epoch=steps_per_epoch,
         recipe=recipe,
-        keep_dense=keep_dense,
-        train_rows=train_rows,
-        eval_rows=eval_rows,
+        **described,
     )
 
 

@@ -61,7 +61,7 @@ def average_precision(
       Numbers in [0, 1]; 0 where nothing was found.
 
     Raises:
-      ValueError: there is no true object at all, or not one entry each.
+      ValueError: there is no true object, or an image has no entry.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -69,9 +69,11 @@ def average_precision(
     sizes, entries = _collect(truth, kind)
     looked_at, results = _collect(found, kind)
     if len(sizes) != len(looked_at):
-        raise ValueError(f"{len(sizes)} images have a truth, but {len(looked_at)} were looked at")
+        raise ValueError(
+            f"{len(sizes)} images have annotations, but {len(looked_at)} have predictions"
+        )
     if not entries:
-        raise ValueError("no image has a true object: average precision means nothing")
+        raise ValueError("average precision is undefined: no image has a true object")
     if not results:
         return dict.fromkeys(_PLACES, 0.0)
     classes = sorted({entry["category_id"] for entry in entries})
@@ -159,7 +161,7 @@ def _entries(image: int, one: Annotated, kind: Kind) -> list[dict[str, Any]]:
             entry["score"] = float(one.scores[index])
         if kind == "segm":
             if one.masks is None:
-                raise ValueError("masks cannot be compared: an image has boxes only")
+                raise ValueError("masks cannot be compared: an image has only boxes")
             entry["segmentation"] = run_lengths.encode(
                 np.asfortranarray(one.masks[index].astype(np.uint8))
             )

@@ -1,4 +1,4 @@
-"""Optical flow in the colours of the Middlebury wheel: hue is direction, saturation is length.
+"""Optical flow in the colors of the Middlebury wheel: hue is direction, saturation is length.
 
 Source: Baker et al., "A Database and Evaluation Methodology for Optical Flow", IJCV 2011; the
 lengths of the wheel's six segments are those of the authors' released program.
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from experiments.data.images import Pixels
 
-# From one corner of the colour cube to the next: (steps, from, to).
+# From one corner of the color cube to the next: (steps, from, to).
 _RED, _YELLOW, _GREEN = (255, 0, 0), (255, 255, 0), (0, 255, 0)
 _CYAN, _BLUE, _MAGENTA = (0, 255, 255), (0, 0, 255), (255, 0, 255)
 _SEGMENTS = (
@@ -29,8 +29,8 @@ _DIMMED = 0.75
 
 
 @lru_cache(maxsize=1)
-def colour_wheel() -> NDArray[np.float64]:
-    """The colours by direction, (55, 3) in [0, 1], from rightwards on over downwards."""
+def color_wheel() -> NDArray[np.float64]:
+    """The colors by direction, (55, 3) in [0, 1], from rightwards on over downwards."""
     parts = []
     for steps, begin, end in _SEGMENTS:
         share = np.arange(steps)[:, None] / steps
@@ -38,12 +38,12 @@ def colour_wheel() -> NDArray[np.float64]:
     return np.concatenate(parts) / 255
 
 
-def flow_to_colours(flow: NDArray[np.floating], longest: float) -> Pixels:
+def flow_to_colors(flow: NDArray[np.floating], longest: float) -> Pixels:
     """Draws a flow field.
 
     Args:
       flow: (..., 2), x to the right and y down. No flow is white.
-      longest: length that gets the full colour; the same for pictures to be compared.
+      longest: length that gets the full color; the same for pictures to be compared.
 
     Returns:
       (..., 3).
@@ -55,10 +55,10 @@ def flow_to_colours(flow: NDArray[np.floating], longest: float) -> Pixels:
         raise ValueError(f"longest must be positive, got {longest}")
     x, y = np.moveaxis(np.asarray(flow, float) / longest, -1, 0)
     length = np.hypot(x, y)[..., None]
-    wheel = colour_wheel()
+    wheel = color_wheel()
     turn = np.arctan2(y, x) / (2 * np.pi) % 1 * len(wheel)
     low = np.floor(turn).astype(int) % len(wheel)
     share = (turn - np.floor(turn))[..., None]
-    colour = (1 - share) * wheel[low] + share * wheel[(low + 1) % len(wheel)]
-    shown = np.where(length <= 1, 1 - length * (1 - colour), _DIMMED * colour)
+    color = (1 - share) * wheel[low] + share * wheel[(low + 1) % len(wheel)]
+    shown = np.where(length <= 1, 1 - length * (1 - color), _DIMMED * color)
     return np.floor(255 * shown).astype(np.uint8)

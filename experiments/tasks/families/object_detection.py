@@ -26,7 +26,7 @@ MASK_METRICS = (Metric("mask AP"), Metric("mask AP50"))
 
 _SHOWN = 4
 _SHOWN_SCORE = 0.5
-_COLOURS = np.array(
+_COLORS = np.array(
     [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)]
 )
 
@@ -58,7 +58,7 @@ def object_detection_task(
 ) -> Task:
     """Makes the task of finding objects in images with Faster or Mask R-CNN.
 
-    Training minimises the mean over the images of the sum of all losses; evaluation sums the same
+    Training minimizes the mean over the images of the sum of all losses; evaluation sums the same
     with the running statistics, and measures average precision.
 
     Args:
@@ -197,22 +197,22 @@ def draw_objects(pixels: Pixels, objects: Annotated, which: Any, enlarge: int = 
         if objects.masks is not None:
             side = len(canvas) // objects.masks.shape[1]
             mask = np.kron(objects.masks[index] != 0, np.ones((side, side))) > 0
-            canvas[mask] = (canvas[mask] + _colour(objects.classes[index])) / 2
+            canvas[mask] = (canvas[mask] + _color(objects.classes[index])) / 2
     image = Image.fromarray(canvas.astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for index in which:
-        colour = tuple(int(part) for part in _colour(objects.classes[index]))
+        color = tuple(int(part) for part in _color(objects.classes[index]))
         left, top, right, bottom = (enlarge * float(side) for side in objects.boxes[index])
-        draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=colour)
+        draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=color)
         score = "" if objects.scores is None else f" {objects.scores[index]:.2f}"
-        draw.text((left + 2, top), f"{objects.classes[index]}{score}", fill=colour)
+        draw.text((left + 2, top), f"{objects.classes[index]}{score}", fill=color)
     return np.asarray(image)
 
 
 def _precision(
     image_shape: tuple[int, int], batches: list[Batch], predictions: list[Seen], kind: Kind
 ) -> dict[str, float]:
-    """Average precision over the images that are no padding, which are taken batch by batch."""
+    """Average precision over all images except padding."""
 
     def valid(images: Iterable[list[Annotated]]) -> Iterator[Annotated]:
         for batch, found in zip(batches, images, strict=True):
@@ -244,9 +244,9 @@ def _objects(batch: Batch) -> Objects:
     return Objects(jnp.asarray(batch["boxes"]), jnp.asarray(batch["classes"]), masks)
 
 
-def _colour(number: int) -> np.ndarray:
-    colour: np.ndarray = _COLOURS[int(number) % len(_COLOURS)]
-    return colour
+def _color(number: int) -> np.ndarray:
+    color: np.ndarray = _COLORS[int(number) % len(_COLORS)]
+    return color
 
 
 def _init(model: MaskRCNN, image_shape: tuple[int, int], key: jax.Array) -> Variables:

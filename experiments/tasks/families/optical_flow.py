@@ -18,12 +18,12 @@ import numpy as np
 
 from experiments.data.images import Pixels, image_uri
 from experiments.models.flow.raft import Raft
-from experiments.tasks.families.flow_colors import flow_to_colours
+from experiments.tasks.families.flow_colors import flow_to_colors
 from experiments.tasks.task import Batch, Metric, Recipe, Shown, Sums, Task, Variables
 
 Array: TypeAlias = jax.Array | np.ndarray
 
-# RAFT's: weight of a step against the next, and the longest flow that is learnt from, in pixels.
+# RAFT's: weight of a step against the next, and the longest flow that is learned from, in pixels.
 GAMMA = 0.8
 LONGEST_FLOW = 400.0
 # Layers that see 3 or 2 channels, which no group of four fits into.
@@ -56,7 +56,7 @@ def optical_flow_task(
 ) -> Task:
     """Makes the task of estimating the flow between two images with RAFT.
 
-    Training minimises `sequence_loss`; evaluation sums what `flow_sums` says.
+    Training minimizes `sequence_loss`; evaluation sums what `flow_sums` says.
 
     Args:
       name: of the task.
@@ -169,8 +169,8 @@ def shown_pairs(batch: Batch, flows: np.ndarray) -> list[Shown]:
             {
                 "first image": image_uri(_pixels(batch["first"][index])),
                 "second image": image_uri(_pixels(batch["second"][index])),
-                "true flow": image_uri(flow_to_colours(truth, longest)),
-                "network": image_uri(flow_to_colours(flow, longest)),
+                "true flow": image_uri(flow_to_colors(truth, longest)),
+                "network": image_uri(flow_to_colors(flow, longest)),
             }
         )
     return rows

@@ -40,10 +40,11 @@ def translation_task(
     eval_batch_size: int = 128,
     dtype: Any = jnp.float32,
     notes: tuple[str, ...] = (),
+    **described: Any,
 ) -> Task:
     """Makes the task of translating with an encoder and a decoder.
 
-    Training minimises the mean over all tokens of a batch but padding, with the recipe's label
+    Training minimizes the mean over all tokens of a batch except padding, with the recipe's label
     smoothing; evaluation sums the loss without smoothing. Translations are found by beam search
     and scored as text: BLEU and chrF over the whole test set as sacrebleu defines them, here as
     fractions, and the share of translations that equal the reference letter by letter.
@@ -62,6 +63,7 @@ def translation_task(
       eval_batch_size: sentences translated at once.
       dtype: the network computes in.
       notes: about the data.
+      **described: other fields of `Task`.
 
     Raises:
       ValueError: if there are fewer training pairs than a batch takes, or texts are missing.
@@ -125,11 +127,12 @@ def translation_task(
             *(_note(name, scores, metrics) for name, scores in trivial.items()),
         ),
         identity=(("vocabulary", vocabulary.fingerprint),),
+        **described,
     )
 
 
 def masked_mean(values: jax.Array, counted: jax.Array) -> jax.Array:
-    """Mean of the values where `counted`, of which there is one at least."""
+    """Mean of the values where `counted`, which must hold somewhere."""
     return jnp.sum(jnp.where(counted, values, 0.0)) / jnp.sum(counted)
 
 
@@ -178,13 +181,16 @@ def text_scores(
 def _without_learning(
     vocabulary: Vocabulary, train: EncodedPairs, texts: Sequence[tuple[str, str]], bleu_tokens: str
 ) -> dict[str, dict[str, float]]:
-    """The scores of what takes no network to say, by name."""
+    """Scores of answers that need no network, by name."""
     sources, references = zip(*texts, strict=True)
     (first,) = vocabulary.decode(train.target[:1].tolist())
-    said = {"the source as it is": sources, "one training sentence for all": [first] * len(texts)}
+    answers = {
+        "the source as it is": sources,
+        "one training sentence for all": [first] * len(texts),
+    }
     return {
         name: text_scores(translations, references, bleu_tokens=bleu_tokens)
-        for name, translations in said.items()
+        for name, translations in answers.items()
     }
 
 

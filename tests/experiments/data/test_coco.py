@@ -12,9 +12,9 @@ import tensorflow_datasets as tfds
 
 from experiments.data.coco import CocoRecords, as_arrays, count_boxes, open_coco, usable_boxes
 from experiments.data.coco_masks import CocoMasks
-from experiments.data.epochs import Reading
 from experiments.tasks import coco as module
-from experiments.tasks.coco import RECIPE, coco_task, make_network, train_example
+from experiments.tasks.coco import make_network, train_example
+from experiments.tasks.options import Options
 from experiments.training.flags import Flags, make_task
 from tests.experiments.data.test_coco_masks import (
     RECTANGLE,
@@ -25,7 +25,7 @@ from tests.experiments.data.test_coco_masks import (
 )
 from tests.experiments.data.test_coco_masks import write as write_masks
 from tests.experiments.models.detection.test_mask_rcnn import (
-    NORMALISATION,
+    NORMALIZATION,
     TINY,
     TORCHVISION,
     count,
@@ -251,7 +251,7 @@ def test_networks_are_the_published_ones_with_ten_classes_less(model):
     network = make_network(model)
     # A class and a box of five numbers from 1,024 units and a bias; a mask from 256 and a bias.
     fewer = 10 * (5 * 1025 + 257 * network.with_masks)
-    published = TORCHVISION[network.with_masks] + NORMALISATION
+    published = TORCHVISION[network.with_masks] + NORMALIZATION
     assert count(shapes(network)["params"]) == published - fewer
 
 
@@ -263,10 +263,10 @@ def test_the_model_decides_whether_masks_are_read(on_disk, tmp_path):
     task = make_task(replace(flags, model="mask_rcnn"))
     assert [metric.name for metric in task.metrics][2:] == ["mask AP", "mask AP50"]
     assert next(task.train_batches(0, 0))["masks"].shape == (2, 100, 256, 256)
-    with pytest.raises(ValueError, match="model faster_rcnn or mask_rcnn in float32 only"):
+    with pytest.raises(ValueError, match="no model named 'mask_rcnn_tiny'; there are faster_rcnn"):
         make_task(replace(flags, model="mask_rcnn_tiny"))
-    with pytest.raises(ValueError, match="only faster_rcnn and mask_rcnn"):
-        make_network("raft")
+    with pytest.raises(ValueError, match="mask_rcnn computes in float32, got bfloat16"):
+        make_task(replace(flags, model="mask_rcnn", dtype="bfloat16"))
 
 
 @pytest.mark.slow
@@ -275,13 +275,8 @@ def test_a_tiny_mask_rcnn_takes_a_step_and_is_scored(on_disk, monkeypatch):
     monkeypatch.setattr(module, "make_network", lambda model: tiny)
     monkeypatch.setattr(module, "_EVAL_BATCH", 3)
     monkeypatch.setattr(module, "MOST_OBJECTS", 5)
-    task = coco_task(
-        "mask_rcnn",
-        recipe=replace(RECIPE, batch_size=3),
-        data_dir=on_disk,
-        size=64,
-        reading=Reading(threads=0),
-    )
+    options = Options(model="mask_rcnn", batch_size=3, data_dir=on_disk, threads=0)
+    task = module.task(options, size=64)
     variables = jax.jit(task.init)(jax.random.key(0))
     params = variables.pop("params")
 

@@ -117,7 +117,7 @@ def test_damaged_files_are_named(tmp_path):
         open_masks("train", tmp_path)
     for text in ('{"images": [', "[1, 2]", '{"annotations": [{}]}'):
         file.write_text(text)
-        with pytest.raises(ValueError, match=r"instances_train2017\.json is no file of annot"):
+        with pytest.raises(ValueError, match=r"instances_train2017\.json is not an annot"):
             open_masks("train", tmp_path)
 
 

@@ -58,7 +58,7 @@ def test_random_crop_by_hand():
     assert images.random_crop_box(rng, 100, 100) == (7, 11, 50, 50)
 
 
-def test_random_crop_of_a_thin_image_falls_back_to_its_centre():
+def test_random_crop_of_a_thin_image_falls_back_to_its_center():
     box = images.random_crop_box(np.random.default_rng(0), 10, 1000)
     assert box == (0, 494, 10, 13)
     assert images.random_crop_box(np.random.default_rng(0), 1000, 10) == (494, 0, 13, 10)
@@ -75,21 +75,21 @@ def test_crop_cuts_out_the_box_and_nothing_else():
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (256, 400), (512, 256), (257, 301)])
-def test_centre_crop(height, width):
+def test_center_crop(height, width):
     pixels = np.zeros((height, width, 3), np.uint8)
     scale = 256 / min(height, width)
     middle = (slice(height // 2 - 4, height // 2 + 4), slice(width // 2 - 4, width // 2 + 4))
     pixels[middle] = 255
-    cut = images.resize_and_centre_crop(Image.fromarray(pixels), 256, 224)
+    cut = images.resize_and_center_crop(Image.fromarray(pixels), 256, 224)
     assert cut.shape == (224, 224, 3)
     bright = np.argwhere(cut[..., 0] > 127)
     np.testing.assert_allclose(bright.mean(axis=0), 111.5, atol=1)
     assert len(bright) == pytest.approx((8 * scale) ** 2, rel=0.3)
 
 
-def test_centre_crop_without_scaling_is_a_slice():
+def test_center_crop_without_scaling_is_a_slice():
     pixels = numbered(256, 300)
-    cut = images.resize_and_centre_crop(Image.fromarray(pixels), 256, 224)
+    cut = images.resize_and_center_crop(Image.fromarray(pixels), 256, 224)
     np.testing.assert_array_equal(cut, pixels[16:240, 38:262])
 
 
@@ -136,11 +136,11 @@ def test_lighting_has_mean_zero_and_the_covariance_of_its_components():
     assert shifts.dtype == np.float32
 
 
-def test_normalise_by_hand():
+def test_normalize_by_hand():
     pixels = np.array([[[0, 51, 255]]], np.uint8)
-    out = images.normalise(pixels, mean=(0.5, 0.0, 0.25), std=(0.5, 0.1, 0.25))
+    out = images.normalize(pixels, mean=(0.5, 0.0, 0.25), std=(0.5, 0.1, 0.25))
     np.testing.assert_allclose(out, [[[-1.0, 2.0, 3.0]]], rtol=1e-6)
-    shifted = images.normalise(
+    shifted = images.normalize(
         pixels, (0.5, 0.0, 0.25), (0.5, 0.1, 0.25), np.array([0.5, 0.1, -0.25], np.float32)
     )
     np.testing.assert_allclose(shifted, [[[0.0, 3.0, 2.0]]], rtol=1e-6, atol=1e-6)
@@ -148,8 +148,8 @@ def test_normalise_by_hand():
 
 
 def test_decode_makes_rgb_of_every_mode():
-    grey = Image.new("L", (3, 2), 7)
-    for image, pixel in [(grey, (7, 7, 7)), (grey.convert("RGBA"), (7, 7, 7))]:
+    gray = Image.new("L", (3, 2), 7)
+    for image, pixel in [(gray, (7, 7, 7)), (gray.convert("RGBA"), (7, 7, 7))]:
         file = io.BytesIO()
         image.save(file, "PNG")
         assert images.decode_image(file.getvalue()).getpixel((0, 0)) == pixel

@@ -49,12 +49,13 @@ def test_a_side_fills_the_length_exactly(vocabulary):
     (row,) = vocabulary.encode(["one two three"])
     fits = encode_pairs([("one two three", "one")], vocabulary, length=len(row) + 1)
     assert fits.source[0, -1] == END
-    with pytest.raises(ValueError, match=f"0 have an empty side, 1 more than {len(row)} tokens"):
+    words = f"0 have an empty side, 1 have more than {len(row)} tokens"
+    with pytest.raises(ValueError, match=words):
         encode_pairs([("one two three", "one")], vocabulary, length=len(row))
 
 
 def test_no_pair_left_is_an_error(vocabulary):
-    with pytest.raises(ValueError, match="none of 2 pairs is left: 2 have an empty side"):
+    with pytest.raises(ValueError, match="no pairs are left of 2: 2 have an empty side"):
         encode_pairs([("", "x"), ("y", " ")], vocabulary, length=9)
 
 

@@ -28,9 +28,9 @@ def noise(seed=0, side=21):
     return np.random.default_rng(seed).random((side, side, 3))
 
 
-def disc(motion, texture, radius, centre=(0, 0)):
+def disc(motion, texture, radius, center=(0, 0)):
     layer = background(motion, texture)
-    return layer._replace(centre=np.array(centre, float), radii=np.array([[radius, 0.0]]))
+    return layer._replace(center=np.array(center, float), radii=np.array([[radius, 0.0]]))
 
 
 def test_a_shift_by_whole_pixels_moves_the_image():
@@ -71,7 +71,7 @@ def test_the_front_layer_hides_the_back_one_in_both_images():
     np.testing.assert_allclose(pair.second[10, 14], moving[10, 10], atol=1e-6)
 
 
-def test_visible_points_keep_their_colour():
+def test_visible_points_keep_their_color():
     for seed in range(5):
         layers = draw_layers(np.random.default_rng(seed), 48, "train")
         pair = render(layers, 48)
@@ -106,8 +106,8 @@ def test_blobs_move_otherwise_than_the_background():
     assert 2 <= len(layers) <= 3
     assert len(layers[0].radii) == 0
     assert all(len(layer.radii) == 4 for layer in layers[1:])
-    centres = [layer.centre for layer in layers]
-    shifts = [move(layer.motion, c) - c for layer, c in zip(layers, centres, strict=True)]
+    centers = [layer.center for layer in layers]
+    shifts = [move(layer.motion, c) - c for layer, c in zip(layers, centers, strict=True)]
     assert len({tuple(shift) for shift in shifts}) == len(layers)
 
 
@@ -121,7 +121,7 @@ def test_grain_is_added_once_and_stays_the_same(monkeypatch):
     np.testing.assert_array_equal(once, again)
     # A little less where it was cut off at 0 and 1.
     assert once.std() == pytest.approx(0.2, rel=0.1)
-    # A colour of its own at every point.
+    # A color of its own at every point.
     assert np.ptp(once, axis=-1).mean() > 0.2
 
 

@@ -44,7 +44,7 @@ def test_the_same_corpus_gives_the_same_pieces(vocabulary):
 
 def test_a_size_that_does_not_fit_the_corpus():
     for size in (5, 5000):
-        with pytest.raises(ValueError, match=f"no vocabulary of {size} pieces"):
+        with pytest.raises(ValueError, match=f"cannot make a vocabulary of {size} pieces"):
             train_vocabulary(SENTENCES, size)
 
 

@@ -4,14 +4,15 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.tasks import digits
 from experiments.tasks.digits import (
     PAPER_TOTAL_PULL,
     PULL_FRACTION,
-    digits_task,
     disturb,
     lambda_for_pull,
     load_digits,
 )
+from experiments.tasks.options import Options
 
 
 def test_split_is_stratified_and_nothing_is_in_both():
@@ -21,7 +22,7 @@ def test_split_is_stratified_and_nothing_is_in_both():
     assert np.bincount(data.train_labels).tolist() == [80] * 10
     assert len(data.test_labels) == 2 * 997
     everything = load()
-    # The darkest and the brightest pixel give the original grey values, 0 to 16, back.
+    # The darkest and the brightest pixel give the original gray values, 0 to 16, back.
     low, high = data.train_images.min(), data.train_images.max()
     train = np.rint(16 * (data.train_images - low) / (high - low)).astype(int)
     chosen = {image.tobytes() for image in train}
@@ -31,7 +32,7 @@ def test_split_is_stratified_and_nothing_is_in_both():
     assert (np.bincount(data.test_labels) == 2 * left).all()
 
 
-def test_train_images_are_normalised():
+def test_train_images_are_normalized():
     data = load_digits()
     assert abs(data.train_images.mean()) < 1e-5
     assert abs(data.train_images.std() - 1) < 1e-5
@@ -50,7 +51,7 @@ def test_disturbed_images_are_shifted_and_noisy():
 
 
 def test_batches_depend_on_seed_and_epoch_only():
-    task = digits_task()
+    task = digits.task()
 
     def first(seed, epoch):
         return next(iter(task.train_batches(seed, epoch)))
@@ -61,21 +62,21 @@ def test_batches_depend_on_seed_and_epoch_only():
 
 
 def test_an_epoch_is_every_image_once():
-    task = digits_task(batch_size=50)
+    task = digits.task(Options(batch_size=50))
     batches = list(task.train_batches(0, 0))
     assert len(batches) == task.steps_per_epoch == 16
     assert np.bincount(np.concatenate([b["label"] for b in batches])).tolist() == [80] * 10
 
 
 def test_evaluation_pads_the_last_batch_and_says_so():
-    batches = list(digits_task().eval_batches())
+    batches = list(digits.task().eval_batches())
     assert len({batch["image"].shape for batch in batches}) == 1
     assert sum(batch["valid"].sum() for batch in batches) == 2 * 997
 
 
 def test_the_strength_gives_its_share_of_the_papers_pull():
     for epochs in (10, 60):
-        task = digits_task(epochs=epochs)
+        task = digits.task(Options(epochs=epochs))
         steps = epochs * task.steps_per_epoch
         pull = task.recipe.lambda_w * steps * task.recipe.learning_rate / 2
         assert pull == pytest.approx(PULL_FRACTION * PAPER_TOTAL_PULL)
@@ -83,7 +84,7 @@ def test_the_strength_gives_its_share_of_the_papers_pull():
 
 
 def test_model_and_loss_fit_together():
-    task = digits_task()
+    task = digits.task()
 
     def loss(key):
         variables = dict(task.init(key))

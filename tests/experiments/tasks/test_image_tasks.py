@@ -9,7 +9,7 @@ import pytest
 import nmjax
 from experiments.data.records import MissingDatasetError
 from experiments.tasks import cifar10, imagenet2012
-from experiments.tasks.task import Recipe
+from experiments.tasks.options import Options
 from experiments.training.flags import Flags, make_job
 from tests.experiments.prepared import cifar10_examples, imagenet2012_examples, prepare
 
@@ -32,7 +32,7 @@ def imagenet_folder(tmp_path_factory):
 
 
 def test_cifar10_batches(cifar_folder):
-    task = cifar10.cifar10_task("resnet8", recipe=Recipe(batch_size=16), data_dir=cifar_folder)
+    task = cifar10.task(Options(model="resnet8", batch_size=16, data_dir=cifar_folder))
     batches = list(task.train_batches(0, 0))
     assert len(batches) == task.steps_per_epoch == 4
     assert {(b["image"].shape, b["image"].dtype.name) for b in batches} == {
@@ -45,8 +45,8 @@ def test_cifar10_batches(cifar_folder):
     assert (batches[0]["image"] != other[0]["image"]).any()
 
 
-def test_cifar10_evaluation_is_the_normalised_image(cifar_folder):
-    task = cifar10.cifar10_task("resnet8", recipe=Recipe(batch_size=16), data_dir=cifar_folder)
+def test_cifar10_evaluation_is_the_normalized_image(cifar_folder):
+    task = cifar10.task(Options(model="resnet8", batch_size=16, data_dir=cifar_folder))
     batches = list(task.eval_batches())
     assert [int(b["valid"].sum()) for b in batches] == [16, 7]
     # The brightness of the generated images follows from the label.
@@ -61,9 +61,7 @@ def test_cifar10_evaluation_is_the_normalised_image(cifar_folder):
 
 
 def test_imagenet_batches(imagenet_folder):
-    task = imagenet2012.imagenet2012_task(
-        "resnet18", recipe=Recipe(batch_size=4), data_dir=imagenet_folder
-    )
+    task = imagenet2012.task(Options(model="resnet18", batch_size=4, data_dir=imagenet_folder))
     assert task.steps_per_epoch == 2
     batches = list(task.train_batches(0, 0)) + list(task.eval_batches())
     assert {(b["image"].shape, b["image"].dtype.name) for b in batches} == {
@@ -72,7 +70,7 @@ def test_imagenet_batches(imagenet_folder):
     assert [int(b["valid"].sum()) for b in batches[2:]] == [4, 1]
     labels = np.concatenate([b["label"] for b in batches[:2]])
     assert len(set(labels.tolist())) == 8
-    # Normalised: between (0 - mean) / std and (1 - mean) / std, give or take the lighting.
+    # Normalized: between (0 - mean) / std and (1 - mean) / std, give or take the lighting.
     for batch in batches:
         assert -2.7 < batch["image"].min() < -0.5
         assert 0.5 < batch["image"].max() < 3.2
@@ -83,9 +81,7 @@ def test_imagenet_task_has_the_recipe_of_the_paper(imagenet_folder):
     assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (120, 256, 0.1)
     assert (recipe.momentum, recipe.weight_decay, recipe.lambda_w) == (0.9, 5e-5, 2e-4)
     assert recipe.warmup_epochs == 5
-    task = imagenet2012.imagenet2012_task(
-        "resnet50", recipe=Recipe(batch_size=2), data_dir=imagenet_folder
-    )
+    task = imagenet2012.task(Options(model="resnet50", batch_size=2, data_dir=imagenet_folder))
     shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))["params"]
     plan = nmjax.make_plan(shapes, "2:4", exclude=task.keep_dense)
     # Every convolution but the stem; the head, norms and biases stay dense.
@@ -127,15 +123,15 @@ def test_blocks_on_imagenet_train_by_the_recipe_and_with_the_dense_layers_of_sub
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (cifar10.cifar10_task, "cifar10"),
-        (imagenet2012.imagenet2012_task, "imagenet2012"),
+        (cifar10.task, "cifar10"),
+        (imagenet2012.task, "imagenet2012"),
     ],
 )
 def test_missing_data_sets_say_how_to_prepare_them(make, name, tmp_path):
     with pytest.raises(MissingDatasetError, match=f"tfds build {name} --file_format=array_record"):
-        make(data_dir=tmp_path)
+        make(Options(data_dir=tmp_path))
 
 
 def test_a_batch_larger_than_the_data_set(cifar_folder):
     with pytest.raises(ValueError, match="batch_size must be from 1 to 70 examples, got 128"):
-        cifar10.cifar10_task("resnet8", data_dir=cifar_folder)
+        cifar10.task(Options(model="resnet8", data_dir=cifar_folder))

@@ -4,18 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.tasks.number_names import (
-    DIGITS,
-    is_test,
-    names,
-    number_names_task,
-    number_pairs,
-)
+from experiments.tasks import number_names
+from experiments.tasks.number_names import DIGITS, is_test, names, number_pairs
+from experiments.tasks.options import Options
 
 
 @pytest.fixture(scope="module")
 def task():
-    return number_names_task(train_pairs=400, test_pairs=40)
+    return number_names.task(train_pairs=400, test_pairs=40)
 
 
 def test_names_are_those_of_the_languages():
@@ -58,4 +54,4 @@ def test_shapes_and_sparse_layers(task):
 
 def test_unknown_models_are_refused():
     with pytest.raises(ValueError, match="no model named 'resnet18'"):
-        number_names_task("resnet18")
+        number_names.task(Options(model="resnet18"))

@@ -1,6 +1,5 @@
-"""Language modelling: batches, metric, baselines, and a few steps of training."""
+"""Language modeling: batches, metric, baselines, and a few steps of training."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -11,7 +10,8 @@ import pytest
 from experiments.data.library_sources import Sources
 from experiments.models.text import transformer
 from experiments.tasks import python_bytes
-from experiments.tasks.python_bytes import METRIC, RECIPES, Portion, baselines, python_bytes_task
+from experiments.tasks.options import Options
+from experiments.tasks.python_bytes import METRIC, Portion, baselines
 from experiments.training.loop import train
 from experiments.training.methods import METHODS
 from experiments.training.step import Job, plan_of
@@ -20,14 +20,14 @@ RNG = np.random.default_rng(0)
 TEXT = np.frombuffer(b"def name(self):\n    return self.name\n" * 40, np.uint8)
 SOURCES = Sources(TEXT, TEXT[200:900], 3, 1, ("gone.py",))
 PORTION = Portion(window=16, steps_per_epoch=8, test_windows=40)
-RECIPE = dataclasses.replace(RECIPES["decoder_tiny"], epochs=2, batch_size=4)
+OPTIONS = Options(epochs=2, batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def task():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(transformer.DECODERS, "decoder_tiny", transformer.Size(16, 32, 2, 1))
-        return python_bytes_task(recipe=RECIPE, sources=SOURCES, portion=PORTION)
+        return python_bytes.task(OPTIONS, sources=SOURCES, portion=PORTION)
 
 
 def test_batches_are_windows_of_the_training_files(task):
@@ -137,13 +137,13 @@ def test_notes_say_what_was_read(task):
 
 def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="no model named 'huge'; there are decoder_tiny"):
-        python_bytes_task("huge", sources=SOURCES)
+        python_bytes.task(Options(model="huge"), sources=SOURCES)
     with pytest.raises(ValueError, match="the test files have 10 bytes together, a window takes"):
-        python_bytes_task(sources=SOURCES._replace(test=TEXT[:10]))
+        python_bytes.task(sources=SOURCES._replace(test=TEXT[:10]))
 
 
 def test_the_embedded_model_and_its_loss_fit_together():
-    task = python_bytes_task(sources=SOURCES)
+    task = python_bytes.task(sources=SOURCES)
 
     def loss(key):
         tokens = jnp.zeros((2, 9), jnp.int32)

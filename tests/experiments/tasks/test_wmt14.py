@@ -1,6 +1,6 @@
 """WMT14 from a small data set in the real on-disk format."""
 
-import dataclasses
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,9 +10,10 @@ from experiments.data.records import MissingDatasetError
 from experiments.models.text.transformer import TRANSFORMERS, Size
 from experiments.tasks import wmt14
 from experiments.tasks.number_names import names
+from experiments.tasks.options import Options
 from tests.experiments.prepared import prepare_sentences
 
-RECIPE = dataclasses.replace(wmt14.RECIPE, batch_size=8)
+OPTIONS = Options(batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def _small(monkeypatch):
 
 
 def test_batches_from_disk(folder):
-    task = wmt14.wmt14_task(recipe=RECIPE, data_dir=folder, pieces=80)
+    task = wmt14.task(replace(OPTIONS, data_dir=folder), pieces=80)
     assert task.steps_per_epoch == 60 // 8
     batch = next(task.train_batches(0, 0))
     assert batch["source"].shape == (8, 64)
@@ -43,22 +44,22 @@ def test_batches_from_disk(folder):
 
 
 def test_what_the_first_run_kept_is_used_again(folder, monkeypatch):
-    first = wmt14.wmt14_task(recipe=RECIPE, data_dir=folder, pieces=80)
+    first = wmt14.task(replace(OPTIONS, data_dir=folder), pieces=80)
     kept = folder / "wmt14_translate" / "sentencepiece"
     assert {path.suffix for path in kept.iterdir()} == {".model", ".npz"}
     monkeypatch.setattr(wmt14, "train_vocabulary", None)
-    again = wmt14.wmt14_task(recipe=RECIPE, data_dir=folder, pieces=80)
+    again = wmt14.task(replace(OPTIONS, data_dir=folder), pieces=80)
     assert again.identity == first.identity
     for name, values in next(first.train_batches(0, 0)).items():
         np.testing.assert_array_equal(values, next(again.train_batches(0, 0))[name])
 
 
 def test_a_vocabulary_of_another_size_is_refused(folder):
-    wmt14.wmt14_task(recipe=RECIPE, data_dir=folder, pieces=80)
+    wmt14.task(replace(OPTIONS, data_dir=folder), pieces=80)
     kept = folder / "wmt14_translate" / "sentencepiece"
     (kept / "de-en_70.model").write_bytes((kept / "de-en_80.model").read_bytes())
     with pytest.raises(ValueError, match="has 80 pieces, expected 70: delete it"):
-        wmt14.wmt14_task(recipe=RECIPE, data_dir=folder, pieces=70)
+        wmt14.task(replace(OPTIONS, data_dir=folder), pieces=70)
 
 
 def test_the_recipe_is_the_transformers():
@@ -73,7 +74,7 @@ def test_the_recipe_is_the_transformers():
 
 def test_a_missing_data_set_says_how_to_prepare_it(tmp_path):
     with pytest.raises(MissingDatasetError, match="there is no wmt14_translate/de-en") as error:
-        wmt14.wmt14_task(data_dir=tmp_path)
+        wmt14.task(Options(data_dir=tmp_path))
     assert (
         "tfds build wmt14_translate/de-en --imports=tensorflow_datasets.translate.wmt14 "
         f"--file_format=array_record --data_dir={tmp_path}"

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nmjax
+from experiments.tasks.families.bfloat16 import in_bfloat16
 from experiments.tasks.families.classification import classification_task
-from experiments.training.economy import in_auto_axes, in_bfloat16, with_remat
+from experiments.training.economy import in_auto_axes, with_remat
 from experiments.training.loop import begin, train
 from experiments.training.methods import METHODS, optimizer
 from experiments.training.step import Job, make_programs, plan_of

@@ -21,6 +21,7 @@ from experiments.training.methods import (
     optimizer,
     total_rate,
 )
+from experiments.training.rearranging import free_channels
 from experiments.training.step import Job, plan_of
 from tests.experiments.tiny import STEPS, tiny_task
 
@@ -155,7 +156,11 @@ def row_counts(mask):
 
 def test_one_by_n_keeps_the_blocks_of_a_layer_that_are_largest_wherever_they_are():
     states = trained("one_by_n", "1x4@0.75")
-    before = nmjax.trees.leaves.named_leaves(states[2].params)
+    job = Job(tiny_task(), plan_of(tiny_task(), "1x4@0.75"), METHODS["dense"].build(None, None, 0))
+    # Chosen from the sorted network.
+    variables = {"params": states[2].params, **states[2].collections}
+    variables = nmjax.sort_channels(variables, free_channels(job))
+    before = nmjax.trees.leaves.named_leaves(variables["params"])
     for name, mask in states[-1].sparse.masks.items():
         sizes = np.abs(before[name]).reshape(16, 4, 4).sum(axis=2)
         kept = np.asarray(mask)[:, ::4]

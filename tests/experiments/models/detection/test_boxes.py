@@ -66,7 +66,7 @@ def test_boxes_without_area_overlap_nothing():
 
 def test_coding_of_a_box_counted_by_hand():
     anchor, box = np.array([0.0, 0, 10, 20]), np.array([5.0, 10, 25, 20])
-    # Centres (5, 10) and (15, 15), sides (10, 20) and (20, 10).
+    # Centers (5, 10) and (15, 15), sides (10, 20) and (20, 10).
     expected = np.array([1, 0.25, np.log(2), np.log(0.5)]) * WEIGHTS
     np.testing.assert_allclose(encode(jnp.array(box), jnp.array(anchor), WEIGHTS), expected, 1e-5)
 
@@ -111,7 +111,7 @@ def test_suppression_is_the_greedy_one(threshold, with_groups, padding, seed):
 
 
 def test_a_chain_of_suppressions_is_settled():
-    # Each box overlaps its neighbours only: every second one stays.
+    # Each box overlaps its neighbors only: every second one stays.
     left = np.arange(9.0)
     boxes = np.stack([left * 2, 0 * left, left * 2 + 3, 0 * left + 1], 1).astype(np.float32)
     stays = suppress(jnp.array(boxes), jnp.arange(9.0, 0, -1), 0.1)

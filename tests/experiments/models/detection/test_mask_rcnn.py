@@ -14,9 +14,9 @@ from experiments.models.images.resnet import BasicBlock
 from nmjax import make_plan
 
 # What torchvision lists for fasterrcnn_resnet50_fpn and maskrcnn_resnet50_fpn. Both freeze the
-# normalisation of the backbone, so that its 53,120 scales and biases are not counted.
+# normalization of the backbone, so that its 53,120 scales and biases are not counted.
 TORCHVISION = {False: 41_755_286, True: 44_401_393}
-NORMALISATION = 53_120
+NORMALIZATION = 53_120
 
 TINY = MaskRCNN(
     pyramid=FeaturePyramid((1, 1), BasicBlock, width=4, channels=8),
@@ -50,7 +50,7 @@ def count(tree):
 def test_parameters_are_the_published_models(with_masks):
     model = MaskRCNN(pyramid=FeaturePyramid(), with_masks=with_masks)
     params = shapes(model)["params"]
-    assert count(params) == TORCHVISION[with_masks] + NORMALISATION
+    assert count(params) == TORCHVISION[with_masks] + NORMALIZATION
     plan = make_plan(params, "2:4", exclude=("/stem/",))
     dense = {name for name in plan.dense if name.endswith("kernel")}
     assert dense == {"pyramid/stem/kernel"}

@@ -20,7 +20,7 @@ def align_jit(request):
 
 
 def sample(image, x, y):
-    """One bilinear sample at pixel centres' coordinates; near ones are clamped, far ones zero."""
+    """One bilinear sample at pixel centers' coordinates; near ones are clamped, far ones zero."""
     rows, columns = image.shape[:2]
     if not (-1 <= y <= rows and -1 <= x <= columns):
         return np.zeros(image.shape[2])
@@ -61,7 +61,7 @@ def test_every_box_is_read_from_its_own_level(align_jit, size, seed):
 def test_a_box_over_whole_pixels_gives_them_back(align_jit):
     image = np.arange(36, dtype=np.float32).reshape(6, 6, 1)
     box = np.array([[1, 2, 5, 6]], np.float32)
-    # Linear in the position, so the mean of a cell is the value at its centre.
+    # Linear in the position, so the mean of a cell is the value at its center.
     found = align_jit([image], (1,), box, np.zeros(1, int), 4)
     inside = np.asarray(found)[0, :3, :, 0]
     np.testing.assert_allclose(inside, image[2:5, 1:5, 0], atol=1e-5)

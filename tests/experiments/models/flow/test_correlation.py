@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.models.flow.correlation import centre_and_scale, correlation_pyramid, look_up
+from experiments.models.flow.correlation import center_and_scale, correlation_pyramid, look_up
 
 pyramid_jit = jax.jit(correlation_pyramid, static_argnums=2)
 look_up_jit = jax.jit(look_up, static_argnums=2)
@@ -81,11 +81,11 @@ def test_a_whole_pixel_shift_is_found_where_it_is():
     assert set(inside) == {(1 + 2) * 5 + (2 + 2)}
 
 
-def test_centred_features_correlate_most_with_themselves():
+def test_centered_features_correlate_most_with_themselves():
     rng = np.random.default_rng(5)
     # A part that all pixels share would hide the rest.
     first = 10 + rng.standard_normal((2, 4, 5, 16)).astype(np.float32)
-    unit = np.asarray(jax.jit(centre_and_scale)(first))
+    unit = np.asarray(jax.jit(center_and_scale)(first))
     assert np.square(unit).sum(axis=-1) == pytest.approx(16, rel=1e-3)
     (level,) = pyramid_jit(unit, unit, 1)
     best = np.asarray(level).reshape(2, 20, 20).argmax(axis=2)

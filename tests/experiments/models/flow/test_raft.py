@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.data.synthetic_flow import grained
-from experiments.models.flow.correlation import centre_and_scale, correlation_pyramid
+from experiments.models.flow.correlation import center_and_scale, correlation_pyramid
 from experiments.models.flow.encoder import Encoder
 from experiments.models.flow.raft import Raft, convex_upsample, tiny_raft
 from nmjax import make_plan
@@ -34,7 +34,7 @@ def test_parameters_are_the_published_models():
     parts = {name: count(part) for name, part in variables["params"].items()}
     assert sum(parts.values()) == 5_257_536
     assert set(parts) == {"features", "context", "update"}
-    # Instance normalisation has no parameters, batch normalisation has two a channel.
+    # Instance normalization has no parameters, batch normalization has two a channel.
     assert not any("norm" in name for name in variables["params"]["features"])
     assert variables["params"]["context"]["stem_norm"]["scale"].shape == (64,)
 
@@ -81,7 +81,7 @@ def test_untrained_features_of_the_small_model_find_a_shift():
     model = tiny_raft()
     encoder = Encoder(model.widths, model.strides, model.features, "instance")
     maps, _ = jax.jit(lambda x: encoder.init_with_output(jax.random.key(0), x, train=False))(images)
-    (level,) = correlation_pyramid(*np.split(np.asarray(centre_and_scale(maps)), 2), levels=1)
+    (level,) = correlation_pyramid(*np.split(np.asarray(center_and_scale(maps)), 2), levels=1)
     best = np.asarray(level).reshape(16, 16, 256).argmax(axis=2)
     y, x = np.mgrid[:16, :16]
     # A pixel of the maps is four of the images.

@@ -31,7 +31,7 @@ def test_a_group_for_each_channel_keeps_channels_apart():
 
 
 @pytest.mark.parametrize("zero", [False, True])
-def test_normalisation_starts_at_one_or_at_zero(zero):
+def test_normalization_starts_at_one_or_at_zero(zero):
     layer = make_norm(True, name="a", zero=zero)
     params = jax.jit(layer.init)(jax.random.key(0), jnp.ones((2, 3)))["params"]
     np.testing.assert_array_equal(params["scale"], np.full(3, 0.0 if zero else 1.0))

@@ -64,7 +64,7 @@ def test_a_block_filters_each_channel_by_itself_then_mixes():
     for i in range(3):
         for j in range(3):
             filtered += padded[i : i + 4, j : j + 4] * taps[i, j, 0]
-    scale = 1 / np.sqrt(1 + 1e-5)  # of a fresh normalisation
+    scale = 1 / np.sqrt(1 + 1e-5)  # of a fresh normalization
     expected = np.maximum(scale * np.maximum(scale * filtered, 0) @ mix, 0)
     np.testing.assert_allclose(block.apply(variables, x, train=False)[0], expected, atol=1e-5)
 

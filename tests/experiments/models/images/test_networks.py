@@ -12,7 +12,7 @@ import nmjax.linen
 from experiments.models.images.mobilenet import MobileNetV1
 from experiments.models.images.networks import (
     IMAGE_NETWORKS,
-    dense_for_blocks,
+    dense_layers,
     make_image_network,
 )
 from nmjax.trees.leaves import named_leaves
@@ -37,7 +37,7 @@ def params_of(network):
 def block_plan(name, dropped, n=16):
     params = params_of(make_image_network(name, 1000))
     pattern = nmjax.Block1xN(n, dropped / 128)
-    return nmjax.make_plan(params, pattern, exclude=dense_for_blocks(name))
+    return nmjax.make_plan(params, pattern, exclude=dense_layers(name, blocks=True))
 
 
 def table_of(name, dropped):
@@ -102,7 +102,9 @@ def test_every_sparse_layer_takes_the_papers_blocks(name, dropped, published, n)
     del published
     plan = block_plan(name, dropped, n)
     assert all(leaf.shape[-1] % n == 0 for leaf in plan.values())
-    assert not any(rule.strip("^/") in leaf for leaf in plan for rule in dense_for_blocks(name))
+    assert not any(
+        rule.strip("^/") in leaf for leaf in plan for rule in dense_layers(name, blocks=True)
+    )
     assert ("shortcut" in " ".join(plan)) == (name == "resnet50")
 
 

@@ -79,7 +79,7 @@ def test_multiply_adds_are_the_published_ones(name, giga):
 
 
 def test_multiply_adds_of_one_small_network_by_hand():
-    # 8x8 grey, widths 16, 32, 64 at 8x8, 4x4, 2x2; each stage but the first has a projection.
+    # 8x8 gray, widths 16, 32, 64 at 8x8, 4x4, 2x2; each stage but the first has a projection.
     by_hand = 64 * 9 * 16  # stem
     by_hand += 64 * 9 * (16 * 16 * 2)
     by_hand += 16 * (9 * (16 * 32 + 32 * 32) + 16 * 32)

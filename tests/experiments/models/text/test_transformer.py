@@ -15,7 +15,6 @@ from experiments.models.text.transformer import (
     Decoder,
     Size,
     Transformer,
-    find_transformer,
 )
 
 TINY = Size(16, 32, 2, 2)
@@ -149,8 +148,3 @@ def test_bfloat16_keeps_parameters_in_float32(decoder):
     assert logits.dtype == jnp.bfloat16
     full = apply(variables, TARGET)
     np.testing.assert_allclose(logits, full, atol=0.05 * float(jnp.abs(full).max()))
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="no model named 'huge'; there are transformer_base"):
-        find_transformer("huge")

@@ -67,14 +67,14 @@ def test_masks_are_compared_pixel_by_pixel():
     assert whole["AP"] == pytest.approx(1)
     found = average_precision(truth, [image([A], [1], [0.9], masks=half)], "segm")
     assert found["AP"] == pytest.approx(0.3, abs=1e-6)
-    with pytest.raises(ValueError, match="boxes only"):
+    with pytest.raises(ValueError, match="only boxes"):
         average_precision(truth, [image([A], [1], [0.9])], "segm")
 
 
 def test_what_means_nothing_is_refused():
     with pytest.raises(ValueError, match="no image has a true object"):
         average_precision([image([], [])], [image([A], [1], [0.9])], "bbox")
-    with pytest.raises(ValueError, match="2 images have a truth, but 1"):
+    with pytest.raises(ValueError, match="2 images have annotations, but 1 have"):
         average_precision([image([A], [1])] * 2, [image([A], [1], [0.9])], "bbox")
 
 

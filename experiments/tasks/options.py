@@ -1,0 +1,135 @@
+"""What a task is made from: the model's name, changes to the recipe, and how data is read.
+
+Every file in this folder that defines `task(options) -> Task` is a task:
+
+    @offers("perceptron", "convnet")
+    def task(options: Options = DEFAULTS) -> Task:
+        return classification_task(
+            name="my task", model=make_network(options.model), recipe=options.changed(RECIPE), ...
+        )
+
+`--task NAME` calls the `task` of experiments/tasks/NAME.py. `--task PACKAGE.MODULE:FUNCTION` calls
+any other function with the same signature, so a task can live outside this repository.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import nmjax
+from experiments.data.epochs import Reading
+from experiments.tasks.task import Recipe, Task
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags that a task is made from. What is None, or empty, is the task's own choice.
+
+    Attributes:
+      model: name of the network. Empty for the first that the task offers; an unknown name lists
+        them.
+      pattern: weights kept of each group, N:M, or blocks of N output channels and the fraction of
+        them that is dropped, 1xN@S. Dense training watches the topology that this pattern would
+        have.
+      dtype: the network computes in. Parameters are float32, and masks come from those.
+      data_dir: folder of prepared data sets. None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      workers: processes that read examples; 0 reads in this one.
+      threads: threads that read examples, in each process.
+      epochs: passes over the training data. This and the following change the task's recipe.
+      batch_size: examples per step, over all devices.
+      optimizer: sgd, with momentum, or adamw.
+      learning_rate: peak, after a linear warm-up and before the decay.
+      schedule: shape of the decay.
+      warmup_epochs: length of the warm-up of the learning rate.
+      momentum: of SGD, without Nesterov, or Adam's first beta.
+      second_momentum: Adam's second beta.
+      clip: largest norm of the gradient of all parameters together; 0 for no limit.
+      weight_decay: coupled with SGD, decoupled with AdamW.
+      decay_vectors: whether weight decay also acts on biases and the scales of normalizations.
+      lambda_w: strength of the sparse-refined term, for the methods that have one.
+      lambda_decoupled: its strength for sr_ste_decoupled, after Adam's preconditioner.
+      label_smoothing: share of the target that is spread over all classes.
+      ramp: when gradual pruning begins and ends, as fractions of the epochs.
+    """
+
+    model: str = ""
+    pattern: str = "2:4"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    data_dir: Path | None = None
+    workers: int = 0
+    threads: int = 8
+    epochs: int | None = None
+    batch_size: int | None = None
+    optimizer: Literal["sgd", "adamw"] | None = None
+    learning_rate: float | None = None
+    schedule: Literal["cosine", "linear", "inverse_sqrt"] | None = None
+    warmup_epochs: float | None = None
+    momentum: float | None = None
+    second_momentum: float | None = None
+    clip: float | None = None
+    weight_decay: float | None = None
+    decay_vectors: bool | None = None
+    lambda_w: float | None = None
+    lambda_decoupled: float | None = None
+    label_smoothing: float | None = None
+    ramp: tuple[float, float] | None = None
+
+    def changed(self, recipe: Recipe) -> Recipe:
+        """The recipe with the options of the same names in place of its numbers."""
+        given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(recipe)}
+        return dataclasses.replace(
+            recipe, **{name: value for name, value in given.items() if value is not None}
+        )
+
+    @property
+    def reading(self) -> Reading:
+        """How examples are read."""
+        return Reading(workers=self.workers, threads=self.threads)
+
+    @property
+    def for_blocks(self) -> bool:
+        """Whether the pattern is one of 1xN blocks, which some tasks have another recipe for."""
+        return isinstance(nmjax.parse_pattern(self.pattern), nmjax.Block1xN)
+
+
+DEFAULTS = Options()
+BOTH_DTYPES = ("float32", "bfloat16")
+
+MakeTask = TypeVar("MakeTask", bound=Callable[..., Task])
+
+
+def offers(
+    *models: str, default: str = "", dtypes: tuple[str, ...] = ("float32",)
+) -> Callable[[MakeTask], MakeTask]:
+    """Declares which models and dtypes a task's constructor takes, and checks what it is given.
+
+    Where no model is named, the constructor finds the default's name in `options.model`. A model or
+    dtype that is not declared raises ValueError.
+
+    Args:
+      *models: names of the networks.
+      default: one of them; the first unless given.
+      dtypes: that the networks can compute in.
+    """
+    default = default or models[0]
+
+    def declare(make: MakeTask) -> MakeTask:
+        @wraps(make)
+        def checked(options: Options = DEFAULTS, **details: Any) -> Task:
+            model = options.model or default
+            if model not in models:
+                raise ValueError(f"no model named {model!r}; there are {', '.join(models)}")
+            if options.dtype not in dtypes:
+                raise ValueError(f"{model} computes in {' or '.join(dtypes)}, got {options.dtype}")
+            return make(dataclasses.replace(options, model=model), **details)
+
+        # A run's folder is named after it before the task is made.
+        checked.default_model = default  # type: ignore[attr-defined]
+        return cast(MakeTask, checked)
+
+    return declare
