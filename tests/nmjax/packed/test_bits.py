@@ -20,7 +20,7 @@ def test_numbers_as_bits_and_back(dtype):
 
 
 def test_numbers_that_fill_no_byte():
-    with pytest.raises(TypeError, match="float4_e2m1fn: 4 bits are no whole bytes"):
+    with pytest.raises(TypeError, match="float4_e2m1fn: 4 bits do not fill whole bytes"):
         as_bits(jnp.zeros(2, jnp.float4_e2m1fn))
 
 
