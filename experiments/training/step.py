@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 import nmjax
 from experiments.distributed.layout import Layout
@@ -210,8 +211,10 @@ def _begin(
 def _rearrange(channels: tuple[nmjax.Channels, ...], state: RunState) -> RunState:
     """Runs before a sparsifier chooses masks: those that it remembers already are not sorted."""
     train, topology = state
-    variables, opt_state, (first, epoch) = sort_network(
-        channels,
+    # On a mesh with Explicit axes nothing sorts along an axis that is split. This happens once, so
+    # everything may be whole on every device until the layout splits it again.
+    sort = jax.sharding.auto_axes(partial(sort_network, channels), out_sharding=PartitionSpec())
+    variables, opt_state, (first, epoch) = sort(
         {"params": train.params, **train.collections},
         train.opt_state,
         (topology.first, topology.epoch),
