@@ -214,7 +214,11 @@ def _begin(
 
 
 def _rearrange(fixed: tuple[tuple[nmjax.Channels, ...], bool], state: RunState) -> RunState:
-    """Runs before a sparsifier chooses masks: those that it remembers already are not sorted."""
+    """Runs before a sparsifier chooses masks: those that it remembers already are not sorted.
+
+    Earlier masks move with their weights. Blocks now hold other channels, though, so the masks of
+    this epoch differ from them by more than what training changed.
+    """
     (channels, is_explicit), (train, topology) = fixed, state
     sort = partial(sort_network, channels)
     if is_explicit:
