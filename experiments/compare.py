@@ -35,7 +35,7 @@ import nmjax
 from experiments.checkpointing.run_folder import Earlier, open_folder
 from experiments.distributed.seeds import fastest, stack, use_every_core
 from experiments.json_files import Numbers
-from experiments.report.reasons import PAPER_LAMBDA_W
+from experiments.report.sentences import PAPER_LAMBDA_W
 from experiments.tasks.task import Compared, Task
 from experiments.training.flags import Flags as TrainFlags
 from experiments.training.flags import make_task
@@ -83,7 +83,7 @@ class Flags:
       evaluate_every: epochs between two points of the accuracy curves. None for 12 points.
       name: of the folder. None for the task's name.
       runs_dir: folder of all runs.
-      resume: keep the finished trials in the folder. Otherwise all start again.
+      resume: keep the finished trials in the folder. Otherwise start over.
     """
 
     task: str = "digits"
@@ -298,7 +298,8 @@ def compare(flags: Flags, console: Console) -> int:
 
 
 def _finish(comparison: Comparison, results: Results, console: Console) -> int:
-    from experiments.report.page import print_table, write_report
+    from experiments.report.page import write_report
+    from experiments.report.tables import print_table
 
     results.data["examples"] = example_images(comparison.task)
     results.save()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import math
 import os
 import platform
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ def machine() -> Numbers:
         "device": f"{jax.device_count()} x {device.platform} ({device.device_kind})",
         "system": platform.platform(),
         "python": platform.python_version(),
-        # A machine for benchmarks alone does not need flax.
-        **{name: importlib.metadata.version(name) for name in filter(_is_installed, _PACKAGES)},
+        # Some benchmarks run on machines without flax.
+        **{name: version(name) for name in _PACKAGES if find_spec(name)},
     }
 
 
@@ -120,7 +120,3 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

@@ -129,6 +129,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     params = read_checkpoint(arguments.checkpoint, arguments.subtree)
     plan = _make_plan(params, arguments, on_indivisible="dense")
     print(plan)
+    # Sizes and products follow from shapes, so nothing is packed here.
     packed = jax.eval_shape(lambda params: pack(params, plan), params)
     print(f"\n{sizes(packed)}\n\n{_products(packed)}")
 
@@ -137,6 +138,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     params = read_checkpoint(arguments.checkpoint, arguments.subtree)
     dense = "dense" if arguments.dense_if_indivisible else "error"
     plan = _make_plan(params, arguments, on_indivisible=dense)
+    # `pack` itself keeps the largest weights and would prune without a word.
     if not arguments.prune:
         try:
             check_sparse(params, plan)

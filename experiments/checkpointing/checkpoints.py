@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import signal
 import sys
@@ -18,25 +17,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from experiments.checkpointing.reading import (
+    DamagedError,
+    UnreadableError,
+    first_line,
+    read_alone,
+)
 from experiments.checkpointing.stored_state import checksums, from_stored, split_alike, to_stored
 from experiments.distributed.placement import HERE, Placement
 from experiments.distributed.processes import is_first, together
 from experiments.distributed.stopping import noted
 from experiments.json_files import differences
 from nmjax.trees.leaves import named_leaves
-
-# What a machine may lack for reading, whatever the checkpoint holds; MemoryError and
-# PermissionError have classes.
-_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-
-
-class DamagedError(Exception):
-    """A checkpoint that cannot be read, or does not hold what was written."""
-
-
-class UnreadableError(OSError):
-    """A checkpoint that cannot be read here and now, though it may be whole."""
-
 
 # Most severe first, as for `together`: only a damaged checkpoint is skipped.
 _FAILURES = (UnreadableError, ValueError, DamagedError)
@@ -110,7 +102,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(stored),
             about=ocp.args.JsonSave({**self._about, "leaves": _leaves(stored["state"])}),
         )
-        # Orbax does not survive Ctrl-C in the middle of a save.
+        # When Ctrl-C interrupts a save, orbax may raise something else instead.
         with noted(signal.SIGINT) as pressed, self._naming_what_is_left():
             self._manager.save(steps, args=items, metrics={"score": score})
         if pressed:
@@ -173,7 +165,7 @@ class Checkpoints:
         )
 
     def _read_shards(self, path: Path, target: Any) -> Any:
-        about = _read(path / "about", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+        about = read_alone(path / "about", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
         expected = {**self._about, "leaves": _leaves(target["state"])}
         if different := differences(about, expected, limit=4):
             raise ValueError(
@@ -184,7 +176,7 @@ class Checkpoints:
             # Without NumPy arrays, orbax places arrays on the devices they were written from.
             target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
         restore = ocp.args.StandardRestore(target)
-        return _read(path / "state", ocp.StandardCheckpointHandler, restore)
+        return read_alone(path / "state", ocp.StandardCheckpointHandler, restore)
 
     def _place_stored(self, state: Any) -> Any:
         """Returns shapes and shardings of a state's stored form; packed masks split as masks."""
@@ -224,7 +216,7 @@ class Checkpoints:
         except Exception as error:
             whole = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
             raise OSError(
-                f"a checkpoint could not be written to {self.folder}: {_first_line(error)}. Those "
+                f"a checkpoint could not be written to {self.folder}: {first_line(error)}. Those "
                 f"of steps {', '.join(map(str, whole)) or 'none'} are whole; make room, then go on "
                 "with --resume"
             ) from error
@@ -232,37 +224,6 @@ class Checkpoints:
 
 def _score(metrics: Mapping[str, float]) -> float:
     return metrics["score"]
-
-
-def _read(path: Path, handler: Callable[[], ocp.CheckpointHandler], args: Any) -> Any:
-    """Reads a folder of a checkpoint in this process alone, without waiting for the others."""
-    process = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
-    try:
-        for file in path.rglob("*"):
-            if file.is_file():
-                # If this fails, the error has a number. Tensorstore only raises ValueErrors.
-                file.open("rb").close()
-        with ocp.Checkpointer(handler(), multiprocessing_options=alone) as reader:
-            return reader.restore(path, args=args)
-    except Exception as error:  # Orbax and tensorstore raise many kinds.
-        if not _is_lack(error):
-            raise DamagedError(_first_line(error)) from error
-        raise UnreadableError(
-            f"the checkpoint {path.parent} cannot be read here: {_first_line(error)}. It may be "
-            "whole and stays as it is; give the run what it lacks, then go on with --resume"
-        ) from error
-
-
-def _is_lack(error: BaseException | None) -> bool:
-    """Whether an error, or one behind it, says that the machine lacks something."""
-    if error is None:
-        return False
-    # JAX only sees numbers that have been read, so its errors are never about the file.
-    if isinstance(error, MemoryError | PermissionError | jax.errors.JaxRuntimeError):
-        return True
-    is_lack = isinstance(error, OSError) and error.errno in _LACKING
-    return is_lack or _is_lack(error.__cause__ or error.__context__)
 
 
 def _rename_damaged(path: Path) -> str:
@@ -284,7 +245,3 @@ def _check(names: list[str], sums: jax.Array, expected: Any) -> None:
 def _leaves(state: Any) -> dict[str, str]:
     """Returns shape and dtype of every array, as text."""
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named_leaves(state).items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -7,10 +7,11 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from types import MappingProxyType
+from typing import IO, Any, Literal
 
 from experiments.distributed.processes import REFUSALS, is_first, tell_all, together
 from experiments.json_files import Numbers, differences, read_json, write_json
@@ -26,7 +27,12 @@ _PAUSES = (0, 0.5, 1, 2, 2)
 
 
 def open_folder(
-    path: Path, settings: Numbers, *, earlier: Earlier, deciding: Deciding = dict
+    path: Path,
+    settings: Numbers,
+    *,
+    earlier: Earlier,
+    deciding: Deciding = dict,
+    texts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[], None]:
     """Takes a folder for a run and writes the settings there. Every process must call this.
 
@@ -35,6 +41,7 @@ def open_folder(
       settings: of the run, nested dicts.
       earlier: what to do with a run that is there.
       deciding: settings -> those in which a resumed run must agree.
+      texts: file name -> what else to write there, for readers.
 
     Returns:
       A function that gives the folder back. So does the end of the process, however it ends.
@@ -42,7 +49,20 @@ def open_folder(
     Raises:
       ValueError: the folder is in use, holds another run, or is not the same in all processes.
     """
-    lock = together(partial(_claim, path, settings, earlier, deciding), REFUSALS)
+
+    def claim() -> IO[str] | None:
+        lock = take(path) if is_first() else None
+        if lock is not None:
+            try:
+                _keep(path, settings, earlier, deciding)
+                for name, text in texts.items():
+                    (path / name).write_text(f"{text}\n")
+            except BaseException:
+                lock.close()
+                raise
+        return lock
+
+    lock = together(claim, REFUSALS)
     owner = tell_all(_this_process())[0]
     together(partial(check_shared, path, owner), REFUSALS)
     return (lambda: None) if lock is None else lock.close
@@ -89,18 +109,16 @@ def check_shared(path: Path, owner: str) -> None:
     )
 
 
-def _claim(path: Path, settings: Numbers, earlier: Earlier, deciding: Deciding) -> IO[str] | None:
-    if not is_first():
-        return None
-    lock = take(path)
+def _keep(folder: Path, settings: Numbers, earlier: Earlier, deciding: Deciding) -> None:
+    """Writes the settings, unless the folder holds a run that does not go on with them."""
+    path = folder / _SETTINGS
     # Through JSON, so that tuples and paths compare as they are read back.
     settings = json.loads(json.dumps(settings, default=str))
-    if (path / _SETTINGS).exists() and earlier == "refuse":
-        raise ValueError(f"{path} already holds a run: give --resume to go on, or another --name")
-    if (path / _SETTINGS).exists() and earlier == "resume":
-        _check_same(path / _SETTINGS, settings, deciding)
-    write_json(path / _SETTINGS, settings, indent=2)
-    return lock
+    if path.exists() and earlier == "refuse":
+        raise ValueError(f"{folder} already holds a run: give --resume to go on, or another --name")
+    if path.exists() and earlier == "resume":
+        _check_same(path, settings, deciding)
+    write_json(path, settings, indent=2)
 
 
 def _check_same(path: Path, settings: Numbers, deciding: Deciding) -> None:

@@ -1,7 +1,9 @@
-"""A training state as it lies on disk: masks at one bit a weight, and a sum to check it by.
+"""A training state as stored on disk: masks at one bit per weight, and checksums.
 
-Both are computed on the devices that hold the arrays, in integers, so that the sum of a state is
-the same however it is split.
+Orbax 0.12.8 does not check the numbers that it reads: in a data file of random weights, each of
+100 single flipped bits came back as another number, without an error. So each leaf has a checksum.
+Bits and sums are computed on the devices that hold the arrays, in integers, so that the sum of a
+state does not depend on how it is split.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def to_stored(state: Any) -> dict[str, Any]:
-    """The state with packed masks, and its checksums; copies, for use inside `jax.jit`.
+    """Packs masks and computes checksums, for use inside `jax.jit`. Copies every array.
 
     Args:
-      state: a pytree of arrays, which may be given up to a training step afterwards.
+      state: a pytree of arrays, which may be donated to a training step afterwards.
 
     Returns:
-      "state": the same tree; a boolean array of at least one axis has become uint8, eight entries
-        a byte along one axis. "checksums": uint32, one entry a leaf.
+      "state": the same tree, in which boolean arrays with axes are uint8 with eight entries per
+        byte along one axis. "checksums": uint32, one entry per leaf.
     """
     packed = jax.tree.map(_pack, state)
     return {"state": packed, "checksums": checksums(packed)}
@@ -41,20 +43,21 @@ def from_stored(packed: Any, like: Any) -> Any:
 
 
 def checksums(state: Any) -> jax.Array:
-    """One uint32 a leaf: the sum, modulo 2^32, of each entry's bits times an odd number.
+    """Returns a uint32 per leaf: the sum, modulo 2^32, of each entry's bits times an odd number.
 
-    The factors are 1, 3, 5, ... in row-major order. A change of one entry always changes the sum.
+    The factors are 1, 3, 5, ... in row-major order. They are odd so that a change of one entry
+    always changes the sum, and distinct so that entries that change places do.
     """
     return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(state)])
 
 
 def packing_axis(shape: tuple[int, ...]) -> int:
-    """The axis along which a mask is packed: the last that 8 divides, or else the last."""
+    """Returns the axis along which a mask is packed: the last that 8 divides, or the last."""
     return max((axis for axis, size in enumerate(shape) if size % 8 == 0), default=len(shape) - 1)
 
 
 def split_alike(packed: jax.ShapeDtypeStruct, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The shape of a stored array, split as the array itself is, but for axes that cannot be."""
+    """Splits a stored array as the array itself, except along axes that no longer divide."""
     sharding = leaf.sharding
     shards = [
         size // held

@@ -1,8 +1,8 @@
-"""Where the arrays of a run lie: a mesh of devices, and how each parameter is split over it.
+"""Where the arrays of a run are placed: a mesh of devices, and how it splits each parameter.
 
 Everything else follows its parameter: an array of a training state whose name ends in a
-parameter's name and whose shape ends in its shape (momentum, masks, gradients) lies as that
-parameter does. All other arrays are whole on every device.
+parameter's name and whose shape ends in its shape (momentum, masks, gradients) is split as that
+parameter is. All other arrays are whole on every device.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _WHOLE = "*"
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh, and what lies where on it. Hashable.
+    """A mesh, and how each parameter is split over it. Hashable.
 
     Attributes:
       mesh: of devices.
-      specs: (name, shape, how it is split) of every parameter.
+      specs: name, shape and split of every parameter.
       batch_axes: mesh axes that split each batch.
     """
 
@@ -41,7 +41,7 @@ class Layout:
     batch_axes: tuple[str, ...]
 
     def sharding(self, name: str, shape: Shape) -> NamedSharding:
-        """Where an array of a training state lies, by its name and shape."""
+        """Returns the sharding of an array of a training state, by its name and shape."""
         parts = name.split("/")
         for start in range(len(parts)):
             found = self._by_name.get("/".join(parts[start:]))
@@ -53,7 +53,7 @@ class Layout:
         return self._named(_NOWHERE)
 
     def place_like(self, tree: Any) -> Any:
-        """A tree of shapes, with the shardings that arrays of these names and shapes have."""
+        """Adds to a tree of shapes the shardings that arrays of these names and shapes have."""
         return map_named(
             lambda name, leaf: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=self.sharding(name, leaf.shape)
@@ -62,22 +62,22 @@ class Layout:
         )
 
     def constrain(self, tree: Any) -> Any:
-        """Inside `jax.jit`: the same arrays, lying where they belong."""
+        """Inside `jax.jit`: returns the same arrays with the shardings of this layout."""
         put = jax.sharding.reshard if self.is_explicit else jax.lax.with_sharding_constraint
         return map_named(lambda name, leaf: put(leaf, self.sharding(name, leaf.shape)), tree)
 
     def batch_sharding(self, axis: int = 0) -> NamedSharding:
-        """Of an array of a batch whose examples lie along this axis."""
+        """Returns the sharding of an array of a batch, with its examples along this axis."""
         return self._named(PartitionSpec(*[None] * axis, self.batch_axes))
 
     @property
     def batch_shards(self) -> int:
-        """Into how many parts each batch is split."""
+        """Number of parts that each batch is split into."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
     @cached_property
     def own_batch_shards(self) -> tuple[int, ...]:
-        """Which of these parts this process's devices hold, ascending; not always neighbours."""
+        """The parts that this process's devices hold, ascending, not always in a row."""
         shards = self.batch_shards
         held = self.batch_sharding().addressable_devices_indices_map((shards,))
         return tuple(sorted({index[0].indices(shards)[0] for index in held.values() if index}))
@@ -95,7 +95,7 @@ class Layout:
         return NamedSharding(self.mesh, spec)
 
     def __str__(self) -> str:
-        """A table: every parameter, its shape, how it is split, and the shape of a shard."""
+        """Formats a table: every parameter, its shape, its split, and the shape of a shard."""
         axes = ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
         width = max(len(name) for name, _, _ in self.specs)
         rows = (
@@ -117,20 +117,20 @@ def parse_mesh(text: str, axis_type: AxisType = AxisType.Auto) -> Mesh:
       axis_type: of all axes.
 
     Raises:
-      ValueError: it does not parse, names an axis twice, or its size does not divide the devices;
-        with several processes, if it is not that of all their devices.
+      ValueError: it does not parse, names an axis twice, or its size does not divide the number of
+        devices; with several processes, if it does not use all their devices.
     """
     axes = dict(_axes(text))
     size, present = math.prod(axes.values()), jax.device_count()
     if present % size:
         raise ValueError(
-            f"the mesh {text!r} is of {size} devices, which does not divide the {present} there "
-            f"are; choose sizes whose product is {present} or divides it"
+            f"the mesh {text!r} has {size} devices, which does not divide the {present} present; "
+            f"choose sizes whose product is {present} or divides it"
         )
     if size < present and jax.process_count() > 1:
         raise ValueError(
-            f"the mesh {text!r} is of {size} devices, but the {jax.process_count()} processes have "
-            f"{present}, and each must take part; choose sizes whose product is {present}"
+            f"the mesh {text!r} has {size} devices, but the {jax.process_count()} processes have "
+            f"{present}, and all must take part; choose sizes whose product is {present}"
         )
     return jax.make_mesh(
         tuple(axes.values()), tuple(axes), (axis_type,) * len(axes), devices=jax.devices()[:size]
@@ -145,28 +145,28 @@ def make_layout(
     rules: Sequence[str] = (),
     batch_axes: Sequence[str] = (),
 ) -> Layout:
-    """Says how each parameter is split.
+    """Decides how each parameter is split.
 
-    A rule is a regular expression, searched in the parameter's name, and after the last "=" how
-    the trailing axes are split, one entry an axis: "*" for not at all, a mesh axis, or several
-    joined by "+". The first rule that matches holds; where none does, the preset decides:
+    A rule is REGEX=AXES: a regular expression, searched in the parameter's name, and one entry for
+    each trailing axis: "*" to leave it whole, a mesh axis, or several joined by "+". The first rule
+    that matches wins. If none does, the preset decides:
 
     - `data`: whole on every device.
     - `fsdp`: the last axis over the axes of the batch.
     - `tensor`: the last axis over the last axis of the mesh; vectors are whole.
 
-    A preset leaves whole what it cannot split evenly; a rule that cannot is an error.
+    A preset leaves an axis whole if it cannot split it evenly. For a rule that is an error.
 
     Args:
       mesh: of devices.
       params: a tree of arrays or shapes.
-      preset: for what no rule matches.
+      preset: for parameters that no rule matches.
       rules: such as `"attention/out/kernel=model,*,*"`.
       batch_axes: mesh axes that split each batch; by default the first.
 
     Raises:
       ValueError: a rule does not parse, matches nothing, names an axis that is not in the mesh or
-        names one twice, or splits unevenly; all leaves of which that is so are named.
+        names one twice, or splits unevenly. Lists all such leaves.
     """
     batch_axes = tuple(batch_axes) or mesh.axis_names[:1]
     _check_axes("--batch-axes", batch_axes, mesh)
@@ -182,7 +182,7 @@ def make_layout(
         spec = PartitionSpec(*[None] * (len(shape) - len(entries)), *entries)
         specs.append((name, shape, spec))
     if complaints:
-        raise ValueError("these parameters cannot be split so:\n" + "\n".join(complaints))
+        raise ValueError("these parameters cannot be split that way:\n" + "\n".join(complaints))
     return Layout(mesh, tuple(specs), batch_axes)
 
 
@@ -234,7 +234,7 @@ def _axes(text: str) -> Iterator[tuple[str, int]]:
         name, _, size = part.partition("=")
         if not name.isidentifier() or not size.isdecimal() or int(size) < 1 or name in seen:
             raise ValueError(
-                f"a mesh is NAME=SIZE,NAME=SIZE with different names and sizes from 1, such as "
+                "a mesh is NAME=SIZE,NAME=SIZE with distinct names and positive sizes, such as "
                 f"'data=4,model=2', got {text!r}"
             )
         seen = {**seen, name: int(size)}

@@ -1,4 +1,4 @@
-"""How a run is spread over devices and processes: what each of them holds and reads."""
+"""How a run is spread over devices and processes: what each holds and reads."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Placement(NamedTuple):
     layout: Layout | None = None
 
     def rows_of(self, examples: int) -> Rows:
-        """Which rows of a batch of so many examples this process needs.
+        """Returns the rows that this process needs of a batch with this many examples.
 
-        Where the devices do not split it evenly, the last rows are past its end: padding.
+        If the devices do not split it evenly, the last rows are past its end, for padding.
         """
         if self.layout is None:
             return np.arange(examples)
@@ -39,7 +39,7 @@ class Placement(NamedTuple):
         return (first[:, None] + np.arange(each)).ravel()
 
     def put(self, batch: Batch) -> Any:
-        """Places a batch, of which this process has the rows that it needs."""
+        """Places a batch. `batch` holds only the rows that this process needs."""
         if self.layout is None:
             return batch
         layout, axis, own = self.layout, self._axis, self.layout.own_batch_shards
@@ -58,16 +58,16 @@ class Placement(NamedTuple):
         return {name: put(rows) for name, rows in batch.items()}
 
     def like(self, shapes: Any) -> Any:
-        """A tree of shapes, with the shardings that arrays of a training state have here."""
+        """Adds to a tree of shapes the shardings that arrays of a training state have here."""
         return shapes if self.layout is None else self.layout.place_like(shapes)
 
     def active(self) -> AbstractContextManager[Any]:
-        """Within it the mesh is JAX's current one, which Explicit axes need."""
+        """Makes the mesh JAX's current one, which Explicit axes need."""
         return nullcontext() if self.layout is None else jax.set_mesh(self.layout.mesh)
 
     @property
     def _axis(self) -> int:
-        """Of the examples in a batch: behind that of the seeds, where there is one."""
+        """The axis of the examples in a batch; several seeds have an axis before it."""
         return 0 if self.over_seeds is None else 1
 
 
@@ -91,25 +91,25 @@ def make_placement(
 ) -> Placement:
     """Decides where a run goes.
 
-    Each batch is split over the mesh; the compiler adds the one sum of gradients that this needs,
-    so the sparse-refined term is still added once. Batch statistics are those of the whole batch.
+    Each batch is split over the mesh. The compiler adds the one sum of gradients that this needs,
+    so the sparse-refined term is still added once. Batch statistics cover the whole batch.
 
     Args:
       params: a tree of shapes, of one seed.
       plan: of these parameters.
-      seeds: trained together.
+      seeds: how many train together.
       batch_size: examples a step, over all devices and processes.
-      devices: how many, instead of a mesh; None for all accelerators, or one CPU. Several make
+      devices: how many, instead of a mesh; None for all accelerators, or one CPU. N devices make
         the mesh "data=N".
       mesh: such as "data=4,model=2".
       axis_type: of the mesh's axes.
       preset: of the layout, see `make_layout`.
       rules: of the layout.
       batch_axes: mesh axes that split each batch; by default the first.
-      accumulate: parts that a step takes a batch in, one after the other.
+      accumulate: parts of a batch that a step takes one after the other.
 
     Raises:
-      ValueError: there are not as many devices, they do not split the batch, shards cut groups or
+      ValueError: there are too few devices, they do not split the batch, shards cut groups or
         blocks, or a rule does not fit.
     """
     over_seeds = jax.vmap if seeds > 1 else None
@@ -139,14 +139,14 @@ def make_placement(
 def _mesh(devices: int | None, mesh: str | None, axis_type: AxisType) -> Mesh | None:
     if mesh is not None:
         if devices is not None:
-            raise ValueError(f"--mesh {mesh} says how many devices: drop --devices {devices}")
+            raise ValueError(f"--mesh {mesh} sets the number of devices: drop --devices {devices}")
         return parse_mesh(mesh, axis_type)
     present = jax.device_count()
     if devices is None:
         alone = jax.default_backend() == "cpu" and jax.process_count() == 1
         devices = 1 if alone else present
     if not 1 <= devices <= present:
-        raise ValueError(f"devices must be from 1 to the {present} there are, got {devices}")
+        raise ValueError(f"devices must be from 1 to {present}, got {devices}")
     if devices < present and jax.process_count() > 1:
         raise ValueError(f"several processes need all of their {present} devices, got {devices}")
     if devices == 1:

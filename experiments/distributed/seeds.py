@@ -14,11 +14,11 @@ OverSeeds = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What `jax.vmap(function)` returns, computed for one seed after the other.
+    """Like `jax.vmap(function)`, but computes one seed after the other.
 
-    On a CPU this is faster: the arrays of one small network fit its caches, and batched matrix
-    products of small matrices are slow there. A single seed is not looped over, because XLA on a
-    CPU is slow on convolutions inside of loops.
+    On a CPU this is faster: the arrays of one small network fit its caches, and batched products
+    of small matrices are slow there. A single seed skips the loop, because XLA is slow on
+    convolutions inside loops on a CPU.
     """
 
     @wraps(function)
@@ -32,9 +32,9 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def across_cores(seeds: int) -> OverSeeds:
-    """Returns `one_by_one`, with the seeds split evenly over as many CPU devices as divide them.
+    """Returns `one_by_one` over as many CPU devices as divide the number of seeds.
 
-    Call `use_every_core` first, or there is one device only.
+    Call `use_every_core` first, or there is only one device.
     """
     devices = max(d for d in range(1, len(jax.devices()) + 1) if seeds % d == 0)
     if devices == 1:
@@ -51,7 +51,7 @@ def across_cores(seeds: int) -> OverSeeds:
 
 @lru_cache
 def fastest(seeds: int) -> OverSeeds:
-    """Returns how to run a function for this many seeds on the machine at hand.
+    """Returns the fastest way to run a function for this many seeds on this machine.
 
     `across_cores` on a CPU; `jax.vmap` elsewhere, where more work at once costs no more time.
     """
@@ -59,12 +59,12 @@ def fastest(seeds: int) -> OverSeeds:
 
 
 def use_every_core(cores: int) -> None:
-    """Makes JAX show this many CPU devices; must come before JAX first computes anything."""
+    """Makes JAX show this many CPU devices. Call it before JAX computes anything."""
     jax.config.update("jax_num_cpu_devices", cores)
 
 
 def stack(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Joins one batch a seed along a new leading axis."""
+    """Stacks one batch for each seed along a new leading axis."""
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 

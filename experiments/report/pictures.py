@@ -1,40 +1,31 @@
-"""How the pictures of a report look: colours, names, panels, and a drawing with its caption."""
+"""What all pictures of a report share: colors, names, panels, and a drawing with its caption."""
 
 from __future__ import annotations
 
 from base64 import b64encode
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from experiments.report.numbers import Row
 from nmjax.analysis.plots import COLORS
 
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK = COLORS
-METHOD_COLORS = {
-    "dense": BLACK,
-    "one_shot": ORANGE,
-    "ste": VERMILION,
-    "sr_ste": BLUE,
-    "sr_ste_decoupled": SKY,
-    "sr_ste_negative": PINK,
-    "one_by_n": ORANGE,
-    "subp_l1": SKY,
-    "subp": GREEN,
-}
-METHOD_NAMES = {
-    "dense": "dense",
-    "one_shot": "one-shot",
-    "ste": "STE",
-    "sr_ste": "SR-STE",
-    "sr_ste_decoupled": "SR-STE after",
-    "sr_ste_negative": "SR-STE, λ<0",
-    "one_by_n": "1xN",
-    "subp_l1": "SUBP, L1",
-    "subp": "SUBP",
+# Method -> name and color. Blocks reuse colors of methods that no picture shows beside them.
+_LOOKS = {
+    "dense": ("dense", BLACK),
+    "one_shot": ("one-shot", ORANGE),
+    "ste": ("STE", VERMILION),
+    "sr_ste": ("SR-STE", BLUE),
+    "sr_ste_decoupled": ("SR-STE after", SKY),
+    "sr_ste_negative": ("SR-STE, λ<0", PINK),
+    "one_by_n": ("1xN", ORANGE),
+    "subp_l1": ("SUBP, L1", SKY),
+    "subp": ("SUBP", GREEN),
 }
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -46,21 +37,15 @@ STYLE: dict[Any, Any] = {
     "grid.color": "0.92",
     "axes.axisbelow": True,
     "legend.frameon": False,
+    # Letters become outlines, so that the page needs no fonts.
     "svg.fonttype": "path",
+    # A fixed salt makes the ids in the SVG, and so the file, the same for the same results.
     "svg.hashsalt": "nmjax",
 }
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A drawing and what one sees in it.
-
-    Attributes:
-      name: of its file, without ending.
-      title: above it.
-      caption: below it.
-      svg: the drawing.
-    """
+class Picture(NamedTuple):
+    """A drawing: the name of its file, a title for those who cannot see it, a caption, the SVG."""
 
     name: str
     title: str
@@ -72,43 +57,58 @@ class Picture:
         """The drawing as the `src` of an HTML image."""
         return f"data:image/svg+xml;base64,{b64encode(self.svg).decode()}"
 
-    def with_caption(self, caption: str) -> Picture:
-        """The same drawing with another caption."""
-        return replace(self, caption=caption)
-
 
 def name_of(method: str) -> str:
-    """How tables and legends call a method."""
-    return METHOD_NAMES.get(method, method)
+    """The name of a method in tables and legends."""
+    return _LOOKS.get(method, (method, ""))[0]
 
 
-def legend_below(figure: Figure, axes: Any) -> None:
-    """One legend for all panels, below them."""
-    entries: dict[str, Any] = {}
-    for ax in np.ravel(axes):
-        handles, labels = ax.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5, fontsize=8)
+def color_of(method: str) -> str:
+    """The color of a method in tables and pictures."""
+    return _LOOKS.get(method, ("", "#666666"))[1]
 
 
-def log_scale(ax: Any) -> None:
-    """A logarithmic vertical axis, unless a value is zero or there is none."""
-    drawn = np.concatenate([line.get_ydata() for line in ax.lines])
-    if len(drawn) == 0 or drawn.min() <= 0:
-        return
-    ax.set_yscale("log")
-    if drawn.max() < 100 * drawn.min():
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
+def block_label(row: Row) -> str:
+    """The name of a method next to blocks, with its pattern if it is sparse and not of blocks."""
+    is_plain = row.part == "blocks" or row.method == "dense"
+    return name_of(row.method) if is_plain else f"{name_of(row.method)} {row.pattern}"
 
 
 def panels(count: int, *, height: float) -> tuple[Figure, Any]:
     """A new figure and its axes, side by side."""
     width = 6.4 if count == 1 else 4.8 * count
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)
-    return figure, axes[0]
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def draw_map(ax: Any, image: Any, title: str, **options: Any) -> None:
+    """Draws a small picture without ticks; numbers in [0, 1] become shades of gray."""
+    ax.imshow(image, cmap="Greys", interpolation="nearest", **options)
+    ax.set(xticks=[], yticks=[])
+    ax.grid(visible=False)
+    ax.set_title(title, fontsize=8)
+
+
+def legend_below(figure: Figure, axes: Iterable[Any]) -> None:
+    """One legend for all panels, below them; labels of the same name are shown once."""
+    entries: dict[str, Any] = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5, fontsize=8)
+
+
+def log_scale(ax: Any) -> None:
+    """Makes the vertical axis logarithmic, unless it is empty or some value is not positive."""
+    drawn = np.concatenate([line.get_ydata() for line in ax.lines])
+    if len(drawn) == 0 or drawn.min() <= 0:
+        return
+    ax.set_yscale("log")
+    # Below two decades matplotlib labels next to nothing.
+    if drawn.max() < 100 * drawn.min():
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def picture(name: str, title: str, caption: str, figure: Figure) -> Picture:

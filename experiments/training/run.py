@@ -70,10 +70,8 @@ def open_run(flags: Flags) -> Run:
     settings = settings_of(flags, job)
     check_alike(settings, job.task.steps_per_epoch)
     earlier: Earlier = "resume" if flags.resume else "refuse"
-    release = open_folder(flags.folder, settings, earlier=earlier, deciding=deciding)
-    if is_first():
-        (flags.folder / "plan.txt").write_text(f"{job.plan}\n")
-        (flags.folder / "layout.txt").write_text(f"{placement.layout or 'one device'}\n")
+    texts = {"plan.txt": job.plan, "layout.txt": placement.layout or "one device"}
+    release = open_folder(flags.folder, settings, earlier=earlier, deciding=deciding, texts=texts)
     programs = make_programs(job, over_seeds=placement.over_seeds, layout=placement.layout)
     checkpoints = Checkpoints(
         flags.folder / "checkpoints",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from nmjax.masks.blocks import split_blocks
 
 
 def example_images(task: Task, count: int = 12) -> Numbers:
-    """The first test images and their labels, where the task has small grey ones."""
+    """The first test images and their labels; empty unless they are small and gray."""
     batch = next(iter(task.eval_batches()))
     images = batch.get("image", np.zeros(0))
     if images.ndim != 4 or images.shape[-1] != 1 or images.shape[1] > 32:
@@ -24,56 +24,46 @@ def example_images(task: Task, count: int = 12) -> Numbers:
 
 
 def shown(job: Job, programs: Programs, state: RunState) -> list[Shown]:
-    """What the first seed's network does with the task's examples; empty where it shows none."""
+    """What the first seed's network does with the task's examples; empty if it shows none."""
     if job.task.show is None:
         return []
-    network = jax.device_get((programs.forward(state.train), state.train.collections))
-    if np.ndim(state.train.step):
-        network = jax.tree.map(lambda leaf: leaf[0], network)
-    return job.task.show(*network)
+    network = (programs.forward(state.train), state.train.collections)
+    return job.task.show(*_first_seed(state, jax.device_get(network)))
 
 
 def kernel_shapes(job: Job, state: RunState) -> Numbers:
-    """Which taps the first seed keeps in the second layer of 3x3 kernels, where there are two.
+    """Which taps the first seed keeps in the second layer of 3x3 kernels, or in the only one.
 
     Returns:
       The layer's name, and for each (input, output) channel the nine taps in row order as text,
-      such as "010110010".
+      such as "010110010". Empty without such a layer.
     """
-    params = state.train.params
-    if np.ndim(state.train.step):
-        params = jax.tree.map(lambda leaf: leaf[0], params)
-    masks = nmjax.compute_masks(params, job.plan)
+    masks = nmjax.compute_masks(_first_seed(state, state.train.params), job.plan)
     wide = [name for name, mask in masks.items() if mask.ndim == 4 and mask.shape[:2] == (3, 3)]
     if not wide:
         return {}
-    taps = np.asarray(masks[wide[min(1, len(wide) - 1)]]).astype(int)
+    layer = wide[min(1, len(wide) - 1)]
+    taps = np.asarray(masks[layer]).astype(int)
     kernels = taps.reshape(9, *taps.shape[2:]).transpose(1, 2, 0)
-    codes = [["".join(map(str, kernel)) for kernel in row] for row in kernels]
-    return {"layer": wide[min(1, len(wide) - 1)], "kernels": codes}
+    return {"layer": layer, "kernels": [["".join(map(str, k)) for k in row] for row in kernels]}
 
 
 def block_masks(job: Job, state: RunState) -> Numbers:
-    """The blocks that the first seed's largest layer keeps.
-
-    Args:
-      job: with a method that remembers masks of 1xN blocks.
-      state: of it.
+    """The blocks that the first seed's largest layer keeps, for methods that remember masks.
 
     Returns:
       The layer's name, and each row of blocks as text with a digit for each input channel, such
       as "0110".
     """
-    masks = state.topology.used
-    if np.ndim(state.train.step):
-        masks = {name: mask[0] for name, mask in masks.items()}
+    masks = _first_seed(state, state.topology.used)
     layer = max(reversed(list(masks)), key=lambda name: masks[name].size)
-    flags = block_flags(job.plan[layer], masks[layer]).astype(int)
-    return {"layer": layer, "rows": ["".join(map(str, row)) for row in flags]}
+    leaf = job.plan[layer]
+    blocks = split_blocks(masks[layer], cast(nmjax.Block1xN, leaf.pattern).n, leaf.axes)
+    # The weights of a block are kept or dropped together, so the first one stands for all.
+    kept = np.asarray(blocks[..., 0]).astype(int)
+    return {"layer": layer, "rows": ["".join(map(str, row)) for row in kept]}
 
 
-def block_flags(leaf: nmjax.LeafPlan, mask: jax.Array) -> np.ndarray:
-    """Which blocks of a layer stay, booleans (rows, inputs)."""
-    # All weights of a block share its fate, so that any of them tells it.
-    n = cast(nmjax.Block1xN, leaf.pattern).n
-    return np.asarray(split_blocks(mask, n, leaf.axes)[..., 0])
+def _first_seed(state: RunState, tree: Any) -> Any:
+    """The part of the first seed, where several train together."""
+    return jax.tree.map(lambda leaf: leaf[0], tree) if np.ndim(state.train.step) else tree

@@ -14,13 +14,7 @@ from experiments.training.step import Programs, TrainState
 
 
 class Timed(NamedTuple):
-    """What is timed.
-
-    Attributes:
-      programs: of a method.
-      state: to start from; given up.
-      batch: trained on, again and again.
-    """
+    """A method's programs, the state to start from (it is consumed), and the batch of a step."""
 
     programs: Programs
     state: TrainState
@@ -30,24 +24,25 @@ class Timed(NamedTuple):
 def step_times(chosen: Mapping[tuple[str, str], Timed], *, rounds: int) -> list[Numbers]:
     """Times one step of each program in turn, `rounds` times, after a round to warm up.
 
-    Methods that share their programs share one measurement.
-
     Args:
-      chosen: (pattern, method) -> what is timed.
+      chosen: (pattern, method) -> what is timed. Methods with the same programs share one
+        measurement.
       rounds: how often.
 
     Returns:
-      Pattern, method, median milliseconds, and the median over the rounds of the ratio to dense
-      in the same round: NaN where there is no dense.
+      Pattern, method, median milliseconds, and the median over the rounds of the ratio to dense in
+      the same round, or NaN without dense.
     """
-    distinct = {timed.programs.step: timed for timed in chosen.values()}
-    states = {step: timed.state for step, timed in distinct.items()}
-    seconds: dict[Any, list[float]] = {step: [] for step in distinct}
+    states = {timed.programs.step: timed.state for timed in chosen.values()}
+    batches = {timed.programs.step: timed.batch for timed in chosen.values()}
+    seconds: dict[Any, list[float]] = {step: [] for step in states}
     for _ in range(rounds + 1):
-        for step, timed in distinct.items():
+        # Taking turns spreads a slow moment of the machine over all methods.
+        for step in states:
             began = time.perf_counter()
-            states[step] = jax.block_until_ready(step(states[step], timed.batch))
+            states[step] = jax.block_until_ready(step(states[step], batches[step]))
             seconds[step].append(time.perf_counter() - began)
+    # The first round compiles.
     times = {key: np.array(seconds[timed.programs.step][1:]) for key, timed in chosen.items()}
     dense = next((taken for (_, method), taken in times.items() if method == "dense"), np.nan)
     return [

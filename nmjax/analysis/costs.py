@@ -71,7 +71,7 @@ class Cost:
     def _rows(self) -> list[Row]:
         others = LeafCost("", 0, 0, self.other_macs, self.other_macs)
         named = {**self.leaves, "(products of activations)": others, "total": self.total}
-        every = max(self.total.macs, 1)
+        every = max(self.total.macs, 1)  # A network without products must not divide by zero.
         return [
             (
                 name,
@@ -136,5 +136,6 @@ def _leaf_cost(leaf: Any, planned: LeafPlan | None, macs: int) -> LeafCost:
     weights = math.prod(jnp.shape(leaf))
     if planned is None:
         return LeafCost("dense", weights, weights, macs, macs)
+    # All weights of a leaf take part in the same number of multiply-adds.
     kept, of = planned.kept, max(planned.weights, 1)
     return LeafCost(str(planned.pattern), weights, weights * kept // of, macs, macs * kept // of)

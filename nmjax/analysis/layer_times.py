@@ -49,7 +49,7 @@ def layer_times(file: Path, batch: int, side: int, threads: Sequence[int]) -> st
       ValueError: nothing in the file is packed, or there are fewer cores than threads.
       OSError, RuntimeError: the file cannot be read, or a process failed.
     """
-    _packed_leaves(file)
+    _packed_leaves(file)  # Raises before any process starts.
     rows = {count: _rows_in_a_process(file, batch, side, count) for count in threads}
     table = [
         (*row["layer"], str(count), f"{row['dense']:.4g}", f"{row['packed']:.4g}",
@@ -124,6 +124,7 @@ def _dense(leaf: Packed, x: jax.Array, w: jax.Array) -> jax.Array:
     plan = leaf.leaf_plan
     axes = (*plan.reduction_axes, *plan.output_axes)
     taps = [axis for axis in range(-w.ndim, 0) if axis not in axes]
+    # With groups over a whole filter the taps are reduction axes after the first.
     if leaf.kernel_taps:
         taps, inputs = taps or list(plan.reduction_axes[1:]), plan.reduction_axes[0]
         w = w.transpose(*taps, inputs, *plan.output_axes)

@@ -43,6 +43,7 @@ def plot_curves(
         runs = np.atleast_2d(np.asarray(values, float))
         times = np.arange(runs.shape[1]) if x is None else np.asarray(x)
         color = (colors or {}).get(label, COLORS[index % len(COLORS)])
+        # One missing seed would bias the mean, so its times are left out for all seeds.
         known = ~np.isnan(runs).any(axis=0)
         mean, error = runs.mean(axis=0), _standard_error(runs)
         ax.plot(times[known], mean[known], color=color, label=label, linewidth=1.8)
@@ -150,6 +151,7 @@ def plot_mask(mask: ArrayLike, *, m: int | None = None, ax: Axes | None = None) 
     """
     ax = _axes(ax)
     rows = np.asarray(mask).reshape(-1, np.shape(mask)[-1])
+    # 1.2 instead of 1 draws kept weights in dark gray, so that lines on them stay visible.
     ax.imshow(rows, cmap="Greys", vmin=0, vmax=1.2, interpolation="nearest", aspect="auto")
     for edge in range(m, len(rows), m) if m else ():
         ax.axhline(edge - 0.5, color=COLORS[1], linewidth=0.6)
@@ -179,15 +181,11 @@ def plot_kernels(
     outputs = range(min(16, taps.shape[3])) if outputs is None else outputs
     from matplotlib.figure import Figure
 
+    # Without pyplot, which would keep the figure open and show it twice in a notebook.
     figure = Figure(figsize=(0.55 * len(outputs) + 0.7, 0.55 * len(inputs) + 0.6))
-    room = {
-        "left": 0.08,
-        "right": 0.99,
-        "top": 0.93,
-        "bottom": 0.08,
-        "wspace": 0.15,
-        "hspace": 0.15,
-    }
+    # Fixed margins, because automatic layout is slow for this many axes.
+    edges = {"left": 0.08, "right": 0.99, "top": 0.93, "bottom": 0.08}
+    room = {**edges, "wspace": 0.15, "hspace": 0.15}
     grid: Any = figure.subplots(len(inputs), len(outputs), squeeze=False, gridspec_kw=room)
     for row, i in enumerate(inputs):
         for column, o in enumerate(outputs):
@@ -221,5 +219,6 @@ def _standard_error(runs: np.ndarray) -> np.ndarray:
 def _draw_chance(ax: Axes, density: float, *, vertical: bool) -> None:
     """Draws a line at the SAD of two unrelated masks of this density."""
     draw = ax.axvline if vertical else ax.axhline
+    # An entry differs if exactly one of two independent masks keeps it.
     chance = 100 * 2 * density * (1 - density)
     draw(chance, color="0.5", linestyle=":", linewidth=1.2, label="unrelated masks")

@@ -89,6 +89,7 @@ def _complaints(shape: Shape, leaf: LeafPlan, sharding: Sharding) -> Iterator[st
     for axes, length, what in wholes:
         sizes = [shape[axis] for axis in axes]
         for j, axis in enumerate(axes):
+            # One axis at a time, so that the message names the axis that cuts.
             alone = [shards[axis] if i == j else 1 for i in range(len(axes))]
             if not holds_whole(sizes, alone, length):
                 yield (
@@ -103,6 +104,7 @@ def _splitter(sharding: Sharding, axis: int, ndim: int) -> str:
     if not isinstance(sharding, NamedSharding):
         return "the sharding splits"
     spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+    # Mesh axes of size 1 appear in specs but split nothing.
     names = [name for name in mesh_axes(spec[axis]) if sharding.mesh.shape[name] > 1]
     listed = ", ".join(map(repr, names))
     return f"mesh axis {listed} splits" if len(names) == 1 else f"mesh axes {listed} split"
@@ -142,6 +144,7 @@ def _shardings(leaves: dict[str, Any], given: Any, mesh: Any) -> dict[str, Shard
 
 def _node_above(nodes: dict[str, Any], name: str) -> Any:
     """The entry for a leaf, or for a subtree that contains it."""
+    # From the leaf itself up to the root, whose name is empty.
     parts = name.split("/")
     names = ("/".join(parts[:count]) for count in range(len(parts), -1, -1))
     return next((nodes[above] for above in names if above in nodes), None)

@@ -45,10 +45,11 @@ def interleaved_times(
             for _ in range(calls[name]):
                 result = jax.block_until_ready(function(*arguments))
             once = (time.perf_counter() - start) / calls[name]
-            del result
+            del result  # Frees its memory before the next function runs.
             if round_ >= warmup:
                 seconds[name].append(once)
             else:
+                # The last warm-up round decides, since earlier ones include compilation.
                 calls[name] = max(1, math.ceil(at_least / once))
     return seconds
 

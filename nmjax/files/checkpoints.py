@@ -52,6 +52,7 @@ def _read_safetensors(path: Path) -> Any:
     tensors, metadata = read_tensors(path)
     if read_note(metadata).get("format") == "packed":
         raise ValueError(f"{path} already contains packed parameters")
+    # PyTorch separates names by dots. Files without the header are recognized by their names.
     if metadata.get("format") == "pt" or not any("/" in name for name in tensors):
         tensors = {name.replace(".", "/"): tensor for name, tensor in tensors.items()}
     return nest(tensors)

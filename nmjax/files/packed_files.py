@@ -57,6 +57,7 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
     described = {}
     for name, leaf in leaves.items():
         if is_packed(leaf):
+            # On the host, where _check can read values without tracing or compiling anything.
             leaf = jax.tree.map(np.asarray, leaf)
             _check(name, leaf)
             described[name] = {**_describe(leaf.leaf_plan), "dtype": leaf.dtype.name}
@@ -125,6 +126,7 @@ def _read_manifest(metadata: Mapping[str, str]) -> dict[str, tuple[LeafPlan, str
         raise ValueError(
             f"it has version {version}, but this nmjax reads version {VERSION}; update nmjax"
         )
+    # Unknown keys may change the meaning of known ones, so they are errors too.
     _check_keys(manifest, ("format", "version", "leaves"), "the header")
     leaves = _typed(manifest["leaves"], dict, "the leaves")
     return {name: _read_leaf(name, description) for name, description in leaves.items()}
@@ -140,9 +142,10 @@ def _read_plan(name: str, description: Mapping[str, Any]) -> LeafPlan:
     shape = _integers(description["shape"], f"the shape of {name}")
     spans = {span: _integers(description[span], f"the {span} of {name}") for span in _AXES}
     text = _typed(description["pattern"], str, f"the pattern of {name}")
-    pattern = parse_pattern(text[:100])
+    pattern = parse_pattern(text[:100])  # A forged text may have megabytes of digits.
     plan = LeafPlan(pattern, shape=shape, **spans)
     named = [axis for span in spans.values() for axis in span]
+    # save_packed writes the canonical spelling; another one means that the file was forged.
     if (
         str(pattern) != text
         or not plan.reduction_axes

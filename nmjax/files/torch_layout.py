@@ -60,6 +60,7 @@ def to_torch(params: Any) -> dict[str, np.ndarray]:
     >>> {name: array.shape for name, array in state.items()}
     {'a.bias': (16,), 'a.weight': (16, 8, 3, 3)}
     """
+    # PyTorch has no packed weights in a state dict, so zeros are written out.
     leaves = named_leaves(unpack(params))
     shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
     state: dict[str, np.ndarray] = {}
@@ -67,6 +68,7 @@ def to_torch(params: Any) -> dict[str, np.ndarray]:
         if torch_name(name) in state:
             raise ValueError(f"{name} and another leaf would both become {torch_name(name)!r}")
         merged = merge(np.asarray(leaf), _spans(name, shapes))
+        # np.ascontiguousarray would give a scalar an axis.
         state[torch_name(name)] = np.ascontiguousarray(merged) if merged.ndim else merged
     return state
 
@@ -98,6 +100,7 @@ def from_torch(
     wanted = {name: (names or torch_name)(name) for name in leaves}
     found = _find(state, wanted, shapes)
     rules = (*as_rules(ignore), _COUNTERS)
+    # An entry that nothing uses usually means a wrong name, so it is an error.
     left = [name for name in state.keys() - set(wanted.values()) if not first_match(rules, name)]
     if left:
         raise ValueError(
@@ -208,6 +211,7 @@ def _spans(name: str, shapes: Mapping[str, Shape]) -> list[Span]:
     axes = layout(name, shapes)
     if isinstance(axes, str):  # Depthwise convolutions have the same layout as others.
         axes = Axes((-2,), (-1,), every[:-2])
+    # PyTorch's order: outputs, inputs, spatial axes. Heads and head size become one axis.
     spans = [axes.output, axes.reduction, *((tap,) for tap in axes.taps or ())]
     if axes.taps is None or stack_axes(len(shape), spans):
         raise ValueError(

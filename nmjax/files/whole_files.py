@@ -22,6 +22,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
       OSError: the file cannot be written; an older file is unchanged.
     """
+    # In the same folder, since a rename is atomic only within one file system.
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         write(draft)

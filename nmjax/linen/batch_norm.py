@@ -103,6 +103,8 @@ def _fed_norms(
         if isinstance(layer, nn.BatchNorm) and args:
             # Check before running: Flax's own error would only name an immutable collection.
             _check_evaluates(layer, path, *args[1:], **kwargs)
+            # Identity, not equality: anything between layer and normalization, such as an
+            # activation or a reshape, makes a new tracer, and then the scale cannot be folded.
             fed = next((path for output, path in outputs if output is args[0]), None)
             if fed is not None:
                 _check_axis(layer, path)
@@ -116,7 +118,7 @@ def _fed_norms(
         with nn.intercept_methods(watch):
             return module.apply(variables, *inputs, **kwargs)
 
-    jax.eval_shape(trace, variables)
+    jax.eval_shape(trace, variables)  # Tracing is enough: only the wiring matters.
     return pairs
 
 
@@ -147,6 +149,7 @@ def _fold(variables: dict[str, Any], layer: Path, norm: _Norm) -> None:
     offset = meta.unbox(affine["bias"]) if "bias" in affine else jnp.zeros_like(mean)
 
     def scaled(leaf: jax.Array) -> jax.Array:
+        # Under nn.scan all leaves have a leading axis of layers, which must stay aligned.
         ones = (1,) * (leaf.ndim - factor.ndim)
         shape = (*factor.shape[:-1], *ones, factor.shape[-1])
         return (leaf * factor.reshape(shape)).astype(leaf.dtype)
@@ -171,6 +174,8 @@ def _at(tree: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_same(before: Any, after: Any, pairs: dict[Path, _Norm]) -> None:
+    # Folding rounds differently, and rounding errors grow through the layers: hence the square
+    # root of epsilon, of the coarsest dtype. A layer that feeds something else is off by far more.
     tolerance = max(float(jnp.finfo(norm.dtype).eps) ** 0.5 for norm in pairs.values())
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         old, new = np.asarray(old, np.float64), np.asarray(new, np.float64)

@@ -84,6 +84,7 @@ def _multiply_packed(
     packed = {name: leaf for name, leaf in own.items() if is_packed(leaf)}
     if not packed and not (_is_grouped(layer) and "kernel" in own):
         return run(*args, **kwargs)
+    # A subclass of one of these layers runs its own code, and then the layer's.
     base = next((base for base in _LAYERS if isinstance(layer, base)), None)
     if base is None or packed.keys() - {"kernel"}:
         raise TypeError(
@@ -124,6 +125,7 @@ def _own_params(module: nn.Module) -> dict[str, Any]:
         return {}
     variables = module.scope.variables().get("params", {})
     leaves = {name: _unboxed(leaf) for name, leaf in variables.items()}
+    # Mappings are the parameters of submodules.
     return {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Mapping)}
 
 
@@ -150,12 +152,16 @@ def _dot_general(
     plan = packed.leaf_plan
     summed = {axis - w.ndim: x_axis for axis, x_axis in zip(w_axes, x_axes, strict=True)}
     outputs = tuple(axis for axis in range(-w.ndim, 0) if axis not in summed)
+    # The plan may have packed the kernel along other axes than those that Flax contracts here.
+    # Then `w`, the unpacked kernel, gives the right product.
     if x_batch or set(summed) != set(plan.reduction_axes) or outputs != plan.output_axes:
         return lax.dot_general(
             x, w, dimension_numbers, precision, preferred_element_type, **settings
         )
+    # packed_matmul wants the summed axes of x last, in the order of the plan's reduction axes.
     last = [summed[axis] for axis in plan.reduction_axes]
     x = x.transpose(*(axis for axis in range(x.ndim) if axis not in last), *last)
+    # Flax casts kernel and input to its compute dtype before the product; only `w` got the cast.
     y = packed_matmul(x, _cast(packed, w), implementation=implementation)
     return y.astype(preferred_element_type or y.dtype)
 
@@ -213,6 +219,7 @@ def _grouped_conv(
     window = as_window(x.shape[1:-1], w.shape[:-2], strides, padding, dilation)
     dtype = jax.eval_shape(convolve, x, w).dtype
 
+    # XLA's CPU backend is slow at depthwise convolutions; other platforms keep Flax's.
     def shifted(x: jax.Array, w: jax.Array) -> jax.Array:
         return depthwise_conv(x, w, window).astype(dtype)
 

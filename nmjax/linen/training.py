@@ -65,6 +65,7 @@ def sparsify(
             f"{sorted(selection)} are arguments of nmjax.make_plan; pass them there, because this "
             "plan already exists"
         )
+    # A misspelled argument fails here, not when the module first runs.
     inspect.signature(make_plan).bind({}, plan, **selection)
     plan_or_pattern = plan if isinstance(plan, Plan) else parse_pattern(plan)
     dense_class = type(module)
@@ -129,6 +130,7 @@ def cost(module: nn.Module, plan: Plan | str | Pattern | None, *inputs: Any, **k
         # Flax uses the "params" stream for random number streams that are missing (dropout).
         return module.apply(variables, *args, rngs={"params": key}, mutable=list(others), **kwargs)
 
+    # Other collections are inputs, so that they count as activations and not as weights.
     others = {name: tree for name, tree in variables.items() if name != "params"}
     return cost_of_function(forward, params, others, *inputs, plan=plan)
 
@@ -155,6 +157,7 @@ def _apply_by_name(dense_class: type[nn.Module]) -> Callable[..., Any]:
     """An `apply` that takes `method=Network.encode` as the sparse `encode`, not the dense one."""
 
     def apply(self: nn.Module, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        # Flax would call the function that it is given, and that one belongs to the dense class.
         function = getattr(method, "__func__", method)
         name = getattr(function, "__name__", "")
         if function is not None and getattr(dense_class, name, None) is function:

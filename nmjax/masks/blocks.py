@@ -110,7 +110,7 @@ def _mask(
 
 
 def score_blocks(
-    w: Float[Array, "*shape"], n: int, axes: Axes, score: BlockScore
+    w: Float[chex.Array, "*shape"], n: int, axes: Axes, score: BlockScore
 ) -> Float[Array, "*stack rows inputs"]:
     """The score of each block. Arguments and errors as in `block_mask`."""
     check_real_floating("weights", w.dtype)

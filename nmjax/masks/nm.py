@@ -44,6 +44,7 @@ from nmjax.masks.scores import Score, magnitude, score_weights
 from nmjax.masks.shards import check_shards
 
 if TYPE_CHECKING:
+    import chex
     from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Int, Int32, Shaped, UInt32
 
@@ -213,7 +214,7 @@ def _grouped(
     return moved.reshape(merged).reshape(*before, size // m, m, *after), ungroup, first + 1
 
 
-def _scored(w: Float[Array, "*shape"], score: Score) -> tuple[Float[Array, "*shape"], ToKeys]:
+def _scored(w: Float[Array, "*shape"], score: Score) -> tuple[Float[chex.Array, "*shape"], ToKeys]:
     """Values to rank, and the function that turns them into sortable integers."""
     check_real_floating("weights", w.dtype)
     if score is magnitude:  # The bits of the weights give its keys without computing |w|.

@@ -26,7 +26,7 @@ BlockScore = Callable[[jax.Array], jax.Array]
 _SIMILARITIES = 2**20
 
 
-def magnitude(w: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def magnitude(w: Float[chex.Array, "*shape"]) -> Float[Array, "*shape"]:
     """Absolute value: the score of every N:M method compared in the original paper.
 
     >>> magnitude(jnp.array([-2.0, 0.5])).tolist()
@@ -35,7 +35,7 @@ def magnitude(w: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.abs(w)
 
 
-def score_weights(w: Float[Array, "*shape"], score: Score) -> Shaped[Array, "*shape"]:
+def score_weights(w: Float[chex.Array, "*shape"], score: Score) -> Shaped[chex.Array, "*shape"]:
     """Applies `score`; raises ValueError if the scores do not have the shape of `w`."""
     scores = score(w)
     if scores.shape != w.shape:
@@ -46,12 +46,12 @@ def score_weights(w: Float[Array, "*shape"], score: Score) -> Shaped[Array, "*sh
     return scores
 
 
-def block_sum(blocks: Float[Array, "*blocks block"]) -> Float[Array, "*blocks"]:
+def block_sum(blocks: Float[chex.Array, "*blocks block"]) -> Float[Array, "*blocks"]:
     """Sum of each block, in float32 or wider: for blocks that hold scores of weights."""
     return jnp.sum(_wide(blocks), axis=-1)
 
 
-def block_l1(blocks: Float[Array, "*blocks block"]) -> Float[Array, "*blocks"]:
+def block_l1(blocks: Float[chex.Array, "*blocks block"]) -> Float[Array, "*blocks"]:
     """L1 norm of each block, the score of the 1xN paper.
 
     >>> block_l1(jnp.array([[[3.0, -4.0], [1.0, 0.0]]])).tolist()
@@ -60,7 +60,7 @@ def block_l1(blocks: Float[Array, "*blocks block"]) -> Float[Array, "*blocks"]:
     return block_sum(jnp.abs(_wide(blocks)))
 
 
-def block_l2(blocks: Float[Array, "*blocks block"]) -> Float[Array, "*blocks"]:
+def block_l2(blocks: Float[chex.Array, "*blocks block"]) -> Float[Array, "*blocks"]:
     """L2 norm of each block.
 
     >>> block_l2(jnp.array([[[3.0, -4.0], [1.0, 0.0]]])).tolist()
@@ -70,7 +70,7 @@ def block_l2(blocks: Float[Array, "*blocks block"]) -> Float[Array, "*blocks"]:
 
 
 def block_angular_redundancy(
-    blocks: Float[Array, "*rows inputs block"], alpha: chex.Numeric = 1.0
+    blocks: Float[chex.Array, "*rows inputs block"], alpha: chex.Numeric = 1.0
 ) -> Float[Array, "*rows inputs"]:
     """BPAR: blocks that are large and unlike the other blocks of their row score high.
 
@@ -148,12 +148,12 @@ def _share(values: Float[Array, "*rows inputs"]) -> Float[Array, "*rows inputs"]
     return values / jnp.where(total > 0, total, 1)
 
 
-def _wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def _wide(x: Float[chex.Array, "*shape"]) -> Float[chex.Array, "*shape"]:
     """Converts narrow floats to float32, in which sums are taken."""
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def _gathered(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def _gathered(x: Float[chex.Array, "*shape"]) -> Float[chex.Array, "*shape"]:
     """Replicates `x` on a mesh with explicit axes."""
     # `lax.map` loops over rows, and explicit sharding does not allow a loop over a sharded axis.
     spec = jax.typeof(x).sharding.spec

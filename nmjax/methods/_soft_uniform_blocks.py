@@ -114,8 +114,8 @@ def soft_uniform_blocks(
     def refresh_layer(
         layer: _Layer,
         key: chex.PRNGKey,
-        w: Float[Array, "*shape"],
-        mask: Bool[Array, "*shape"],
+        w: Float[chex.Array, "*shape"],
+        mask: Bool[chex.Array, "*shape"],
         remaining: Float[Array, ""],
     ) -> Bool[Array, "*shape"]:
         pattern, axes = layer

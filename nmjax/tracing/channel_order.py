@@ -61,6 +61,7 @@ def l1_order(variables: Any, channels: Channels) -> jax.Array:
     if not channels.writers:
         raise ValueError("channels without writers have no norms to sort by")
     norms = [_norms(leaves[name], axis) for name, axis in channels.writers]
+    # A stable sort of the negated norms keeps equal channels in order.
     return jnp.argsort(-sum(norms[1:], norms[0]), stable=True).astype(jnp.int32)
 
 
@@ -94,6 +95,7 @@ def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequ
         axes.setdefault(name, []).append(axis)
 
     def permute(name: str, leaf: Any) -> Any:
+        # A kernel whose inputs and outputs are the same channels is reordered along both axes.
         for axis in axes.get(name, ()):
             leaf = jnp.take(leaf, jnp.asarray(order), axis=axis)
         return leaf

@@ -55,12 +55,13 @@ def find_channels(forward: Callable[..., Any], variables: Any, *inputs: Any) -> 
     trace = _Trace()
     arguments = [trace.fresh(_shape(v)) for v in closed.jaxpr.invars]
     leaves = dict(zip(named_leaves(variables), map(_shape, closed.jaxpr.invars), strict=False))
+    # The caller decides the order along the axes of inputs and outputs.
     trace.fix(*arguments[len(leaves) :])
     trace.fix(*trace.run(closed.jaxpr, arguments))
     tied: dict[Label, list[LeafAxis]] = {}
     for (name, shape), labels in zip(leaves.items(), arguments, strict=False):
         for i, label in enumerate(labels):
-            if not trace.is_fixed(label) and shape[i] > 1:
+            if not trace.is_fixed(label) and shape[i] > 1:  # A single channel has one order.
                 tied.setdefault(trace.root(label), []).append((name, i - len(shape)))
     written = {(name, axis) for name in leaves for axis in _output_axes(name, leaves)}
     found = [
@@ -123,6 +124,7 @@ class _Trace:
         def labels_of(v: Any) -> Labels:
             if isinstance(v, core.Var) and v in known:
                 return known[v]
+            # Constants and closed-over arrays cannot be reordered with the rest.
             constant = self.fresh(_shape(v))
             self.fix(constant)
             return constant
@@ -159,6 +161,7 @@ def _same_axes(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], o
 
 def _broadcast(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: Labels) -> bool:
     shape, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
+    # An axis of size 1 that grows has the same value everywhere, so its order is free.
     for axis, place in enumerate(equation.params["broadcast_dimensions"]):
         if shape[axis] == result[place]:
             trace.tie(operands[0][axis], out[place])
@@ -222,12 +225,14 @@ def _conv(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: L
     image, kernel = operands
     lhs, rhs, result = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
     sizes = [_shape(equation.invars[0])[lhs[1]], _shape(equation.invars[1])[rhs[0]]]
+    # Other groups would tie channels to their group, and not only to each other.
     depthwise = groups > 1 and sizes == [groups, groups]
     if equation.params["batch_group_count"] != 1 or not (groups == 1 or depthwise):
         return False
     trace.tie(image[lhs[1]], kernel[rhs[0] if depthwise else rhs[1]])
     trace.tie(image[lhs[0]], out[result[0]])
     trace.tie(kernel[rhs[0]], out[result[1]])
+    # A convolution uses the order along its spatial axes.
     for labels, spec in ((image, lhs), (kernel, rhs), (out, result)):
         trace.fix([labels[axis] for axis in spec[2:]])
     return True

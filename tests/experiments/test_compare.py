@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from experiments import compare as module
+from experiments.checkpointing.run_folder import take
 from experiments.compare import Comparison, Flags, compare, main
-from experiments.report.block_findings import block_tables
-from experiments.report.findings import metric_of, rows
-from experiments.report.page import block_cells, table_cells
+from experiments.report.numbers import Run
+from experiments.report.tables import block_table, main_table
 from experiments.tasks.task import Compared
 from tests.experiments.tiny import tiny_task
 
@@ -79,16 +79,16 @@ def test_the_page_needs_nothing_else_and_has_all_sections(whole):
 
 def test_the_table_on_the_console_is_that_of_the_file(whole):
     _, _, text, data = whole
-    for row in rows(data):
-        for cell in table_cells(row):
-            assert cell.replace(" ± ", "±") in text
+    for lines in main_table(Run(data)).groups.values():
+        for line in lines:
+            assert all(cell.replace(" ± ", "±") in text for cell in line.cells)
 
 
 def test_sparse_methods_keep_what_the_pattern_says(whole):
     data = whole[-1]
-    for row in [*rows(data), *rows(data, "blocks")]:
+    for row in Run(data).part("main", "blocks"):
         expected = 1.0 if row.method == "dense" else data["settings"]["density"][row.pattern]
-        assert row.density.mean == pytest.approx(expected)
+        assert row.numbers["density"].mean == pytest.approx(expected)
 
 
 def test_dense_is_the_same_whatever_pattern_watches_it(whole):
@@ -101,12 +101,11 @@ def test_blocks_are_in_the_table_and_on_the_page(whole):
     given, _, text, data = whole
     page = (given.folder / "report.html").read_text()
     assert '<section id="blocks">' in page
-    for pattern, table in block_tables(data).items():
-        assert [row.row.method for row in table][:2] == ["dense", "sr_ste"]
-        for row in table:
-            for cell in block_cells(pattern, row):
-                assert cell in page
-                assert cell.replace(" ± ", "±") in text
+    for lines in block_table(Run(data)).groups.values():
+        assert [line.cells[0] for line in lines][:2] == ["dense", "SR-STE 1:4"]
+        for cell in [cell for line in lines for cell in line.cells]:
+            assert f"{cell}</td>" in page
+            assert cell.replace(" ± ", "±") in text
     films = data["films"]
     assert set(films) == {f"{p} {m}" for p in given.block_patterns for m in given.block_methods}
     for name, film in films.items():
@@ -172,6 +171,20 @@ def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
     )
 
 
+def test_a_folder_is_compared_in_once_and_started_over(tmp_path, capsys):
+    given = {"methods": ("ste",), "patterns": ("2:4",), "sweep": ()}
+    first = run(flags(tmp_path, **given))[-1]
+    lock = take(flags(tmp_path).folder)
+    assert main(["--runs-dir", str(tmp_path), "--methods", "ste", "--patterns", "2:4"]) == 1
+    assert "is in use by process" in capsys.readouterr().err
+    lock.close()
+    again = run(flags(tmp_path, **given, epochs=3))[-1]
+    assert [len(trial["epochs"]) for trial in again["trials"]] == [3]
+    assert [len(trial["epochs"]) for trial in first["trials"]] == [2]
+    settings = json.loads((flags(tmp_path).folder / "settings.json").read_text())
+    assert settings["recipe"]["epochs"] == 3
+
+
 def test_a_trial_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "make_task", lambda flags: tiny_task(epochs=2, lambda_w=1e30))
     given = flags(tmp_path, methods=("dense", "sr_ste"), patterns=("1:8",), sweep=())
@@ -223,7 +236,7 @@ def test_notes_are_printed_and_what_networks_do_is_kept(tmp_path, monkeypatch):
     given = flags(tmp_path, methods=("dense", "ste"), patterns=("1:8",), sweep=(), seeds=(0, 1))
     _, text, data = run(given)
     assert "Four blobs." in text
-    assert "without learning: accuracy % guessing 25.00" in " ".join(text.split())
+    assert "without learning: guessing 25.00 (accuracy %)" in " ".join(text.split())
     assert set(data["shown"]) == {"1:8 dense", "1:8 ste"}
     assert data["shown"]["1:8 dense"] != data["shown"]["1:8 ste"]
     page = (given.folder / "report.html").read_text()
@@ -251,7 +264,7 @@ def test_tasks_of_text_end_to_end(tmp_path, monkeypatch, task, metric, beats):
     status, text, data = run(given)
     assert status == 0
     assert task in text
-    sign = metric_of(data).sign
+    sign = Run(data).metric.sign
     for trial in data["trials"]:
         reached = np.mean(trial["epochs"][-1]["test"][metric])
         assert sign * reached > sign * beats

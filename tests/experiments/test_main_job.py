@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report.findings import find_row_of, rows
+from experiments.report.claims import verdict
+from experiments.report.numbers import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,9 +35,9 @@ def test_every_trial_ends_at_its_density(data):
 
 @pytest.mark.slow
 def test_the_networks_learn_and_the_methods_separate(data):
-    table = rows(data)
-    assert min(row.metric.mean for row in table if row.pattern == "2:4") > 0.9
-    refined, plain = (find_row_of(table, "1:16", name) for name in ("sr_ste", "ste"))
-    gap = refined.metric.minus(plain.metric)
-    assert gap.verdict() == "higher"
-    assert refined.sad.minus(plain.sad).verdict() == "lower"
+    run = Run(data)
+    easy = [row for row in run.part("main") if row.pattern == "2:4"]
+    assert min(row.numbers["metric"].mean for row in easy) > 0.9
+    refined, plain = (run.find("1:16", name).numbers for name in ("sr_ste", "ste"))
+    assert verdict(refined["metric"].minus(plain["metric"])) == "higher"
+    assert verdict(refined["sad"].minus(plain["sad"])) == "lower"

@@ -13,11 +13,12 @@ import pytest
 import nmjax
 import nmjax.kernels
 import nmjax.linen
+import nmjax.methods
 from nmjax.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = (nmjax, nmjax.kernels, nmjax.linen)
+PACKAGES = (nmjax, nmjax.kernels, nmjax.linen, nmjax.methods)
 
 # Names that users rely on: removing one is a breaking change.
 PROMISED = """

@@ -115,7 +115,9 @@ def test_a_bias_tells_scanned_layers_from_taps(conv):
 def test_without_one_they_are_not_told_apart_in_silence(conv):
     params = scanned(bias=False, conv=conv)
     ((name, kernel),) = named_leaves(params).items()
-    with pytest.raises(ValueError, match="which are a filter's taps and which a stack") as error:
+    with pytest.raises(
+        ValueError, match="which are the taps of a filter, and which are a stack"
+    ) as error:
         make_plan(params, "1x4@0.5")
     assert f"{name} of shape {kernel.shape}" in str(error.value)
     assert set(make_plan(params, "2:4")) == {name}  # Groups need not know.
@@ -157,7 +159,7 @@ STRADDLING = {
 
 
 def test_all_leaves_whose_outputs_do_not_divide_are_named_with_the_way_out():
-    with pytest.raises(ValueError, match="nor blocks inputs") as error:
+    with pytest.raises(ValueError, match="do not divide into whole groups or blocks") as error:
         make_plan(STRADDLING, "1x4@0.5")
     message = str(error.value)
     assert "stem/kernel (3, 3, 3, 18): 18 outputs are not a multiple of 4" in message

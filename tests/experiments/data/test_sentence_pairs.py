@@ -49,7 +49,8 @@ def test_a_side_fills_the_length_exactly(vocabulary):
     (row,) = vocabulary.encode(["one two three"])
     fits = encode_pairs([("one two three", "one")], vocabulary, length=len(row) + 1)
     assert fits.source[0, -1] == END
-    with pytest.raises(ValueError, match=f"1 have more than {len(row)} tokens"):
+    words = f"0 have an empty side, 1 have more than {len(row)} tokens"
+    with pytest.raises(ValueError, match=words):
         encode_pairs([("one two three", "one")], vocabulary, length=len(row))
 
 

@@ -36,14 +36,14 @@ def test_a_mesh_of_any_axes(axis_type):
     ("text", "message"),
     [
         ("data", "a mesh is NAME=SIZE"),
-        ("data=0", "sizes from 1"),
-        ("data=2,data=2", "different names"),
+        ("data=0", "positive sizes"),
+        ("data=2,data=2", "distinct names"),
         ("data=2,=2", "got 'data=2,=2'"),
-        ("data=3", "is of 3 devices, which does not divide the 8 there are"),
+        ("data=3", "has 3 devices, which does not divide the 8 present"),
         ("data=16", "choose sizes whose product is 8 or divides it"),
     ],
 )
-def test_what_is_no_mesh(text, message):
+def test_texts_that_are_not_a_mesh(text, message):
     with pytest.raises(ValueError, match=message):
         parse_mesh(text)
 
@@ -53,7 +53,7 @@ def test_presets():
     whole = P(None, None, None), P(None), P(None, None)
     expected = {
         "data": whole,
-        # 10 is no multiple of 4: that kernel stays whole.
+        # 10 is not a multiple of 4: that kernel stays whole.
         "fsdp": (P(None, None, ("data",)), P(("data",)), whole[2]),
         "tensor": (P(None, None, ("model",)), whole[1], P(None, ("model",))),
     }

@@ -83,8 +83,8 @@ def test_a_process_needs_the_rows_of_its_devices(own, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": 0}, "devices must be from 1 to the 8 there are, got 0"),
-        ({"devices": 9}, "devices must be from 1 to the 8 there are, got 9"),
+        ({"devices": 0}, "devices must be from 1 to 8, got 0"),
+        ({"devices": 9}, "devices must be from 1 to 8, got 9"),
         ({"devices": 8}, "a batch of 12 does not split evenly over 8 devices"),
         ({"devices": 4, "accumulate": 2}, "a batch of 12 in 2 parts does not split evenly over 4"),
         (
@@ -92,7 +92,7 @@ def test_a_process_needs_the_rows_of_its_devices(own, expected):
             "along b=4 and a=2: give .* that 8 divides",
         ),
         ({"accumulate": 5}, "a batch of 12 does not split evenly into 5 parts"),
-        ({"mesh": "data=3"}, "of 3 devices, which does not divide the 8 there are"),
+        ({"mesh": "data=3"}, "has 3 devices, which does not divide the 8 present"),
         ({"mesh": "data=4", "devices": 4}, "drop --devices 4"),
         ({"rules": ("kernel=data",)}, "give a --mesh"),
         ({"preset": "fsdp"}, "give a --mesh"),

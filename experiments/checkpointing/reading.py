@@ -1,0 +1,60 @@
+"""Reads parts of a checkpoint, and separates damage from what this machine lacks."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+# What a machine may lack for reading, whatever the checkpoint holds; MemoryError and
+# PermissionError have classes.
+_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or does not hold what was written."""
+
+
+class UnreadableError(OSError):
+    """A checkpoint that cannot be read here and now, though it may be whole."""
+
+
+def read_alone(path: Path, handler: Callable[[], ocp.CheckpointHandler], args: Any) -> Any:
+    """Reads a folder of a checkpoint in this process alone, without waiting for the others."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    try:
+        for file in path.rglob("*"):
+            # Errors of Python have a class and a number; tensorstore raises only ValueErrors.
+            next(file.iterdir(), None) if file.is_dir() else file.open("rb").close()
+        with ocp.Checkpointer(handler(), multiprocessing_options=alone) as reader:
+            return reader.restore(path, args=args)
+    except Exception as error:  # Orbax and tensorstore raise many kinds.
+        # They also print "Event loop is closed" if other arrays are still being read. Orbax has
+        # no option against it, and the error is ours to report, so it stays.
+        if not _is_lack(error):
+            raise DamagedError(first_line(error)) from error
+        raise UnreadableError(
+            f"the checkpoint {path.parent} cannot be read here: {first_line(error)}. It may be "
+            "whole and stays as it is; give the run what it lacks, then go on with --resume"
+        ) from error
+
+
+def _is_lack(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, says that the machine lacks something."""
+    if error is None:
+        return False
+    # JAX only sees numbers that have been read, so its errors are never about the file.
+    if isinstance(error, MemoryError | PermissionError | jax.errors.JaxRuntimeError):
+        return True
+    is_lack = isinstance(error, OSError) and error.errno in _LACKING
+    return is_lack or _is_lack(error.__cause__ or error.__context__)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or its class."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
