@@ -36,6 +36,7 @@ class DenseLeaf:
     reason: str
 
 
+# Static, so that jit keys its cache by the plan's value: an equal plan does not recompile.
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Plan(Mapping[str, LeafPlan]):
@@ -159,6 +160,7 @@ def make_plan(
     shapes = {name: tuple(getattr(leaf, "shape", ())) for name, leaf in leaves.items()}
     planned = {name: choice.plan_leaf(name, leaf, shapes) for name, leaf in leaves.items()}
     choice.check_rules_apply(planned)
+    # After the rules, so that excluded leaves need not divide.
     planned = _settle_indivisible(planned, on_indivisible)
     _check_floating(planned, leaves)
     if not any(isinstance(leaf, LeafPlan) for leaf in planned.values()):
@@ -187,6 +189,7 @@ class _Selection:
         shape = shapes[name]
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             return DenseLeaf(shape, "not an array")
+        # The layout's reason comes first: a bias is listed as a bias even if a rule excludes it.
         axes = self._axes(name, shapes)
         if isinstance(axes, str):
             return DenseLeaf(shape, axes)

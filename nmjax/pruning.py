@@ -114,6 +114,7 @@ def planned_leaves(
     leaves = named_leaves(params, is_leaf=is_hidden)
     hidden = [name for name, leaf in leaves.items() if is_hidden is not None and is_hidden(leaf)]
     visible = [name for name in plan if not any(_is_below(name, node) for node in hidden)]
+    # Collect every complaint before raising, so that one error shows all that is wrong.
     complaints = [
         f"  {name}: planned as {plan[name].shape}, "
         + (f"got {leaves[name].shape}" if name in leaves else _why_missing(name, leaves))
@@ -148,6 +149,7 @@ def _is_below(name: str, node: str) -> bool:
 
 def fits(shape: tuple[int, ...], leaf: LeafPlan) -> bool:
     """Whether the shape is the planned one, possibly with additional leading axes."""
+    # Leading axes come from `nn.scan` or from a `vmap` over seeds.
     return shape[max(len(shape) - len(leaf.shape), 0) :] == leaf.shape
 
 
@@ -173,6 +175,7 @@ def _apply_plan(
         masks = compute_masks(params, plan)
     else:
         check_masks(masks, planned_leaves(params, plan))
+    # `masks` decides, and not the plan: both have the same keys by now.
     return map_named(
         lambda name, leaf: prune_leaf(leaf, masks[name]) if name in masks else leaf, params
     )

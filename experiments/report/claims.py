@@ -16,8 +16,8 @@ Seen = Literal["seen", "opposite", "not clear"]
 
 CONFIDENCE = 0.95
 
-ZHOU = "Zhou et al., ICLR 2021"  # SR-STE, on ImageNet.
-XIANG = "Xiang et al., NeurIPS 2023"  # SUBP, on ImageNet.
+ZHOU = "Zhou et al. 2021"  # The paper on SR-STE, at ICLR; its networks are trained on ImageNet.
+XIANG = "Xiang et al. 2023"  # The paper on SUBP, at NeurIPS; also on ImageNet.
 OURS = ""  # Comparisons that no paper makes.
 
 
@@ -96,6 +96,7 @@ class Finding(NamedTuple):
 
 def judge(run: Run, patterns: list[str]) -> list[Finding]:
     """The claims that at least one of the patterns allows to test."""
+    # What is close depends on the task, so it is part of the claim that readers see.
     margin = f"{run.metric.scale * run.metric.close:.2f} {run.metric.step}"
     found = []
     for claim in CLAIMS:
@@ -113,6 +114,7 @@ def verdict(difference: Summary, margin: float = 0.0) -> Verdict:
     """
     if len(difference.values) < 2:
         return "unclear"
+    # Zero where all seeds differ by exactly the same; then any difference is clear.
     reach = difference.error * stats.t.ppf((1 + CONFIDENCE) / 2, len(difference.values) - 1)
     if abs(difference.mean + margin) <= reach:
         return "unclear"
@@ -122,6 +124,7 @@ def verdict(difference: Summary, margin: float = 0.0) -> Verdict:
 def better(run: Run, method: Row, other: Row, margin: float = 0.0) -> Verdict:
     """Whether a method's metric is better ("higher") than another's, also where lower is better."""
     difference = method.numbers["metric"].minus(other.numbers["metric"])
+    # Now higher is better, also for errors.
     signed = Summary(tuple(run.metric.sign * value for value in difference.values))
     return verdict(signed, margin)
 
@@ -131,6 +134,7 @@ def _compare(run: Run, claim: Claim, pattern: str) -> Comparison | None:
     # What stands beside blocks belongs to its own pattern, and is judged there.
     if method is None or other is None or method.pattern != pattern:
         return None
+    # Close means not worse by more than the margin: being better is no fault.
     if claim.number == "metric":
         found = better(run, method, other, run.metric.close if claim.close else 0.0)
     else:

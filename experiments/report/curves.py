@@ -48,6 +48,7 @@ def draw_block_curves(run: Run) -> Picture | None:
         groups[row.pattern][block_label(row)] = row
     note = ""
     if any(row.method.startswith("subp") for row in run.part("blocks")):
+        # The ramp is in fractions of the epochs.
         end = 100 * run.settings["recipe"]["ramp"][1]
         note = f" SUBP starts dense and reaches its density after {end:.0f} % of the epochs."
     return _draw_errors(run, groups, "block_curves", "Learning curves of blocks", note)
@@ -83,6 +84,7 @@ def draw_sad_over_time(run: Run) -> Picture | None:
     pattern, times = rows[0].pattern, rows[0].curve("epoch")
     weights = sum(run.settings["weights"][pattern].values())
     density = run.settings["density"][pattern]
+    # Shades in the order of strength, without the pale end; a push away from zero gets its own.
     shades = mpl.colormaps["viridis"](np.linspace(0.0, 0.88, len(rows)))
     shown = {f"λ = {row.lambda_w:.2g}": row for row in rows}
     colors = {
@@ -92,9 +94,11 @@ def draw_sad_over_time(run: Run) -> Picture | None:
     figure, axes = panels(2, height=3.4)
     sads = {label: row.curve("sad_first") for label, row in shown.items()}
     plot_sad(sads, times, weights=weights, density=density, colors=colors, ax=axes[0])
+    # plot_sad adds one, but a legend below serves both panels.
     axes[0].get_legend().remove()
     axes[0].set(title="SAD against the initial weights", xlabel="epoch")
     flips = {label: 100 * _windows(row.curve("flip_rate")) for label, row in shown.items()}
+    # The means of the epochs are the middles of the windows.
     middles = _windows(times[None].astype(float))[0]
     plot_curves(flips, middles, colors=colors, ax=axes[1])
     axes[1].set(title="Flip rate", xlabel="epoch", ylabel="% of entries in one step")

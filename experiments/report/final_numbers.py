@@ -53,6 +53,7 @@ def draw_layer_sad(run: Run) -> Picture | None:
     patterns = list(dict.fromkeys(row.pattern for row in rows if row.method != "dense"))
     if not patterns:
         return None
+    # As tall as the most layers need, with about 1 cm for each.
     layers = max(len(run.settings["weights"][pattern]) for pattern in patterns)
     figure, axes = panels(len(patterns), height=0.9 + 0.38 * layers)
     for ax, pattern in zip(axes, patterns, strict=True):
@@ -107,6 +108,7 @@ def draw_balance(run: Run) -> Picture | None:
     whole = {p: [row for row in rows if row] for p, rows in found.items() if None not in rows}
     if not whole:
         return None
+    # One pattern is enough to see it; the last one has its masks drawn too.
     pattern, rows = list(whole.items())[-1]
     layer, notes = run.largest_layer(pattern), []
     figure, axes = panels(2, height=3.0)

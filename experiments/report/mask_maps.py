@@ -41,7 +41,9 @@ def draw_shapes(run: Run) -> Picture | None:
         return None
     codes = shapes["kernels"]
     taps = np.array([[[int(tap) for tap in code] for code in row] for row in codes])
+    # (input, output, tap) -> HWIO, as plot_kernels takes it.
     mask = taps.reshape(*taps.shape[:2], 3, 3).transpose(2, 3, 0, 1).astype(bool)
+    # A kernel's nine digits are its shape.
     counts = Counter(code for row in codes for code in row)
     shape, often = max(((c, n) for c, n in counts.items() if "1" in c), key=lambda item: item[1])
     dots = shape.replace("1", "■").replace("0", "□")
@@ -69,6 +71,7 @@ def draw_block_masks(run: Run) -> Picture | None:
     }
     if not films:
         return None
+    # Films are named "1x4@0.5 subp".
     pattern, _ = next(reversed(films))
     films = {name: film for name, film in films.items() if name[0] == pattern}
     figure = Figure(figsize=(9.6, 0.35 + 1.35 * len(films)), layout="constrained")

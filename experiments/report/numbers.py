@@ -31,6 +31,8 @@ class Summary(NamedTuple):
 
     def minus(self, other: Summary) -> Summary:
         """The paired difference, seed by seed."""
+        # A seed gives every method the same initial weights and order of the data, so that pairing
+        # cancels most of what seeds differ in.
         return Summary(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
 
@@ -65,6 +67,7 @@ class Number(NamedTuple):
         '+2.0 ± 1.0 points'
         """
         mean, error = self.scale * difference.mean, self.scale * difference.error
+        # Two digits of the error; the results keep no more than six.
         digits = 2 if error == 0 else int(np.clip(1 - np.floor(np.log10(error)), 0, 6))
         return f"{mean:+.{digits}f} ± {error:.{digits}f}{self.unit}"
 
@@ -142,6 +145,7 @@ class Run:
 
     def find(self, pattern: str, method: str) -> Row | None:
         """The row of a method in the table of a pattern, which includes what is beside blocks."""
+        # Not the part "sweep": it has rows of the same pattern and method with other strengths.
         here = [row for row in self.part("main", "blocks") if row.pattern == pattern]
         found = [row for row in [*here, *self.beside(pattern)] if row.method == method]
         return found[0] if here and found else None
@@ -151,6 +155,7 @@ class Run:
         if pattern not in self.settings["block_patterns"]:
             return []
         density, trained = self.settings["density"], self.part("main", "beside")
+        # Dense training is the same at every pattern, so one row stands for all.
         return [row for row in trained if row.method == "dense"][:1] + [
             row
             for row in trained
@@ -163,6 +168,7 @@ class Run:
         Args:
           decoupled: take the strengths of the pull after the preconditioner instead.
         """
+        # Only the last pattern is swept.
         pattern = self.settings["patterns"][-1]
         family = ("ste", "sr_ste_decoupled") if decoupled else ("ste", "sr_ste", "sr_ste_negative")
         rows = [row for row in self.part("main", "sweep") if row.pattern == pattern]
@@ -215,6 +221,7 @@ def balance(kept: np.ndarray) -> np.ndarray:
 
 
 def _curve(epochs: list[Data], name: str) -> np.ndarray:
+    # Numbers that were not finite are null in the file and become NaN here.
     nothing = [np.nan] * len(epochs[0]["train_loss"])
     if name.startswith("test."):
         return np.array([epoch["test"].get(name[5:], nothing) for epoch in epochs], float).T

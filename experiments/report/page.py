@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,9 @@ def _render(run: Run, findings: dict[str, list[Finding]], pictures: list[Picture
     methods = dict.fromkeys(row.method for row in run.part("main", "blocks"))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
+        # Texts in the results are data, not HTML.
         autoescape=True,
+        # A misspelled name is an error, not a gap in the page.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -106,6 +107,7 @@ def _card(run: Run, pattern: str) -> dict[str, Any]:
             {
                 "name": name_of(row.method),
                 "color": color_of(row.method),
+                # The worst method of all patterns fills its bar, so that cards can be compared.
                 "width": 100 * value / (max(missing) or 1.0),
                 "text": f"{value:.{metric.digits - 1}f} {metric.unit}",
             }
@@ -137,8 +139,8 @@ def _about(task: str) -> list[str]:
 
     The file is read, not imported: the page needs none of the models that it imports.
     """
-    spec = find_spec(f"experiments.tasks.{task}")
-    if spec is None or spec.origin is None:
+    path = Path(__file__).parents[1] / "tasks" / f"{task}.py"
+    if not path.exists():  # The task is not one of this repository.
         return []
-    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
     return [" ".join(p.split()) for p in text.split("\n\n") if not p.startswith("Run:")]

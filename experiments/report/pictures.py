@@ -114,5 +114,6 @@ def log_scale(ax: Any) -> None:
 def picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
     """Turns a figure into SVG."""
     buffer = BytesIO()
+    # A date would make the file different for the same results.
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     return Picture(name, title, caption, buffer.getvalue())

@@ -91,6 +91,7 @@ def reasons(run: Run, pattern: str) -> list[str]:
         return []
     gap = f"The difference between STE and dense is {run.gap(ste, dense)}."
     if better(run, ste, dense) == "lower" and better(run, refined, ste) == "higher":
+        # The tests have settled the signs.
         lost, won = (
             abs(row.numbers["metric"].minus(ste.numbers["metric"]).mean) for row in (dense, refined)
         )

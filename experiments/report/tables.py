@@ -66,8 +66,10 @@ def block_table(run: Run) -> Table:
 
 def sweep_table(run: Run, *, decoupled: bool) -> Table:
     """The strengths of SR-STE, with the pull before or after the preconditioner."""
+    # Without the density, which is the same for all.
     names, rows = _names(run)[:-1], run.sweep(decoupled=decoupled)
     header = ("λ", "λ · Σ lr", *(run.shown[name].title for name in names), "against STE")
+    # STE is SR-STE of strength 0.
     zero = [row for row in rows if row.method == "ste"]
     groups: dict[str, list[Line]] = {}
     for row in rows:
@@ -123,5 +125,6 @@ def _in_a_row(run: Run, row: Row) -> str:
     if not row.kept:
         return ""
     layer = run.largest_layer(row.pattern)
+    # Rows differ between the seeds too, so the range is over both.
     kept, inputs = row.kept[layer], run.settings["blocks"][row.pattern][layer]
     return f"{kept.min()}-{kept.max()}/{inputs}"

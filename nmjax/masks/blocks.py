@@ -81,6 +81,7 @@ def block_mask(
     >>> block_mask(w.at[0, 3].set(0), 2, 0.5).astype(int).tolist()
     [[1, 1, 0, 0], [0, 0, 1, 1]]
     """
+    # Masks have no gradient. Without this, autodiff would still trace through the scores.
     w = lax.stop_gradient(jnp.asarray(w))
     check_block(n, sparsity)
     if not isinstance(uniform, bool):
@@ -188,6 +189,8 @@ def spread_blocks(
     """
     *stack, rows, inputs = flags.shape
     taps = size_along(shape, axes.taps or ())
+    # (*stack, 1, inputs, rows, 1): the axes of `merge`, with one entry for all taps and outputs of
+    # a block.
     flags = flags.swapaxes(-2, -1)[..., None, :, :, None]
     merged = jnp.broadcast_to(flags, (*stack, taps, inputs, rows, n))
     return split(merged.reshape(*stack, taps, inputs, rows * n), shape, _spans(axes))
@@ -207,6 +210,7 @@ def _named_axes(
     axes = given_axes(given, ndim)
     if taps is not None:
         return axes
+    # Without tap axes, every axis is the weight's own and none is a stack.
     named = (*axes.reduction, *axes.output)
     return axes._replace(taps=tuple(axis for axis in range(-ndim, 0) if axis not in named))
 

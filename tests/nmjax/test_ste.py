@@ -227,6 +227,21 @@ def test_numbers_passed_as_lambda_compile_once():
         step(W, lambda_w)
 
 
+class TestVariants(chex.TestCase):
+    """Arrays on a device or from NumPy, compiled or not, give the same values."""
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    def test_prune_ste(self):
+        pruned = self.variant(nmjax.prune_ste)(np.asarray(W), np.asarray(MASK))
+        chex.assert_trees_all_equal(pruned, W * MASK)
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    def test_prune_sr_ste(self):
+        gradient = jax.grad(lambda w, mask: nmjax.prune_sr_ste(w, mask, 0.5).sum())
+        pulled = self.variant(gradient)(np.asarray(W), np.asarray(MASK))
+        chex.assert_trees_all_close(pulled, 1 + 0.5 * ~MASK * W)
+
+
 # Errors
 
 

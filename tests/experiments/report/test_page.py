@@ -93,8 +93,9 @@ def test_kept_results_still_have_a_page(name, tmp_path):
 def test_a_task_outside_of_the_folder_has_no_description(data, tmp_path):
     about, data["trials"] = "Handwritten digits", []
     assert about in write_report(data, tmp_path).read_text()
-    data["settings"]["task"] = "elsewhere"
-    assert about not in write_report(data, tmp_path).read_text()
+    for name in ("elsewhere", "a.b:c"):
+        data["settings"]["task"] = name
+        assert about not in write_report(data, tmp_path).read_text()
 
 
 def test_the_page_does_not_import_the_task(data, tmp_path):

@@ -100,7 +100,7 @@ def test_every_group_size_keeps_exactly_n(m):
         np.testing.assert_array_equal(mask, brute_force(np.abs(w), n, m, 0))
 
 
-def neighbours(rng, shape):
+def neighbors(rng, shape):
     """Float32 weights that differ in their last bits only."""
     bits = rng.integers(0, 4, shape).astype(np.int32) + np.float32(1.0).view(np.int32)
     return jnp.asarray(bits.view(np.float32))
@@ -119,7 +119,7 @@ def nan_payloads(rng, shape):
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 32), (9, 40)])
-@pytest.mark.parametrize("values", [neighbours, denormals, nan_payloads])
+@pytest.mark.parametrize("values", [neighbors, denormals, nan_payloads])
 @pytest.mark.parametrize("score", ["magnitude", "signed"])
 def test_exact_to_the_last_bit(n, m, values, score):
     w = values(np.random.default_rng(0), (16, m))
@@ -158,12 +158,12 @@ def test_custom_score_orders_by_value(n, m):
 def test_score_may_mix_entries_and_change_dtype():
     w = jnp.asarray(np.random.default_rng(1).standard_normal((8, 6)), "bfloat16")
 
-    def normalised(x):
+    def normalized(x):
         x = jnp.abs(x.astype(jnp.float32))
         return x / x.sum(axis=0)
 
     np.testing.assert_array_equal(
-        nm_mask(w, 2, 4, score=normalised), brute_force(normalised(w), 2, 4, -2)
+        nm_mask(w, 2, 4, score=normalized), brute_force(normalized(w), 2, 4, -2)
     )
 
 

@@ -140,8 +140,8 @@ def test_blocks_return_as_often_as_in_sampling_without_replacement(temperature):
     chances = np.exp(logits) / np.exp(logits).sum()
     wrong = {
         "uniform": np.full(5, 2 / 5),
-        "scores not normalised": inclusion(np.exp(sizes[3:] / temperature), 2),
-        "normalised over the row": inclusion(
+        "scores not normalized": inclusion(np.exp(sizes[3:] / temperature), 2),
+        "normalized over the row": inclusion(
             np.exp(sizes[3:] / np.linalg.norm(sizes) / temperature), 2
         ),
         "scores as probabilities": inclusion(sizes[3:], 2),
