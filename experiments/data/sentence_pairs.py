@@ -62,6 +62,7 @@ def encode_pairs(pairs: Iterable[Pair], vocabulary: Vocabulary, *, length: int) 
     for chunk in _chunks(pairs):
         sides = [vocabulary.encode([pair[side].strip() for pair in chunk]) for side in (0, 1)]
         lengths = np.array([[len(row) for row in side] for side in sides])
+        # `>=`, because the end takes one more token.
         is_empty, is_long = (lengths == 0).any(axis=0), (lengths >= length).any(axis=0)
         kept = np.flatnonzero(~is_empty & ~is_long)
         source, target = (_fill([side[i] for i in kept], length) for side in sides)
@@ -138,6 +139,7 @@ def _chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
 
 
 def _fill(rows: list[list[int]], length: int) -> Tokens:
+    # 16 bits halve the memory: WMT14 has four and a half million pairs.
     filled = np.full((len(rows), length), PADDING, np.uint16)
     for index, row in enumerate(rows):
         filled[index, : len(row) + 1] = [*row, END]

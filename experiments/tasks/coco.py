@@ -96,5 +96,6 @@ def make_network(model: str) -> MaskRCNN:
 def train_example(record: CocoRecord, rng: np.random.Generator, size: int) -> Batch:
     """One image, mirrored every other time; crowds are left out as objects."""
     arrays = as_arrays(record, size, MOST_OBJECTS, mirrored=rng.random() < 0.5)
+    # A crowd's box holds many objects. Class 0 makes it background, as padding is.
     is_crowd = arrays.pop("is_crowd")
     return {**arrays, "classes": np.where(is_crowd, 0, arrays["classes"]).astype(np.int32)}

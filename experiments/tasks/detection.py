@@ -98,6 +98,7 @@ def draw_batch(rng: np.random.Generator, count: int, split: Split) -> Batch:
 
 
 def _train_batches(seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
+    # There is no set of scenes to go through: an epoch is a number of new ones.
     rng = np.random.default_rng((seed, epoch))
     for _ in range(STEPS_PER_EPOCH):
         yield draw_batch(rng, batch_size, "train")

@@ -56,6 +56,7 @@ def task(options: Options = DEFAULTS) -> Task:
       ValueError: the batch is larger than the training set.
     """
     recipe = options.changed(RECIPE)
+    # Test pairs are drawn at once, because the baseline needs them.
     tests = partial(eval_epoch, drawn_pairs("test", TEST_PAIRS), as_arrays, batch_size=_EVAL_BATCH)
     return optical_flow_task(
         name="flow",

@@ -94,6 +94,7 @@ class Options:
     @property
     def for_blocks(self) -> bool:
         """Whether the pattern is one of 1xN blocks, which some tasks have another recipe for."""
+        # Parsed here, so that a wrong pattern is an error before any data is read.
         return isinstance(nmjax.parse_pattern(self.pattern), nmjax.Block1xN)
 
 

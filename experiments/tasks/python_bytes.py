@@ -149,6 +149,7 @@ def task(
         show=partial(_show, network, sources.test, portion.window),
         baselines=baselines(sources),
         notes=(_note(sources),),
+        # Another Python has another library, and a run resumed there would be another one.
         identity=(("corpus", hashlib.sha256(sources.train.tobytes()).hexdigest()[:16]),),
     )
 
@@ -161,6 +162,7 @@ def baselines(sources: Sources) -> tuple[tuple[str, float], ...]:
     train, test = sources.train.astype(np.int64), sources.test.astype(np.int64)
     single = np.bincount(train, minlength=256) + 1
     pairs = np.bincount(256 * train[:-1] + train[1:], minlength=65536).reshape(256, 256) + 1
+    # Add-one smoothing: the counts above start at one.
     bits = -np.log2(single / single.sum())
     pair_bits = -np.log2(pairs / pairs.sum(axis=1, keepdims=True))
     return (
@@ -196,6 +198,7 @@ def _train_batches(
 ) -> Iterator[Batch]:
     rng = np.random.default_rng((seed, epoch))
     for step in range(portion.steps_per_epoch):
+        # Drawn for skipped steps too, so that a resumed epoch sees the same windows.
         starts = rng.integers(0, len(stream) - portion.window, batch_size)
         if step >= first_step:
             chosen = starts if rows is None else starts[rows]

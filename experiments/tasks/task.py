@@ -200,6 +200,7 @@ class Task:
         """The batches of an epoch from a step on, and of each the given rows."""
         if self.train_rows is not None:
             return self.train_rows(seed=seed, epoch=epoch, first_step=first_step, rows=rows)
+        # Skipped batches are made all the same: their random numbers come first.
         batches = islice(self.train_batches(seed, epoch), first_step, None)
         return ({name: values[rows] for name, values in batch.items()} for batch in batches)
 

@@ -101,6 +101,7 @@ class Flags(Options):
         for low, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
             for name in names:
                 value = getattr(self, name)
+                # None stands for the recipe's own number.
                 if value is not None and value < low:
                     raise ValueError(f"{name} must be at least {low}, got {value}")
         if self.ramp is not None and not 0 <= self.ramp[0] < self.ramp[1] <= 1:
@@ -136,6 +137,7 @@ def make_job(flags: Flags) -> Job:
 
 def make_task(flags: Flags) -> Task:
     """Makes the task, with the dense layers and the way it runs changed where a flag says so."""
+    # Flags are Options, so the task reads what it needs from them.
     task = find_task(flags.task)(flags)
     if flags.keep_dense is not None:
         task = dataclasses.replace(task, keep_dense=flags.keep_dense)

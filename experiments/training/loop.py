@@ -95,6 +95,7 @@ def train(
     default = task.recipe.strength(decoupled=job.method.decoupled)
     strength = default if lambda_w is None else lambda_w
     state = start if start is not None else begin(programs, seeds, strength)
+    # A checkpoint within an epoch goes on at its next step, with the batches that follow.
     first_epoch, first_step = divmod(state.steps_done(), task.steps_per_epoch)
     for epoch in range(first_epoch, task.recipe.epochs):
         began = time.perf_counter()
@@ -102,12 +103,14 @@ def train(
         rows = placement.rows_of(task.recipe.batch_size)
         batches = map(placement.put, _batches(job, seeds, epoch, first, rows))
         state = _train_epoch(job, programs, state, epoch, first, batches, watch_every, on_step)
+        # The state's arrays are still needed after the epoch, so nothing is donated here.
         forward = programs.forward(state.train)
         masks = programs.masks(state.train.params)
         state, measured = programs.close(state, masks, forward)
         done = epoch + 1
         is_due = done % evaluate_every == 0 or done == task.recipe.epochs
         test = evaluate(job, programs, state.train, placement) if is_due else {}
+        # The one wait for the device in an epoch that is not evaluated.
         measured = jax.device_get(measured)
         if not programs.seeds:
             measured = one_seed(measured)
@@ -118,6 +121,7 @@ def train(
 
 def begin(programs: Programs, seeds: Sequence[int], lambda_w: float) -> RunState:
     """The state of epoch 0; the same for the same seeds."""
+    # NumPy arrays of fixed dtypes: Python numbers would compile a second time.
     numbers, strengths = np.asarray(seeds, np.int32), np.full(len(seeds), lambda_w, np.float32)
     if not programs.seeds:
         numbers, strengths = numbers[0], strengths[0]
@@ -142,6 +146,7 @@ def evaluate(
     sums: dict[str, np.ndarray] = {}
     predictions = []
     for batch in job.task.read_test(placement.rows_of):
+        # All seeds are evaluated on the same examples.
         placed = placement.put(stack([batch] * seeds) if programs.seeds else batch)
         for name, value in programs.evaluate(forward, state.collections, placed).items():
             sums[name] = sums.get(name, 0) + np.atleast_1d(jax.device_get(value)).astype(float)
@@ -180,10 +185,12 @@ def _train_epoch(
     every, refresh_every = min(watch_every, steps), job.method.refresh_every or steps
     for index, batch in enumerate(batches, first):
         done = epoch * steps + index
+        # Before the refresh, in which the method chooses its masks.
         if programs.rearrange is not None and done == job.method.rearranges_at:
             run, topology = programs.rearrange(RunState(run, topology))
         if done % refresh_every == 0:
             run = programs.refresh(run)
+        # Masks before and after a step cost more than the step, so most steps are not watched.
         is_watched = index % every == every - 1
         before = programs.masks(run.params) if is_watched else None
         run = programs.step(run, batch)
@@ -197,6 +204,7 @@ def _batches(
     job: Job, seeds: Sequence[int], epoch: int, first_step: int, rows: Rows
 ) -> Iterator[Batch]:
     streams = [job.task.read(seed, epoch, first_step, rows) for seed in seeds]
+    # A single seed has no leading axis anywhere.
     if len(streams) == 1:
         return streams[0]
     return map(stack, zip(*streams, strict=True))

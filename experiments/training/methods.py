@@ -92,6 +92,7 @@ def one_shot(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
 
     Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (ASP).
     """
+    # Whole epochs, so that the masks are fixed where an epoch begins.
     half = recipe.epochs // 2 * steps_per_epoch
     return Method(
         nmjax.one_shot(plan, at_step=half),
@@ -243,6 +244,7 @@ def learning_rate(
     3, whose peak is 1 / sqrt(width * warmup).
     """
     decay = {"cosine": _cosine, "linear": _linear, "inverse_sqrt": _inverse_sqrt}[recipe.schedule]
+    # Each part has a warm-up and a decay of its own, scaled to its length.
     ends = (*restarts, recipe.epochs * steps_per_epoch)
     lengths = [end - start for start, end in zip((0, *restarts), ends, strict=True)]
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
@@ -269,6 +271,7 @@ def optimizer(
     """
     term, decay = method.transform(lambda_w), _weight_decay(recipe)
     if recipe.optimizer == "sgd":
+        # Decay before momentum is PyTorch's coupled weight decay; after Adam it is AdamW's.
         direction = [decay, optax.trace(recipe.momentum)]
     else:
         adam = optax.scale_by_adam(recipe.momentum, recipe.second_momentum)
@@ -294,6 +297,7 @@ def _nothing(lambda_w: ArrayLike) -> optax.GradientTransformation:
 
 
 def _soft_uniform(score: str, plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    # Rounded to whole epochs, because masks are renewed once an epoch.
     begin, end = (round(share * recipe.epochs) * steps_per_epoch for share in recipe.ramp)
     return Method(
         nmjax.soft_uniform_blocks(plan, nmjax.cubic_ramp(begin, end), score=score),

@@ -63,9 +63,11 @@ def sort_network(
       All three in the new order.
     """
     shapes = _shapes(variables["params"])
+    # Optimizers name momentum differently, so it is recognized by its shape.
     parts, structure = jax.tree.flatten(opt_state, is_leaf=lambda part: _shapes(part) == shapes)
     alike = [i for i, part in enumerate(parts) if _shapes(part) == shapes]
     trees = [variables, *({"params": tree} for tree in (*(parts[i] for i in alike), *masks))]
+    # The parameters decide each order, and sorting one group changes no norm of another.
     for group in channels:
         order = nmjax.l1_order(trees[0], group)
         trees = [_permute(tree, group, order) for tree in trees]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 import nmjax
 from experiments.distributed.layout import Layout
@@ -143,10 +144,13 @@ def make_programs(
     task, plan, method, accumulate = job
     training = (task, method, accumulate)
     jit = partial(_jit, over_seeds, layout)
+    is_explicit = layout is not None and layout.is_explicit
     return Programs(
         init=jit(_init, task),
         begin=jit(_begin, training),
-        rearrange=None if method.rearranges_at is None else jit(_rearrange, free_channels(job)),
+        rearrange=None
+        if method.rearranges_at is None
+        else jit(_rearrange, (free_channels(job), is_explicit)),
         refresh=jit(_refresh, method),
         step=jit(_step, training, donate=0),
         forward=jit(_forward, method),
@@ -181,6 +185,7 @@ def _jit(
     def placed(*args: Any) -> Any:
         return many(*args) if layout is None else layout.constrain(many(*args))
 
+    # Constrained inside of jit: a result placed afterwards would be copied once more.
     return jax.jit(placed, donate_argnums=donate)
 
 
@@ -193,6 +198,7 @@ def _begin(
 ) -> TrainState:
     _, method, _ = training
     params = variables["params"]
+    # 0 made the weights and steps use 2 and up, so no random number is used twice.
     sparse_key = jax.random.fold_in(jax.random.key(seed), 1)
     return TrainState(
         params=params,
@@ -207,11 +213,19 @@ def _begin(
     )
 
 
-def _rearrange(channels: tuple[nmjax.Channels, ...], state: RunState) -> RunState:
-    """Runs before a sparsifier chooses masks: those that it remembers already are not sorted."""
-    train, topology = state
-    variables, opt_state, (first, epoch) = sort_network(
-        channels,
+def _rearrange(fixed: tuple[tuple[nmjax.Channels, ...], bool], state: RunState) -> RunState:
+    """Runs before a sparsifier chooses masks: those that it remembers already are not sorted.
+
+    Earlier masks move with their weights. Blocks now hold other channels, though, so the masks of
+    this epoch differ from them by more than what training changed.
+    """
+    (channels, is_explicit), (train, topology) = fixed, state
+    sort = partial(sort_network, channels)
+    if is_explicit:
+        # JAX does not sort along an Explicit axis that is split. This happens once, so everything
+        # may be whole on every device until the layout splits it again.
+        sort = jax.sharding.auto_axes(sort, out_sharding=PartitionSpec())
+    variables, opt_state, (first, epoch) = sort(
         {"params": train.params, **train.collections},
         train.opt_state,
         (topology.first, topology.epoch),
@@ -230,6 +244,7 @@ def _refresh(method: Method, state: TrainState) -> TrainState:
 
 def _step(training: Training, state: TrainState, batch: Batch) -> TrainState:
     task, method, parts = training
+    # From seed and step alone: a resumed run draws the same numbers.
     key = jax.random.fold_in(jax.random.key(state.seed), state.step + 2)
     tx = _optimizer(training, state.lambda_w)
     # None: transformations that need masks compute them from the weights.
@@ -255,6 +270,7 @@ def _step(training: Training, state: TrainState, batch: Batch) -> TrainState:
         )
         loss = losses.mean()
     params, collections, opt_state = kept
+    # Noted on the device and read at the end of the epoch, so that no step has to wait.
     is_first_bad = ~jnp.isfinite(loss) & (state.bad_step < 0)
     return state._replace(
         params=params,

@@ -101,6 +101,7 @@ def choose(
         is_object=found.is_object & there, is_background=found.is_background & there
     )
     objects, background = sample(key, found, count=count, share=0.25)
+    # Objects first, then background, then what was not drawn, which weighs nothing.
     priority = 2 * objects.astype(jnp.int32) + background.astype(jnp.int32)
     rank, at = jax.lax.top_k(priority, min(count, len(priority)))
     return Chosen(
@@ -160,6 +161,7 @@ def _coded(
     boxes: jax.Array, anchors: jax.Array, is_object: jax.Array, weights: tuple[float, ...]
 ) -> jax.Array:
     """Codes of objects; zero elsewhere, where boxes without sides would have none."""
+    # `where` after the logarithm would be too late: its gradient would still be NaN.
     unit = jnp.array([0, 0, 1, 1], boxes.dtype)
     boxes, anchors = (jnp.where(is_object[:, None], x, unit) for x in (boxes, anchors))
     return encode(boxes, anchors, weights)

@@ -193,6 +193,7 @@ class MaskRCNN(nn.Module):
                 raise ValueError("a model with masks needs true masks, got only boxes")
             # Objects come first among the chosen.
             first = jax.tree.map(lambda x: x[:, : self.box_samples // 4], chosen)
+            # At most a quarter of the chosen are objects, and only objects have masks to learn.
             drawn = self._flat(self.masks, self._crop(maps, first.boxes, self.mask_size))
             stride = mask_stride(_size(images), truth.masks.shape[2:])
             own_loss = partial(mask_loss, stride=stride)

@@ -47,11 +47,13 @@ def match(
       keep_best: an object's best candidates show it, however small the overlap, or objects
         between two anchors would never be learned.
     """
+    # Padding overlaps with nothing, less than boxes that do not touch.
     overlap = jnp.where(is_there, iou(candidates, objects), -1.0)
     most = overlap.max(axis=1)
     found, is_object = overlap.argmax(axis=1), most >= above
     if keep_best:
         best = overlap.max(axis=0)
+        # Without `best > 0`, padding would make every candidate an object.
         is_object |= jnp.any((overlap == best) & (best > 0), axis=1)
     return Match(found, is_object, ~is_object & (most < below))
 
@@ -77,6 +79,8 @@ def sample(
 
 def _draw(key: jax.Array, among: jax.Array, count: jax.Array | int) -> jax.Array:
     """Marks `count` of those marked, or all if there are fewer."""
+    # A static shape: everything draws a lot, and what is not among them draws the worst.
     lots = jnp.where(among, jax.random.uniform(key, among.shape), 2.0)
+    # The order of the order is the rank of each.
     rank = jnp.argsort(jnp.argsort(lots))
     return among & (rank < count)

@@ -69,6 +69,7 @@ def propose(
         )
         coded = jax.lax.stop_gradient(level_codes)[at]
         boxes = clip(decode(coded, jnp.asarray(level_anchors)[at], REGION_WEIGHTS), *image)
+        # Shapes are static, so what is thrown out stays in place with a score of -inf.
         best = jnp.where(_is_long(boxes), best, -jnp.inf)
         stays = suppress(boxes, best, threshold)
         found_boxes.append(boxes)
@@ -106,6 +107,7 @@ def detect(
       lowest: score that is reported.
       threshold: of the suppression.
     """
+    # Class 0 is the background, which is not reported; hence the + 1 below.
     scores = jnp.where(is_there[:, None], jax.nn.softmax(logits)[:, 1:], 0)
     classes = scores.shape[1]
     best, at = jax.lax.top_k(scores.reshape(-1), min(candidates, scores.size))

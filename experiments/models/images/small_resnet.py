@@ -56,6 +56,7 @@ def conv_by_matmul(
         for i in range(rows)
         for j in range(columns)
     ]
+    # Channels of all taps side by side, tap by tap, as the kernel's rows are once it is flattened.
     return jnp.concatenate(taps, axis=-1) @ kernel.reshape(-1, features)
 
 

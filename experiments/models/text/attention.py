@@ -102,6 +102,7 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
     Source: Vaswani et al., 2017, section 3.5.
     """
+    # In NumPy and float64: for late positions float32 angles would be off by many ulps.
     rates = 10_000.0 ** (-np.arange(width // 2) / (width // 2))
     angles = np.arange(length)[:, None] * rates
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)

@@ -103,11 +103,14 @@ def beam_search(
         logs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, beams, -1)
         logs = state.scores[..., None] + logs
         best, best_score = _end(state, logs[..., end], end, penalty(index + 1))
+        # Sequences that end were scored above; those that go on may write anything else.
         logs = logs.at[..., jnp.array([begin, end, padding])].set(-jnp.inf)
+        # Beams and tokens compete together: a beam may continue several times, or not at all.
         scores, chosen = jax.lax.top_k(logs.reshape(batch, -1), beams)
         beam, token = jnp.divmod(chosen, logs.shape[-1])
         tokens = jnp.take_along_axis(state.tokens, beam[..., None], axis=1)
         tokens = tokens.at[:, :, index].set(token)
+        # The cache follows the beams that were chosen, so that each continues its own beginning.
         rows = (jnp.arange(batch)[:, None] * beams + beam).reshape(-1)
         return Beams(index + 1, tokens, scores, best, best_score, cache.take(rows))
 
@@ -156,6 +159,7 @@ def draw(
 
     def write(carry: tuple[jax.Array, Any], index: jax.Array) -> tuple[Any, jax.Array]:
         drawn, cache = carry
+        # Within the prompt the given token is read, and what the model drew is ignored.
         tokens = jnp.where(index < given, padded[:, index], drawn)
         logits, cache = step(tokens, index, cache)
         logits = logits.astype(jnp.float32) / temperature
@@ -165,4 +169,5 @@ def draw(
 
     steps = jnp.arange(given + length - 1)
     _, drawn = jax.lax.scan(write, (prompt[:, 0], cache), steps)
+    # What is drawn at the prompt's last token is the first one added.
     return drawn[given - 1 :].T

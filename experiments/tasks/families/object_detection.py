@@ -110,6 +110,7 @@ def detection_scores(
       batches: see `object_detection_task`; images and masks are not needed.
       predictions: `Seen` of each batch.
     """
+    # pycocotools prefers masks where it gets both, and would score boxes by them.
     boxes_only = [Seen(seen.found._replace(masks=None), None) for seen in predictions]
     boxes = _precision(image_shape, batches, boxes_only, "bbox")
     scores = {f"box {name}": value for name, value in boxes.items()}
@@ -195,6 +196,7 @@ def draw_objects(pixels: Pixels, objects: Annotated, which: Any, enlarge: int = 
     canvas = np.repeat(np.repeat(pixels, enlarge, axis=0), enlarge, axis=1).astype(float)
     for index in which:
         if objects.masks is not None:
+            # Masks may be coarser than the image, and the canvas is larger.
             side = len(canvas) // objects.masks.shape[1]
             mask = np.kron(objects.masks[index] != 0, np.ones((side, side))) > 0
             canvas[mask] = (canvas[mask] + _color(objects.classes[index])) / 2

@@ -88,6 +88,7 @@ def translation_task(
     ) -> tuple[jax.Array, Variables]:
         options = {"train": True, "rngs": {"dropout": key}}
         values = losses(params, batch, recipe.label_smoothing, **options)
+        # Over tokens, not sentences: a long sentence counts more, as in the papers.
         return masked_mean(values, batch["target"] != PADDING), collections
 
     def evaluate(params: Any, collections: Variables, batch: Batch) -> Sums:
@@ -100,6 +101,7 @@ def translation_task(
         del collections
         return translate(network, params, jnp.asarray(batch["source"]), length=length, beams=beams)
 
+    # What a reader compares BLEU with: scores that need no learning.
     trivial = _without_learning(vocabulary, train, texts, bleu_tokens)
     batches = partial(training_batches, train, recipe.batch_size)
     tests = partial(evaluation_batches, test, eval_batch_size)
@@ -208,6 +210,7 @@ def _score(
 ) -> dict[str, float]:
     translations, chosen = [], []
     for batch, tokens in zip(batches, predictions, strict=True):
+        # Padded rows translate to something too, which must not count.
         rows = np.flatnonzero(batch["valid"])
         translations += vocabulary.decode(tokens[rows])
         chosen += [references[index] for index in batch["index"][rows]]
@@ -225,6 +228,7 @@ def _show(
 ) -> list[Shown]:
     """Translations of test sentences, the longest first and the shortest last of those shown."""
     del collections
+    # The same sentences at every call, so that networks can be compared side by side.
     lengths = (test.source != PADDING).sum(axis=1)
     longest_first = np.argsort(-lengths, kind="stable")
     rows = longest_first[np.linspace(0, len(lengths) - 1, _SHOWN).astype(int)]

@@ -110,9 +110,17 @@ def test_a_mesh_trains_as_one_device_does(alone, layout, axis_type):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["one_shot", "subp"])
-def test_methods_that_remember_masks(alone, method):
-    report, _ = run(make_job(method), "fsdp" if method == "one_shot" else "data parallel")
+@pytest.mark.parametrize(
+    ("method", "layout", "axis_type"),
+    [
+        ("one_shot", "fsdp", AxisType.Auto),
+        ("subp", "data parallel", AxisType.Auto),
+        ("one_by_n", "fsdp", AxisType.Auto),
+        ("one_by_n", "tensor", AxisType.Explicit),
+    ],
+)
+def test_methods_that_remember_masks(alone, method, layout, axis_type):
+    report, _ = run(make_job(method), layout, axis_type)
     assert_the_same(report, alone(method))
     masks = report.state.train.sparse.masks
     for name, kernel in named_leaves(report.state.train.params).items():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.distributed.seeds import fastest
 from experiments.tasks import digits
 from experiments.tasks.families.classification import classification_task
 from experiments.training.job import assemble_job
@@ -31,11 +32,14 @@ def batches(job, step):
     return jax.tree.map(lambda *parts: np.stack(parts), *rows)
 
 
-@pytest.fixture(scope="module", params=["sgd", "adamw"])
+@pytest.fixture(
+    scope="module", params=[("sgd", jax.vmap), ("sgd", fastest(len(SEEDS))), ("adamw", jax.vmap)]
+)
 def trained(request):
     """Job, programs and a state of three seeds after some dense steps, with momentum."""
-    job = make_job(epochs=4, optimizer=request.param)
-    programs = make_programs(job, over_seeds=jax.vmap)
+    optimizer, over_seeds = request.param
+    job = make_job(epochs=4, optimizer=optimizer)
+    programs = make_programs(job, over_seeds=over_seeds)
     run, topology = begin(programs, SEEDS, 0.0)
     for step in range(7):
         run = programs.step(run, batches(job, step))

@@ -171,11 +171,12 @@ def test_cifar10_from_disk(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--task", "imagenet2012"], "tfds build imagenet2012 --file_format=array_record"),
+        (["--task", "mnist"], "no task named 'mnist'; there are cifar10, coco"),
         (["--pattern", "2-4"], "2-4"),
         (["--pattern", "2:5"], "kernel"),
         (["--method", "magic"], "no method is called 'magic'; there are dense"),
         (["--method", "ste", "--lambda-w", "1"], "'ste' has no sparse-refined term"),
-        (["--model", "resnet18"], "digits is trained with the model small_resnet"),
+        (["--model", "resnet18"], "no model named 'resnet18'; there are small_resnet"),
         (["--devices", "2"], "a batch of 25 does not split evenly over 2 devices"),
         (["--devices", "99"], "devices must be from 1 to 8, got 99"),
         (["--mesh", "data=3"], "has 3 devices, which does not divide the 8 present"),
@@ -205,8 +206,7 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, capsys, flags, message):
     [
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--ramp", "0.5", "0.1"], "ramp must be two rising fractions of the epochs"),
-        (["--seeds", "1", "1"], "seeds must be different"),
-        (["--task", "mnist"], "imagenet2012"),
+        (["--seeds", "1", "1"], "seeds must be distinct"),
         (["--lamda-w", "1"], "--lambda-w"),
     ],
 )
