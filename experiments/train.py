@@ -11,7 +11,7 @@ import tyro
 
 from experiments.distributed.processes import join_processes, leave
 from experiments.training.flags import Flags
-from experiments.training.run import COMPLETE, PREEMPTED, finish, open_run
+from experiments.training.run import COMPLETE, PREEMPTED, Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = None
     try:
         join_processes(flags.distributed, flags.coordinator, flags.processes, flags.process)
-        run = open_run(flags)
-        status = finish(run)
+        run = Run(flags)
+        status = run.finish()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1

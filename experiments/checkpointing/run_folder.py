@@ -14,11 +14,10 @@ from types import MappingProxyType
 from typing import IO, Any, Literal
 
 from experiments.distributed.processes import REFUSALS, is_first, tell_all, together
-from experiments.json_files import Numbers, differences, read_json, write_json
+from experiments.json_files import Numbers, differences, write_json
 
 # What to do with an earlier run in the folder: go on with it, refuse to touch it, or start over.
 Earlier = Literal["resume", "refuse", "replace"]
-Deciding = Callable[[Numbers], Numbers]
 
 _LOCK, _SETTINGS = ".lock", "settings.json"
 
@@ -31,7 +30,7 @@ def open_folder(
     settings: Numbers,
     *,
     earlier: Earlier,
-    deciding: Deciding = dict,
+    deciding: Callable[[Numbers], Numbers] = dict,
     texts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[], None]:
     """Takes a folder for a run and writes the settings there. Every process must call this.
@@ -51,17 +50,21 @@ def open_folder(
     """
 
     def claim() -> IO[str] | None:
-        lock = take(path) if is_first() else None
-        if lock is not None:
-            try:
-                _keep(path, settings, earlier, deciding)
-                for name, text in texts.items():
-                    (path / name).write_text(f"{text}\n")
-            except BaseException:
-                lock.close()
-                raise
+        if not is_first():
+            return None
+        lock = take(path)
+        try:
+            _check_earlier(path, settings, earlier, deciding)
+            write_json(path / _SETTINGS, settings, indent=2)
+            for name, text in texts.items():
+                (path / name).write_text(f"{text}\n")
+        except BaseException:
+            lock.close()
+            raise
         return lock
 
+    # Through JSON, so that tuples and paths compare as they are read back.
+    settings = json.loads(json.dumps(settings, default=str))
     lock = together(claim, REFUSALS)
     owner = tell_all(_this_process())[0]
     together(partial(check_shared, path, owner), REFUSALS)
@@ -109,21 +112,16 @@ def check_shared(path: Path, owner: str) -> None:
     )
 
 
-def _keep(folder: Path, settings: Numbers, earlier: Earlier, deciding: Deciding) -> None:
-    """Writes the settings, unless the folder holds a run that does not go on with them."""
+def _check_earlier(
+    folder: Path, settings: Numbers, earlier: Earlier, deciding: Callable[[Numbers], Numbers]
+) -> None:
     path = folder / _SETTINGS
-    # Through JSON, so that tuples and paths compare as they are read back.
-    settings = json.loads(json.dumps(settings, default=str))
-    if path.exists() and earlier == "refuse":
+    if earlier == "replace" or not path.exists():
+        return
+    if earlier == "refuse":
         raise ValueError(f"{folder} already holds a run: give --resume to go on, or another --name")
-    if path.exists() and earlier == "resume":
-        _check_same(path, settings, deciding)
-    write_json(path, settings, indent=2)
-
-
-def _check_same(path: Path, settings: Numbers, deciding: Deciding) -> None:
     try:
-        before = deciding(read_json(path))
+        before = deciding(json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold the settings of a run: {error!r}. If you have no copy, delete "
@@ -131,7 +129,7 @@ def _check_same(path: Path, settings: Numbers, deciding: Deciding) -> None:
         ) from error
     if changed := differences(deciding(settings), before):
         raise ValueError(
-            f"the run in {path.parent} cannot be resumed with other settings: {changed}. Give the "
+            f"the run in {folder} cannot be resumed with other settings: {changed}. Give the "
             "flags it was started with, or another --name"
         )
 

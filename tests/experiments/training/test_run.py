@@ -16,7 +16,7 @@ from experiments.json_files import JsonLines
 from experiments.tasks.task import Metric
 from experiments.train import main
 from experiments.training.flags import Flags
-from experiments.training.run import _score, open_run
+from experiments.training.run import Run, _score
 from nmjax.files.checkpoints import read_checkpoint
 from tests.experiments.prepared import cifar10_examples, prepare
 
@@ -112,7 +112,7 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(whole, capsys):
 def test_several_devices_and_seeds_compute_the_same(whole):
     flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", "mesh"]
     flags += ["--devices", "4", "--seeds", "0", "3"]
-    run = open_run(tyro.cli(Flags, args=flags))
+    run = Run(tyro.cli(Flags, args=flags))
     run.release()
     leaf = run.state.train.params["stem"]["kernel"]
     assert leaf.shape[0] == 2
