@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Literal
 
-from experiments.distributed.processes import REFUSALS, is_first, tell_all, together
+from experiments.distributed.processes import is_first, tell_all, together
 from experiments.json_files import Numbers, differences, write_json
 
 # What to do with an earlier run in the folder: go on with it, refuse to touch it, or start over.
@@ -65,9 +65,9 @@ def open_folder(
 
     # Through JSON, so that tuples and paths compare as they are read back.
     settings = json.loads(json.dumps(settings, default=str))
-    lock = together(claim, REFUSALS)
+    lock = together(claim)
     owner = tell_all(_this_process())[0]
-    together(partial(check_shared, path, owner), REFUSALS)
+    together(partial(check_shared, path, owner))
     return (lambda: None) if lock is None else lock.close
 
 

@@ -16,9 +16,6 @@ T = TypeVar("T")
 # What JAX reads where it is not told the coordinator.
 _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 
-# What a run that cannot start raises, for `together`.
-REFUSALS = (ValueError, OSError)
-
 
 def join_processes(
     distributed: bool, coordinator: str | None, processes: int | None, process: int | None
@@ -60,10 +57,9 @@ def is_first() -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process at once, even if other processes of its run have not finished.
+    """Ends this process at once, and JAX then ends the others.
 
-    Python's own exit would wait minutes for them, and they may be waiting for this one. JAX ends
-    them when it notices.
+    Python's own exit would wait minutes for them, and they may be waiting for this one.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -79,7 +75,9 @@ def tell_all(text: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode() for row in np.atleast_2d(rows)]
 
 
-def together(act: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+def together(
+    act: Callable[[], T], errors: tuple[type[Exception], ...] = (ValueError, OSError)
+) -> T:
     """Returns what `act` returns if it succeeds in every process; otherwise every process raises.
 
     Each process must call this, and waits for the others. If one failed by itself, the others
@@ -87,14 +85,13 @@ def together(act: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
 
     Args:
       act: must not wait for other processes.
-      errors: kinds that it may raise, each built from one text, the most severe first.
+      errors: kinds that it may raise, each built from one text, the most severe first. Any other
+        kind is more severe still, and becomes a RuntimeError in the other processes.
 
     Raises:
       The most severe kind that `act` raised anywhere: this process's own error if it is of that
-      kind, or one with the text of the first process that raised it. An error of any other kind
-      is more severe than all these, and becomes a RuntimeError in the other processes.
+      kind, or one with the text of the first process that raised it.
     """
-    kinds: tuple[type[Exception], ...] = (RuntimeError, *errors)
     failure: Exception | None = None
     grade, own = 0, ""
     try:
@@ -112,4 +109,5 @@ def together(act: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
     worst, process, text = min((int(number), process, text) for (number, _, text), process in said)
     if failure is not None and grade == worst:
         raise failure
+    kinds: tuple[type[Exception], ...] = (RuntimeError, *errors)
     raise kinds[worst](f"process {process}: {text}") from failure

@@ -14,7 +14,7 @@ import jax
 
 from experiments.checkpointing.checkpoints import Checkpoints
 from experiments.checkpointing.run_folder import open_folder
-from experiments.distributed.processes import REFUSALS, is_first, together
+from experiments.distributed.processes import is_first, together
 from experiments.distributed.stopping import preemption
 from experiments.json_files import JsonLines
 from experiments.tasks.task import Task
@@ -50,10 +50,10 @@ class Run:
             folder. An error in one process ends all.
         """
         self.flags = flags
-        self.job = job = together(partial(make_job, flags), REFUSALS)
+        self.job = job = together(partial(make_job, flags))
         self.lambda_w = strength(flags, job.task.recipe)
         place = partial(make_run_placement, flags, job)
-        self.placement = placement = together(place, REFUSALS)
+        self.placement = placement = together(place)
         settings = settings_of(flags, job)
         check_alike(settings, job.task.steps_per_epoch)
         self.release = open_folder(
