@@ -15,14 +15,10 @@ from experiments.training.run import COMPLETE, PREEMPTED, Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `python -m experiments.train`.
+    """Runs `python -m experiments.train`, with the flags of the command line or these.
 
-    Args:
-      argv: flags; None for those of the command line.
-
-    Returns:
-      The exit status: 0 if the run is complete, 130 if Ctrl-C stopped it, 143 if SIGTERM stopped
-      it, 1 if it cannot go on.
+    Returns the exit status: 0 for a complete run, 130 after Ctrl-C, 143 after SIGTERM, 1 for a run
+    that cannot go on.
     """
     flags = tyro.cli(Flags, args=argv, prog="python -m experiments.train")
     run = None

@@ -86,7 +86,7 @@ class Checkpoints:
         Waits for the checkpoint before. Old checkpoints go when this one is written.
 
         Args:
-          steps: steps done; not those of another checkpoint.
+          steps: done so far; not those of another checkpoint.
           state: a pytree of arrays.
           score: for `keep_best`.
 
@@ -133,18 +133,18 @@ class Checkpoints:
           OSError: this machine lacks memory, files or permission to read it, or a damaged one
             cannot be renamed.
         """
-        failed: dict[int, str] = {}
+        damaged: dict[int, str] = {}
         for steps in sorted(self._manager.all_steps(), reverse=True):
             try:
                 state = self._read(steps, like)
             except DamagedError as error:
-                failed[steps] = str(error)  # The error itself holds arrays.
+                damaged[steps] = str(error)  # The error itself holds arrays.
                 continue
-            for damaged, cause in failed.items():
-                self._put_aside(damaged, cause)
+            for newer, cause in damaged.items():
+                self._put_aside(newer, cause)
             return steps, state
-        if failed:
-            steps, cause = next(iter(failed.items()))
+        if damaged:
+            steps, cause = next(iter(damaged.items()))
             raise ValueError(
                 f"no checkpoint in {self.folder} is whole; that of {steps} steps: {cause}. All "
                 "stay as they are; move the run's folder away to start over"

@@ -21,9 +21,6 @@ Earlier = Literal["resume", "refuse", "replace"]
 
 _LOCK, _SETTINGS = ".lock", "settings.json"
 
-# Seconds between looks at a folder that does not show its owner.
-_PAUSES = (0, 0.5, 1, 2, 2)
-
 
 def open_folder(
     path: Path,
@@ -37,13 +34,13 @@ def open_folder(
 
     Args:
       path: a folder that all processes share.
-      settings: of the run, nested dicts.
+      settings: nested dicts.
       earlier: what to do with a run that is there.
       deciding: settings -> those in which a resumed run must agree.
       texts: file name -> what else to write there, for readers.
 
     Returns:
-      A function that gives the folder back. So does the end of the process, however it ends.
+      A function that gives the folder back, as the end of the process does.
 
     Raises:
       ValueError: the folder is in use, holds another run, or is not the same in all processes.
@@ -72,10 +69,9 @@ def open_folder(
 
 
 def take(path: Path) -> IO[str]:
-    """Locks a folder, and creates it if needed; returns the open lock file, which owns it.
+    """Locks a folder, creating it if needed; returns the open lock file, which owns it.
 
-    Raises:
-      ValueError: another run has the folder; says which process.
+    Raises a ValueError that names the owner if another run has the folder.
     """
     path.mkdir(parents=True, exist_ok=True)
     # "a+" and not "w": the file must keep the owner's name until we have the lock.
@@ -98,12 +94,9 @@ def take(path: Path) -> IO[str]:
 
 
 def check_shared(path: Path, owner: str) -> None:
-    """Raises ValueError if this process does not see within seconds that `owner` has the folder.
-
-    A network disk may show old content for a while.
-    """
-    for pause in _PAUSES:
-        time.sleep(pause)
+    """Raises ValueError if this process does not see within seconds that `owner` has the folder."""
+    for seconds in (0, 0.5, 1, 2, 2):  # A network disk may show old content for a while.
+        time.sleep(seconds)
         if (path / _LOCK).exists() and (path / _LOCK).read_text().strip() == owner:
             return
     raise ValueError(

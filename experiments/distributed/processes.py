@@ -22,20 +22,15 @@ def join_processes(
 ) -> None:
     """Connects this process with the others of its run. Call it before JAX computes anything.
 
-    Args:
-      distributed: whether to ask the cluster (Slurm, Open MPI, Kubernetes, TPU) for what is not
-        given. JAX_COORDINATOR_ADDRESS in the environment implies it and replaces `coordinator`.
-      coordinator: "host:port" of process 0.
-      processes: how many there are.
-      process: which one this is, from 0.
+    The arguments are the flags of these names. JAX_COORDINATOR_ADDRESS in the environment implies
+    `distributed` and replaces `coordinator`.
 
     Raises:
-      ValueError: only some of the last three are given and there is no cluster to ask, or the
-        cluster does not know the rest.
+      ValueError: the last three are incomplete, and no cluster knows the rest.
     """
-    given = (coordinator, processes, process)
+    given = {coordinator, processes, process}
     distributed = distributed or bool(os.environ.get(_COORDINATOR))
-    if not distributed and given == (None, None, None):
+    if not distributed and given == {None}:
         return
     if not distributed and None in given:
         raise ValueError(
@@ -93,7 +88,7 @@ def together(
       kind, or one with the text of the first process that raised it.
     """
     failure: Exception | None = None
-    grade, own = 0, ""
+    grade, own = 0, ""  # What the others are told; "0 ..." is the most severe.
     try:
         result = act()
     except Exception as error:

@@ -16,17 +16,12 @@ _DIGITS = 6
 
 def epoch_numbers(report: EpochReport) -> Numbers:
     """Returns the numbers of a report, without its state and its seconds."""
-    names = ("epoch", "train_loss", "test", "sad_first", "sad_epoch", "flip_rate", "density")
-    numbers = {name: getattr(report, name) for name in names}
-    return {**numbers, "blocks": report.blocks} if report.blocks else numbers
+    unwanted = {"state", "seconds"} if report.blocks else {"state", "seconds", "blocks"}
+    return {name: value for name, value in vars(report).items() if name not in unwanted}
 
 
 def brief_epoch_numbers(report: EpochReport) -> Numbers:
-    """Returns `epoch_numbers` with what is large summed, or left out where nothing was evaluated.
-
-    "sad_first" is summed over the layers; evaluated epochs have "sad_layers" too. Where masks of
-    blocks are remembered there are "sad_used" and "regrown", and "kept_rows" in evaluated epochs.
-    """
+    """Returns `epoch_numbers` summed over layers; only evaluated epochs keep those of each."""
     numbers = epoch_numbers(report)
     layers, blocks = numbers["sad_first"], numbers.pop("blocks", {})
     numbers["sad_first"] = np.sum(list(layers.values()), axis=0)
@@ -41,7 +36,7 @@ def brief_epoch_numbers(report: EpochReport) -> Numbers:
 
 @dataclass(frozen=True)
 class Trial:
-    """One method at one pattern with one strength, for all seeds.
+    """One method at one pattern with one strength, for all seeds, which train together.
 
     Attributes:
       part: "main" for the table; "sweep" for further strengths of SR-STE; "shapes" for the run
@@ -49,7 +44,6 @@ class Trial:
       pattern: such as "2:4".
       method: a row of `experiments.training.methods.METHODS`.
       lambda_w: strength of the sparse-refined term; 0 where the method has none.
-      seeds: trained together.
     """
 
     part: str
@@ -76,25 +70,24 @@ class Results:
     def __init__(self, folder: Path, settings: Numbers, *, resume: bool) -> None:
         """Starts over, or goes on with what the folder holds."""
         self.path = folder / "results.json"
-        self.data: Numbers = {"settings": plain(settings, _DIGITS), "machine": machine()}
-        self.data["trials"] = []
+        self.data: Numbers = {"settings": settings, "machine": machine(), "trials": []}
         if resume and self.path.exists():
             self.data = read_json(self.path)
 
     def find(self, trial: Trial) -> Numbers | None:
         """Returns the entry of a finished trial."""
-        wanted = plain(asdict(trial), _DIGITS)
-        for entry in self.data["trials"]:
-            if all(entry[name] == value for name, value in wanted.items()):
-                return dict(entry)
-        return None
+        wanted = plain(asdict(trial), _DIGITS).items()
+        entries: list[Numbers] = self.data["trials"]
+        return next((entry for entry in entries if wanted <= entry.items()), None)
 
-    def add(self, trial: Trial, reports: list[Numbers], seconds: float, error: str = "") -> None:
+    def add(self, trial: Trial, epochs: list[Numbers], seconds: float, error: str) -> None:
         """Adds a finished trial, or one that an error ended, and saves."""
-        entry = {**asdict(trial), "seconds": seconds, "error": error, "epochs": reports}
-        self.data["trials"].append(plain(entry, _DIGITS))
+        entry = {**asdict(trial), "seconds": seconds, "error": error, "epochs": epochs}
+        self.data["trials"].append(entry)
         self.save()
 
     def save(self) -> None:
         """Writes the file, whole or not at all."""
-        write_json(self.path, plain(self.data, _DIGITS), separators=(",", ":"))
+        # The report of a comparison must be the same now and after it is read back.
+        self.data = plain(self.data, _DIGITS)
+        write_json(self.path, self.data, separators=(",", ":"))
