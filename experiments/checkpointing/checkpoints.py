@@ -200,18 +200,21 @@ class Checkpoints:
         return jax.jit(function, out_shardings=shardings)
 
     def _put_aside(self, steps: int, cause: str) -> None:
-        path = self.folder / str(steps)
-        aside = path.with_name(f"damaged-{steps}")
-        while aside.exists():
-            aside = aside.with_name(f"{aside.name}-again")
-        together(lambda: path.rename(aside) if is_first() else None)
-        self._manager.reload()
-        if is_first():
+        def rename() -> None:
+            if not is_first():
+                return
+            path, aside = self.folder / str(steps), self.folder / f"damaged-{steps}"
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}-again")
+            path.rename(aside)
             print(
                 f"warning: the checkpoint {path} is damaged: {cause}; it is now {aside.name}, and "
                 "the one before is used",
                 file=sys.stderr,
             )
+
+        together(rename)
+        self._manager.reload()
 
     @contextmanager
     def _naming_what_is_left(self) -> Iterator[None]:

@@ -80,15 +80,13 @@ def take(path: Path) -> IO[str]:
         # The lock belongs to the open file, so the system takes it back from a dead process.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        lock.seek(0)
-        owner = lock.read().strip() or "another process"
         lock.close()
+        owner = (path / _LOCK).read_text().strip() or "another process"
         raise ValueError(
             f"{path} is in use by {owner}: wait for that run to end, or give another --name"
         ) from error
     lock.truncate(0)
-    lock.write(_this_process() + "\n")
-    lock.flush()
+    print(_this_process(), file=lock, flush=True)
     os.fsync(lock.fileno())  # Only then do other hosts see it.
     return lock
 
