@@ -95,14 +95,17 @@ def together(
         failure = error
         grade = next((at for at, kind in enumerate(errors, 1) if isinstance(error, kind)), 0)
         name = type(error).__name__
-        own = f"{grade} {(str(error) or name) if grade else f'{name}: {error}'}"
-    said = [(text.partition(" "), process) for process, text in enumerate(tell_all(own)) if text]
+        own = f"{grade} " + ((str(error) or name) if grade else f"{name}: {error}")
+    said = []
+    for process, text in enumerate(tell_all(own)):
+        number, _, cause = text.partition(" ")
+        said += [(int(number), process, cause)] if text else []
     if not said:
         return result
     # The kind must be the same everywhere: callers treat kinds differently, and one that goes on
     # would wait where the others never come.
-    worst, process, text = min((int(number), process, text) for (number, _, text), process in said)
+    worst, process, cause = min(said)
     if failure is not None and grade == worst:
         raise failure
     kinds: tuple[type[Exception], ...] = (RuntimeError, *errors)
-    raise kinds[worst](f"process {process}: {text}") from failure
+    raise kinds[worst](f"process {process}: {cause}") from failure

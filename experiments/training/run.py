@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 
 import jax
@@ -52,8 +53,7 @@ class Run:
         self.flags = flags
         self.job = job = together(partial(make_job, flags))
         self.lambda_w = strength(flags, job.task.recipe)
-        place = partial(make_run_placement, flags, job)
-        self.placement = placement = together(place)
+        self.placement = placement = together(partial(make_run_placement, flags, job))
         settings = settings_of(flags, job)
         check_alike(settings, job.task.steps_per_epoch)
         self.release = open_folder(
@@ -96,17 +96,14 @@ class Run:
         _say(opening(self.flags, self.job, self.lambda_w, self.steps_done))
         status = COMPLETE
         try:
-            with preemption() as is_told, self.placement.active():
+            with closing(self.checkpoints), preemption() as is_told, self.placement.active():
                 self._train(is_told)
         except KeyboardInterrupt:
             status = INTERRUPTED
         except _Preempted:
             status = PREEMPTED
         finally:
-            try:
-                self.checkpoints.close()
-            finally:
-                self.release()
+            self.release()
         if status != COMPLETE:
             epochs, steps = divmod(self.checkpoints.latest() or 0, self.job.task.steps_per_epoch)
             within = f", step {steps}" if steps else ""
