@@ -38,6 +38,7 @@ def make_norm(
     train: bool, *, name: str, zero: bool = False, dtype: Any = jnp.float32
 ) -> nn.BatchNorm:
     """Batch normalization; `zero` starts its scale at 0."""
+    # Flax's momentum is the share of the old statistics: PyTorch's default 0.1 is 0.9 here.
     init = nn.initializers.zeros if zero else nn.initializers.ones
     return nn.BatchNorm(
         use_running_average=not train,
@@ -51,6 +52,7 @@ def make_norm(
 
 def make_head(num_classes: int) -> nn.Dense:
     """The layer named "head" that makes logits of the mean over the image, in float32."""
+    # No dtype: the float32 of input and parameters decides, whatever the network computes in.
     return nn.Dense(num_classes, kernel_init=_head_init, name="head")
 
 
