@@ -215,6 +215,7 @@ class _Selection:
     def _axes(self, name: str, shapes: Mapping[str, Shape]) -> Axes | str:
         rule = first_match(self.axes, name)
         if rule is None:
+            # `layout` gets all shapes, because the names of siblings distinguish some layers.
             return layout(name, shapes)
         try:
             return given_axes(self.axes[rule], len(shapes[name]))

@@ -77,6 +77,7 @@ def built() -> dict[str, Any]:
     states, failed = {}, []
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     steps: dict[str, tuple[str | None, Callable[[], Any]]] = {
+        # Why it is skipped, or None; and what compiles it.
         "cusparselt": (
             build.why_no_cusparselt() if compiler else "no g++",
             lambda: build.compile_cusparselt(str(compiler)),
@@ -246,6 +247,7 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {path}")
+    # True exits with status 1.
     sys.exit('"failed": ' in json.dumps(results))
 
 

@@ -116,6 +116,7 @@ def operands(product: Product) -> tuple[list[jax.Array], list[jax.Array]]:
     """Inputs, and dense weights (inputs, outputs) that are not pruned."""
     count = range(product.repeats)
     xs = [numbers((product.rows, product.inputs), product.dtype, i) for i in count]
+    # Other seeds than the inputs have, or square weights would equal them.
     ws = [numbers((product.inputs, product.outputs), product.dtype, 100 + i) for i in count]
     return xs, ws
 

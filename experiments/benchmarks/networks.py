@@ -73,6 +73,7 @@ def torch_function(name: str, variables: Any, image: jax.Array) -> dict[str, Cal
         return {}
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_grad_enabled(False)
+    # Channels last, as on JAX's side.
     last = torch.channels_last
     x = torch.tensor(np.asarray(image)).permute(0, 3, 1, 2).contiguous(memory_format=last)
     layers: dict[str, Any] = {}
@@ -81,6 +82,7 @@ def torch_function(name: str, variables: Any, image: jax.Array) -> dict[str, Cal
         is_conv = w.ndim == 4
         layers[path] = w.permute(3, 2, 0, 1).contiguous(memory_format=last) if is_conv else w
     means = named_leaves(variables["batch_stats"])
+    # Folding leaves a normalization nothing but a mean to subtract, which is a bias here.
     shifts = {p: -torch.tensor(np.asarray(m)) for p, m in means.items() if p.endswith("mean")}
     conv2d, relu = torch.nn.functional.conv2d, torch.nn.functional.relu_
 

@@ -136,6 +136,7 @@ def dense_functions(case: Case) -> dict[str, Callable[[], Any]]:
 
     def tensor(x: jax.Array) -> Any:
         dtype = torch.bfloat16 if x.dtype == jnp.bfloat16 else torch.float32
+        # Through float32, which holds it exactly: PyTorch cannot read JAX's bfloat16 from NumPy.
         return torch.tensor(np.asarray(x, np.float32)).to(dtype)
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -149,6 +150,7 @@ def dense_functions(case: Case) -> dict[str, Callable[[], Any]]:
             x, w, stride=case.stride, padding=padding
         )
     else:
+        # PyTorch's own layout of a weight, (outputs, inputs).
         rows, columns = tensor(case.x), tensor(case.w).T.contiguous()
         functions["torch"] = lambda: torch.nn.functional.linear(rows, columns)
     return functions

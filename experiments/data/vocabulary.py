@@ -63,6 +63,7 @@ def train_vocabulary(sentences: Iterable[str], size: int) -> Vocabulary:
             model_writer=model,
             vocab_size=size,
             model_type="bpe",
+            # Every character gets a piece, so that text survives encoding and decoding.
             character_coverage=1.0,
             pad_id=PADDING,
             bos_id=BEGIN,

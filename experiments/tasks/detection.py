@@ -78,6 +78,7 @@ def tiny_mask_rcnn() -> MaskRCNN:
         mask_convs=2,
         mask_size=7,
         region_samples=64,
+        # A quarter of them may be objects, which makes room for all four digits.
         box_samples=16,
         before=(48, 48),
         after=(32, 24),
@@ -90,6 +91,7 @@ def draw_batch(rng: np.random.Generator, count: int, split: Split) -> Batch:
     """Draws scenes, with everything that the task's losses ask for."""
     scenes = [draw_scene(rng, SIZE, split) for _ in range(count)]
     return {
+        # From [0, 1] to [-1, 1].
         "image": np.stack([2 * scene.image - 1 for scene in scenes]),
         "boxes": np.stack([scene.boxes for scene in scenes]),
         "classes": np.stack([scene.classes for scene in scenes]),

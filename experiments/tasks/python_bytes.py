@@ -130,6 +130,7 @@ def task(
         valid = batch["valid"] != 0
         total = jnp.sum(jnp.where(valid, losses(params, batch).mean(axis=1), 0.0))
         count = valid.sum().astype(jnp.float32)
+        # The loss is in nats; one bit has ln 2 of them.
         return {"count": count, "loss": total, METRIC.name: total / np.log(2)}
 
     batches = partial(_train_batches, sources.train, portion, recipe.batch_size)
@@ -236,10 +237,12 @@ def _show(
     del collections
     half = window // 2
     length = (1 + _HALVES_WRITTEN) * half
+    # Not the first and the last, which are the ends of the corpus.
     starts = _spread(stream, length, _SHOWN + 2)[1:-1]
     tokens = _windows(stream, starts, length - 1)
     written = [jnp.asarray(tokens[:, :half])]
     for part in range(_HALVES_WRITTEN):
+        # The same keys at every call, so that networks can be compared side by side.
         written.append(_continue(network, params, written[-1], jax.random.key(part)))
     own = np.concatenate(written[1:], axis=1)
     return [

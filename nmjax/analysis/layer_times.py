@@ -116,6 +116,8 @@ def _measure_leaf(name: str, leaf: Packed, batch: int, side: int) -> dict[str, A
 
 def _input_shape(leaf: Packed, batch: int, side: int) -> tuple[int, ...]:
     taps, inputs = leaf.kernel_taps, leaf.reduction_shape
+    # A filter's groups may run over its taps too: then only the first reduction axis holds
+    # channels.
     return (batch, *(side,) * len(taps), *(inputs[:1] if taps else inputs))
 
 

@@ -93,6 +93,7 @@ def to_semi_structured(packed: PackedNM) -> SemiStructured:
     for position in (2, 3):
         stored[..., position] |= stored.sum(axis=-1) < 2
     first, second = stored.nonzero()[-1].reshape(plan.outputs, -1, 2).transpose(2, 0, 1)
+    # Two positions of two bits each describe a group, and four groups fill a word of 16 bits.
     nibbles = (first | second << 2).reshape(plan.outputs, -1, 4)
     words = (nibbles << np.array([0, 4, 8, 12])).sum(axis=-1)
     values = groups[stored].reshape(plan.outputs, -1)

@@ -83,8 +83,7 @@ class Cache(NamedTuple):
 
     def take(self, rows: jax.Array) -> Cache:
         """The tokens so far of other rows; a row keeps its source."""
-        # A beam only ever continues a beam of its own example, so its source is right already, and
-        # gathering that would cost as much as all tokens so far.
+        # A beam only ever continues a beam of its own example, so its source is right already.
         return self._replace(own=jax.tree.map(lambda leaf: leaf[rows], self.own))
 
 

@@ -26,6 +26,7 @@ MASK_METRICS = (Metric("mask AP"), Metric("mask AP50"))
 
 _SHOWN = 4
 _SHOWN_SCORE = 0.5
+# Okabe and Ito's palette, which color-blind readers can distinguish.
 _COLORS = np.array(
     [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)]
 )
@@ -205,6 +206,7 @@ def draw_objects(pixels: Pixels, objects: Annotated, which: Any, enlarge: int = 
     for index in which:
         color = tuple(int(part) for part in _color(objects.classes[index]))
         left, top, right, bottom = (enlarge * float(side) for side in objects.boxes[index])
+        # Pillow draws the right and lower edge too, and a box ends before them.
         draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=color)
         score = "" if objects.scores is None else f" {objects.scores[index]:.2f}"
         draw.text((left + 2, top), f"{objects.classes[index]}{score}", fill=color)
@@ -252,6 +254,7 @@ def _color(number: int) -> np.ndarray:
 
 
 def _init(model: MaskRCNN, image_shape: tuple[int, int], key: jax.Array) -> Variables:
+    # `find` uses every layer, and needs no true objects.
     return dict(model.init(key, jnp.zeros((1, *image_shape, 3)), method="find"))
 
 

@@ -151,6 +151,7 @@ def translate(
 
     tokens, _ = beam_search(
         step,
+        # Encoded once and then repeated: all beams of a sentence read the same source.
         memory.repeat(beams),
         batch=len(source),
         length=length,
@@ -174,6 +175,7 @@ def text_scores(
     chrf = CHRF().corpus_score(translations, [references])
     equal = [a == b for a, b in zip(translations, references, strict=True)]
     return {
+        # sacrebleu's scores run from 0 to 100.
         BLEU_METRIC.name: bleu.score / 100,
         CHRF_METRIC.name: chrf.score / 100,
         EXACT_METRIC.name: float(np.mean(equal)),
