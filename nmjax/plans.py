@@ -53,6 +53,7 @@ class Plan(Mapping[str, LeafPlan]):
     leaves: tuple[tuple[str, LeafPlan | DenseLeaf], ...]
     score: Score = magnitude
 
+    # Allowed in a frozen class: the cache writes to `__dict__` directly, and no field changes.
     @cached_property
     def _sparse(self) -> dict[str, LeafPlan]:
         return {name: leaf for name, leaf in self.leaves if isinstance(leaf, LeafPlan)}

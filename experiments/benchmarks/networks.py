@@ -49,6 +49,7 @@ def measure(name: str, multiply_adds: str, pattern: str, rounds: int) -> dict[st
         "xla": lambda: dense(folded, image),
         **torch_function(name, folded, image),
     }
+    # All sides have to compute the same, or the ratio says nothing.
     expected = np.asarray(functions["xla"]())
     for function in functions.values():
         np.testing.assert_allclose(function(), expected, rtol=0, atol=1e-3 * abs(expected).max())
@@ -110,6 +111,7 @@ def torch_function(name: str, variables: Any, image: jax.Array) -> dict[str, Cal
         x = relu(conv(x, "stem", "stem_norm", 2))
         for index in range(13):
             block = f"block{index + 1}"
+            # The strides of MobileNetV1's blocks; see experiments/models/images/mobilenet.py.
             stride = 2 if index in (1, 3, 5, 11) else 1
             x = relu(conv(x, f"{block}/depthwise", f"{block}/depthwise_norm", stride))
             x = relu(conv(x, f"{block}/pointwise", f"{block}/pointwise_norm"))

@@ -107,6 +107,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     times = interleaved_times(functions, rounds=rounds, at_least=0.05, pause=0.02)
     seconds = {name: statistics.median(rounds) for name, rounds in times.items()}
     fastest = min(time for name, time in seconds.items() if name != "packed")
+    # Rows of a product; in a convolution every pixel is one.
     batch = case.x.size // case.x.shape[-1]
     return {
         "work": case.work,
@@ -188,6 +189,7 @@ def main() -> None:
     if arguments.threads == [1, 2]:
         results["balance"] = balance(by_threads[1], by_threads[2])
         print_table("Two threads over one", results["balance"])
+    # A part must not replace the results of all.
     if not arguments.only:
         print(f"written to {write_results('packed-cpu', results)}")
 

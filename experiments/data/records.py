@@ -152,6 +152,7 @@ def open_source(
 def data_folder(data_dir: str | Path | None) -> Path:
     """The folder of prepared data sets: the one given, or $TFDS_DATA_DIR, or the usual one."""
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    # Absolute, so that the commands in errors work in any folder.
     return Path(chosen).expanduser().absolute()
 
 

@@ -136,6 +136,7 @@ def make_placement(
             "or other --batch-axes"
         )
     nmjax.check_sharding(params, plan, _by_leaf(layout, params))
+    # `jax.vmap` even on a CPU: the devices are taken by the mesh, not by the seeds.
     return Placement(over_seeds, layout)
 
 

@@ -50,6 +50,7 @@ def across_cores(seeds: int) -> OverSeeds:
     return split_seeds
 
 
+# Cached, because programs are shared only if they are mapped by the very same function.
 @lru_cache
 def fastest(seeds: int) -> OverSeeds:
     """Returns the fastest way to run a function for this many seeds on this machine.

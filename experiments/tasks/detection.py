@@ -72,6 +72,7 @@ def tiny_mask_rcnn() -> MaskRCNN:
         classes=CLASSES,
         with_masks=True,
         anchor_sizes=(20, 28, 32),
+        # Digits are taller than wide, the 1 most of all.
         anchor_ratios=(1.0, 1.5, 2.2),
         canonical_side=64,
         hidden=128,

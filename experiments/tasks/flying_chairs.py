@@ -32,6 +32,7 @@ from experiments.tasks.options import DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 CROP = (368, 496)
+# As in RAFT's released evaluation on this data set.
 EVAL_ITERATIONS = 24
 _EVAL_BATCH = 8
 
@@ -42,6 +43,7 @@ RECIPE = Recipe(
     optimizer="adamw",
     learning_rate=4e-4,
     schedule="linear",
+    # 5 % of the epochs.
     warmup_epochs=1.8,
     clip=1.0,
     weight_decay=1e-4,

@@ -110,6 +110,7 @@ def task(
     recipe, portion = options.changed(RECIPES[options.model]), portion or PORTIONS[options.model]
     sources = sources or _library()
     _check_long_enough(sources, portion.window)
+    # A token for each value of a byte.
     network = Decoder(DECODERS[options.model], 256, jnp.dtype(options.dtype))
 
     def init(key: jax.Array) -> Variables:
@@ -200,6 +201,7 @@ def _train_batches(
     rng = np.random.default_rng((seed, epoch))
     for step in range(portion.steps_per_epoch):
         # Drawn for skipped steps too, so that a resumed epoch sees the same windows.
+        # The end is exclusive: a window and the byte after it always fit.
         starts = rng.integers(0, len(stream) - portion.window, batch_size)
         if step >= first_step:
             chosen = starts if rows is None else starts[rows]

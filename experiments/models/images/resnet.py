@@ -114,6 +114,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
+        # A function and not a module, so that the paths of the layers get no prefix.
         stages = apply_stages(
             x,
             train,

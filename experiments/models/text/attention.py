@@ -74,6 +74,7 @@ class Attention(nn.Module):
         Returns:
           (batch, queries, width).
         """
+        # The function divides by the square root of the head size itself.
         mixed = jax.nn.dot_product_attention(self.query(x), memory.keys, memory.values, mask=mask)
         return self.out(mixed)
 

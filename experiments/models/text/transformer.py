@@ -179,6 +179,7 @@ class Stack(nn.Module):
     def setup(self) -> None:
         """Makes the layers."""
         count = self.size.layers
+        # Flax names the entries of a list layers_0, layers_1, ..., which path rules address.
         self.layers = [Layer(self.size, self.reads_source, self.dtype) for _ in range(count)]
         self.norm = nn.LayerNorm(dtype=self.dtype)
 
@@ -214,6 +215,7 @@ class Stack(nn.Module):
         """Keys and values of no tokens yet, with room for `length`."""
         shape = (batch, length, self.size.heads, self.size.width // self.size.heads)
         nothing = jnp.zeros(shape, self.dtype)
+        # The same zeros for all: JAX never writes into an array.
         return (KeysValues(nothing, nothing),) * self.size.layers
 
 

@@ -222,6 +222,7 @@ def _precision(
         for batch, found in zip(batches, images, strict=True):
             yield from (found[index] for index in np.flatnonzero(batch["valid"]))
 
+    # Generators, so that the whole masks of only one batch exist at a time.
     truth = (_unpacked(image_shape, *pair) for pair in zip(batches, predictions, strict=True))
     found = (
         annotated(image_shape, seen.found, stride=_stride(image_shape, seen.true_masks))
@@ -235,6 +236,7 @@ def _unpacked(image_shape: tuple[int, int], batch: Batch, seen: Seen) -> list[An
     if seen.true_masks is None:
         return true_objects(image_shape, batch)
     columns = image_shape[1] // _stride(image_shape, seen.true_masks)
+    # `packbits` filled each row up to whole bytes, which `count` drops.
     masks = np.unpackbits(np.asarray(seen.true_masks), axis=-1, count=columns)
     return true_objects(image_shape, {**batch, "masks": masks})
 

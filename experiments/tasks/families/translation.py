@@ -76,6 +76,7 @@ def translation_task(
     length = test.target.shape[1]
 
     def init(key: jax.Array) -> Variables:
+        # No parameter depends on the number of tokens.
         nothing = jnp.zeros((1, 2), jnp.int32)
         return dict(network.init(key, nothing, nothing))
 
@@ -95,6 +96,7 @@ def translation_task(
         del collections
         counted = (batch["target"] != PADDING) & (batch["valid"] != 0)[:, None]
         values = jnp.where(counted, losses(params, batch, 0.0), 0.0)
+        # `count` counts tokens here, so that the loss is a mean over tokens.
         return {"count": counted.sum().astype(jnp.float32), "loss": values.sum()}
 
     def predict(params: Any, collections: Variables, batch: Batch) -> jax.Array:
@@ -138,6 +140,7 @@ def masked_mean(values: jax.Array, counted: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(counted, values, 0.0)) / jnp.sum(counted)
 
 
+# Flax modules are hashed by their fields, so equal networks share one compilation.
 @partial(jax.jit, static_argnames=("network", "length", "beams"))
 def translate(
     network: Transformer, params: Any, source: jax.Array, *, length: int, beams: int
