@@ -128,6 +128,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     params = read_checkpoint(arguments.checkpoint, arguments.subtree)
+    # A table that says why a layer stays dense is more useful here than an error.
     plan = _make_plan(params, arguments, on_indivisible="dense")
     print(plan)
     # Sizes and products follow from shapes, so nothing is packed here.

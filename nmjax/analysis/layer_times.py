@@ -98,6 +98,7 @@ def _measure_leaf(name: str, leaf: Packed, batch: int, side: int) -> dict[str, A
     w = jax.jit(lambda packed: packed.unpack())(leaf)
     dense = jax.jit(partial(_dense, leaf))
     multiply = jax.jit(packed_conv if taps else packed_matmul)
+    # Strides are 1, so a convolution has an output for every pixel.
     way = choose(leaf.dtype, leaf, batch * side ** len(taps))
     sides = {"dense": lambda: dense(x, w), "packed": lambda: multiply(x, leaf)}
     if way.name == "xla":  # Both are the same product then, so it is timed once.

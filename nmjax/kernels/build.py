@@ -215,6 +215,7 @@ def main(argv: Sequence[str]) -> None:
     `--sanitize FILE` writes a CPU library with sanitizers. `--cuda` builds only the GPU libraries,
     and fails if it cannot.
     """
+    # Without either, running g++ fails with a message that names it.
     compiler = shutil.which(os.environ.get("CXX", "g++")) or "g++"
     if argv[:1] == ["--sanitize"]:
         compile_library(compiler, Path(argv[1]), SANITIZERS)
