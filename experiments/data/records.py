@@ -126,7 +126,7 @@ def open_source(
     if not versions:
         raise _missing(command, folder, f"there is no {dataset} in {folder}")
     # By its files and not by its name: COCO's class cannot be made without TensorFlow.
-    # As versions: as text, 10.0.0 would come before 9.0.0.
+    # Compared as versions: as text, 10.0.0 would come before 9.0.0.
     newest = max(versions, key=lambda version: tfds.core.Version(version.name))
     builder = tfds.builder_from_directory(newest)
     available = sorted(known.value for known in builder.info.available_file_formats())

@@ -16,7 +16,7 @@ from experiments.data.vocabulary import BEGIN, END, PADDING, Vocabulary
 Tokens = NDArray[np.uint16]
 Pair = tuple[str, str]
 
-# Pairs that are encoded at once: one call a sentence would be slow, and one for all fills memory.
+# Pairs that are encoded in one call, so that not all of them are Python lists at once.
 _CHUNK = 8192
 
 

@@ -37,10 +37,10 @@ MOST_OBJECTS = 100
 _EVAL_BATCH = 8
 
 RECIPE = Recipe(
-    # A tenth of an epoch is about 740 steps of the 118,287 training images.
     epochs=12,
     batch_size=16,
     learning_rate=0.02,
+    # About 740 steps, for 118,287 training images.
     warmup_epochs=0.1,
     clip=10.0,
     weight_decay=1e-4,

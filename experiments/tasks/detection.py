@@ -92,7 +92,6 @@ def draw_batch(rng: np.random.Generator, count: int, split: Split) -> Batch:
     """Draws scenes, with everything that the task's losses ask for."""
     scenes = [draw_scene(rng, SIZE, split) for _ in range(count)]
     return {
-        # From [0, 1] to [-1, 1].
         "image": np.stack([2 * scene.image - 1 for scene in scenes]),
         "boxes": np.stack([scene.boxes for scene in scenes]),
         "classes": np.stack([scene.classes for scene in scenes]),

@@ -124,7 +124,7 @@ def as_arrays(pair: Pair) -> Batch:
     """A pair in the form that `optical_flow_task` asks for, without an axis for the batch."""
     first, second, flow = pair
     return {
-        # A Python number would make float64 of uint8, which is twice the memory and time.
+        # A Python number would make float64 of uint8, which takes twice the memory.
         "first": (first / np.float32(127.5) - 1).astype(np.float32),
         "second": (second / np.float32(127.5) - 1).astype(np.float32),
         "flow": np.ascontiguousarray(flow, np.float32),

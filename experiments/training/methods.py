@@ -277,7 +277,7 @@ def optimizer(
     else:
         adam = optax.scale_by_adam(recipe.momentum, recipe.second_momentum)
         direction = [adam, decay]
-    # Behind the term, as in the N:M paper's released code for RAFT.
+    # After the term, as in the N:M paper's released code for RAFT.
     clip = [optax.clip_by_global_norm(recipe.clip)] if recipe.clip else []
     return optax.chain(
         *([] if method.decoupled else [term]),

@@ -38,8 +38,8 @@ def make_norm(
     train: bool, *, name: str, zero: bool = False, dtype: Any = jnp.float32
 ) -> nn.BatchNorm:
     """Batch normalization; `zero` starts its scale at 0."""
-    # Flax's momentum is the share of the old statistics: PyTorch's default 0.1 is 0.9 here.
     init = nn.initializers.zeros if zero else nn.initializers.ones
+    # Flax's momentum is the share of the old statistics: PyTorch's default 0.1 is 0.9 here.
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
