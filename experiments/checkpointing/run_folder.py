@@ -63,9 +63,14 @@ def open_folder(
         return lock
 
     lock = together(claim, REFUSALS)
-    owner = tell_all(_this_process())[0]
-    together(partial(check_shared, path, owner), REFUSALS)
-    return (lambda: None) if lock is None else lock.close
+    release = (lambda: None) if lock is None else lock.close
+    try:
+        owner = tell_all(_this_process())[0]
+        together(partial(check_shared, path, owner), REFUSALS)
+    except BaseException:
+        release()
+        raise
+    return release
 
 
 def take(path: Path) -> IO[str]:

@@ -113,7 +113,8 @@ def one_by_n(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
 
     Source: Lin et al., "1xN Pattern for Pruning Convolutional Neural Networks", TPAMI 2022.
     """
-    half = recipe.epochs // 2 * steps_per_epoch
+    # A single epoch has no dense half: its blocks are chosen from the first weights, unsorted.
+    half = recipe.epochs // 2 * steps_per_epoch or None
     return one_shot(_over_layers(plan), recipe, steps_per_epoch)._replace(rearranges_at=half)
 
 

@@ -72,6 +72,19 @@ def open_run(flags: Flags) -> Run:
     earlier: Earlier = "resume" if flags.resume else "refuse"
     texts = {"plan.txt": job.plan, "layout.txt": placement.layout or "one device"}
     release = open_folder(flags.folder, settings, earlier=earlier, deciding=deciding, texts=texts)
+    try:
+        return _open(flags, job, placement, release)
+    except BaseException:
+        release()
+        raise
+
+
+def _make(flags: Flags) -> tuple[Job, Placement]:
+    job = make_job(flags)
+    return job, make_run_placement(flags, job)
+
+
+def _open(flags: Flags, job: Job, placement: Placement, release: Callable[[], None]) -> Run:
     programs = make_programs(job, over_seeds=placement.over_seeds, layout=placement.layout)
     checkpoints = Checkpoints(
         flags.folder / "checkpoints",
@@ -90,11 +103,6 @@ def open_run(flags: Flags) -> Run:
         found = checkpoints.restore(jax.eval_shape(first_state))
         steps, state = (0, first_state()) if found is None else found
     return Run(flags, job, programs, placement, release, checkpoints, steps, state)
-
-
-def _make(flags: Flags) -> tuple[Job, Placement]:
-    job = make_job(flags)
-    return job, make_run_placement(flags, job)
 
 
 def finish(run: Run) -> int:

@@ -108,6 +108,23 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(whole, capsys):
     assert main([*flags, "--resume", "--learning-rate", "0.1", "--log-every", "7"]) == 0
 
 
+def test_a_run_that_cannot_be_opened_gives_the_folder_back(tmp_path, monkeypatch):
+    flags = Flags(runs_dir=tmp_path, name="run", epochs=1, resume=True)
+
+    def damaged(self, like):
+        raise ValueError("no checkpoint is whole")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "restore", damaged)
+        # The error is kept, as notebooks do, and with it whatever `open_run` held.
+        with pytest.raises(ValueError, match="no checkpoint is whole") as kept:
+            open_run(flags)
+    run = open_run(flags)
+    run.checkpoints.close()
+    run.release()
+    assert kept.value is not None
+
+
 @pytest.mark.slow
 def test_several_devices_and_seeds_compute_the_same(whole):
     flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", "mesh"]
