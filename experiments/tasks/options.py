@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, cast
 import nmjax
 from experiments.data.epochs import Reading
 from experiments.tasks.task import Recipe, Task
+from nmjax.patterns import is_blocks
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Options:
     def for_blocks(self) -> bool:
         """Whether the pattern is one of 1xN blocks, which some tasks have another recipe for."""
         # Parsed here, so that a wrong pattern is an error before any data is read.
-        return isinstance(nmjax.parse_pattern(self.pattern), nmjax.Block1xN)
+        return is_blocks(nmjax.parse_pattern(self.pattern))
 
 
 DEFAULTS = Options()

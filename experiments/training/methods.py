@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 import nmjax
 from experiments.tasks.task import Recipe
+from nmjax import patterns
 from nmjax.patterns import Pattern
 from nmjax.pruning import Masks
 
@@ -226,7 +227,7 @@ def check_fits(
 
 def is_blocks(pattern: str | Pattern) -> bool:
     """Whether a pattern is one of 1xN blocks."""
-    return isinstance(nmjax.parse_pattern(pattern), nmjax.Block1xN)
+    return patterns.is_blocks(nmjax.parse_pattern(pattern))
 
 
 def learning_rate(

@@ -14,7 +14,7 @@ from nmjax.masks.blocks import keep_blocks, score_blocks, split_blocks, spread_b
 from nmjax.masks.scores import BlockScore, block_score, magnitude
 from nmjax.methods.schedules import Ramp
 from nmjax.methods.sparsifier import Sparsifier
-from nmjax.patterns import Block1xN
+from nmjax.patterns import Block1xN, is_blocks
 from nmjax.plans import Plan
 from nmjax.pruning import planned_leaves, prune, sparsify
 
@@ -159,7 +159,7 @@ def _layers(plan: Plan) -> dict[str, _Layer]:
     """The planned leaves; raises ValueError unless all have uniform blocks."""
     layers, others = {}, []
     for name, leaf in plan.items():
-        if isinstance(leaf.pattern, Block1xN) and leaf.pattern.uniform:
+        if is_blocks(leaf.pattern) and leaf.pattern.uniform:
             layers[name] = _Layer(leaf.pattern, leaf.axes)
         else:
             others.append(f"  {name} {leaf.shape}: {leaf.pattern}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self, TypeGuard
 
 import jax
@@ -98,6 +99,24 @@ class Packed(abc.ABC):
     @abc.abstractmethod
     def check(self) -> None:
         """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
+
+    def check_values(self, sizes: Sequence[int]) -> None:
+        """Raises ValueError unless the plan is possible and the values have a shape that fits it.
+
+        Args:
+          sizes: of the values' axes behind the leading ones.
+        """
+        plan = self.leaf_plan
+        if plan.misfit is not None:
+            raise ValueError(plan.misfit)
+        # More axes in front are fine: the plan may be that of one layer of a stack.
+        leading = [plan.shape[axis] for axis in stack_axes(len(plan.shape), self.spans)]
+        expected = (*leading, *sizes)
+        if self.values.shape[max(self.values.ndim - len(expected), 0) :] != expected:
+            raise ValueError(
+                f"values of shape {self.values.shape} cannot hold {plan.pattern} of a weight of "
+                f"shape {plan.shape}; expected {expected}"
+            )
 
     @property
     def pattern(self) -> Any:

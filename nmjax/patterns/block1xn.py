@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard
 
 import jax
 
@@ -136,3 +136,8 @@ class Block1xN(Pattern):
 
     def __str__(self) -> str:
         return f"1x{self.n}@{self.sparsity!r}{'' if self.uniform else '/layer'}"
+
+
+def is_blocks(pattern: Any) -> TypeGuard[Block1xN]:
+    """Whether a pattern is one of 1xN blocks, which some measures and methods are defined for."""
+    return isinstance(pattern, Block1xN)
