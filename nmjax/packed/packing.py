@@ -71,7 +71,7 @@ def unpack(packed: Any) -> Any:
     """Returns dense parameters with zeros: the inverse of `pack` on pruned parameters.
 
     Args:
-      packed: a tree with packed leaves; other leaves come back as they are.
+      packed: a tree with packed leaves; other leaves are returned unchanged.
     """
     return jax.tree.map(lambda x: x.unpack() if is_packed(x) else x, packed, is_leaf=is_packed)
 

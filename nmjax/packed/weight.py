@@ -186,7 +186,7 @@ class Packed(abc.ABC):
         return layer
 
     def as_matrices(self) -> Self:
-        """The same arrays as the weight (*taps, inputs, outputs), whatever its layout was."""
+        """The same arrays as the weight (*taps, inputs, outputs), for any layout."""
         taps = self.taps
         shape = (*taps, self.inputs, self.outputs)
         tap_axes = tuple(range(-2 - len(taps), -2)) if self.leaf_plan.tap_axes else ()
