@@ -290,7 +290,10 @@ def compare(flags: Flags, console: Console) -> int:
     for note in comparison.task.notes:
         console.print(note)
     settings = comparison.settings()
-    earlier: Earlier = "resume" if flags.resume else "replace"
+    # A comparison starts over, so that `make train` can be repeated. It never replaces a training
+    # run, which has no results.json.
+    begun: Earlier = "replace" if (flags.folder / "results.json").exists() else "refuse"
+    earlier: Earlier = "resume" if flags.resume else begun
     release = open_folder(flags.folder, settings, earlier=earlier)
     try:
         return _finish(comparison, Results(flags.folder, settings, resume=flags.resume), console)

@@ -76,16 +76,16 @@ def built() -> dict[str, Any]:
     """Compiles what runs on GPUs, as far as there are compilers for it."""
     states, failed = {}, []
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    steps: dict[str, tuple[str | None, Callable[[], Any]]] = {
+    steps: dict[str, tuple[str, Callable[[], Any]]] = {
         "cusparselt": (
-            build.why_no_cusparselt() if compiler else "no g++",
+            build.missing_headers() if compiler else "no g++",
             lambda: build.compile_cusparselt(str(compiler)),
         ),
-        "decode": (None if build.find_nvcc() else "no nvcc", build.compile_decode),
+        "decode": ("" if build.find_nvcc() else "no nvcc", build.compile_decode),
     }
     for name, (obstacle, compile_it) in steps.items():
         start = time.perf_counter()
-        if obstacle is not None:
+        if obstacle:
             states[name] = f"skipped: {obstacle}"
             continue
         try:

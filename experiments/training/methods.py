@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -310,9 +310,11 @@ def _over_layers(plan: nmjax.Plan) -> nmjax.Plan:
     """The plan with blocks that compete within a layer."""
 
     def widen(leaf: Any) -> Any:
-        if not isinstance(leaf, nmjax.LeafPlan) or not isinstance(leaf.pattern, nmjax.Block1xN):
+        if not isinstance(leaf, nmjax.LeafPlan):
             return leaf
-        return dataclasses.replace(leaf, pattern=dataclasses.replace(leaf.pattern, uniform=False))
+        # `check_fits` has made sure that the plan has blocks and no other pattern.
+        blocks = cast(nmjax.Block1xN, leaf.pattern)
+        return dataclasses.replace(leaf, pattern=dataclasses.replace(blocks, uniform=False))
 
     leaves = tuple((name, widen(leaf)) for name, leaf in plan.leaves)
     return dataclasses.replace(plan, leaves=leaves)

@@ -111,8 +111,8 @@ def to_bsr(packed: PackedBlocks) -> BSR:
     """
     if not isinstance(packed, PackedBlocks):
         raise TypeError(f"expected a PackedBlocks, got {type(packed)}")
-    plan, uniform = packed.leaf_plan, packed.row_pointers is None
-    if packed.indices.ndim != (2 if uniform else 1):
+    plan = packed.leaf_plan
+    if packed.leading:
         raise ValueError(f"expected one weight, got a stack of shape {packed.shape}")
     taps = math.prod(plan.shape[axis] for axis in plan.tap_axes)
     values, indices = np.asarray(packed.values), np.asarray(packed.indices, np.int32)

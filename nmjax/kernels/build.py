@@ -98,9 +98,8 @@ def compile_cusparselt(compiler: str, library: Path = CUSPARSELT_LIBRARY) -> Pat
     Raises:
       RuntimeError: a header is missing, or the compiler failed.
     """
-    obstacle = why_no_cusparselt()
-    if obstacle is not None:
-        raise RuntimeError(obstacle)
+    if missing := missing_headers():
+        raise RuntimeError(missing)
     headers = [f"-isystem{folder}" for folder in (include_folder(), *nvidia_folders("include"))]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         linked = Path(folder) / library.name
@@ -111,8 +110,8 @@ def compile_cusparselt(compiler: str, library: Path = CUSPARSELT_LIBRARY) -> Pat
     return library
 
 
-def why_no_cusparselt() -> str | None:
-    """Says which headers for `compile_cusparselt` are missing or too old; None if all are there."""
+def missing_headers() -> str:
+    """Says which headers for `compile_cusparselt` are missing or too old; empty if none is."""
     folders = nvidia_folders("include")
     # cuSPARSELt 0.8 includes cuSPARSE's header; later versions ship a stub of it.
     wanted = (
@@ -137,7 +136,7 @@ def why_no_cusparselt() -> str | None:
     version = tuple(int(part.group(1)) if part else 0 for part in parts)
     if version < OLDEST_CUSPARSELT:
         return f"cusparseLt.h has version {'.'.join(map(str, version))}, too old: {INSTALL}"
-    return None
+    return ""
 
 
 def compile_decode(library: Path = DECODE_LIBRARY) -> Path:
@@ -219,10 +218,10 @@ def main(argv: Sequence[str]) -> None:
     if not for_gpus_only:
         compile_library(compiler)
     skipped = []
-    if for_gpus_only or why_no_cusparselt() is None:
+    if for_gpus_only or not missing_headers():
         compile_cusparselt(compiler)
     else:
-        skipped.append(f"cuSPARSELt ({why_no_cusparselt()})")
+        skipped.append(f"cuSPARSELt ({missing_headers()})")
     if for_gpus_only or find_nvcc():
         compile_decode()
     else:

@@ -91,6 +91,7 @@ def choose(dtype: np.dtype, packed: Packed, rows: int) -> Choice:
       packed: one weight, not a stack.
       rows: of x, or output pixels of all images.
     """
+    # The first row that can and pays wins. If none does, the best row's obstacle is the reason.
     reasons = []
     for name, row in IMPLEMENTATIONS.items():
         if row.check_pays is None:
@@ -112,6 +113,7 @@ def expected_speedup(dtype: np.dtype, packed: Packed) -> float | None:
       A ratio, interpolated between measurements; 1.0 where the dense product is taken; None where
       nothing was measured.
     """
+    # The table was measured with 256 rows; the choice depends on the number of rows.
     name = choose(dtype, packed, 256).name
     if name == "xla":
         return 1.0
@@ -270,6 +272,7 @@ def _select(x: jax.Array, packed: Packed, rows: int, implementation: Implementat
     return Choice(implementation, "asked for")
 
 
+# Compiled kernels have no derivative of their own, so the backward pass is that of the definition.
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _multiply(
     way: Choice, activation: Activation, x: jax.Array, packed: Packed, bias: jax.Array | None
@@ -298,6 +301,8 @@ def _on_platform(
         product: jax.Array = getattr(IMPLEMENTATIONS[name], kind)(x, packed, bias=bias, **settings)
         return product
 
+    # A program may be traced on one platform and compiled for another, so the platform is looked at
+    # when it is compiled. What the user asked for by name runs, or fails, wherever it is.
     if not way.on_cpus_only:
         return run(way.name, x, packed, bias)
     return lax.platform_dependent(
@@ -333,6 +338,7 @@ def _backward(linear: Any, activation: Activation, saved: Any, g: jax.Array) -> 
     """Through the definition, which is linear: XLA drops its forward product."""
     (x, packed, bias), y = saved
     if activation == "relu":
+        # From the output, so that no backend has to save its sums.
         g = jnp.where(y > 0, g, jnp.zeros_like(g))
     _, pull = jax.vjp(lambda x, packed, bias: linear(x, packed, bias=bias), x, packed, bias)
     return pull(g)

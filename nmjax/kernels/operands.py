@@ -64,6 +64,7 @@ def as_window(
     if isinstance(padding, str):
         if padding.upper() not in ("SAME", "VALID", "SAME_LOWER"):
             raise ValueError(f'padding must be "SAME", "VALID" or integers, got {padding!r}')
+        # A dilated kernel is padded like a dense one of this size.
         reach = [(tap - 1) * step + 1 for tap, step in zip(taps, dilation, strict=True)]
         pads = lax.padtype_to_pads(spatial, reach, strides, padding.upper())
     else:

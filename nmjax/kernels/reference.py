@@ -21,6 +21,7 @@ def matmul(
     """Multiplies x (batch, inputs) by a packed weight: (batch, outputs)."""
     dtype = packed.result_dtype(x)
     w = packed.dense_matrices()
+    # Without it, XLA would round bfloat16 sums before the bias is added.
     y = jnp.matmul(x, w, preferred_element_type=sum_dtype(dtype))
     return finish(y, bias, activation, dtype)
 
@@ -35,6 +36,7 @@ def conv(
     """Convolves x (batch, *spatial, inputs) with a packed kernel: (batch, *spatial, outputs)."""
     dtype = packed.result_dtype(x)
     w = packed.dense_matrices()
+    # The last letters: one spatial axis is W, two are HW.
     spatial = "DHW"[3 - (x.ndim - 2) :]
     y = lax.conv_general_dilated(
         x.astype(dtype),
@@ -57,6 +59,7 @@ def finish(
     if activation == "relu":
         y = jax.nn.relu(y)
     if activation == "gelu":
+        # The tanh form, which is the one that cuSPARSELt computes.
         y = jax.nn.gelu(y, approximate=True)
     return y.astype(dtype)
 

@@ -33,7 +33,9 @@ def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
     def is_slow(leaf: Any) -> bool:
         if not is_packed(leaf):
             return False
+        # Elsewhere every product unpacks, whatever was chosen.
         on_cpu = jax.default_backend() == "cpu"
+        # The choice needs shapes only, and those of one layer.
         layer = jax.eval_shape(lambda leaf: leaf.first_layer(), leaf)
         return not on_cpu or choose(leaf.dtype, layer, rows).name == "xla"
 

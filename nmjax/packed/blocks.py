@@ -81,6 +81,7 @@ class PackedBlocks(Packed, pattern=Block1xN):
     def misfits(cls, kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
         """How many blocks are kept beyond what the pattern keeps, and how many blocks there are."""
         rows, size, allowed = _competition(leaf_plan)
+        # One nonzero weight keeps its block.
         flags = _blocks_of(kept, leaf_plan).any(axis=-1)
         counts = flags.reshape(*flags.shape[:-2], rows, size).sum(axis=-1)
         return int(jnp.maximum(counts - allowed, 0).sum()), flags.size
@@ -177,6 +178,7 @@ def _unpack_backward(packed: PackedBlocks, g: jax.Array) -> tuple[PackedBlocks]:
     blocks = _blocks_of(g, packed.leaf_plan)
     blocks = blocks.reshape(*packed.leading, rows, size, blocks.shape[-1])
     places = _places(packed.indices, packed.row_pointers, packed.leaf_plan)
+    # The gradient of a kept block is the gradient at its place; dropped ones have none.
     values = jnp.take_along_axis(blocks, places[..., None], axis=-2)
     values = values.reshape(packed.values.shape)
     return (PackedBlocks(values, None, None, packed.leaf_plan),)  # type: ignore[arg-type]
@@ -240,6 +242,7 @@ def _unpack(
     block, stack = bits.shape[-1], indices.shape[: -1 if row_pointers is not None else -2]
     places = _places(indices, row_pointers, leaf_plan)
 
+    # One scatter per set of competing blocks; indices are unique, so XLA need not add them up.
     def place(places: jax.Array, blocks: jax.Array) -> jax.Array:
         return jnp.zeros((size, block), bits.dtype).at[places].set(blocks, unique_indices=True)
 
@@ -285,9 +288,8 @@ def _spans(leaf_plan: LeafPlan) -> tuple[Span, Span, Span]:
 
 
 def _pattern(leaf_plan: LeafPlan) -> Block1xN:
-    if not isinstance(leaf_plan.pattern, Block1xN):
-        raise TypeError(f"PackedBlocks holds 1xN weights, got the pattern {leaf_plan.pattern}")
-    return leaf_plan.pattern
+    pattern: Block1xN = PackedBlocks.pattern_of(leaf_plan)
+    return pattern
 
 
 def _log2_choices(size: int, kept: int) -> float:

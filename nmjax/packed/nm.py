@@ -179,6 +179,7 @@ def _unpack_forward(packed: PackedNM) -> tuple[jax.Array, PackedNM]:
 
 def _unpack_backward(packed: PackedNM, g: jax.Array) -> tuple[PackedNM]:
     groups = _grouped(g, packed.leaf_plan)
+    # The gradient of a kept value is the gradient at its place.
     values = jnp.take_along_axis(groups, packed.positions().astype(jnp.int32), axis=-2)
     return (PackedNM(values, None, packed.leaf_plan),)  # type: ignore[arg-type]
 
@@ -192,9 +193,11 @@ def _pack(
 ) -> tuple[jax.Array, jax.Array]:
     """Values and codes."""
     pattern = _pattern(leaf_plan)
+    # A mask that keeps fewer than n is filled up, so that every group has the same size.
     bits, kept = _grouped(bits, leaf_plan), _grouped(mask, leaf_plan)
     stored = exactly(kept, pattern.n, axis=-2)
     values, positions = _gather(jnp.where(kept, bits, 0), stored, pattern.n)
+    # Visible as NaN, since a traced mask cannot raise.
     too_many = kept.sum(axis=-2, keepdims=True) > pattern.n
     code = stored if _is_bitmask(pattern) else positions
     return jnp.where(too_many, nan, values), pack_bits(_flat(code), _code_width(pattern))
@@ -260,9 +263,8 @@ def _spans(leaf_plan: LeafPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _pattern(leaf_plan: LeafPlan) -> NM:
-    if not isinstance(leaf_plan.pattern, NM):
-        raise TypeError(f"PackedNM holds N:M weights, not the pattern {leaf_plan.pattern}")
-    return leaf_plan.pattern
+    pattern: NM = PackedNM.pattern_of(leaf_plan)
+    return pattern
 
 
 def _is_bitmask(pattern: NM) -> bool:

@@ -59,6 +59,7 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
         masks = compute_masks(params, plan)
     else:
         check_masks(masks, leaves)
+        # Values of traced masks are unknown; what keeps too many becomes NaN.
         visible = {n: mask for n, mask in masks.items() if not isinstance(mask, jax.core.Tracer)}
         _check_misfits(visible, plan, "the masks keep more than the plan does")
     return map_named(

@@ -93,6 +93,7 @@ def sizes(packed: Any) -> Sizes:
 
 
 def _leaf_size(leaf: Any) -> LeafSize:
+    # Shapes and dtypes suffice, so that ShapeDtypeStructs have sizes too.
     dense = math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize
     if is_packed(leaf):
         return LeafSize(str(leaf.leaf_plan.pattern), dense, leaf.nbytes, leaf.least_nbytes)

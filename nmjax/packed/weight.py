@@ -57,6 +57,17 @@ class Packed(abc.ABC):
         return cls._kinds[type(pattern)]
 
     @classmethod
+    def pattern_of(cls, leaf_plan: LeafPlan) -> Any:
+        """The pattern of a plan for this kind of packed weight.
+
+        Raises:
+          TypeError: the plan is for another kind.
+        """
+        if cls._kinds.get(type(leaf_plan.pattern)) is not cls:
+            raise TypeError(f"{cls.__name__} does not hold weights with {leaf_plan.pattern}")
+        return leaf_plan.pattern
+
+    @classmethod
     @abc.abstractmethod
     def pack(cls, w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Self:
         """Packs the weights that a mask keeps. There is no gradient.

@@ -93,11 +93,12 @@ class Block1xN(Pattern):
 
     def misfit(self, inputs: int, outputs: int) -> str | None:
         """Why a matrix (inputs, outputs) does not divide into blocks, or None."""
-        del inputs
+        del inputs  # Blocks run along outputs; any number of inputs will do.
         return f"{outputs} outputs are not a multiple of {self.n}" if outputs % self.n else None
 
     def mask(self, w: jax.Array, axes: Axes, score: Score) -> jax.Array:
         """Keeps the blocks with the highest sums of scores, as `nmjax.block_mask` does."""
+        # The plan's score ranks weights; a block's score is the sum over its weights.
         return block_mask(
             score_weights(w, score),
             self.n,

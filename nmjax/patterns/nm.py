@@ -88,7 +88,7 @@ class NM(Pattern):
 
     def misfit(self, inputs: int, outputs: int) -> str | None:
         """Why a matrix (inputs, outputs) does not divide into groups, or None."""
-        del outputs
+        del outputs  # Groups run along inputs only.
         return f"{inputs} inputs are not a multiple of {self.m}" if inputs % self.m else None
 
     def mask(self, w: jax.Array, axes: Axes, score: Score) -> jax.Array:
@@ -115,6 +115,7 @@ class NM(Pattern):
     @property
     def is_semi_structured(self) -> bool:
         """Whether every aligned group of 4 inputs keeps at most 2."""
+        # Groups of 4 lie within groups of m; all kept weights may fall into one of them.
         if self.m % 4 == 0:
             return self.n <= 2
         return self.m == 2 and self.n == 1

@@ -52,6 +52,7 @@ class Pattern(abc.ABC):
     def __init_subclass__(cls, **settings: Any) -> None:
         """Makes the subclass known to `parse_pattern`."""
         super().__init_subclass__(**settings)
+        # By name, so that a class defined again, as in a notebook, replaces itself.
         Pattern._kinds[f"{cls.__module__}.{cls.__qualname__}"] = cls
 
     @classmethod
@@ -200,6 +201,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
             f'a pattern is text such as "2:4" or "1x16@0.5", an nmjax.NM or an nmjax.Block1xN; '
             f"got {text!r} of type {type(text).__name__}"
         )
+    # The texts of different kinds do not overlap, so the order does not matter.
     parsed = (kind.parse(text) for kind in Pattern._kinds.values())
     pattern = next((found for found in parsed if found is not None), None)
     if pattern is None:

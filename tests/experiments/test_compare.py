@@ -185,6 +185,16 @@ def test_a_folder_is_compared_in_once_and_started_over(tmp_path, capsys):
     assert settings["recipe"]["epochs"] == 3
 
 
+def test_a_training_run_is_never_replaced(tmp_path, capsys):
+    folder = flags(tmp_path).folder
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text('{"flags": "those of experiments.train"}')
+    for argument in ([], ["--resume"]):
+        assert main(["--runs-dir", str(tmp_path), *argument]) == 1
+        assert str(folder) in capsys.readouterr().err
+        assert "experiments.train" in (folder / "settings.json").read_text()
+
+
 def test_a_trial_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "make_task", lambda flags: tiny_task(epochs=2, lambda_w=1e30))
     given = flags(tmp_path, methods=("dense", "sr_ste"), patterns=("1:8",), sweep=())

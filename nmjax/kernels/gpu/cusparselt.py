@@ -100,6 +100,7 @@ def compress_unchecked(w: jax.Array, transposed: bool) -> Compressed:
         result_like((compressed_bytes(w.shape, w.dtype),), np.dtype(np.uint8), w),
         result_like((compressing_bytes(w.shape),), np.dtype(np.uint8), w),
     )
+    # Scratch memory is a result too: a CUDA graph is replayed after the call has returned.
     call = jax.ffi.ffi_call("nmjax_cusparselt_compress", results)
     data, _ = call(w, transposed=transposed)
     return Compressed(data, (rows, columns), transposed, np.dtype(w.dtype))
@@ -186,6 +187,7 @@ def tune(
     """
     result = _checked_result(x, w, bias, activation, dtype)
     question = _question(x, w, bias, activation, result)
+    # The kernel found is read at trace time, so products traced earlier keep theirs.
     if again or known_algorithm(question) is None:
         jax.block_until_ready(jax.jit(partial(_call, "search", activation, result))(x, w, bias))
         remember_algorithm(question, load_cusparselt().found())
@@ -223,6 +225,7 @@ def _split(
         part = dataclasses.replace(w, data=data)
         return _call("matmul", activation, dtype, x, part, *(biases or (None,)))
 
+    # Devices split the rows of x. The compressed weight cannot be cut, so each has all of it.
     biases = () if bias is None else (bias,)
     rule = f"b i, c{', o' * len(biases)} -> b o"
     steps = {"b": batch_step(x.dtype)}
@@ -246,6 +249,7 @@ def _call(
         result_like((x.shape[0], w.outputs), dtype, x, w.data),
         result_like((algorithm.workspace,), np.dtype(np.uint8), x, w.data),
     )
+    # XLA's FFI has no optional operands: an empty array stands for a missing bias.
     biases = bias_dtype(str(w.dtype), str(dtype))
     y, _ = jax.ffi.ffi_call(f"nmjax_cusparselt_{handler}", results)(
         x,

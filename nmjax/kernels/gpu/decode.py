@@ -49,6 +49,7 @@ def matmul(
     check(x.dtype, packed, x.shape[0], is_quantized=scales is not None)
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
+    # Beyond one batch of rows, `jax.vmap` adds more rows to the same weight.
     return batched(partial(_call, vector, activation), x, (packed, scales), bias)
 
 

@@ -66,6 +66,7 @@ def sparse_dense(
     if w.ndim != 2 or x.shape[-1:] != w.shape[:1]:
         raise ValueError(f"x {x.shape} and w {w.shape} should be (..., inputs), (inputs, outputs)")
     dtype = jnp.promote_types(x.dtype, w.dtype)
+    # Straight through: the gradient of the sparse weight reaches every entry of w.
     sparse = prune_ste(w, transposable_mask(w) if mask is None else mask).astype(dtype)
     rows = x.reshape(-1, w.shape[0]).astype(dtype)
     y = _multiply(_way(rows, sparse, implementation), rows, sparse)
@@ -105,6 +106,8 @@ def _multiply_forward(
 def _multiply_backward(
     way: Way, operands: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    # The same 2:4 weight serves both products, since its mask is 2:4 along both axes. The weight's
+    # gradient is dense: x and g are.
     x, w = operands
     return _product(way, g, w, transposed=True), jnp.matmul(x.T, g)
 
@@ -116,4 +119,5 @@ def _product(way: Way, x: jax.Array, w: jax.Array, *, transposed: bool) -> jax.A
     """`x @ w`, or `x @ w.T` if transposed."""
     if way == "xla":
         return jnp.matmul(x, w.T if transposed else w)
+    # Unchecked: inside `jax.jit` the values of w are unknown, and the mask made it 2:4.
     return cusparselt.matmul(x, cusparselt.compress_unchecked(w, transposed))

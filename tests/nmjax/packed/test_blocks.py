@@ -258,7 +258,7 @@ def test_what_pack_could_not_have_made(packed, complaint):
 
 
 def test_another_pattern():
-    with pytest.raises(TypeError, match="PackedBlocks holds 1xN weights"):
+    with pytest.raises(TypeError, match="PackedBlocks does not hold weights with 2:4"):
         PackedBlocks.unpack(
             PackedBlocks(WEIGHTS, WEIGHTS, None, dataclasses.replace(UNIFORM, pattern=NM(2, 4)))
         )

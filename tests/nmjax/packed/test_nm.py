@@ -293,5 +293,5 @@ def test_positions_beyond_the_group():
 
 
 def test_another_pattern():
-    with pytest.raises(TypeError, match="PackedNM holds N:M weights"):
+    with pytest.raises(TypeError, match="PackedNM does not hold weights with 1x"):
         PackedNM(WEIGHTS, WEIGHTS, dataclasses.replace(MATRIX, pattern="1x16@0.5")).positions()
