@@ -74,7 +74,7 @@ class Results:
     """
 
     def __init__(self, folder: Path, settings: Numbers, *, resume: bool) -> None:
-        """Starts over, or goes on with what the folder holds.
+        """Starts over, or continues with what the folder holds.
 
         Raises:
           ValueError: the results there are damaged, or come from other settings.

@@ -41,10 +41,10 @@ class Run(NamedTuple):
       job: task, plan and method.
       programs: the jitted functions.
       placement: over devices and processes.
-      release: gives the folder back.
+      release: releases the folder.
       checkpoints: open.
       steps_done: optimizer steps behind `state`.
-      state: to go on from.
+      state: to continue from.
     """
 
     flags: Flags
@@ -131,7 +131,7 @@ def finish(run: Run) -> int:
             run.release()
     if status != COMPLETE:
         done = reached(run.checkpoints.latest() or 0, run.job.task.steps_per_epoch)
-        say(f"\nstopped; --resume goes on from {done}")
+        say(f"\nstopped; --resume continues from {done}")
     return status
 
 

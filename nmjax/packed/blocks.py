@@ -1,9 +1,9 @@
 """One 1xN weight in packed form: the kept blocks, and the input channel of each.
 
-A block is N consecutive output channels at one input channel, with all taps. Its values lie
-together, tap by tap, the N outputs of a tap side by side, so that one vector load brings them all.
+A block is N consecutive output channels at one input channel, with all taps. Its values are
+contiguous, tap by tap, with the N outputs of a tap side by side, so one vector load reads them all.
 
-Uniform rows keep the same number of blocks, so a plain array holds them. Where the blocks of a
+Uniform rows keep the same number of blocks, so a plain array holds them. If the blocks of a
 whole layer compete, rows differ and the format is block compressed sparse rows (BSR), with
 pointers that say where each row begins.
 """

@@ -1,11 +1,11 @@
 """One N:M weight in packed form: the kept values, and a few bits that say where they were.
 
-The weight is seen as a stack of matrices (inputs, outputs), whatever its layout, and each column
-of a matrix as groups of m. Outputs are the last axis of every array, so that neighboring outputs
-lie in neighboring lanes of a vector unit, and so that whatever shards the outputs still does.
+The weight is treated as a stack of matrices (inputs, outputs), for any layout, and each column of
+a matrix as groups of m. Outputs are the last axis of every array, so that neighboring outputs
+lie in neighboring lanes of a vector unit, and so that a sharding of the outputs still applies.
 
-The positions of a column's kept values make one string of bits, least significant first, filled
-up with zeros to whole bytes. A group takes the shorter of two codes: n positions of ceil(log2 m)
+The positions of a column's kept values make one string of bits, least significant first, padded
+with zeros to whole bytes. A group takes the shorter of two codes: n positions of ceil(log2 m)
 bits each, ascending, or a bitmask of m bits.
 """
 

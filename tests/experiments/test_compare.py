@@ -225,7 +225,7 @@ def test_a_trial_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkey
 
 def test_unknown_methods_and_patterns_are_errors(tmp_path, capsys):
     assert main(["--methods", "magic", "--runs-dir", str(tmp_path)]) == 1
-    assert "no method is called 'magic'" in capsys.readouterr().err
+    assert "no method named 'magic'" in capsys.readouterr().err
     assert main(["--methods", "subp", "--runs-dir", str(tmp_path)]) == 1
     assert "cannot take 2:4" in capsys.readouterr().err
     assert main(["--patterns", "4:2", "--runs-dir", str(tmp_path)]) == 1
