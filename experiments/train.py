@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `python -m experiments.train`, with the flags of the command line or these.
 
     Returns the exit status: 0 for a complete run, 130 after Ctrl-C, 143 after SIGTERM, 1 for a run
-    that cannot go on.
+    that cannot continue.
     """
     flags = tyro.cli(Flags, args=argv, prog="python -m experiments.train")
     run = None
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # We cannot tell whether the other processes failed too.
         traceback.print_exc()
         leave(1)
-    # Processes are rejected, complete or preempted together. Otherwise this one may stop by itself.
+    # Processes are rejected, complete or preempted together. In other cases only this one may stop.
     if run is not None and status not in (COMPLETE, PREEMPTED) and jax.process_count() > 1:
         leave(status)
     return status

@@ -53,6 +53,7 @@ class Plan(Mapping[str, LeafPlan]):
     leaves: tuple[tuple[str, LeafPlan | DenseLeaf], ...]
     score: Score = magnitude
 
+    # Allowed in a frozen class: the cache writes to `__dict__` directly, and no field changes.
     @cached_property
     def _sparse(self) -> dict[str, LeafPlan]:
         return {name: leaf for name, leaf in self.leaves if isinstance(leaf, LeafPlan)}
@@ -86,7 +87,7 @@ class Plan(Mapping[str, LeafPlan]):
         kept = total - planned + sum(leaf.kept for leaf in self.values())
         return (
             f"{len(self)} of {len(self.leaves)} leaves are sparse; they hold {planned:,} of "
-            f"{total:,} parameters. {kept:,} parameters stay ({kept / max(total, 1):.1%})."
+            f"{total:,} parameters. {kept:,} parameters are kept ({kept / max(total, 1):.1%})."
         )
 
 
@@ -122,8 +123,8 @@ def make_plan(
       on_indivisible: what to do with a leaf that does not divide into whole groups or blocks:
         `"error"`, or `"dense"` to leave it dense and record the reason.
       score: importance of each weight, a function of the weight array. A block's importance is the
-        sum over its weights, which is its L1 norm by default. Pass a named function and not a new
-        lambda each time: two plans are equal, and share the jit cache, only if the score is the
+        sum over its weights, which is its L1 norm by default. Pass a named function rather than a
+        new lambda each time: two plans are equal, and share the jit cache, only if the score is the
         same object.
 
     Raises:
@@ -215,6 +216,7 @@ class _Selection:
     def _axes(self, name: str, shapes: Mapping[str, Shape]) -> Axes | str:
         rule = first_match(self.axes, name)
         if rule is None:
+            # `layout` gets all shapes, because the names of siblings distinguish some layers.
             return layout(name, shapes)
         try:
             return given_axes(self.axes[rule], len(shapes[name]))

@@ -45,27 +45,26 @@ def open_folder(
     Raises:
       ValueError: the folder is in use, holds another run, or is not the same in all processes.
     """
+    # Through JSON, so that tuples and paths compare as they are read back.
+    settings = json.loads(json.dumps(settings, default=str))
 
-    def claim() -> IO[str] | None:
-        if not is_first():
-            return None
-        lock = take(path)
-        try:
+    def keep() -> None:
+        if is_first():
             _check_earlier(path, settings, earlier, deciding)
             write_json(path / _SETTINGS, settings, indent=2)
             for name, text in texts.items():
                 (path / name).write_text(f"{text}\n")
-        except BaseException:
-            lock.close()
-            raise
-        return lock
 
-    # Through JSON, so that tuples and paths compare as they are read back.
-    settings = json.loads(json.dumps(settings, default=str))
-    lock = together(claim)
-    owner = tell_all(_this_process())[0]
-    together(partial(check_shared, path, owner))
-    return (lambda: None) if lock is None else lock.close
+    lock = together(lambda: take(path) if is_first() else None)
+    release = (lambda: None) if lock is None else lock.close
+    try:
+        together(keep)
+        owner = tell_all(_this_process())[0]
+        together(partial(check_shared, path, owner))
+    except BaseException:
+        release()
+        raise
+    return release
 
 
 def take(path: Path) -> IO[str]:
@@ -110,13 +109,15 @@ def _check_earlier(
     if earlier == "replace" or not path.exists():
         return
     if earlier == "refuse":
-        raise ValueError(f"{folder} already holds a run: give --resume to go on, or another --name")
+        raise ValueError(
+            f"{folder} already holds a run: give --resume to continue it, or another --name"
+        )
     try:
         before = deciding(json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold the settings of a run: {error!r}. If you have no copy, delete "
-            "the file, and --resume goes on with the flags given now"
+            "the file, and --resume continues with the flags given now"
         ) from error
     if changed := differences(deciding(settings), before):
         raise ValueError(

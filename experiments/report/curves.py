@@ -1,4 +1,4 @@
-"""Pictures of what happens over the epochs: the metric, the masks, the blocks.
+"""Pictures of the metric, the masks and the blocks over the epochs.
 
 Each function returns a `Picture`, or None where the trials that it needs are missing.
 """
@@ -50,7 +50,7 @@ def draw_block_curves(run: Run) -> Picture | None:
     if any(row.method.startswith("subp") for row in run.part("blocks")):
         # The ramp is in fractions of the epochs.
         end = 100 * run.settings["recipe"]["ramp"][1]
-        note = f" SUBP starts dense and reaches its density after {end:.0f} % of the epochs."
+        note = f" SUBP starts dense and reaches its density after {end:.0f}% of the epochs."
     return _draw_errors(run, groups, "block_curves", "Learning curves of blocks", note)
 
 
@@ -106,7 +106,7 @@ def draw_sad_over_time(run: Run) -> Picture | None:
     legend_below(figure, axes)
     caption = (
         f"Left: SAD over time at {pattern} for each strength of the pull (0 is STE; the dotted "
-        "line is where unrelated masks lie). Right: the share of the mask that one step changes, "
+        "line marks unrelated masks). Right: the share of the mask that one step changes, "
         "mean over a few epochs at a time."
     )
     return picture("sad_over_time", "Divergence over time, by strength", caption, figure)

@@ -102,7 +102,7 @@ def draw_sweep(run: Run) -> Picture | None:
 
 
 def draw_balance(run: Run) -> Picture | None:
-    """Blocks in each row of one layer, and what unequal rows cost when threads share them."""
+    """Blocks in each row of one layer, and what unequal rows cost when threads split them."""
     methods = ("one_by_n", "subp")
     found = {p: [run.find(p, m) for m in methods] for p in run.settings["block_patterns"]}
     whole = {p: [row for row in rows if row] for p, rows in found.items() if None not in rows}
@@ -122,7 +122,7 @@ def draw_balance(run: Run) -> Picture | None:
         bounds = [[speed_up_bound(k, t).mean() for t in threads] for k in kept.values()]
         axes[1].plot(threads, np.mean(bounds, axis=0), "o-", color=color, markersize=4)
         share, worst = min((float(balance(k).mean()), name) for name, k in kept.items())
-        notes.append(f"{name} {worst.removesuffix('/kernel')}, balance {100 * share:.0f} %")
+        notes.append(f"{name} {worst.removesuffix('/kernel')}, balance {100 * share:.0f}%")
     axes[0].set(title=layer.removesuffix("/kernel"), xlabel="row of blocks", ylabel="blocks kept")
     axes[1].plot(threads, threads, color="0.5", linestyle=":", linewidth=1)
     axes[1].set(title="All layers", xlabel="threads", ylabel="bound on the speed-up")
@@ -131,9 +131,9 @@ def draw_balance(run: Run) -> Picture | None:
     caption = (
         f"At {pattern}. Left: blocks kept in each row of one layer, first seed. Right: threads "
         "take equal numbers of rows, and the thread with the most blocks finishes last. The bound "
-        "on the speed-up is the work of all threads divided by the work of that one, mean over "
-        "layers and seeds. It is counted, not timed. The dotted line is the number of threads; a "
-        f"layer with fewer rows cannot reach it. Worst layers: {'; '.join(notes)}."
+        "on the speed-up is the work of all threads divided by the work of that thread, averaged "
+        "over layers and seeds. It is counted, not timed. The dotted line is the number of "
+        f"threads; a layer with fewer rows cannot reach it. Worst layers: {'; '.join(notes)}."
     )
     return picture("balance", "Blocks per row and the speed-up they allow", caption, figure)
 

@@ -53,10 +53,10 @@ def draw_shapes(run: Run) -> Picture | None:
     caption = (
         f"Kept taps (dark) of the 3x3 kernels of {shapes['layer'].removesuffix('/kernel')}, "
         f"trained with SR-STE at {rows[0].pattern}. Groups run over a whole filter, one input "
-        f"channel after the other, as in the paper's Figure 5. Of {counts.total()} kernels "
-        f"{counts['0' * 9]} are empty. There are {len(counts)} different shapes; the most frequent "
-        f"is {dots[:3]}/{dots[3:6]}/{dots[6:]} ({often} times). The center tap is kept in "
-        f"{share[1, 1]:.0f} % of the kernels, a corner in {share[::2, ::2].mean():.0f} %. Test "
+        f"channel after the other, as in the paper's Figure 5. {counts['0' * 9]} of "
+        f"{counts.total()} kernels are empty. There are {len(counts)} different shapes; the most "
+        f"common is {dots[:3]}/{dots[3:6]}/{dots[6:]} ({often} times). The center tap is kept in "
+        f"{share[1, 1]:.0f}% of the kernels, a corner in {share[::2, ::2].mean():.0f}%. Test "
         f"{metric.name}: {reached:.{metric.digits - 1}f} {metric.unit}"
     )
     return picture("shapes", "Kernel shapes", f"{caption.strip()}.", plot_kernels(mask))
@@ -87,7 +87,7 @@ def draw_block_masks(run: Run) -> Picture | None:
     grid[-1, 0].set_ylabel("row", fontsize=8)
     caption = (
         f"Kept blocks (dark) of {film[-1]['layer'].removesuffix('/kernel')} at {pattern}, first "
-        "seed. Each line is one row of blocks, that is, the outputs that share them; input "
-        "channels run from left to right."
+        "seed. Each line is one row of blocks, the blocks of the same outputs; input channels run "
+        "from left to right."
     )
     return picture("block_masks", "The blocks of one layer over time", caption, figure)

@@ -144,7 +144,7 @@ class Run:
         return list(dict.fromkeys(row.pattern for row in self.part(part)))
 
     def find(self, pattern: str, method: str) -> Row | None:
-        """The row of a method in the table of a pattern, which includes what is beside blocks."""
+        """The row of a method in a pattern's table, including the N:M rows next to blocks."""
         # Not the part "sweep": it has rows of the same pattern and method with other strengths.
         here = [row for row in self.part("main", "blocks") if row.pattern == pattern]
         found = [row for row in [*here, *self.beside(pattern)] if row.method == method]

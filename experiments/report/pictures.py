@@ -15,7 +15,7 @@ from experiments.report.numbers import Row
 from nmjax.analysis.plots import COLORS
 
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK = COLORS
-# Method -> name and color. Blocks reuse colors of methods that no picture shows beside them.
+# Method -> name and color. Blocks reuse colors of methods that never share a picture with them.
 _LOOKS = {
     "dense": ("dense", BLACK),
     "one_shot": ("one-shot", ORANGE),
@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Picture(NamedTuple):
-    """A drawing: the name of its file, a title for those who cannot see it, a caption, the SVG."""
+    """A drawing: the name of its file, a title for screen readers, a caption, the SVG."""
 
     name: str
     title: str

@@ -1,9 +1,9 @@
-"""Translation of English number names to German ones: real words, real reordering.
+"""Translation of number names from English to German: real words, real reordering.
 
-"Forty-five thousand" is "fünfundvierzigtausend": the ones come before the tens and everything
-is one word. num2words knows as many pairs as one asks for; a tenth of the numbers, chosen by a
-hash, is never trained on. German writes a name below a million as a single word, so BLEU counts
-n-grams of characters here; exact match is the metric that methods are compared by.
+"Forty-five thousand" is "fünfundvierzigtausend": the ones come before the tens, and everything is
+one word. num2words generates any number of pairs; a tenth of the numbers, chosen by a hash, is held
+out for testing. German writes a name below a million as a single word, so BLEU counts n-grams of
+characters here; exact match is the metric for comparing methods.
 
 Run:
   python -m experiments.compare --task number_names
@@ -61,8 +61,8 @@ def task(
 
     Args:
       options: model, recipe and the like.
-      train_pairs: how many.
-      test_pairs: how many, of numbers that are never trained on.
+      train_pairs: number of training pairs.
+      test_pairs: number of test pairs; their numbers are never trained on.
     """
     train, test = number_pairs(train_pairs, test_pairs)
     vocabulary = train_vocabulary((side for pair in train for side in pair), PIECES)
@@ -91,6 +91,7 @@ def number_pairs(
     Numbers of 1 to `DIGITS` digits are equally likely, as far as there are enough.
     """
     rng = np.random.default_rng(0)
+    # Dicts as sets that keep the order in which numbers were drawn.
     halves: dict[bool, dict[int, None]] = {False: {}, True: {}}
     wanted = {False: train, True: test}
     while any(len(halves[half]) < wanted[half] for half in halves):
@@ -108,4 +109,5 @@ def names(numbers: Any) -> list[tuple[str, str]]:
 
 def is_test(number: int) -> bool:
     """Whether a number is held out for testing. It is one in ten and depends only on the number."""
+    # 26 of the 256 values of a byte.
     return hashlib.sha256(str(number).encode()).digest()[0] < 26

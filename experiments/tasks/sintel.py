@@ -1,9 +1,9 @@
 """RAFT trained on FlyingChairs and evaluated on MPI Sintel, which it has never seen.
 
-What this is for: whether what a sparse network learns carries over to other images. Training is
-that of `experiments.tasks.flying_chairs`; evaluation is on the 1,041 pairs of Sintel's training
-scenes, clean rendering, padded at the bottom to a multiple of 8 pixels, 32 iterations. Error and
-time have not been measured with this code.
+What this is for: testing whether what a sparse network learns transfers to other images. Training
+is the same as in `experiments.tasks.flying_chairs`. Evaluation takes the 1,041 pairs of Sintel's
+training scenes, clean rendering, padded at the bottom to a multiple of 8 pixels, and 32 iterations.
+Error and time have not been measured with this code.
 
 Run:
   python -m experiments.train --task sintel --data-dir FOLDER    # FlyingChairs_release/, Sintel/
@@ -26,6 +26,7 @@ from experiments.tasks.flying_chairs import RECIPE, as_arrays, chairs_trained_ta
 from experiments.tasks.options import DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Task
 
+# As in RAFT's released evaluation on this data set.
 EVAL_ITERATIONS = 32
 _MULTIPLE = 8
 _EVAL_BATCH = 4
@@ -62,6 +63,7 @@ def eval_example(pair: Pair) -> Batch:
     height, width = arrays["known"].shape
     # Sintel's 436 rows are not a multiple of 8; its 1,024 columns are.
     missing = ((0, -height % _MULTIPLE), (0, -width % _MULTIPLE))
+    # The border is repeated, as RAFT does: zeros would be an edge to match.
     return {
         name: np.pad(array, (*missing, (0, 0)), mode="edge")
         if name in ("first", "second")

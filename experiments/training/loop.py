@@ -72,7 +72,7 @@ def train(
       lambda_w: strength of the sparse-refined term; None for the recipe's.
       programs: from `make_programs`, to share their compilation between runs. They must have an
         axis of seeds if and only if there are several, and the placement's layout.
-      start: goes on from this state, from a report or `on_step`; its arrays are donated.
+      start: continues from this state, from a report or `on_step`; its arrays are donated.
       evaluate_every: epochs between two evaluations. The last epoch is always evaluated.
       watch_every: steps between two whose mask flips are counted; at least one an epoch is.
       placement: over devices and processes.
@@ -95,7 +95,7 @@ def train(
     default = task.recipe.strength(decoupled=job.method.decoupled)
     strength = default if lambda_w is None else lambda_w
     state = start if start is not None else begin(programs, seeds, strength)
-    # A checkpoint within an epoch goes on at its next step, with the batches that follow.
+    # After a checkpoint within an epoch, training continues at the next step and its batches.
     first_epoch, first_step = divmod(state.steps_done(), task.steps_per_epoch)
     for epoch in range(first_epoch, task.recipe.epochs):
         began = time.perf_counter()
@@ -149,6 +149,7 @@ def evaluate(
         # All seeds are evaluated on the same examples.
         placed = placement.put(stack([batch] * seeds) if programs.seeds else batch)
         for name, value in programs.evaluate(forward, state.collections, placed).items():
+            # Summed in float64 on the host: float32 counts exactly only up to 2**24.
             sums[name] = sums.get(name, 0) + np.atleast_1d(jax.device_get(value)).astype(float)
         if programs.predict is not None:
             predicted = jax.device_get(programs.predict(forward, state.collections, placed))
@@ -164,6 +165,7 @@ def _scores(task: Task, predictions: list[Any], seeds: int) -> dict[str, np.ndar
         return {}
     found = []
     for seed in range(seeds):
+        # `seed=seed` binds the value of this round.
         own = jax.tree.map(lambda values, seed=seed: values[seed], predictions)
         found.append(task.score([batch for batch, _ in own], [made for _, made in own]))
     return {name: np.array([scores[name] for scores in found]) for name in found[0]}
@@ -191,6 +193,7 @@ def _train_epoch(
         if done % refresh_every == 0:
             run = programs.refresh(run)
         # Masks before and after a step cost more than the step, so most steps are not watched.
+        # The last step of each stretch, so a stretch as long as the epoch is watched once.
         is_watched = index % every == every - 1
         before = programs.masks(run.params) if is_watched else None
         run = programs.step(run, batch)

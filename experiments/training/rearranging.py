@@ -56,7 +56,7 @@ def sort_network(
       channels: from `free_channels`.
       variables: "params", which decide the order, and Flax's other collections.
       opt_state: of the optimizer. Momentum, and whatever else has the structure and shapes of the
-        parameters, is sorted as they are.
+        parameters, is sorted with them.
       masks: of the parameters, any number.
 
     Returns:
@@ -72,6 +72,7 @@ def sort_network(
         order = nmjax.l1_order(trees[0], group)
         trees = [_permute(tree, group, order) for tree in trees]
     variables, *others = trees
+    # Not strict: the masks follow after the parts of the optimizer.
     for i, tree in zip(alike, others, strict=False):
         parts[i] = tree["params"]
     sorted_masks = [tree["params"] for tree in others[len(alike) :]]

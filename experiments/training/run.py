@@ -37,8 +37,8 @@ class Run:
     """A run in its folder, new or as an earlier process left it.
 
     Attributes:
-      state: to go on from, `steps_done` optimizer steps after the start.
-      release: gives the folder back.
+      state: to continue from, `steps_done` optimizer steps after the start.
+      release: releases the folder.
     """
 
     def __init__(self, flags: Flags) -> None:
@@ -63,7 +63,22 @@ class Run:
             deciding=deciding,
             texts={"plan.txt": job.plan, "layout.txt": placement.layout or "one device"},
         )
-        self.checkpoints = Checkpoints(
+        try:
+            self.checkpoints = self._open_checkpoints()
+            over_seeds, layout = placement
+            self.programs = make_programs(job, over_seeds=over_seeds, layout=layout)
+            new = partial(begin, self.programs, flags.seeds, self.lambda_w)
+            self.state: RunState
+            with placement.active():
+                found = self.checkpoints.restore(jax.eval_shape(new))
+                self.steps_done, self.state = found or (0, new())
+        except BaseException:
+            self.release()
+            raise
+
+    def _open_checkpoints(self) -> Checkpoints:
+        flags = self.flags
+        return Checkpoints(
             flags.folder / "checkpoints",
             keep=flags.keep_checkpoints,
             keep_best=flags.keep_best,
@@ -71,17 +86,10 @@ class Run:
                 "task": flags.task,
                 "model": flags.model_name,
                 "method": flags.method,
-                "pattern of": {name: str(leaf.pattern) for name, leaf in job.plan.items()},
+                "pattern of": {name: str(leaf.pattern) for name, leaf in self.job.plan.items()},
             },
-            placement=placement,
+            placement=self.placement,
         )
-        over_seeds, layout = placement
-        self.programs = make_programs(job, over_seeds=over_seeds, layout=layout)
-        new = partial(begin, self.programs, flags.seeds, self.lambda_w)
-        self.state: RunState
-        with placement.active():
-            found = self.checkpoints.restore(jax.eval_shape(new))
-            self.steps_done, self.state = found or (0, new())
 
     def finish(self) -> int:
         """Trains what is left, printing and keeping a line for each epoch.
@@ -107,7 +115,7 @@ class Run:
         if status != COMPLETE:
             epochs, steps = divmod(self.checkpoints.latest() or 0, self.job.task.steps_per_epoch)
             within = f", step {steps}" if steps else ""
-            _say(f"\nstopped; --resume goes on from epoch {epochs}{within}")
+            _say(f"\nstopped; --resume continues from epoch {epochs}{within}")
         return status
 
     def _train(self, is_told: Callable[[int], bool]) -> None:

@@ -24,7 +24,7 @@ def opening(flags: Flags, job: Job, lambda_w: float, steps_done: int) -> str:
         f"{flags.task}, {flags.model_name}, {flags.method}{term}: {flags.pattern} keeps {kept:,} "
         f"of {weights:,} weights in {len(job.plan)} leaves\n"
         f"{epochs} of {job.task.recipe.epochs} epochs{rest} done, {per_epoch} steps each; "
-        f"everything goes to {flags.folder}"
+        f"output folder: {flags.folder}"
     )
 
 

@@ -63,6 +63,7 @@ def compile_library(
     x86 = platform.machine() in ("x86_64", "AMD64")
     flags = [*_FLAGS, *extra_flags, f"-isystem{include_folder()}", *(["-DNMJAX_X86"] * x86)]
     isas = {"portable": [], **(_X86 if x86 else {})}
+    # Beside the library: a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         sources: list[tuple[str, list[str], Path]] = [
             (name, [], Path(folder) / f"{name}.o") for name in _COMMON
@@ -75,9 +76,11 @@ def compile_library(
             [compiler, *flags, *more, "-c", str(FOLDER / "cpu" / "src" / name), "-o", str(to)]
             for name, more, to in sources
         ]
+        # Threads are enough, because each only waits for a compiler.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         linked = Path(folder) / library.name
+        # Sanitizers name functions, so their library keeps its symbols.
         strip = [] if extra_flags else ["-s"]
         objects = [str(to) for _, _, to in sources]
         _run([compiler, "-shared", *strip, *extra_flags, "-o", str(linked), *objects])
@@ -182,6 +185,7 @@ def nvidia_folders(kind: str) -> list[Path]:
     is_cuda12 = importlib.util.find_spec("jax_cuda12_plugin") is not None
     folders = sorted(found, key=lambda folder: (folder.parent.name == "cu13") == is_cuda12)
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    # The toolkit has "lib64" instead of "lib", and CUDA 13 moved C++ headers to "include/cccl".
     folders += [toolkit / kind, toolkit / f"{kind}64", toolkit / kind / "cccl"]
     return [folder for folder in folders if folder.is_dir()]
 
@@ -210,6 +214,7 @@ def main(argv: Sequence[str]) -> None:
     `--sanitize FILE` writes a CPU library with sanitizers. `--cuda` builds only the GPU libraries,
     and fails if it cannot.
     """
+    # Without either, running g++ fails with a message that names it.
     compiler = shutil.which(os.environ.get("CXX", "g++")) or "g++"
     if argv[:1] == ["--sanitize"]:
         compile_library(compiler, Path(argv[1]), SANITIZERS)

@@ -38,7 +38,7 @@ def fold_batch_norm(
     runs on the result. Fold first, then call `nmjax.pack`.
 
     The function traces the module to find out which layer feeds which normalization, and runs it
-    to check that the outputs stay the same. It leaves other normalizations as they are. The result
+    to check that the outputs stay the same. It leaves other normalizations unchanged. The result
     is for serving, not for further training.
 
     Args:
@@ -77,6 +77,7 @@ def fold_batch_norm(
         raise ValueError(
             f"{type(module).__name__} has no nn.BatchNorm that follows an nn.Conv or nn.Dense"
         )
+    # New containers, because `_fold` changes them in place. The arrays are shared.
     folded = unfreeze(jax.tree.map(lambda leaf: leaf, variables))
     for layer, norm in pairs.items():
         _fold(folded, layer, norm)

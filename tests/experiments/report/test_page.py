@@ -69,8 +69,8 @@ def test_the_page_of_a_metric_to_lower(bits, tmp_path):
     assert "Without learning: chance 0.100 (bits per byte)." in words
     assert "AdamW with betas 0.9 and 0.98, gradients clipped to a norm of 1" in words
     assert "Adam divides the gradient" in words
-    assert "The same after the preconditioner:" in words
-    assert "Layers that stay dense" not in words
+    assert "The same sweep, with the pull after the preconditioner:" in words
+    assert "layers stay dense" not in words
     assert "accuracy %" not in words
     best = re.findall(r'<tr class="best">\s*<td><span[^>]*></span>([^<]*)', page)
     assert best == ["SR-STE", "SR-STE"]
