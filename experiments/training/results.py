@@ -22,20 +22,18 @@ def epoch_numbers(report: EpochReport) -> Numbers:
 
 
 def brief_epoch_numbers(report: EpochReport) -> Numbers:
-    """Returns `epoch_numbers` with what is large summed, or left out where nothing was evaluated.
+    """Returns `epoch_numbers` with "sad_first" summed over the layers.
 
-    "sad_first" is summed over the layers; evaluated epochs have "sad_layers" too. Where masks of
-    blocks are remembered there are "sad_used" and "regrown", and "kept_rows" in evaluated epochs.
+    Numbers of layers, "sad_layers" and "kept_rows", are there only where something was evaluated.
     """
     numbers = epoch_numbers(report)
     layers, blocks = numbers["sad_first"], numbers.pop("blocks", {})
     numbers["sad_first"] = np.sum(list(layers.values()), axis=0)
-    if report.test:
-        numbers["sad_layers"] = layers
     if blocks:
         numbers |= {"sad_used": blocks["sad"], "regrown": blocks["regrown"]}
-        if report.test:
-            numbers["kept_rows"] = blocks["kept_rows"]
+    if report.test:
+        numbers["sad_layers"] = layers
+        numbers |= {"kept_rows": blocks["kept_rows"]} if blocks else {}
     return numbers
 
 
