@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
 ) -> argparse.ArgumentParser:
+    # argparse's own help lines begin in lower case and have no period.
     parser = commands.add_parser(name, help=text[0].lower() + text[1:-1], description=text)
     parser.set_defaults(run=run)
     return parser
@@ -127,6 +128,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     params = read_checkpoint(arguments.checkpoint, arguments.subtree)
+    # A table that says why a layer stays dense is more useful here than an error.
     plan = _make_plan(params, arguments, on_indivisible="dense")
     print(plan)
     # Sizes and products follow from shapes, so nothing is packed here.
@@ -193,6 +195,7 @@ def _products(packed: Any) -> str:
     rows: list[tuple[str, str, str, str, str]] = []
     for name, leaf in named_leaves(packed, is_leaf=is_packed).items():
         if is_packed(leaf):
+            # The layers of a stack have one shape, so the first stands for all.
             layer = jax.eval_shape(lambda leaf: leaf.first_layer(), leaf)
             way, speedup = choose(leaf.dtype, layer, 1), expected_speedup(leaf.dtype, layer)
             fits = "yes" if _is_semi_structured(layer) else "no"

@@ -53,6 +53,7 @@ class Plan(Mapping[str, LeafPlan]):
     leaves: tuple[tuple[str, LeafPlan | DenseLeaf], ...]
     score: Score = magnitude
 
+    # Allowed in a frozen class: the cache writes to `__dict__` directly, and no field changes.
     @cached_property
     def _sparse(self) -> dict[str, LeafPlan]:
         return {name: leaf for name, leaf in self.leaves if isinstance(leaf, LeafPlan)}
@@ -215,6 +216,7 @@ class _Selection:
     def _axes(self, name: str, shapes: Mapping[str, Shape]) -> Axes | str:
         rule = first_match(self.axes, name)
         if rule is None:
+            # `layout` gets all shapes, because the names of siblings distinguish some layers.
             return layout(name, shapes)
         try:
             return given_axes(self.axes[rule], len(shapes[name]))

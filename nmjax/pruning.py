@@ -117,7 +117,7 @@ def planned_leaves(
     # Collect every complaint before raising, so that one error shows all that is wrong.
     complaints = [
         f"  {name}: planned as {plan[name].shape}, "
-        + (f"got {leaves[name].shape}" if name in leaves else _why_missing(name, leaves))
+        + (f"got {leaves[name].shape}" if name in leaves else _describe_missing(name, leaves))
         for name in visible
         if name not in leaves or not fits(leaves[name].shape, plan[name])
     ]
@@ -137,7 +137,7 @@ def planned_leaves(
     return {name: leaves[name] for name in visible}
 
 
-def _why_missing(name: str, leaves: Mapping[str, Any]) -> str:
+def _describe_missing(name: str, leaves: Mapping[str, Any]) -> str:
     if any(_is_below(leaf, name) for leaf in leaves):
         return "got a subtree; if it is a packed weight, call nmjax.unpack first"
     return "not in the tree"

@@ -35,6 +35,7 @@ def measure(score: str, rounds: int) -> dict[str, Any]:
     times = interleaved_medians({"refresh": compiled}, state, params, step, rounds=rounds)
     memory = compiled.memory_analysis()
     assert memory is not None
+    # Both at once, because nothing is donated.
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
         "score": score,

@@ -65,6 +65,7 @@ class Transformer(nn.Module):
         def block(module: nn.Module, x: jax.Array, _: None) -> tuple[jax.Array, None]:
             return module(x), None
 
+        # A scan, so that one block is compiled instead of 24.
         blocks = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
         )
@@ -76,16 +77,17 @@ def built() -> dict[str, Any]:
     """Compiles what runs on GPUs, as far as there are compilers for it."""
     states, failed = {}, []
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    steps: dict[str, tuple[str | None, Callable[[], Any]]] = {
+    steps: dict[str, tuple[str, Callable[[], Any]]] = {
+        # What is missing, if anything; and what compiles it.
         "cusparselt": (
-            build.why_no_cusparselt() if compiler else "no g++",
+            build.missing_headers() if compiler else "no g++",
             lambda: build.compile_cusparselt(str(compiler)),
         ),
-        "decode": (None if build.find_nvcc() else "no nvcc", build.compile_decode),
+        "decode": ("" if build.find_nvcc() else "no nvcc", build.compile_decode),
     }
     for name, (obstacle, compile_it) in steps.items():
         start = time.perf_counter()
-        if obstacle is not None:
+        if obstacle:
             states[name] = f"skipped: {obstacle}"
             continue
         try:
@@ -151,6 +153,7 @@ def masked(size: int, rounds: int) -> list[dict[str, Any]]:
     """Times mask and apply against a copy on the device."""
     rows = []
     for axis in (-2, -1):
+        # Eight matrices in turn, so that none is still in a cache: 128 MiB each at size 8192.
         ws = [numbers((size, size), "bfloat16", seed) for seed in range(8)]
         functions = {
             "copy": many(lambda w, _: jnp.copy(w), ws, ws),
@@ -246,6 +249,7 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {path}")
+    # True exits with status 1.
     sys.exit('"failed": ' in json.dumps(results))
 
 

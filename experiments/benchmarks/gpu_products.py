@@ -116,6 +116,7 @@ def operands(product: Product) -> tuple[list[jax.Array], list[jax.Array]]:
     """Inputs, and dense weights (inputs, outputs) that are not pruned."""
     count = range(product.repeats)
     xs = [numbers((product.rows, product.inputs), product.dtype, i) for i in count]
+    # Other seeds than the inputs have, or square weights would equal them.
     ws = [numbers((product.inputs, product.outputs), product.dtype, 100 + i) for i in count]
     return xs, ws
 
@@ -187,6 +188,7 @@ def sparse_functions(product: Product, xs: list[Any], ws: list[Any], transposed:
         compressed.append(
             cusparselt.compress(dense.T if transposed else dense, transposed=transposed)
         )
+    # Compiled before the search, so that it does not use what that finds.
     not_tuned = many(multiply_sparse, xs, compressed)
     cusparselt.tune(xs[0], compressed[0], dtype=product.result)
     return {f"{name}, not tuned": not_tuned, name: many(multiply_sparse, xs, compressed)}
@@ -260,6 +262,7 @@ def torch_functions(product: Product) -> Functions:
         return {}
     SparseSemiStructuredTensor._FORCE_CUTLASS = False  # Then cuSPARSELt, its default kernel.
     settings: Any = {"dtype": torch.bfloat16, "device": "cuda"}
+    # Any 2:4 mask will do, since only time is measured.
     keep = torch.tensor([1, 0, 1, 0], **settings)
     xs = [torch.randn(product.rows, product.inputs, **settings) for _ in range(product.repeats)]
     ws = [torch.randn(product.outputs, product.inputs, **settings) for _ in range(product.repeats)]
@@ -272,6 +275,7 @@ def torch_functions(product: Product) -> Functions:
         with torch.inference_mode():
             for x, w in zip(xs, weights, strict=True):
                 torch.nn.functional.linear(x, w)
+        # PyTorch's calls return before the GPU is done.
         torch.cuda.synchronize()
 
     return {"torch, dense": lambda: run(ws), "torch, sparse": lambda: run(sparse)}

@@ -45,6 +45,7 @@ LAYOUT = {
 }
 LAMBDA_W = 2e-4
 ACTIVATIONS = P("data", None, None)
+# Asynchronous collectives are written as a start and a done; only the start counts.
 COLLECTIVES = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(?:-start)?\("
 
 
@@ -204,6 +205,7 @@ def needs(compiled: jax.stages.Compiled) -> dict[str, Any]:
         "collectives": dict(sorted(counts.items())),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        # Donated arguments become outputs in place: `alias` counts them once.
         "peak_bytes": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes

@@ -49,6 +49,7 @@ def measure(name: str, multiply_adds: str, pattern: str, rounds: int) -> dict[st
         "xla": lambda: dense(folded, image),
         **torch_function(name, folded, image),
     }
+    # All sides have to compute the same, or the ratio says nothing.
     expected = np.asarray(functions["xla"]())
     for function in functions.values():
         np.testing.assert_allclose(function(), expected, rtol=0, atol=1e-3 * abs(expected).max())
@@ -73,6 +74,7 @@ def torch_function(name: str, variables: Any, image: jax.Array) -> dict[str, Cal
         return {}
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_grad_enabled(False)
+    # Channels last, as on JAX's side.
     last = torch.channels_last
     x = torch.tensor(np.asarray(image)).permute(0, 3, 1, 2).contiguous(memory_format=last)
     layers: dict[str, Any] = {}
@@ -81,6 +83,7 @@ def torch_function(name: str, variables: Any, image: jax.Array) -> dict[str, Cal
         is_conv = w.ndim == 4
         layers[path] = w.permute(3, 2, 0, 1).contiguous(memory_format=last) if is_conv else w
     means = named_leaves(variables["batch_stats"])
+    # Folding leaves a normalization nothing but a mean to subtract, which is a bias here.
     shifts = {p: -torch.tensor(np.asarray(m)) for p, m in means.items() if p.endswith("mean")}
     conv2d, relu = torch.nn.functional.conv2d, torch.nn.functional.relu_
 
@@ -108,6 +111,7 @@ def torch_function(name: str, variables: Any, image: jax.Array) -> dict[str, Cal
         x = relu(conv(x, "stem", "stem_norm", 2))
         for index in range(13):
             block = f"block{index + 1}"
+            # The strides of MobileNetV1's blocks; see experiments/models/images/mobilenet.py.
             stride = 2 if index in (1, 3, 5, 11) else 1
             x = relu(conv(x, f"{block}/depthwise", f"{block}/depthwise_norm", stride))
             x = relu(conv(x, f"{block}/pointwise", f"{block}/pointwise_norm"))

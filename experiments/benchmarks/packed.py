@@ -107,6 +107,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     times = interleaved_times(functions, rounds=rounds, at_least=0.05, pause=0.02)
     seconds = {name: statistics.median(rounds) for name, rounds in times.items()}
     fastest = min(time for name, time in seconds.items() if name != "packed")
+    # Rows of a product; in a convolution every pixel is one.
     batch = case.x.size // case.x.shape[-1]
     return {
         "work": case.work,
@@ -136,6 +137,7 @@ def dense_functions(case: Case) -> dict[str, Callable[[], Any]]:
 
     def tensor(x: jax.Array) -> Any:
         dtype = torch.bfloat16 if x.dtype == jnp.bfloat16 else torch.float32
+        # Through float32, which holds it exactly: PyTorch cannot read JAX's bfloat16 from NumPy.
         return torch.tensor(np.asarray(x, np.float32)).to(dtype)
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -149,6 +151,7 @@ def dense_functions(case: Case) -> dict[str, Callable[[], Any]]:
             x, w, stride=case.stride, padding=padding
         )
     else:
+        # PyTorch's own layout of a weight, (outputs, inputs).
         rows, columns = tensor(case.x), tensor(case.w).T.contiguous()
         functions["torch"] = lambda: torch.nn.functional.linear(rows, columns)
     return functions
@@ -186,6 +189,7 @@ def main() -> None:
     if arguments.threads == [1, 2]:
         results["balance"] = balance(by_threads[1], by_threads[2])
         print_table("Two threads over one", results["balance"])
+    # A part must not replace the results of all.
     if not arguments.only:
         print(f"written to {write_results('packed-cpu', results)}")
 

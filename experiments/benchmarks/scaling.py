@@ -70,6 +70,7 @@ def make_task(width: int, batch_size: int) -> Task:
     return classification_task(
         name="noise",
         model=Perceptron(width),
+        # Classification takes images, so the features are pixels of one column.
         input_shape=(width, 1, 1),
         train_batches=lambda seed, epoch: iter([batch]),
         eval_batches=lambda: iter([]),
@@ -151,6 +152,7 @@ def measure_checkpoints(
         state = state._replace(train=train)
         saved = train if name == "dense, no masks" else state
         row = _save_and_restore(saved, placement, rounds)
+        # The first row is what the others are compared with.
         baseline = baseline or row["bytes"]
         yield {"saved": name, **row, "of dense": row["bytes"] / baseline}
 

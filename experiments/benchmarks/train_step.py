@@ -97,6 +97,7 @@ def mask_computations(training: Training) -> int:
     """Counts the compiled step's loops that compute a mask; only those look at a number's bits."""
     lowered = training.step.lower(training.params, training.opt_state)
     text = lowered.compile().as_text()
+    # Each computation of the HLO text begins at the left margin; fused loops are computations.
     loops = re.split(r"\n(?=%\S+ \(.*\{\n)", text)
     return sum("bitcast-convert(" in loop for loop in loops)
 

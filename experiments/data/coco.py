@@ -25,6 +25,7 @@ from experiments.data.images import decode_image
 from experiments.data.records import open_source
 
 DATASET = "coco/2017"
+# COCO's own category numbers have gaps and run to 90; tensorflow-datasets counts without gaps.
 CLASSES = 81  # the background and 80 categories
 # Boxes with a shorter side, in pixels of the original image, are skipped.
 _SHORTEST_SIDE = 1.0
@@ -134,13 +135,16 @@ def as_arrays(record: CocoRecord, size: int, most: int, *, mirrored: bool = Fals
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     scaled = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    # Not `scale`: sides are rounded to whole pixels, and boxes have to fit those.
     boxes = boxes * np.array([width / image.width, height / image.height] * 2)
     if mirrored:
+        # Before padding, which stays at the right and at the bottom.
         scaled = scaled[:, ::-1]
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
     sides = boxes[:, 2:] - boxes[:, :2]
     largest = np.argsort(-sides.prod(axis=1), kind="stable")[:most]
     missing = most - len(largest)
+    # Padding is 0, which is medium gray in [-1, 1].
     pixels = np.zeros((size, size, 3), np.float32)
     pixels[:height, :width] = scaled / np.float32(127.5) - 1
     arrays = {
@@ -174,6 +178,7 @@ def usable_boxes(
     Raises:
       ValueError: masks are of an image of another size; the message names it.
     """
+    # tensorflow-datasets puts y before x.
     corners = np.clip(record["boxes"][:, [1, 0, 3, 2]].astype(float), 0, 1)
     boxes = corners * np.array([width, height, width, height])
     # NaN compares as False, so that it is skipped too.

@@ -149,6 +149,7 @@ def sample_masks(
         columns = width - columns
     masks = np.zeros((len(outlines), side, side), np.uint8)
     for mask, outline in zip(masks, outlines, strict=True):
+        # Positions are continuous: without its fraction, one names the pixel that it lies in.
         down = (rows * outline.size[0] / height).astype(int)
         across = (columns * outline.size[1] / width).astype(int)
         mask[: len(rows), : len(columns)] = outline.decode()[down[:, None], across]
@@ -164,8 +165,10 @@ def _compress(segmentation: Any, height: int, width: int) -> bytes:
             raise ValueError(f"its run lengths do not add up to {height} x {width} pixels")
         found = run_lengths.frPyObjects(segmentation, height, width)
     elif segmentation:
+        # An object in several visible parts has several polygons.
         found = run_lengths.merge(run_lengths.frPyObjects(segmentation, height, width))
     else:
+        # pycocotools takes column-major arrays only.
         found = run_lengths.encode(np.zeros((height, width), np.uint8, order="F"))
     counts: bytes = found["counts"]
     return counts

@@ -69,8 +69,11 @@ def train_epoch(
       rows: of each batch, all by default; the others are not read here.
       reading: threads and processes.
     """
+    # grain takes a single number. Hashed, so that seed 1 at epoch 2 is not seed 2 at epoch 1.
     both = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     examples = grain.MapDataset.source(records).seed(both).shuffle().random_map(transform)
+    # A data set of batch numbers, instead of `examples.batch`: a batch reads the rows of this
+    # process only, and batches before `first_step` are skipped without reading.
     batches = grain.MapDataset.range(len(records) // batch_size).map(
         partial(_batch_rows, examples, batch_size, np.arange(batch_size) if rows is None else rows)
     )
@@ -162,6 +165,7 @@ def _read(batches: Any, reading: Reading) -> Iterator[Batch]:
             # Copied, because the worker frees memory that it shares with this process.
             yield {name: _own(values) for name, values in batch.items()}
     finally:
+        # Otherwise workers go on reading for a consumer that stopped early.
         iterator.close()
 
 

@@ -32,6 +32,7 @@ def augment(rng: np.random.Generator, pair: Pair, height: int, width: int) -> Pa
     rows, columns, _ = pair[0].shape
     if rows < height or columns < width:
         raise ValueError(f"cannot cut {height} x {width} pixels out of {rows} x {columns}")
+    # One draw for both axes; the stretch then makes them differ.
     across = down = 2 ** rng.uniform(*SCALE) if rng.random() < SCALED else 1.0
     if rng.random() < STRETCHED:
         across *= 2 ** rng.uniform(-STRETCH, STRETCH)
@@ -65,6 +66,7 @@ def resize(pair: Pair, height: int, width: int) -> Pair:
         for image in (first, second)
     ]
     parts = [
+        # Pillow scales floats only as images of one channel. A wider image also has longer flow.
         np.asarray(Image.fromarray(flow[..., i]).resize(size, Image.Resampling.BILINEAR)) * factor
         for i, factor in enumerate((width / columns, height / rows))
     ]

@@ -44,12 +44,14 @@ def read_flo(path: Path) -> Flow:
     width, height = (int(side) for side in np.frombuffer(data, "<i4", 2, offset=4))
     if not (0 < width <= _LONGEST_SIDE and 0 < height <= _LONGEST_SIDE):
         raise ValueError(f"{path} has a broken header: {width} x {height} pixels")
+    # Two float32 a pixel.
     expected = _HEADER_BYTES + 8 * width * height
     if len(data) != expected:
         raise ValueError(
             f"{path} is damaged: {width} x {height} pixels make {expected} bytes, got {len(data)}"
         )
     flow = np.frombuffer(data, "<f4", offset=_HEADER_BYTES).reshape(height, width, 2)
+    # A copy in the machine's byte order: `frombuffer` only gives a view that cannot be written.
     return flow.astype(np.float32)
 
 

@@ -75,6 +75,7 @@ def open_chairs(folder: Path, split: Literal["train", "validation"]) -> FlowPair
       MissingFlowError: folder, split or a file is missing; says what to get and where to put it.
       ValueError: the split has not one line for each example.
     """
+    # Numbers have leading zeros, so sorted names are in the order of the split's lines.
     flows = sorted((folder / "data").glob("*_flow.flo"))
     if not flows:
         raise MissingFlowError(
@@ -130,6 +131,7 @@ def _sibling(flow: Path, ending: str) -> Path:
     return flow.with_name(flow.name.replace("flow.flo", ending))
 
 
+# Checked for all examples at once, so that a gap shows before training and not hours into it.
 def _all_there(files: list[FlowFiles]) -> list[FlowFiles]:
     for names in files:
         for path in (names.first, names.second, names.flow):

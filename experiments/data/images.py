@@ -53,6 +53,7 @@ def decode_image(encoded: bytes) -> Image.Image:
 def image_uri(pixels: Pixels) -> str:
     """The image as a JPEG in a data URI, which an HTML page shows without another file."""
     file = io.BytesIO()
+    # `subsampling=0` keeps colors at full resolution, which drawn edges need.
     Image.fromarray(pixels).save(file, "JPEG", quality=90, subsampling=0)
     return f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
 
@@ -78,6 +79,7 @@ def random_crop_box(
       ratio: smallest and largest width over height.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
+    # Ten tries, then the center: torchvision's rule.
     for _ in range(10):
         pixels = rng.uniform(*area) * height * width
         aspect = math.exp(rng.uniform(low, high))
@@ -106,6 +108,7 @@ def crop_and_resize(image: Image.Image, box: Box, size: int) -> Pixels:
 def resize_and_center_crop(image: Image.Image, shorter: int, size: int) -> Pixels:
     """Scales the shorter side to `shorter` and cuts out the central (size, size, 3)."""
     scale = shorter / min(image.size)
+    # Rounded down like torchvision. `max`, because 256 / 49 * 49 is a little less than 256.
     width, height = (max(shorter, int(side * scale)) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     box = center_box(height, width, size, size)

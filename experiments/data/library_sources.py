@@ -72,10 +72,12 @@ def load_sources(folder: Path | None = None) -> Sources:
 
 def is_test(name: str) -> bool:
     """Whether a file, named by its path with slashes, is a test file."""
+    # Not `hash`, which gives a string another number in every process.
     return hashlib.sha256(name.encode()).digest()[0] < _TEST_HASHES
 
 
 def _files(root: Path) -> Iterator[Path]:
+    # Sorted, because the order of a folder's entries depends on the file system.
     for path in sorted(root.rglob("*.py")):
         if not _LEFT_OUT & set(path.relative_to(root).parts[:-1]):
             yield path

@@ -126,6 +126,7 @@ def open_source(
     if not versions:
         raise _missing(command, folder, f"there is no {dataset} in {folder}")
     # By its files and not by its name: COCO's class cannot be made without TensorFlow.
+    # Compared as versions: as text, 10.0.0 would come before 9.0.0.
     newest = max(versions, key=lambda version: tfds.core.Version(version.name))
     builder = tfds.builder_from_directory(newest)
     available = sorted(known.value for known in builder.info.available_file_formats())
@@ -151,6 +152,7 @@ def open_source(
 def data_folder(data_dir: str | Path | None) -> Path:
     """The folder of prepared data sets: the one given, or $TFDS_DATA_DIR, or the usual one."""
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    # Absolute, so that the commands in errors work in any folder.
     return Path(chosen).expanduser().absolute()
 
 

@@ -67,6 +67,7 @@ def draw_scene(rng: np.random.Generator, size: int, split: Split) -> Scene:
         at = rng.integers(len(labels))
         ink = _place(rng, digits[at], size)
         seen = [mask & ~ink for mask in masks]
+        # Compared with all of a digit's ink, so that what several digits hide adds up.
         if any(mask.sum() < _SEEN * area for mask, area in zip(seen, areas, strict=True)):
             continue
         image[ink] = rng.uniform(DARKEST_TINT, 1, 3)
@@ -88,9 +89,11 @@ def load_digits(split: Split) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     from sklearn.datasets import load_digits as load
 
     data = load()
+    # Not the run's seed: all runs have the same test digits.
     order = np.random.default_rng(0).permutation(len(data.target))
     border = round(_TRAIN_SHARE * len(order))
     chosen = order[:border] if split == "train" else order[border:]
+    # scikit-learn's gray values run from 0 to 16.
     return data.images[chosen] / 16.0, data.target[chosen]
 
 

@@ -16,6 +16,7 @@ from experiments.data.vocabulary import BEGIN, END, PADDING, Vocabulary
 Tokens = NDArray[np.uint16]
 Pair = tuple[str, str]
 
+# Pairs that are encoded in one call, so that not all of them are Python lists at once.
 _CHUNK = 8192
 
 
@@ -120,6 +121,7 @@ def evaluation_batches(
 
 def shifted(target: np.ndarray) -> np.ndarray:
     """What a decoder reads to predict `target`: the begin, and all but the last token."""
+    # The last token is dropped, since nothing is predicted after it.
     return np.concatenate([np.full_like(target[:, :1], BEGIN), target[:, :-1]], axis=1)
 
 

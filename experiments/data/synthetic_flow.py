@@ -109,6 +109,7 @@ def render(layers: list[Layer], size: int) -> FlowPair:
         seen = _covers(layer, points)
         first[seen] = _texture_at(layer, points[seen])
         flow[seen] = move(layer.motion, points[seen]) - points[seen]
+        # Backwards, so that every pixel of the second image gets a value.
         source = move(_inverse(layer.motion), points)
         seen = _covers(layer, source)
         second[seen] = _texture_at(layer, source[seen])
@@ -158,6 +159,7 @@ def _draw_layer(rng: np.random.Generator, size: int, split: Split, *, is_blob: b
     if is_blob:
         center = rng.uniform(-0.4, 0.4, 2) * size
         mean = rng.uniform(0.12, 0.28) * size
+        # Three waves of at most a fifth of the mean each: the radius stays positive.
         amplitudes = mean * np.array([1.0, *rng.uniform(0, 0.2, 3)])
         radii = np.stack([amplitudes, rng.uniform(0, 2 * np.pi, 4)], axis=-1)
     linear = _rotation(rng.normal(0, TURN)) @ np.diag(1 + rng.normal(0, STRETCH, 2))
@@ -181,6 +183,7 @@ def _covers(layer: Layer, points: Array) -> NDArray[np.bool_]:
     angle = np.arctan2(y, x)
     radius = layer.radii[0, 0] + sum(
         amplitude * np.cos(wave * angle + phase)
+        # From two waves around on: a single one would do little but shift the outline.
         for wave, (amplitude, phase) in enumerate(layer.radii[1:], start=2)
     )
     return np.asarray(np.hypot(x, y) <= radius)

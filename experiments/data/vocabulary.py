@@ -11,6 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
+# Not sentencepiece's defaults, which are no padding, begin 1, end 2 and unknown 0.
 PADDING, BEGIN, END, UNKNOWN = 0, 1, 2, 3
 
 
@@ -63,12 +64,14 @@ def train_vocabulary(sentences: Iterable[str], size: int) -> Vocabulary:
             model_writer=model,
             vocab_size=size,
             model_type="bpe",
+            # Every character gets a piece, so that text survives encoding and decoding.
             character_coverage=1.0,
             pad_id=PADDING,
             bos_id=BEGIN,
             eos_id=END,
             unk_id=UNKNOWN,
             num_threads=1,
+            # Errors only; otherwise it writes its progress to stderr.
             minloglevel=2,
         )
     except RuntimeError as error:

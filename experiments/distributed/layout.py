@@ -43,6 +43,7 @@ class Layout:
     def sharding(self, name: str, shape: Shape) -> NamedSharding:
         """Returns the sharding of an array of a training state, by its name and shape."""
         parts = name.split("/")
+        # The longest ending first: a name may end in another parameter's name too.
         for start in range(len(parts)):
             found = self._by_name.get("/".join(parts[start:]))
             if found is not None:
@@ -63,11 +64,13 @@ class Layout:
 
     def constrain(self, tree: Any) -> Any:
         """Inside `jax.jit`: returns the same arrays with the shardings of this layout."""
+        # On Explicit axes the sharding is a part of the type, which only `reshard` changes.
         put = jax.sharding.reshard if self.is_explicit else jax.lax.with_sharding_constraint
         return map_named(lambda name, leaf: put(leaf, self.sharding(name, leaf.shape)), tree)
 
     def batch_sharding(self, axis: int = 0) -> NamedSharding:
         """Returns the sharding of an array of a batch, with its examples along this axis."""
+        # One entry with all axes: together they split the examples.
         return self._named(PartitionSpec(*[None] * axis, self.batch_axes))
 
     @property
@@ -79,6 +82,7 @@ class Layout:
     def own_batch_shards(self) -> tuple[int, ...]:
         """The parts that this process's devices hold, ascending, not always in a row."""
         shards = self.batch_shards
+        # An array of one row a shard: the index of a row is the number of its shard.
         held = self.batch_sharding().addressable_devices_indices_map((shards,))
         return tuple(sorted({index[0].indices(shards)[0] for index in held.values() if index}))
 
@@ -194,11 +198,13 @@ def _preset_entries(
 ) -> tuple[Entry, ...]:
     if preset == "data" or not shape or (preset == "tensor" and len(shape) < 2):
         return ()
+    # The last axis holds outputs. Groups of N:M run along inputs, so no shard cuts one.
     axes = batch_axes if preset == "fsdp" else mesh.axis_names[-1:]
     return (axes,) if shape[-1] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
 def _parse_rule(rule: str, mesh: Mesh) -> tuple[str, tuple[Entry, ...]]:
+    # The last "=", because the regular expression may have some of its own.
     pattern, equals, text = rule.rpartition("=")
     if not (pattern and equals and text):
         raise ValueError(

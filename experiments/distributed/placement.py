@@ -34,6 +34,7 @@ class Placement(NamedTuple):
         """
         if self.layout is None:
             return np.arange(examples)
+        # Rounded up: every shard has the same number of rows.
         each = -(-examples // self.layout.batch_shards)
         first = each * np.array(self.layout.own_batch_shards)
         return (first[:, None] + np.arange(each)).ravel()
@@ -49,6 +50,8 @@ class Placement(NamedTuple):
             shape = (*rows.shape[:axis], each * layout.batch_shards, *rows.shape[axis + 1 :])
 
             def shard(index: Any) -> np.ndarray:
+                # `index` is of the whole batch, and `rows` only has this process's parts, one after
+                # the other. An axis that is not split has the start None.
                 start = each * own.index((index[axis].start or 0) // each)
                 part: np.ndarray = rows[(*index[:axis], slice(start, start + each))]
                 return part
@@ -133,6 +136,7 @@ def make_placement(
             "or other --batch-axes"
         )
     nmjax.check_sharding(params, plan, _by_leaf(layout, params))
+    # `jax.vmap` even on a CPU: the devices are taken by the mesh, not by the seeds.
     return Placement(over_seeds, layout)
 
 
@@ -143,6 +147,7 @@ def _mesh(devices: int | None, mesh: str | None, axis_type: AxisType) -> Mesh | 
         return parse_mesh(mesh, axis_type)
     present = jax.device_count()
     if devices is None:
+        # CPU devices are simulated: they share the cores that one device would use as well.
         alone = jax.default_backend() == "cpu" and jax.process_count() == 1
         devices = 1 if alone else present
     if not 1 <= devices <= present:

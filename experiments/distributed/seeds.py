@@ -36,6 +36,7 @@ def across_cores(seeds: int) -> OverSeeds:
 
     Call `use_every_core` first, or there is only one device.
     """
+    # Every device takes the same number of seeds.
     devices = max(d for d in range(1, len(jax.devices()) + 1) if seeds % d == 0)
     if devices == 1:
         return one_by_one
@@ -49,6 +50,7 @@ def across_cores(seeds: int) -> OverSeeds:
     return split_seeds
 
 
+# Cached, because programs are shared only if they are mapped by the very same function.
 @lru_cache
 def fastest(seeds: int) -> OverSeeds:
     """Returns the fastest way to run a function for this many seeds on this machine.

@@ -53,6 +53,7 @@ def task(options: Options = DEFAULTS) -> Task:
         name="cifar10",
         model=make_image_network(options.model, 10, stem="cifar", dtype=jnp.dtype(options.dtype)),
         input_shape=(32, 32, 3),
+        # `train_epoch` takes both by keyword only.
         train_batches=lambda seed, epoch: epochs(seed=seed, epoch=epoch),
         train_rows=epochs,
         eval_batches=evaluation,

@@ -72,12 +72,14 @@ def tiny_mask_rcnn() -> MaskRCNN:
         classes=CLASSES,
         with_masks=True,
         anchor_sizes=(20, 28, 32),
+        # Digits are taller than wide, the 1 most of all.
         anchor_ratios=(1.0, 1.5, 2.2),
         canonical_side=64,
         hidden=128,
         mask_convs=2,
         mask_size=7,
         region_samples=64,
+        # A quarter of them may be objects, which makes room for all four digits.
         box_samples=16,
         before=(48, 48),
         after=(32, 24),

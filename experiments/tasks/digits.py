@@ -92,9 +92,11 @@ def load_digits() -> Digits:
 
     data = load()
     images, labels = data.images[..., None] / 16.0, data.target.astype(np.int32)
+    # Not the run's seed: the split and the noise of the test set are the same for all runs.
     rng = np.random.default_rng(0)
     train = _stratified(labels, TRAIN_IMAGES_PER_CLASS, rng)
     test = np.setdiff1d(np.arange(len(labels)), train)
+    # Of the training images alone, so that nothing is learned from the test images.
     mean, std = images[train].mean(), images[train].std()
     images = ((images - mean) / std).astype(np.float32)
     background = float(-mean / std)
@@ -121,6 +123,7 @@ def disturb(images: Images, background: float, rng: np.random.Generator) -> Imag
     padded = np.pad(images, ((0, 0), (s, s), (s, s), (0, 0)), constant_values=background)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
     down, right = rng.integers(0, 2 * s + 1, (2, count))
+    # The window's own axes come last in a sliding view, behind the channels.
     shifted = windows[np.arange(count), down, right].transpose(0, 2, 3, 1)
     noise = rng.standard_normal(shifted.shape, np.float32)
     return (shifted + NOISE * noise).astype(np.float32)

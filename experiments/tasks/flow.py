@@ -70,6 +70,7 @@ def task(options: Options = DEFAULTS) -> Task:
             epoch=epoch,
         ),
         eval_batches=tests,
+        # A range has the right length without drawing the pairs.
         steps_per_epoch=steps_per_epoch(range(TRAIN_PAIRS), recipe.batch_size),
         recipe=recipe,
         baselines=(("without motion", no_motion_error(tests())),),
@@ -80,6 +81,7 @@ def task(options: Options = DEFAULTS) -> Task:
 @lru_cache(maxsize=2)
 def drawn_pairs(split: Split, count: int) -> tuple[Pair, ...]:
     """The first pairs of a split, as uint8 like files on disk; always the same ones."""
+    # Not the run's seed: all runs share their pairs, as with a data set on disk.
     rng = np.random.default_rng(int(split == "test"))
     pairs = (draw_pair(rng, SIZE, split) for _ in range(count))
     return tuple((_pixels(pair.first), _pixels(pair.second), pair.flow) for pair in pairs)

@@ -32,6 +32,7 @@ from experiments.tasks.options import DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Compared, Recipe, Task
 
 CROP = (368, 496)
+# As in RAFT's released evaluation on this data set.
 EVAL_ITERATIONS = 24
 _EVAL_BATCH = 8
 
@@ -42,6 +43,7 @@ RECIPE = Recipe(
     optimizer="adamw",
     learning_rate=4e-4,
     schedule="linear",
+    # 5 % of the epochs.
     warmup_epochs=1.8,
     clip=1.0,
     weight_decay=1e-4,
@@ -122,6 +124,7 @@ def as_arrays(pair: Pair) -> Batch:
     """A pair in the form that `optical_flow_task` asks for, without an axis for the batch."""
     first, second, flow = pair
     return {
+        # A Python number would make float64 of uint8, which takes twice the memory.
         "first": (first / np.float32(127.5) - 1).astype(np.float32),
         "second": (second / np.float32(127.5) - 1).astype(np.float32),
         "flow": np.ascontiguousarray(flow, np.float32),

@@ -91,6 +91,7 @@ def number_pairs(
     Numbers of 1 to `DIGITS` digits are equally likely, as far as there are enough.
     """
     rng = np.random.default_rng(0)
+    # Dicts as sets that keep the order in which numbers were drawn.
     halves: dict[bool, dict[int, None]] = {False: {}, True: {}}
     wanted = {False: train, True: test}
     while any(len(halves[half]) < wanted[half] for half in halves):
@@ -108,4 +109,5 @@ def names(numbers: Any) -> list[tuple[str, str]]:
 
 def is_test(number: int) -> bool:
     """Whether a number is held out for testing. It is one in ten and depends only on the number."""
+    # 26 of the 256 values of a byte.
     return hashlib.sha256(str(number).encode()).digest()[0] < 26

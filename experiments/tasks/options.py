@@ -81,6 +81,7 @@ class Options:
 
     def changed(self, recipe: Recipe) -> Recipe:
         """The recipe with the options of the same names in place of its numbers."""
+        # `is not None` below, because 0 is a value: it switches clipping or warm-up off.
         given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(recipe)}
         return dataclasses.replace(
             recipe, **{name: value for name, value in given.items() if value is not None}

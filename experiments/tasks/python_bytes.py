@@ -110,6 +110,7 @@ def task(
     recipe, portion = options.changed(RECIPES[options.model]), portion or PORTIONS[options.model]
     sources = sources or _library()
     _check_long_enough(sources, portion.window)
+    # A token for each value of a byte.
     network = Decoder(DECODERS[options.model], 256, jnp.dtype(options.dtype))
 
     def init(key: jax.Array) -> Variables:
@@ -130,6 +131,7 @@ def task(
         valid = batch["valid"] != 0
         total = jnp.sum(jnp.where(valid, losses(params, batch).mean(axis=1), 0.0))
         count = valid.sum().astype(jnp.float32)
+        # The loss is in nats; one bit has ln 2 of them.
         return {"count": count, "loss": total, METRIC.name: total / np.log(2)}
 
     batches = partial(_train_batches, sources.train, portion, recipe.batch_size)
@@ -199,6 +201,7 @@ def _train_batches(
     rng = np.random.default_rng((seed, epoch))
     for step in range(portion.steps_per_epoch):
         # Drawn for skipped steps too, so that a resumed epoch sees the same windows.
+        # The end is exclusive: a window and the byte after it always fit.
         starts = rng.integers(0, len(stream) - portion.window, batch_size)
         if step >= first_step:
             chosen = starts if rows is None else starts[rows]
@@ -236,10 +239,12 @@ def _show(
     del collections
     half = window // 2
     length = (1 + _HALVES_WRITTEN) * half
+    # Not the first and the last, which are the ends of the corpus.
     starts = _spread(stream, length, _SHOWN + 2)[1:-1]
     tokens = _windows(stream, starts, length - 1)
     written = [jnp.asarray(tokens[:, :half])]
     for part in range(_HALVES_WRITTEN):
+        # The same keys at every call, so that networks can be compared side by side.
         written.append(_continue(network, params, written[-1], jax.random.key(part)))
     own = np.concatenate(written[1:], axis=1)
     return [

@@ -26,6 +26,7 @@ from experiments.tasks.flying_chairs import RECIPE, as_arrays, chairs_trained_ta
 from experiments.tasks.options import DEFAULTS, Options, offers
 from experiments.tasks.task import Batch, Task
 
+# As in RAFT's released evaluation on this data set.
 EVAL_ITERATIONS = 32
 _MULTIPLE = 8
 _EVAL_BATCH = 4
@@ -62,6 +63,7 @@ def eval_example(pair: Pair) -> Batch:
     height, width = arrays["known"].shape
     # Sintel's 436 rows are not a multiple of 8; its 1,024 columns are.
     missing = ((0, -height % _MULTIPLE), (0, -width % _MULTIPLE))
+    # The border is repeated, as RAFT does: zeros would be an edge to match.
     return {
         name: np.pad(array, (*missing, (0, 0)), mode="edge")
         if name in ("first", "second")

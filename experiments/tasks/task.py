@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+# `as` re-exports the names, which tasks need next to `Task`.
 from experiments.data.batches import Batch as Batch
 from experiments.data.batches import Rows as Rows
 

@@ -150,5 +150,6 @@ def _encoded(train: _Pairs, vocabulary: Vocabulary, path: Path) -> EncodedPairs:
 
 def _save(path: Path, pairs: EncodedPairs) -> None:
     arrays: dict[str, Any] = pairs._asdict()
+    # Opened here, because `savez` appends .npz to a name that lacks it.
     with path.open("wb") as file:
         np.savez(file, **arrays)

@@ -39,6 +39,8 @@ def in_auto_axes(task: Task) -> Task:
     """
 
     def automatic(function: Callable[..., Any]) -> Callable[..., Any]:
+        # With Explicit axes, a product over a split axis needs its output's sharding spelled out,
+        # which ordinary layers do not do.
         return jax.sharding.auto_axes(function, out_sharding=PartitionSpec())
 
     return dataclasses.replace(

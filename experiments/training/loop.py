@@ -149,6 +149,7 @@ def evaluate(
         # All seeds are evaluated on the same examples.
         placed = placement.put(stack([batch] * seeds) if programs.seeds else batch)
         for name, value in programs.evaluate(forward, state.collections, placed).items():
+            # Summed in float64 on the host: float32 counts exactly only up to 2**24.
             sums[name] = sums.get(name, 0) + np.atleast_1d(jax.device_get(value)).astype(float)
         if programs.predict is not None:
             predicted = jax.device_get(programs.predict(forward, state.collections, placed))
@@ -164,6 +165,7 @@ def _scores(task: Task, predictions: list[Any], seeds: int) -> dict[str, np.ndar
         return {}
     found = []
     for seed in range(seeds):
+        # `seed=seed` binds the value of this round.
         own = jax.tree.map(lambda values, seed=seed: values[seed], predictions)
         found.append(task.score([batch for batch, _ in own], [made for _, made in own]))
     return {name: np.array([scores[name] for scores in found]) for name in found[0]}
@@ -191,6 +193,7 @@ def _train_epoch(
         if done % refresh_every == 0:
             run = programs.refresh(run)
         # Masks before and after a step cost more than the step, so most steps are not watched.
+        # The last step of each stretch, so a stretch as long as the epoch is watched once.
         is_watched = index % every == every - 1
         before = programs.masks(run.params) if is_watched else None
         run = programs.step(run, batch)

@@ -248,6 +248,7 @@ def learning_rate(
     ends = (*restarts, recipe.epochs * steps_per_epoch)
     lengths = [end - start for start, end in zip((0, *restarts), ends, strict=True)]
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    # Half of a part at most, so that a short run decays too.
     parts = [_warmed_up(decay, recipe.learning_rate, min(warmup, n // 2), n) for n in lengths]
     return optax.join_schedules(parts, list(restarts))
 
@@ -276,6 +277,7 @@ def optimizer(
     else:
         adam = optax.scale_by_adam(recipe.momentum, recipe.second_momentum)
         direction = [adam, decay]
+    # After the term, as in the N:M paper's released code for RAFT.
     clip = [optax.clip_by_global_norm(recipe.clip)] if recipe.clip else []
     return optax.chain(
         *([] if method.decoupled else [term]),
@@ -341,6 +343,7 @@ def _warmed_up(decay: Decay, peak: float, warmup: int, steps: int) -> optax.Sche
 
 
 def _cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
+    # optax refuses a decay over 0 steps.
     return optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
 
 

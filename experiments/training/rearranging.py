@@ -72,6 +72,7 @@ def sort_network(
         order = nmjax.l1_order(trees[0], group)
         trees = [_permute(tree, group, order) for tree in trees]
     variables, *others = trees
+    # Not strict: the masks follow after the parts of the optimizer.
     for i, tree in zip(alike, others, strict=False):
         parts[i] = tree["params"]
     sorted_masks = [tree["params"] for tree in others[len(alike) :]]

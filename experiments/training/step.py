@@ -87,6 +87,7 @@ class RunState(NamedTuple):
 
     def steps_done(self) -> int:
         """Number of optimizer steps taken so far."""
+        # All seeds take their steps together.
         return int(np.ravel(jax.device_get(self.train.step))[0])
 
 
@@ -294,6 +295,8 @@ def _optimizer(training: Training, lambda_w: jax.Array) -> optax.GradientTransfo
     tx = optimizer(method, task.recipe, task.steps_per_epoch, lambda_w)
     if parts == 1:
         return tx
+    # It averages the gradients of all parts and calls `tx` once, so the sparse-refined term is
+    # added once a step.
     steps = optax.MultiSteps(tx, parts)
     # Not `steps.gradient_transformation()`, which does not pass masks on.
     return optax.GradientTransformationExtraArgs(steps.init, steps.update)
@@ -350,6 +353,7 @@ def _close(job: Job, state: RunState, masks: Masks, forward: Any) -> tuple[RunSt
     }
     used = _used(job, train)
     measured["blocks"] = _block_changes(job.plan, topology.used, used) if used else {}
+    # `bad_step` is not reset: it stays the first of the run.
     train = train._replace(loss_sum=jnp.float32(0))
     topology = topology._replace(epoch=masks, flips=jnp.float32(0), watched=jnp.int32(0), used=used)
     return RunState(train, topology), measured

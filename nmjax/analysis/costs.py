@@ -137,5 +137,6 @@ def _leaf_cost(leaf: Any, planned: LeafPlan | None, macs: int) -> LeafCost:
     if planned is None:
         return LeafCost("dense", weights, weights, macs, macs)
     # All weights of a leaf take part in the same number of multiply-adds.
+    # Below, products come before the division: `kept // of` alone would be 0.
     kept, of = planned.kept, max(planned.weights, 1)
     return LeafCost(str(planned.pattern), weights, weights * kept // of, macs, macs * kept // of)

@@ -98,6 +98,7 @@ def _measure_leaf(name: str, leaf: Packed, batch: int, side: int) -> dict[str, A
     w = jax.jit(lambda packed: packed.unpack())(leaf)
     dense = jax.jit(partial(_dense, leaf))
     multiply = jax.jit(packed_conv if taps else packed_matmul)
+    # Strides are 1, so a convolution has an output for every pixel.
     way = choose(leaf.dtype, leaf, batch * side ** len(taps))
     sides = {"dense": lambda: dense(x, w), "packed": lambda: multiply(x, leaf)}
     if way.name == "xla":  # Both are the same product then, so it is timed once.
@@ -116,6 +117,8 @@ def _measure_leaf(name: str, leaf: Packed, batch: int, side: int) -> dict[str, A
 
 def _input_shape(leaf: Packed, batch: int, side: int) -> tuple[int, ...]:
     taps, inputs = leaf.kernel_taps, leaf.reduction_shape
+    # A filter's groups may run over its taps too: then only the first reduction axis holds
+    # channels.
     return (batch, *(side,) * len(taps), *(inputs[:1] if taps else inputs))
 
 

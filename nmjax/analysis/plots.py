@@ -213,6 +213,7 @@ def _axes(ax: Axes | None) -> Axes:
 
 def _standard_error(runs: np.ndarray) -> np.ndarray:
     """The standard error of the mean over the first axis; zero for a single run."""
+    # ddof=1 would divide 0 by 0 for a single run.
     return runs.std(axis=0, ddof=min(1, len(runs) - 1)) / np.sqrt(len(runs))
 
 

@@ -85,6 +85,7 @@ def _complaints(shape: Shape, leaf: LeafPlan, sharding: Sharding) -> Iterator[st
     shards = [size // max(part, 1) for size, part in zip(shape, held, strict=True)]
     wholes = leaf.pattern.wholes(shape, leaf.axes)
     busy = {axis for whole in wholes for axis in whole.axes}
+    # No group or block runs along these, so they can be split anywhere.
     free = [axis for axis in range(-len(shape), 0) if axis not in busy and shape[axis] > 1]
     for axes, length, what in wholes:
         sizes = [shape[axis] for axis in axes]

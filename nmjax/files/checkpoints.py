@@ -40,6 +40,7 @@ def read_checkpoint(path: str | os.PathLike[str], subtree: str = "") -> Any:
         tree = nest(_read_npz(path))
     else:
         tree = _read_safetensors(path)
+    # The empty text splits into one empty key.
     for key in filter(None, subtree.split("/")):
         if not isinstance(tree, dict) or key not in tree:
             found = ", ".join(map(str, tree)) if isinstance(tree, dict) else "an array"
@@ -62,6 +63,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             tensors = {name: arrays[name] for name in arrays.files}
+    # A file that cannot be read is not a file of another format.
     except OSError:
         raise
     except Exception as error:  # The zip and array readers raise many types.

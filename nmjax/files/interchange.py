@@ -93,7 +93,9 @@ def to_semi_structured(packed: PackedNM) -> SemiStructured:
     for position in (2, 3):
         stored[..., position] |= stored.sum(axis=-1) < 2
     first, second = stored.nonzero()[-1].reshape(plan.outputs, -1, 2).transpose(2, 0, 1)
+    # Two positions of two bits each describe a group, and four groups fill a word of 16 bits.
     nibbles = (first | second << 2).reshape(plan.outputs, -1, 4)
+    # The first of the four groups is in the lowest bits.
     words = (nibbles << np.array([0, 4, 8, 12])).sum(axis=-1)
     values = groups[stored].reshape(plan.outputs, -1)
     return SemiStructured(values, _reordered(words).astype(np.uint16).view(np.int16))
@@ -117,10 +119,12 @@ def to_bsr(packed: PackedBlocks) -> BSR:
     taps = math.prod(plan.shape[axis] for axis in plan.tap_axes)
     values, indices = np.asarray(packed.values), np.asarray(packed.indices, np.int32)
     if packed.row_pointers is None:
+        # Uniform rows hold equally many blocks, so their pointers are not stored.
         indptr = np.arange(len(indices) + 1, dtype=np.int32) * indices.shape[1]
     else:
         indptr = np.asarray(packed.row_pointers)
     block = values.shape[-1]
+    # A packed block goes tap by tap, and the rows of a BSR block are outputs.
     data = values.reshape(-1, taps, block // taps).swapaxes(-2, -1)
     shape = (plan.outputs, plan.inputs * taps)
     return BSR(np.ascontiguousarray(data), indices.ravel(), indptr.astype(np.int32), shape)

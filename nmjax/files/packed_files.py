@@ -31,6 +31,7 @@ FORMAT, VERSION = "packed", 1
 
 _AXES = ("reduction_axes", "output_axes", "tap_axes")
 _LARGEST = 2**31 - 1  # The largest size that XLA can index.
+# JAX walks trees recursively, and a forged name must not exhaust the stack.
 _DEEPEST = 64
 
 

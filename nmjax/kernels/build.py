@@ -63,6 +63,7 @@ def compile_library(
     x86 = platform.machine() in ("x86_64", "AMD64")
     flags = [*_FLAGS, *extra_flags, f"-isystem{include_folder()}", *(["-DNMJAX_X86"] * x86)]
     isas = {"portable": [], **(_X86 if x86 else {})}
+    # Beside the library: a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         sources: list[tuple[str, list[str], Path]] = [
             (name, [], Path(folder) / f"{name}.o") for name in _COMMON
@@ -75,9 +76,11 @@ def compile_library(
             [compiler, *flags, *more, "-c", str(FOLDER / "cpu" / "src" / name), "-o", str(to)]
             for name, more, to in sources
         ]
+        # Threads are enough, because each only waits for a compiler.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         linked = Path(folder) / library.name
+        # Sanitizers name functions, so their library keeps its symbols.
         strip = [] if extra_flags else ["-s"]
         objects = [str(to) for _, _, to in sources]
         _run([compiler, "-shared", *strip, *extra_flags, "-o", str(linked), *objects])
@@ -98,9 +101,8 @@ def compile_cusparselt(compiler: str, library: Path = CUSPARSELT_LIBRARY) -> Pat
     Raises:
       RuntimeError: a header is missing, or the compiler failed.
     """
-    obstacle = why_no_cusparselt()
-    if obstacle is not None:
-        raise RuntimeError(obstacle)
+    if missing := missing_headers():
+        raise RuntimeError(missing)
     headers = [f"-isystem{folder}" for folder in (include_folder(), *nvidia_folders("include"))]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         linked = Path(folder) / library.name
@@ -111,8 +113,8 @@ def compile_cusparselt(compiler: str, library: Path = CUSPARSELT_LIBRARY) -> Pat
     return library
 
 
-def why_no_cusparselt() -> str | None:
-    """Says which headers for `compile_cusparselt` are missing or too old; None if all are there."""
+def missing_headers() -> str:
+    """Says which headers for `compile_cusparselt` are missing or too old; empty if none is."""
     folders = nvidia_folders("include")
     # cuSPARSELt 0.8 includes cuSPARSE's header; later versions ship a stub of it.
     wanted = (
@@ -137,7 +139,7 @@ def why_no_cusparselt() -> str | None:
     version = tuple(int(part.group(1)) if part else 0 for part in parts)
     if version < OLDEST_CUSPARSELT:
         return f"cusparseLt.h has version {'.'.join(map(str, version))}, too old: {INSTALL}"
-    return None
+    return ""
 
 
 def compile_decode(library: Path = DECODE_LIBRARY) -> Path:
@@ -183,6 +185,7 @@ def nvidia_folders(kind: str) -> list[Path]:
     is_cuda12 = importlib.util.find_spec("jax_cuda12_plugin") is not None
     folders = sorted(found, key=lambda folder: (folder.parent.name == "cu13") == is_cuda12)
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    # The toolkit has "lib64" instead of "lib", and CUDA 13 moved C++ headers to "include/cccl".
     folders += [toolkit / kind, toolkit / f"{kind}64", toolkit / kind / "cccl"]
     return [folder for folder in folders if folder.is_dir()]
 
@@ -211,6 +214,7 @@ def main(argv: Sequence[str]) -> None:
     `--sanitize FILE` writes a CPU library with sanitizers. `--cuda` builds only the GPU libraries,
     and fails if it cannot.
     """
+    # Without either, running g++ fails with a message that names it.
     compiler = shutil.which(os.environ.get("CXX", "g++")) or "g++"
     if argv[:1] == ["--sanitize"]:
         compile_library(compiler, Path(argv[1]), SANITIZERS)
@@ -219,10 +223,10 @@ def main(argv: Sequence[str]) -> None:
     if not for_gpus_only:
         compile_library(compiler)
     skipped = []
-    if for_gpus_only or why_no_cusparselt() is None:
+    if for_gpus_only or not missing_headers():
         compile_cusparselt(compiler)
     else:
-        skipped.append(f"cuSPARSELt ({why_no_cusparselt()})")
+        skipped.append(f"cuSPARSELt ({missing_headers()})")
     if for_gpus_only or find_nvcc():
         compile_decode()
     else:

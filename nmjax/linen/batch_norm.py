@@ -77,6 +77,7 @@ def fold_batch_norm(
         raise ValueError(
             f"{type(module).__name__} has no nn.BatchNorm that follows an nn.Conv or nn.Dense"
         )
+    # New containers, because `_fold` changes them in place. The arrays are shared.
     folded = unfreeze(jax.tree.map(lambda leaf: leaf, variables))
     for layer, norm in pairs.items():
         _fold(folded, layer, norm)

@@ -177,6 +177,7 @@ def _public_methods(module_class: type[nn.Module]) -> list[str]:
         name
         for name in dir(module_class)
         if (name == "__call__" or not (name.startswith("_") or hasattr(nn.Module, name)))
+        # `getattr` would return a static method as an ordinary function.
         and inspect.isfunction(function := inspect.getattr_static(module_class, name))
         and not hasattr(function, "nowrap")
     ]

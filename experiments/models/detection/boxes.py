@@ -40,6 +40,7 @@ def iou(first: jax.Array, second: jax.Array) -> jax.Array:
     )
     intersection = area(shared)
     union = area(a) + area(b) - intersection
+    # `where` computes both of its branches, so the divisor must not be 0 either.
     return jnp.where(union > 0, intersection / jnp.where(union > 0, union, 1), 0)
 
 
@@ -108,6 +109,7 @@ def suppress(
     is_better = (scores[:, None] > scores) | (
         (scores[:, None] == scores) & (index[:, None] < index)
     )
+    # rivals[i, j]: box i suppresses box j, if i itself stays.
     rivals = is_better & (iou(boxes, boxes) > threshold)
     if groups is not None:
         rivals &= groups[:, None] == groups
@@ -120,6 +122,8 @@ def suppress(
         _, now = stays
         return now, present & ~jnp.any(rivals & now[:, None], axis=0)
 
+    # The first of the pair only has to differ from the second, so that the loop begins. With no box
+    # present, they are equal and nothing is left to settle.
     _, stays = jax.lax.while_loop(is_unsettled, settle, (jnp.zeros_like(present), present))
     return stays
 
@@ -152,6 +156,8 @@ def pyramid_anchors(
         x = np.arange(columns) * (image[1] // columns)
         corners = np.stack(np.meshgrid(x, y), axis=-1)[:, :, None]
         boxes = np.concatenate([corners - half, corners + half], axis=-1)
+        # Ratios vary fastest, as the channels of the region head do. Sides are not rounded to whole
+        # pixels, unlike torchvision's.
         levels.append(boxes.reshape(-1, 4).astype(np.float32))
     return levels
 

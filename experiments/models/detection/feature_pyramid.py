@@ -41,6 +41,7 @@ class FeaturePyramid(nn.Module):
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels of the image between two of each map, finest first."""
+        # The ImageNet stem halves images twice: by its convolution and by its max-pool.
         first = 4 if self.stem == "imagenet" else 1
         return tuple(first * 2**level for level in range(len(self.stage_sizes) + 1))
 
@@ -68,9 +69,14 @@ class FeaturePyramid(nn.Module):
         for index in range(len(stages), 0, -1):
             y = self._conv(1, f"lateral{index}")(stages[index - 1])
             if maps:
+                # Nearest neighbor, as in section 3. The sides match only because all strides divide
+                # the image.
                 y = y + jnp.repeat(jnp.repeat(maps[0], 2, axis=1), 2, axis=2)
             maps.insert(0, y)
+        # After all sums, or the finer maps would be smoothed more than once. The 3x3 convolutions
+        # reduce the aliasing of the enlarged maps.
         maps = [self._conv(3, f"out{index}")(y) for index, y in enumerate(maps, start=1)]
+        # torchvision's extra level is a max-pool with a 1x1 window and stride 2: every other pixel.
         return [*maps, maps[-1][:, ::2, ::2]]
 
     def _conv(self, size: int, name: str) -> nn.Conv:

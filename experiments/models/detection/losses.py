@@ -62,11 +62,15 @@ def region_losses(
     Returns:
       Both sums over the number of samples.
     """
+    # Anchors between the two thresholds count neither as objects nor as background. A small object
+    # may reach 0.7 with no anchor at all, hence `keep_best`.
     found = match(anchors, boxes, classes > 0, above=0.7, below=0.3, keep_best=True)
     objects, background = sample(key, found, count=count, share=0.5)
     total = jnp.maximum((objects | background).sum(), 1)
     entropy = optax.sigmoid_binary_cross_entropy(logits, objects.astype(logits.dtype))
     truth = _coded(boxes[found.object], anchors, objects, REGION_WEIGHTS)
+    # A sum over the four numbers, and divided by all samples, not by the objects among them: the
+    # weight of boxes relative to classes depends on it.
     distance = _smooth_l1(codes - truth).sum(axis=-1)
     return (
         jnp.where(objects | background, entropy, 0).sum() / total,
@@ -96,6 +100,7 @@ def choose(
     # The true boxes are proposals too, so that the heads see objects from the first step on.
     proposals = jnp.concatenate([boxes, proposals])
     there = jnp.concatenate([classes > 0, there])
+    # One threshold: every proposal is an object or background.
     found = match(proposals, boxes, classes > 0, above=0.5, below=0.5)
     found = found._replace(
         is_object=found.is_object & there, is_background=found.is_background & there
@@ -130,6 +135,7 @@ def box_losses(
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, chosen.classes)
     is_object = chosen.classes > 0
     truth = _coded(boxes[chosen.object], chosen.boxes, is_object, BOX_WEIGHTS)
+    # Background takes the codes of class 0, which `is_object` leaves out of the loss below.
     own = codes[jnp.arange(len(codes)), chosen.classes]
     distance = _smooth_l1(own - truth).sum(axis=-1)
     return (
@@ -168,4 +174,5 @@ def _coded(
 
 
 def _smooth_l1(difference: jax.Array) -> jax.Array:
+    # Huber's slope is `delta` far from zero, and that of the smooth L1 loss is 1.
     return optax.huber_loss(difference, delta=_BETA) / _BETA

@@ -26,6 +26,7 @@ from experiments.models.detection.losses import box_losses, choose, mask_loss, r
 from experiments.models.detection.proposals import Detections, detect, propose
 from experiments.models.detection.roi_align import level_of, roi_align
 
+# Fast R-CNN, section 2.3, for the classes and box codes; Faster R-CNN, section 3.1.3, for regions.
 _narrow_init = nn.initializers.normal(0.01)
 _code_init = nn.initializers.normal(0.001)
 _mask_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -70,6 +71,7 @@ class RegionHead(nn.Module):
         y = nn.relu(conv(x.shape[-1], (3, 3), name="conv")(x))
         logits = conv(self.anchors, (1, 1), name="objectness")(y)
         codes = conv(4 * self.anchors, (1, 1), name="codes")(y)
+        # Rows, columns, ratios: the order of `pyramid_anchors`.
         return logits.reshape(len(x), -1), codes.reshape(len(x), -1, 4)
 
 
@@ -86,6 +88,8 @@ class BoxHead(nn.Module):
         x = nn.relu(nn.Dense(self.hidden, name="hidden1")(x))
         x = nn.relu(nn.Dense(self.hidden, name="hidden2")(x))
         logits = nn.Dense(self.classes, kernel_init=_narrow_init, name="classes")(x)
+        # The background has codes too, which nothing learns, as in torchvision: one index fits both
+        # outputs.
         codes = nn.Dense(4 * self.classes, kernel_init=_code_init, name="codes")(x)
         return logits, codes.reshape(len(x), self.classes, 4)
 
@@ -174,6 +178,7 @@ class MaskRCNN(nn.Module):
         maps, logits, codes = self._look(images, train)
         anchors = self._anchors(maps, images)
         joined = jnp.concatenate(logits, axis=1), jnp.concatenate(codes, axis=1)
+        # A row of keys for the anchors, and one for the proposals.
         keys = jax.random.split(key, (2, len(images)))
         region_loss = partial(region_losses, count=self.region_samples)
         objectness, region_codes = jax.vmap(region_loss, (0, 0, 0, None, 0, 0))(
@@ -216,6 +221,7 @@ class MaskRCNN(nn.Module):
         if not self.with_masks:
             return Found(found, None)
         drawn = self._flat(self.masks, self._crop(maps, found.boxes, self.mask_size))
+        # Padding has class 0 and gets the mask of the background, which nobody learned.
         own = jnp.take_along_axis(drawn, found.classes[..., None, None, None], axis=-1)
         return Found(found, nn.sigmoid(own[..., 0]))
 
@@ -224,6 +230,7 @@ class MaskRCNN(nn.Module):
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         """Maps of every level, and what the region head says about them."""
         maps = self.pyramid(images, train)
+        # One head for all levels, as in section 4.1 of "Feature Pyramid Networks".
         said = [self.regions(level) for level in maps]
         return maps, [logits for logits, _ in said], [codes for _, codes in said]
 

@@ -52,6 +52,8 @@ def match(
     most = overlap.max(axis=1)
     found, is_object = overlap.argmax(axis=1), most >= above
     if keep_best:
+        # `best` holds some of the very numbers in `overlap`, so `==` is exact below. Ties all
+        # count, as in torchvision.
         best = overlap.max(axis=0)
         # Without `best > 0`, padding would make every candidate an object.
         is_object |= jnp.any((overlap == best) & (best > 0), axis=1)
@@ -72,6 +74,7 @@ def sample(
     Returns:
       (n,) booleans each: drawn objects, drawn background.
     """
+    # Background fills up whatever room the objects leave: few objects make no smaller sample.
     objects = _draw(key, found.is_object, int(share * count))
     left = count - objects.sum()
     return objects, _draw(jax.random.fold_in(key, 1), found.is_background, left)

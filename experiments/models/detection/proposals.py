@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from experiments.models.detection.boxes import clip, decode, suppress
 
+# The 10 and 5 are one over 0.1 and 0.2, by which the released code of Faster R-CNN scales what the
+# box head learns.
 REGION_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 # Boxes with a shorter side are dropped.
@@ -110,10 +112,13 @@ def detect(
     # Class 0 is the background, which is not reported; hence the + 1 below.
     scores = jnp.where(is_there[:, None], jax.nn.softmax(logits)[:, 1:], 0)
     classes = scores.shape[1]
+    # torchvision suppresses among all pairs. Here the overlaps are a square matrix, which the limit
+    # keeps small.
     best, at = jax.lax.top_k(scores.reshape(-1), min(candidates, scores.size))
     of, label = at // classes, at % classes + 1
     boxes = clip(decode(codes[of, label], proposals[of], BOX_WEIGHTS), *image)
     ranked = jnp.where((best > lowest) & _is_long(boxes), best, -jnp.inf)
+    # The limit `lowest` comes before the suppression, so boxes with low scores suppress nothing.
     stays = suppress(boxes, ranked, threshold, label)
     ranked = jnp.where(stays, ranked, -jnp.inf)
     top, at = jax.lax.top_k(ranked, min(count, len(ranked)))

@@ -64,6 +64,7 @@ def level_of(
       (...) int32.
     """
     # The small number keeps powers of two in place, as in torchvision.
+    # The default 2 is k0 = 4 of the paper, which calls the finest level 2.
     level = canonical_level + jnp.log2(jnp.sqrt(area(boxes)) / canonical_side) + 1e-6
     return jnp.clip(jnp.floor(level), 0, levels - 1).astype(jnp.int32)
 
@@ -79,9 +80,12 @@ def _by_products(
     features = levels[0].shape[-1]
     values = jnp.zeros((len(boxes), size, size, features), levels[0].dtype)
     for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
+        # From edges to pixel centers: position 0 is now the center of the first pixel.
         scaled = boxes / stride - 0.5
         rows = _weights(scaled[:, 1], scaled[:, 3], level.shape[0], size)
         columns = _weights(scaled[:, 0], scaled[:, 2], level.shape[1], size)
+        # Boxes of other levels weigh nothing here, so each box gets one level from the sum over
+        # all.
         own = jnp.where((which == index)[:, None, None], rows, 0)
         across = jnp.einsum("nir,rcf->nicf", own, level)
         values += jnp.einsum("nicf,njc->nijf", across, columns)
@@ -136,6 +140,7 @@ def _neighbors(
     limit = length[:, None]
     at, is_near = _positions(begin, end, limit, size)
     low = jnp.floor(at).astype(jnp.int32)
+    # At the last pixel the share is 0, so that it does not matter which pixel is read as its next.
     high = jnp.minimum(low + 1, limit - 1)
     share = at - low
     zero = jnp.zeros_like(share)

@@ -55,9 +55,12 @@ def correlation_pyramid(first: jax.Array, second: jax.Array, levels: int) -> lis
             f"{levels} levels need maps of at least {2 ** (levels - 1)} pixels a side, got {rows} "
             f"x {columns}: give larger images or fewer levels"
         )
+    # The division is the released code's; section 3.2 lacks it.
     level = jnp.einsum("bijc,bklc->bijkl", first, second) / jnp.sqrt(features).astype(first.dtype)
     pyramid = [level]
     for _ in range(levels - 1):
+        # `avg_pool` wants (batch, rows, columns, channels): each pixel of the first map becomes an
+        # image.
         flat = level.reshape(batch * rows * columns, *level.shape[3:], 1)
         pooled = nn.avg_pool(flat, (2, 2), strides=(2, 2))
         level = pooled.reshape(batch, rows, columns, *pooled.shape[1:3])
@@ -82,6 +85,8 @@ def look_up(pyramid: list[jax.Array], points: jax.Array, radius: int) -> jax.Arr
     offsets = jnp.arange(-radius, radius + 1, dtype=points.dtype)
     windows = []
     for index, level in enumerate(pyramid):
+        # Windows have the same number of samples in every level, so they reach twice as far in the
+        # next.
         x, y = jnp.moveaxis(points / 2**index, -1, 0)[..., None] + offsets
         rows, columns = _hats(y, level.shape[3]), _hats(x, level.shape[4])
         window = rows @ level @ jnp.swapaxes(columns, -1, -2)

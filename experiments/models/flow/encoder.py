@@ -37,6 +37,7 @@ class ResidualBlock(nn.Module):
         y = _conv(self.width, 3, self.stride, "conv1")(x)
         y = nn.relu(_normalize(y, self.norm, train, "norm1"))
         y = _conv(self.width, 3, 1, "conv2")(y)
+        # ReLU comes before the sum too, unlike in a ResNet, as in the released code.
         y = nn.relu(_normalize(y, self.norm, train, "norm2"))
         if x.shape != y.shape:
             x = _conv(self.width, 1, self.stride, "shortcut")(x)
@@ -88,6 +89,8 @@ def _conv(width: int, size: int, stride: int, name: str) -> nn.Conv:
 
 def _normalize(x: jax.Array, norm: Norm, train: bool, name: str) -> jax.Array:
     if norm == "instance":
+        # PyTorch's instance normalization has no scale and bias unless asked for.
         return nn.InstanceNorm(epsilon=1e-5, use_bias=False, use_scale=False, name=name)(x)
+    # Flax's momentum is the share of the old statistics: PyTorch's default 0.1 is 0.9 here.
     batch_norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
     return batch_norm(x)

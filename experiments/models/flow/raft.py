@@ -79,6 +79,8 @@ class Raft(nn.Module):
         if first.shape[1] % factor or first.shape[2] % factor:
             raise ValueError(f"sides of images must be multiples of {factor}, got {first.shape}")
         encoder = Encoder(self.widths, self.strides, self.features, "instance", name="features")
+        # Both in one pass: instance normalization keeps images apart, and the batch is twice as
+        # large.
         maps = encoder(jnp.concatenate([first, second]), train)
         if self.unit_features:
             maps = center_and_scale(maps)
@@ -106,6 +108,7 @@ class Raft(nn.Module):
             corr = look_up(pyramid, pixels + flow, self.radius)
             hidden, change, logits = update(hidden, context, corr, flow)
             flow = flow + change
+            # Only what is returned is enlarged: the steps go on from the coarse field.
             if train or step == self.iterations - 1:
                 flows.append(convex_upsample(flow, logits, factor))
         return jnp.stack(flows)
@@ -150,6 +153,7 @@ def convex_upsample(flow: jax.Array, logits: jax.Array, factor: int) -> jax.Arra
     batch, rows, columns, _ = flow.shape
     weights = logits.reshape(batch, rows, columns, 9, factor, factor)
     weights = nn.softmax(weights, axis=3)
+    # A coarse pixel is `factor` fine ones wide, and the flow is in pixels.
     padded = jnp.pad(factor * flow, ((0, 0), (1, 1), (1, 1), (0, 0)))
     neighbors = jnp.stack(
         [padded[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)], axis=3

@@ -37,6 +37,7 @@ class MotionEncoder(nn.Module):
         moved = nn.relu(_conv(self.flow[0], (7, 7), "flow1")(flow))
         moved = nn.relu(_conv(self.flow[1], (3, 3), "flow2")(moved))
         both = jnp.concatenate([corr, moved], axis=-1)
+        # Two channels are left for the flow, which the next line appends.
         both = nn.relu(_conv(self.out - 2, (3, 3), "out")(both))
         return jnp.concatenate([both, flow], axis=-1)
 

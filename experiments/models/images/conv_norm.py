@@ -39,6 +39,7 @@ def make_norm(
 ) -> nn.BatchNorm:
     """Batch normalization; `zero` starts its scale at 0."""
     init = nn.initializers.zeros if zero else nn.initializers.ones
+    # Flax's momentum is the share of the old statistics: PyTorch's default 0.1 is 0.9 here.
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
@@ -51,6 +52,7 @@ def make_norm(
 
 def make_head(num_classes: int) -> nn.Dense:
     """The layer named "head" that makes logits of the mean over the image, in float32."""
+    # No dtype: the float32 of input and parameters decides, whatever the network computes in.
     return nn.Dense(num_classes, kernel_init=_head_init, name="head")
 
 

@@ -72,10 +72,12 @@ class MobileNetV1(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
         check_stem(self.stem)
+        # Only the stem differs: the blocks still divide both sides by 16, so 32 pixels become 2.
         stride = 2 if self.stem == "imagenet" else 1
         x = make_conv(32, 3, stride, dtype=self.dtype, name="stem")(x.astype(self.dtype))
         x = nn.relu(make_norm(train, dtype=self.dtype, name="stem_norm")(x))
         for index, (features, stride) in enumerate(_BLOCKS):
             block = SeparableBlock(features, stride, self.dtype, name=f"block{index + 1}")
             x = block(x, train)
+        # In float32, since a sum over the image loses bits in bfloat16.
         return make_head(self.num_classes)(x.mean(axis=(1, 2), dtype=jnp.float32))

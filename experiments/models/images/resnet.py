@@ -38,6 +38,7 @@ class BasicBlock(nn.Module):
     stride: int = 1
     zero_init_last: bool = False
     dtype: Any = jnp.float32
+    # Without an annotation, or Flax would make it an attribute of each block.
     expansion = 1
 
     @nn.compact
@@ -113,6 +114,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_classes)."""
+        # A function and not a module, so that the paths of the layers get no prefix.
         stages = apply_stages(
             x,
             train,
@@ -123,6 +125,7 @@ class ResNet(nn.Module):
             zero_init_last=self.zero_init_last,
             dtype=self.dtype,
         )
+        # In float32, since a sum over the image loses bits in bfloat16.
         return make_head(self.num_classes)(stages[-1].mean(axis=(1, 2), dtype=jnp.float32))
 
 
@@ -172,6 +175,7 @@ def _apply_stem(x: jax.Array, train: bool, width: int, stem: Stem, dtype: Any) -
     x = make_conv(width, size, stride, dtype=dtype, name="stem")(x)
     x = nn.relu(make_norm(train, dtype=dtype, name="stem_norm")(x))
     if stem == "imagenet":
+        # Padded on both sides like torchvision's; "SAME" would pad even sides at their end only.
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     return x
 

@@ -51,6 +51,8 @@ def conv_by_matmul(
     x = jnp.pad(x, ((0, 0), *((int(a), int(b)) for a, b in padding), (0, 0)))
     height = (x.shape[1] - rows) // down + 1
     width = (x.shape[2] - columns) // right + 1
+    # Every slice ends right behind the last pixel that it reads: an open one would go on to the
+    # border and give each tap another number of pixels.
     taps = [
         x[:, i : i + (height - 1) * down + 1 : down, j : j + (width - 1) * right + 1 : right]
         for i in range(rows)

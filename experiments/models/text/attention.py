@@ -51,6 +51,7 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         """Makes the four projections."""
+        # In `setup`, because two methods use the projections, and only one method may be compact.
         split = (self.heads, self.width // self.heads)
         self.query = nn.DenseGeneral(split, dtype=self.dtype)
         self.key = nn.DenseGeneral(split, dtype=self.dtype)
@@ -73,6 +74,7 @@ class Attention(nn.Module):
         Returns:
           (batch, queries, width).
         """
+        # The function divides by the square root of the head size itself.
         mixed = jax.nn.dot_product_attention(self.query(x), memory.keys, memory.values, mask=mask)
         return self.out(mixed)
 

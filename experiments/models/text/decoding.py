@@ -94,6 +94,7 @@ def beam_search(
     def can_improve(state: Beams) -> jax.Array:
         # Log probabilities only fall, and the longest sequence has the mildest penalty.
         bound = state.scores.max(axis=1) / penalty(length)
+        # The batch stops together. An example that is done finds nothing better if it goes on.
         return (state.index < length) & jnp.any(bound > state.best_score)
 
     def grow(state: Beams) -> Beams:

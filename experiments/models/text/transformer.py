@@ -78,10 +78,12 @@ class Cache(NamedTuple):
 
     def repeat(self, times: int) -> Cache:
         """Every example `times` times, one copy after the other."""
+        # `repeat`, not `tile`: `beam_search` wants the rows of one example next to each other.
         return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), self)
 
     def take(self, rows: jax.Array) -> Cache:
         """The tokens so far of other rows; a row keeps its source."""
+        # A beam only ever continues a beam of its own example, so its source is right already.
         return self._replace(own=jax.tree.map(lambda leaf: leaf[rows], self.own))
 
 
@@ -135,7 +137,10 @@ class Layer(nn.Module):
     ) -> tuple[jax.Array, KeysValues]:
         """Maps one position, (batch, 1, width), at `index`; also returns `own` with it added."""
         normed = self.attention_norm(x)
+        # Before attention, so that a token sees itself, as in training.
         own = own.write(index, self.attention.keys_values(normed))
+        # The cache has its full length from the start, since shapes are static: the rest is still
+        # empty.
         seen = jnp.arange(own.keys.shape[1]) <= index
         y = self.attention(normed, own, seen[None, None, None])
         return self._rest(x, y, source, source_mask, train=False), own
@@ -174,6 +179,7 @@ class Stack(nn.Module):
     def setup(self) -> None:
         """Makes the layers."""
         count = self.size.layers
+        # Flax names the entries of a list layers_0, layers_1, ..., which path rules address.
         self.layers = [Layer(self.size, self.reads_source, self.dtype) for _ in range(count)]
         self.norm = nn.LayerNorm(dtype=self.dtype)
 
@@ -209,6 +215,7 @@ class Stack(nn.Module):
         """Keys and values of no tokens yet, with room for `length`."""
         shape = (batch, length, self.size.heads, self.size.width // self.size.heads)
         nothing = jnp.zeros(shape, self.dtype)
+        # The same zeros for all: JAX never writes into an array.
         return (KeysValues(nothing, nothing),) * self.size.layers
 
 
@@ -242,6 +249,7 @@ class Tokens(nn.Module):
 
     def at(self, tokens: jax.Array, index: jax.Array, length: int) -> jax.Array:
         """Maps (batch,) tokens, all at position `index` < `length`, to (batch, 1, width)."""
+        # The whole table is a constant of the program: `index` is traced, and `sinusoids` is NumPy.
         position = jnp.asarray(sinusoids(length, self.width), self.dtype)[index]
         return self._scaled(tokens)[:, None] + position
 
@@ -250,6 +258,8 @@ class Tokens(nn.Module):
         return self.table.attend(x)
 
     def _scaled(self, tokens: jax.Array) -> jax.Array:
+        # Section 3.4. The table's entries are small for the logits' sake; this makes the vectors'
+        # variance one again.
         return self.table(tokens) * math.sqrt(self.width)
 
 

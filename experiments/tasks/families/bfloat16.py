@@ -27,6 +27,8 @@ def in_bfloat16(task: Task) -> Task:
     def loss(
         params: Any, collections: Variables, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Variables]:
+        # Cast inside of what is differentiated: the gradient of a cast widens again, so the
+        # optimizer gets float32.
         value, updated = task.loss(_narrow(params), collections, _narrow(batch), key)
         return value.astype(jnp.float32), _as_before(updated, collections)
 

@@ -58,6 +58,7 @@ def classification_task(
     """
 
     def init(key: jax.Array) -> Variables:
+        # Not in training mode, which would ask for a random stream for dropout.
         return dict(model.init(key, jnp.zeros((1, *input_shape), jnp.float32), train=False))
 
     def loss(

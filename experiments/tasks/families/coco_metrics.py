@@ -76,6 +76,7 @@ def average_precision(
         raise ValueError("average precision is undefined: no image has a true object")
     if not results:
         return dict.fromkeys(_PLACES, 0.0)
+    # Classes without a true object have no precision, and are left out of the mean.
     classes = sorted({entry["category_id"] for entry in entries})
     # pycocotools reports its progress with print.
     with redirect_stdout(io.StringIO()):
@@ -87,6 +88,7 @@ def average_precision(
                 for image, (height, width) in enumerate(sizes)
             ],
             "categories": [{"id": number} for number in classes],
+            # From 1: pycocotools takes a match with annotation 0 for no match.
             "annotations": [{**entry, "id": at} for at, entry in enumerate(entries, start=1)],
         }
         reference.createIndex()
@@ -94,6 +96,7 @@ def average_precision(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    # pycocotools writes -1 where it has nothing to average.
     return {name: max(float(evaluation.stats[place]), 0.0) for name, place in _PLACES.items()}
 
 
@@ -123,6 +126,7 @@ def paste(
         scaled = Image.fromarray(np.asarray(drawn, np.float32)).resize(
             (wide, high), Image.Resampling.BILINEAR
         )
+        # `max` twice: a negative stop would count from the other end of the image.
         rows, columns = slice(max(y, 0), max(y + high, 0)), slice(max(x, 0), max(x + wide, 0))
         whole[...] = False
         part = whole[rows, columns]

@@ -56,6 +56,7 @@ def flow_to_colors(flow: NDArray[np.floating], longest: float) -> Pixels:
     x, y = np.moveaxis(np.asarray(flow, float) / longest, -1, 0)
     length = np.hypot(x, y)[..., None]
     wheel = color_wheel()
+    # `% 1` rounds a tiny negative angle up to 1, hence the other `%` below.
     turn = np.arctan2(y, x) / (2 * np.pi) % 1 * len(wheel)
     low = np.floor(turn).astype(int) % len(wheel)
     share = (turn - np.floor(turn))[..., None]

@@ -26,6 +26,7 @@ MASK_METRICS = (Metric("mask AP"), Metric("mask AP50"))
 
 _SHOWN = 4
 _SHOWN_SCORE = 0.5
+# Okabe and Ito's palette, which color-blind readers can distinguish.
 _COLORS = np.array(
     [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)]
 )
@@ -205,6 +206,7 @@ def draw_objects(pixels: Pixels, objects: Annotated, which: Any, enlarge: int = 
     for index in which:
         color = tuple(int(part) for part in _color(objects.classes[index]))
         left, top, right, bottom = (enlarge * float(side) for side in objects.boxes[index])
+        # Pillow draws the right and lower edge too, and a box ends before them.
         draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=color)
         score = "" if objects.scores is None else f" {objects.scores[index]:.2f}"
         draw.text((left + 2, top), f"{objects.classes[index]}{score}", fill=color)
@@ -220,6 +222,7 @@ def _precision(
         for batch, found in zip(batches, images, strict=True):
             yield from (found[index] for index in np.flatnonzero(batch["valid"]))
 
+    # Generators, so that the whole masks of only one batch exist at a time.
     truth = (_unpacked(image_shape, *pair) for pair in zip(batches, predictions, strict=True))
     found = (
         annotated(image_shape, seen.found, stride=_stride(image_shape, seen.true_masks))
@@ -233,6 +236,7 @@ def _unpacked(image_shape: tuple[int, int], batch: Batch, seen: Seen) -> list[An
     if seen.true_masks is None:
         return true_objects(image_shape, batch)
     columns = image_shape[1] // _stride(image_shape, seen.true_masks)
+    # `packbits` filled each row up to whole bytes, which `count` drops.
     masks = np.unpackbits(np.asarray(seen.true_masks), axis=-1, count=columns)
     return true_objects(image_shape, {**batch, "masks": masks})
 
@@ -252,6 +256,7 @@ def _color(number: int) -> np.ndarray:
 
 
 def _init(model: MaskRCNN, image_shape: tuple[int, int], key: jax.Array) -> Variables:
+    # `find` uses every layer, and needs no true objects.
     return dict(model.init(key, jnp.zeros((1, *image_shape, 3)), method="find"))
 
 

@@ -76,6 +76,7 @@ def translation_task(
     length = test.target.shape[1]
 
     def init(key: jax.Array) -> Variables:
+        # No parameter depends on the number of tokens.
         nothing = jnp.zeros((1, 2), jnp.int32)
         return dict(network.init(key, nothing, nothing))
 
@@ -95,6 +96,7 @@ def translation_task(
         del collections
         counted = (batch["target"] != PADDING) & (batch["valid"] != 0)[:, None]
         values = jnp.where(counted, losses(params, batch, 0.0), 0.0)
+        # `count` counts tokens here, so that the loss is a mean over tokens.
         return {"count": counted.sum().astype(jnp.float32), "loss": values.sum()}
 
     def predict(params: Any, collections: Variables, batch: Batch) -> jax.Array:
@@ -138,6 +140,7 @@ def masked_mean(values: jax.Array, counted: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(counted, values, 0.0)) / jnp.sum(counted)
 
 
+# Flax modules are hashed by their fields, so equal networks share one compilation.
 @partial(jax.jit, static_argnames=("network", "length", "beams"))
 def translate(
     network: Transformer, params: Any, source: jax.Array, *, length: int, beams: int
@@ -151,6 +154,7 @@ def translate(
 
     tokens, _ = beam_search(
         step,
+        # Encoded once and then repeated: all beams of a sentence read the same source.
         memory.repeat(beams),
         batch=len(source),
         length=length,
@@ -174,6 +178,7 @@ def text_scores(
     chrf = CHRF().corpus_score(translations, [references])
     equal = [a == b for a, b in zip(translations, references, strict=True)]
     return {
+        # sacrebleu's scores run from 0 to 100.
         BLEU_METRIC.name: bleu.score / 100,
         CHRF_METRIC.name: chrf.score / 100,
         EXACT_METRIC.name: float(np.mean(equal)),

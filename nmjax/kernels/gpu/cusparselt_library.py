@@ -56,7 +56,7 @@ def load_cusparselt() -> CusparseLt:
 
     path = Path(os.environ.get("NMJAX_CUSPARSELT_LIBRARY", build.CUSPARSELT_LIBRARY))
     if not path.exists():
-        obstacle = build.why_no_cusparselt()
+        obstacle = build.missing_headers()
         return CusparseLt(None, f"not built: {obstacle or 'run python -m nmjax.kernels.build'}")
     try:
         # Global, so that our library, which is not linked to it, finds its symbols.

@@ -196,7 +196,7 @@ def test_a_step_of_the_build_that_fails_does_not_hide_the_other(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(gpu.build, "why_no_cusparselt", lambda: None)
+    monkeypatch.setattr(gpu.build, "missing_headers", lambda: "")
     monkeypatch.setattr(gpu.build, "compile_cusparselt", fail)
     monkeypatch.setattr(gpu.build, "find_nvcc", lambda: "nvcc")
     monkeypatch.setattr(gpu.build, "compile_decode", lambda: None)

@@ -39,7 +39,7 @@ def test_why_it_is_not_there_is_said(fresh, tmp_path):
 
 def test_missing_headers_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "nvidia_folders", lambda kind: [tmp_path])
-    assert "cusparseLt.h, driver_types.h" in build.why_no_cusparselt()
+    assert "cusparseLt.h, driver_types.h" in build.missing_headers()
     with pytest.raises(RuntimeError, match="nmjax\\[cuda13\\]"):
         build.compile_cusparselt("g++", tmp_path / "library.so")
     for name in ("driver_types.h", "cusparse.h"):
@@ -48,8 +48,8 @@ def test_missing_headers_are_named(monkeypatch, tmp_path):
     for version, obstacle in ((7, "has version 0.7.1, too old: pip"), (8, None), (10, None)):
         lines = zip(("MAJOR", "MINOR", "PATCH"), (0, version, 1), strict=True)
         header.write_text("".join(f"#define CUSPARSELT_VER_{name} {n}\n" for name, n in lines))
-        found = build.why_no_cusparselt()
-        assert found is None if obstacle is None else obstacle in found
+        found = build.missing_headers()
+        assert found == "" if obstacle is None else obstacle in found
 
 
 def test_the_headers_of_the_cuda_that_jax_runs_on_come_first(monkeypatch, tmp_path):
@@ -102,8 +102,8 @@ def test_a_missing_library_is_named(fresh, tmp_path):
 
 
 def test_it_compiles_and_loads(fresh, tmp_path):
-    if shutil.which("g++") is None or build.why_no_cusparselt():
-        pytest.skip(f"no g++, or {build.why_no_cusparselt()}")
+    if shutil.which("g++") is None or build.missing_headers():
+        pytest.skip(f"no g++, or {build.missing_headers()}")
     library = build.compile_cusparselt("g++", tmp_path / "library.so")
     symbols = subprocess.run(
         ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True

@@ -35,8 +35,8 @@ def library(request, tmp_path_factory):
         pytest.skip("no g++")
     headers = [HERE / "stand_in"]
     if request.param == "NVIDIA's headers":
-        if build.why_no_cusparselt():
-            pytest.skip(build.why_no_cusparselt())
+        if build.missing_headers():
+            pytest.skip(build.missing_headers())
         headers = build.nvidia_folders("include")
     path = tmp_path_factory.mktemp("fake") / "fake.so"
     folders = [build.FOLDER / "gpu" / "src", *headers]
@@ -278,8 +278,8 @@ def test_what_goes_wrong_is_said_and_leaves_nothing(library):
 
 
 def test_our_declarations_are_those_of_nvidia(tmp_path):
-    if shutil.which("g++") is None or build.why_no_cusparselt():
-        pytest.skip(f"no g++, or {build.why_no_cusparselt()}")
+    if shutil.which("g++") is None or build.missing_headers():
+        pytest.skip(f"no g++, or {build.missing_headers()}")
     text = (HERE / "stand_in" / "cusparseLt.h").read_text()
     names = re.findall(r"\b(?:CUDA_R|CUSPARSE)_\w+|\bCUSPARSELT_(?!VERSION)[A-Z0-9_]+", text)
     types = re.findall(r"struct alignas\(16\) (\w+)", text)
