@@ -1,7 +1,4 @@
-"""Pictures of what happens over the epochs: the metric, the masks, the blocks.
-
-Each function returns a `Picture`, or None where the trials that it needs are missing.
-"""
+"""Pictures of what happens over the epochs: the metric, the masks, the blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from experiments.report.pictures import (
     Picture,
     color_of,
     label_of,
-    legend_below,
     log_scale,
     name_of,
     panels,
@@ -30,16 +26,13 @@ def draw_metric_curves(run: Run, part: str = "main") -> Picture | None:
         return None
     figure, axes = panels(len(groups), height=3.4)
     for ax, (pattern, rows) in zip(axes, groups.items(), strict=True):
-        shown = {label_of(row, pattern): row for row in rows}
-        errors = {
-            label: metric.missing(row.curve(f"test.{metric.name}")) for label, row in shown.items()
-        }
-        colors = {label: color_of(row.method) for label, row in shown.items()}
+        curves = [metric.missing(row.curve(f"test.{metric.name}")) for row in rows]
+        errors = {label_of(r, pattern): curve for r, curve in zip(rows, curves, strict=True)}
+        colors = {label_of(row, pattern): color_of(row.method) for row in rows}
         plot_curves(errors, rows[0].curve("epoch"), colors=colors, ax=ax)
         ax.set(title=pattern, xlabel="epoch")
         log_scale(ax)
     axes[0].set_ylabel(f"test {metric.missing_title}")
-    legend_below(figure, axes)
     return picture(figure)
 
 
@@ -70,7 +63,6 @@ def draw_sad_over_time(run: Run) -> Picture | None:
     plot_curves(flips, middles, colors=colors, ax=axes[1])
     axes[1].set(title="Flip rate", xlabel="epoch", ylabel="% of entries in one step")
     log_scale(axes[1])
-    legend_below(figure, axes)
     return picture(figure, pattern=pattern)
 
 
@@ -91,7 +83,6 @@ def draw_block_changes(run: Run) -> Picture | None:
     ):
         plot_curves({label: row.curve(column) for label, row in shown.items()}, times, ax=ax)
         ax.set(title=title, xlabel="epoch", ylabel=f"{unit}, all layers")
-    legend_below(figure, axes)
     return picture(figure)
 
 

@@ -1,7 +1,4 @@
-"""Pictures of where training ends: every seed, each layer's masks, the sweep, the balance.
-
-Each function returns a `Picture`, or None where the trials that it needs are missing.
-"""
+"""Pictures of where training ends: every seed, each layer's masks, the sweep, the balance."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from experiments.report.pictures import (
     BLUE,
     Picture,
     color_of,
-    legend_below,
     name_of,
     panels,
     picture,
@@ -58,16 +54,13 @@ def draw_layer_sad(run: Run) -> Picture | None:
     figure, axes = panels(len(groups), height=0.9 + 0.38 * layers)
     for ax, (pattern, rows) in zip(axes, groups.items(), strict=True):
         density, weights = (run.settings[name][pattern] for name in ("density", "weights"))
-        forward = {"dense": "dense forward"}
-        shown = {
-            f"{name_of(row.method)} ({forward.get(row.method, 'sparse forward')})": row
-            for row in rows
-        }
+        kinds = ["dense" if row.method == "dense" else "sparse" for row in rows]
+        labels = [f"{name_of(r.method)} ({k} forward)" for r, k in zip(rows, kinds, strict=True)]
+        shown = dict(zip(labels, rows, strict=True))
         sads = {label: row.epochs[-1]["sad_layers"] for label, row in shown.items()}
         colors = {label: color_of(row.method) for label, row in shown.items()}
         plot_layer_sad(sads, weights, density=density, colors=colors, ax=ax)
         ax.set_title(pattern)
-    legend_below(figure, axes)
     return picture(figure)
 
 
@@ -91,7 +84,6 @@ def draw_sweep(run: Run) -> Picture | None:
         if dense is not None:
             level = number.scale * dense.numbers[name].mean
             ax.axhline(level, color=BLACK, linestyle="--", linewidth=1, label="dense")
-    legend_below(figure, axes)
     return picture(figure, pattern=rows[0].pattern)
 
 
@@ -120,22 +112,14 @@ def draw_balance(run: Run) -> Picture | None:
     axes[1].plot(threads, threads, color="0.5", linestyle=":", linewidth=1)
     axes[1].set(title="All layers", xlabel="threads", ylabel="bound on the speed-up")
     axes[1].set_xticks(threads)
-    legend_below(figure, axes)
     return picture(figure, pattern=pattern, worst=worst)
 
 
 def speed_up_bound(kept: np.ndarray, threads: int) -> np.ndarray:
-    """How much faster than one thread several can be, if each takes the same number of rows.
+    """How much faster than one thread several can be: total work over that of the slowest.
 
-    The slowest thread decides: total work divided by the largest sum of one thread's rows. Rows
-    are dealt out in their order, as evenly as possible.
-
-    Args:
-      kept: blocks in each row, (..., rows).
-      threads: at least 1.
-
-    Returns:
-      (...), at most `threads`.
+    `kept` has the blocks in each row, (..., rows); the bound is (...), at most `threads`. Rows are
+    dealt out in their order, as evenly as possible.
 
     >>> speed_up_bound(np.array([1, 3, 2, 2]), 2).item()
     2.0

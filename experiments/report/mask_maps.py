@@ -1,7 +1,4 @@
-"""Small maps: test images, kernel shapes, the blocks of one layer.
-
-Each function returns a `Picture`, or None where the results that it needs are missing.
-"""
+"""Small maps: test images, kernel shapes, the blocks of one layer."""
 
 from __future__ import annotations
 

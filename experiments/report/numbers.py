@@ -36,21 +36,13 @@ class Summary(NamedTuple):
 
 
 class Number(NamedTuple):
-    """How one number of a row is shown.
-
-    Attributes:
-      title: of its column.
-      scale: what it is multiplied by before it is shown.
-      form: format of the scaled number.
-      unit: of differences.
-      has_error: whether tables show its standard error.
-    """
+    """How one number of a row is shown."""
 
     title: str
-    scale: float
-    form: str
-    unit: str = ""
-    has_error: bool = True
+    scale: float  # From the number to what is shown.
+    form: str  # Format of the scaled number.
+    unit: str = ""  # Of differences.
+    has_error: bool = True  # Whether tables show the standard error.
 
     def show(self, summary: Summary) -> str:
         """The mean as text, with its standard error if there are several seeds."""
@@ -104,15 +96,9 @@ class Row(NamedTuple):
 
 
 class Run:
-    """A comparison, finished or not.
+    """A comparison, finished or not: `rows` has the trials that ended, in the order of training.
 
-    Attributes:
-      data: the content of `results.json`.
-      settings: what was trained, and how.
-      metric: what methods are compared by: the first of `metrics`.
-      metrics: the metrics that are shown.
-      shown: name -> how it is shown.
-      rows: one for each trial that ended, in the order of training.
+    Methods are compared by `metric`, the first of `metrics`; `shown` is name -> how it is shown.
     """
 
     def __init__(self, data: Data) -> None:

@@ -18,6 +18,7 @@ from experiments.report.numbers import Data, Run
 from experiments.report.pictures import STYLE, Picture, name_of
 from experiments.training.methods import METHODS
 
+# Each returns None where the results that it needs are missing.
 _PICTURES: dict[str, Callable[[Run], Picture | None]] = {
     "examples": mask_maps.draw_examples,
     "curves": curves.draw_metric_curves,

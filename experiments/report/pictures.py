@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -56,7 +55,15 @@ class Picture(NamedTuple):
 
 
 def picture(figure: Figure, **facts: Any) -> Picture:
-    """Turns a figure into SVG."""
+    """Turns a figure into SVG, with one legend for all panels below them."""
+    # Labels of the same name are shown once.
+    entries: dict[str, Any] = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if entries:
+        place: Any = {"loc": "outside lower center", "ncols": 5, "fontsize": 8}
+        figure.legend(entries.values(), entries.keys(), **place)
     buffer = BytesIO()
     # A date would make the file different for the same results.
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -93,15 +100,6 @@ def draw_map(ax: Any, image: Any, title: str, **options: Any) -> None:
     ax.set(xticks=[], yticks=[])
     ax.grid(visible=False)
     ax.set_title(title, fontsize=8)
-
-
-def legend_below(figure: Figure, axes: Iterable[Any]) -> None:
-    """One legend for all panels, below them; labels of the same name are shown once."""
-    entries: dict[str, Any] = {}
-    for ax in axes:
-        handles, labels = ax.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5, fontsize=8)
 
 
 def log_scale(ax: Any) -> None:

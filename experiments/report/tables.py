@@ -30,17 +30,13 @@ class Table(NamedTuple):
 def main_table(run: Run) -> Table:
     """The N:M methods, with all numbers and the time of a step relative to dense."""
     names = _names(run)
-    groups = {}
+    groups: dict[str, list[Line]] = {}
     for pattern, rows in run.groups("main").items():
         best = run.best([row for row in rows if row.method != "dense"])
-        groups[pattern] = [
-            Line(
-                (name_of(row.method), *_cells(run, row, names), _ratio(row)),
-                color_of(row.method),
-                row is best,
-            )
-            for row in rows
-        ]
+        for row in rows:
+            time = "" if row.ratio is None else f"{row.ratio:.2f}"
+            cells = (name_of(row.method), *_cells(run, row, names), time)
+            groups.setdefault(pattern, []).append(Line(cells, color_of(row.method), row is best))
     return Table(("method", *_titles(run, names), "time"), groups)
 
 
@@ -51,16 +47,11 @@ def block_table(run: Run) -> Table:
     blocks it has.
     """
     names = ["metric", "loss", "density", "balance", "regrown"]
-    groups = {
-        pattern: [
-            Line(
-                (label_of(row, pattern), *_cells(run, row, names), _in_a_row(run, row)),
-                color_of(row.method),
-            )
-            for row in rows
-        ]
-        for pattern, rows in run.groups("blocks").items()
-    }
+    groups: dict[str, list[Line]] = {}
+    for pattern, rows in run.groups("blocks").items():
+        for row in rows:
+            cells = (label_of(row, pattern), *_cells(run, row, names), _in_a_row(run, row))
+            groups.setdefault(pattern, []).append(Line(cells, color_of(row.method)))
     return Table(("method", *_titles(run, names), "in a row"), groups)
 
 
@@ -123,10 +114,6 @@ def _cells(run: Run, row: Row, names: list[str]) -> list[str]:
     return [
         run.shown[name].show(row.numbers[name]) if name in row.numbers else "" for name in names
     ]
-
-
-def _ratio(row: Row) -> str:
-    return "" if row.ratio is None else f"{row.ratio:.2f}"
 
 
 def _in_a_row(run: Run, row: Row) -> str:

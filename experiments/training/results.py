@@ -39,21 +39,16 @@ def brief_epoch_numbers(report: EpochReport) -> Numbers:
 
 @dataclass(frozen=True)
 class Trial:
-    """One method at one pattern with one strength, for all seeds.
+    """One method at one pattern with one strength, for all seeds, which train together.
 
-    Attributes:
-      part: "main" for the table; "sweep" for further strengths of SR-STE; "shapes" for the run
-        whose kernels are drawn; "blocks" for 1xN patterns, "beside" for their N:M rivals.
-      pattern: such as "2:4".
-      method: a row of `experiments.training.methods.METHODS`.
-      lambda_w: strength of the sparse-refined term; 0 where the method has none.
-      seeds: trained together.
+    Parts are "main" for the table; "sweep" for further strengths of SR-STE; "shapes" for the run
+    whose kernels are drawn; "blocks" for 1xN patterns, "beside" for their N:M rivals.
     """
 
     part: str
-    pattern: str
-    method: str
-    lambda_w: float
+    pattern: str  # Such as "2:4".
+    method: str  # A row of `experiments.training.methods.METHODS`.
+    lambda_w: float  # 0 where the method has none.
     seeds: tuple[int, ...]
 
     @property
@@ -64,11 +59,10 @@ class Trial:
 
 
 class Results:
-    """What a comparison has found so far, in `folder/results.json`.
+    """What a comparison has found so far: `data`, the content of `folder/results.json`.
 
-    Attributes:
-      data: the content of the file. "settings" decides the numbers, "trials" has an entry with
-        its epochs for each finished trial, "step_times", "shapes", "films" and "shown" are extra.
+    "settings" decides the numbers, "trials" has an entry with its epochs for each finished trial,
+    "step_times", "shapes", "films" and "shown" are extra.
     """
 
     def __init__(self, folder: Path, settings: Numbers, *, resume: bool) -> None:
