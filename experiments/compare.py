@@ -1,8 +1,8 @@
-"""Compares ways of training sparse on one task: table, pictures, one HTML report.
+"""Compares sparse training methods on one task and writes a table, pictures and an HTML report.
 
 `python -m experiments.compare` is the main job: scikit-learn's digits, a small ResNet, every
-method at an easy and at a hard pattern, N:M and 1xN, several seeds trained together, in minutes
-on two cores. `--task` takes another task, with what that one compares by default.
+method at an easy and a hard pattern, N:M and 1xN, several seeds trained together, in minutes on
+two cores. `--task` picks another task, with that task's own default comparison.
 """
 
 from __future__ import annotations
@@ -58,32 +58,33 @@ PAPER_LAMBDA_W = 2e-4
 
 @dataclass(frozen=True)
 class Flags:
-    """Compares methods of sparse training: table, pictures and one HTML report in runs/NAME/.
+    """Compares sparse training methods; writes tables, pictures and an HTML report to runs/NAME/.
 
-    The defaults are the main job. Ctrl-C leaves a report of what was finished; --resume goes on.
-    What is None, or empty, is the task's own choice.
+    Without flags, this is what `make train` runs. Ctrl-C leaves a report of the finished trials;
+    --resume continues. Flags that are None or empty use the task's own defaults.
 
     Attributes:
-      task: what to train on: a file in experiments/tasks, or PACKAGE.MODULE:FUNCTION.
-      model: what to train. Empty for the task's default.
+      task: task to train on: a file in experiments/tasks, or PACKAGE.MODULE:FUNCTION.
+      model: model to train. Empty for the task's default.
       data_dir: folder of prepared data sets. None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      patterns: weights kept of each group, N:M. The last is also swept over lambda_w.
-      methods: which to compare; dense is the yardstick of the step times.
-      block_patterns: blocks of N outputs and the fraction dropped, 1xN@S. They are set beside
-        dense and SR-STE at the same density. Where no N:M pattern has it, 1:M is trained too.
-      block_methods: which to compare at those patterns.
-      seeds: of the initial weights and the order of the data. All train together, on two cores
-        fastest if they are even in number.
+      patterns: N:M patterns, N weights kept of every M. The last one also gets a lambda_w sweep.
+      methods: methods to compare. Step times are relative to dense.
+      block_patterns: 1xN@S patterns: blocks of N outputs, and the fraction S dropped. They are
+        compared with dense and with SR-STE at the same density. If no N:M pattern has that density,
+        SR-STE is also trained at 1:M.
+      block_methods: methods to compare at the block patterns.
+      seeds: seeds for the initial weights and the data order. All train together; on two cores, an
+        even number of seeds is fastest.
       epochs: passes over the training data.
-      lambda_w: strength of the sparse-refined term, as a part of the gradient.
+      lambda_w: strength of the sparse-refined term, as part of the gradient.
       lambda_decoupled: its strength after the preconditioner, for sr_ste_decoupled.
-      sweep: multiples of the strength to train SR-STE with as well, of both kinds where both are
-        compared. The paper's own 2e-4 is then always among them.
-      shapes: pattern of one more run of SR-STE, whose kernels are drawn. Empty for none.
+      sweep: multiples of the strength at which SR-STE is also trained, for both kinds if both are
+        compared. A sweep always includes the paper's own 2e-4.
+      shapes: pattern of one more SR-STE run, for a picture of its kernel shapes. Empty for none.
       evaluate_every: epochs between two points of the accuracy curves. None for 12 points.
-      name: of the folder. None for the task's name.
+      name: name of the folder. None for the task's name.
       runs_dir: folder of all runs.
-      resume: keep the finished trials in the folder. Otherwise start over.
+      resume: keep the finished trials in the folder; otherwise start over.
     """
 
     task: str = "digits"
@@ -114,7 +115,7 @@ class Comparison:
     """The trials of one comparison, and the compiled programs that they share."""
 
     def __init__(self, flags: Flags) -> None:
-        """Makes the task and says which trials there are.
+        """Makes the task and lists the trials.
 
         Raises:
           ValueError: a flag has an unsupported value.
@@ -171,7 +172,7 @@ class Comparison:
         return Trial(part, pattern, method, strength, self.compared.seeds)
 
     def settings(self) -> Numbers:
-        """What decides the numbers, as JSON has it."""
+        """Everything that decides the numbers, as JSON stores it."""
         chosen, task = self.compared, self.task
         params = jax.eval_shape(task.init, jax.random.key(0))["params"]
         plans = {pattern: plan_of(task, pattern) for pattern in {t.pattern for t in self.trials}}
@@ -260,7 +261,7 @@ class Comparison:
 
 
 def _changed(compared: Compared, flags: Flags) -> Compared:
-    """What is compared: the task's own choice, changed where a flag was given."""
+    """What is compared: the task's own defaults, changed by the flags that were given."""
     given = {entry.name: getattr(flags, entry.name) for entry in dataclasses.fields(compared)}
     return dataclasses.replace(
         compared, **{name: value for name, value in given.items() if value is not None}
@@ -315,8 +316,8 @@ def _finish(comparison: Comparison, results: Results, console: Console) -> int:
     except KeyboardInterrupt:
         done = len(results.data["trials"])
         console.print(
-            f"stopped: {done} of {len(comparison.trials)} trials are in the report; --resume goes "
-            "on with the others"
+            f"stopped: {done} of {len(comparison.trials)} trials are in the report; --resume "
+            "continues with the others"
         )
         status = 130
     print_table(results.data, console)

@@ -18,11 +18,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `python -m experiments.train`.
 
     Args:
-      argv: flags; None for those of the command line.
+      argv: flags; None for the command line's.
 
     Returns:
       The exit status: 0 if the run is complete, 130 if Ctrl-C stopped it, 143 if SIGTERM stopped
-      it, 1 if it cannot go on.
+      it, 1 if it cannot continue.
     """
     flags = tyro.cli(Flags, args=argv, prog="python -m experiments.train")
     run = None
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # We cannot tell whether the other processes failed too.
         traceback.print_exc()
         leave(1)
-    # Processes are rejected, complete or preempted together. Otherwise this one may stop by itself.
+    # Processes are rejected, complete or preempted together. In other cases only this one may stop.
     if run is not None and status not in (COMPLETE, PREEMPTED) and jax.process_count() > 1:
         leave(status)
     return status

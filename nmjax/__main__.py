@@ -140,7 +140,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     params = read_checkpoint(arguments.checkpoint, arguments.subtree)
     dense = "dense" if arguments.dense_if_indivisible else "error"
     plan = _make_plan(params, arguments, on_indivisible=dense)
-    # `pack` itself keeps the largest weights and would prune without a word.
+    # `pack` itself keeps the largest weights and would prune silently.
     if not arguments.prune:
         try:
             check_sparse(params, plan)
@@ -200,7 +200,7 @@ def _products(packed: Any) -> str:
             way, speedup = choose(leaf.dtype, layer, 1), expected_speedup(leaf.dtype, layer)
             fits = "yes" if _is_semi_structured(layer) else "no"
             rows.append((name, way.name, f"{speedup:.1f}" if speedup else "?", fits, way.reason))
-    header = ("leaf", "one row is multiplied by", "speed-up", "2:4 on GPUs", "because")
+    header = ("leaf", "product for one row", "speed-up", "2:4 on GPUs", "because")
     return (
         f"{text_table(header, rows, right=(2,))}\n"
         "2:4 on GPUs: whether sparse tensor cores can multiply by the leaf in 16-bit precision.\n"

@@ -1,6 +1,6 @@
 """Layouts: which axes of a weight the matmul sums over, judging by the leaf's name and shape.
 
-Libraries name and shape the same matrix differently. These are the layouts known here:
+Libraries name and shape the same matrix differently. nmjax knows these layouts:
 
 | leaf | library | shape | reduction axes |
 |---|---|---|---|
@@ -13,7 +13,7 @@ Libraries name and shape the same matrix differently. These are the layouts know
 | `weight` | Equinox, PyTorch: Conv2d | (out, in, height, width) | -3, at each tap |
 | any other name | plain JAX, `x @ w` | (in, out) | -2 |
 
-Axes are negative, so that additional leading axes (`nn.scan`, a stack of seeds) change nothing.
+Axes are negative, so additional leading axes (`nn.scan`, a stack of seeds) make no difference.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def given_axes(given: GivenAxes, ndim: int) -> Axes:
     """Completes and checks the axes that a user gives for a weight with `ndim` axes.
 
     Args:
-      given: `Axes`, or the reduction axes; all other axes then count as outputs. For more than two
-        axes, that leaves open which of them are taps or a stack.
+      given: `Axes`, or the reduction axes; all other axes then count as outputs. With more than two
+        axes, that does not say which are taps and which are a stack.
       ndim: number of axes of the weight.
 
     Raises:

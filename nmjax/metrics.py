@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nmjax.masks.blocks import split_blocks
-from nmjax.patterns import Block1xN
+from nmjax.patterns import is_blocks
 from nmjax.plans import Plan
 from nmjax.pruning import Masks, check_masks, fits
 
@@ -137,7 +137,7 @@ def blocks_regrown(before: Masks, after: Masks, plan: Plan) -> dict[str, Int32[A
 
 def _blocks(masks: Masks, plan: Plan) -> dict[str, Bool[Array, "*_stack _rows _inputs"]]:
     """Which blocks are kept, for the leaves that have blocks."""
-    patterns = {n: p for n, leaf in plan.items() if isinstance(p := leaf.pattern, Block1xN)}
+    patterns = {n: p for n, leaf in plan.items() if is_blocks(p := leaf.pattern)}
     missing = patterns.keys() - masks.keys()
     if missing:
         raise ValueError(f"masks are missing for the planned leaves {sorted(missing)}")

@@ -87,7 +87,7 @@ class Plan(Mapping[str, LeafPlan]):
         kept = total - planned + sum(leaf.kept for leaf in self.values())
         return (
             f"{len(self)} of {len(self.leaves)} leaves are sparse; they hold {planned:,} of "
-            f"{total:,} parameters. {kept:,} parameters stay ({kept / max(total, 1):.1%})."
+            f"{total:,} parameters. {kept:,} parameters are kept ({kept / max(total, 1):.1%})."
         )
 
 
@@ -123,8 +123,8 @@ def make_plan(
       on_indivisible: what to do with a leaf that does not divide into whole groups or blocks:
         `"error"`, or `"dense"` to leave it dense and record the reason.
       score: importance of each weight, a function of the weight array. A block's importance is the
-        sum over its weights, which is its L1 norm by default. Pass a named function and not a new
-        lambda each time: two plans are equal, and share the jit cache, only if the score is the
+        sum over its weights, which is its L1 norm by default. Pass a named function rather than a
+        new lambda each time: two plans are equal, and share the jit cache, only if the score is the
         same object.
 
     Raises:

@@ -175,7 +175,7 @@ def _apply_plan(
         masks = compute_masks(params, plan)
     else:
         check_masks(masks, planned_leaves(params, plan))
-    # `masks` decides, and not the plan: both have the same keys by now.
+    # `masks` decides, not the plan: both have the same keys by now.
     return map_named(
         lambda name, leaf: prune_leaf(leaf, masks[name]) if name in masks else leaf, params
     )

@@ -88,7 +88,7 @@ def sparse_refined_term(
     w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: chex.Numeric
 ) -> Float[Array, "*shape"]:
     """The term that SR-STE adds to the gradient, `lambda_w * ~mask * w`, in `w`'s dtype."""
-    # Reads "kept" off the sparse weights and not off the mask. The forward pass has stored the
+    # Reads "kept" off the sparse weights, not off the mask. The forward pass has stored the
     # sparse weights already, whereas XLA would compute the mask again in every fusion that reads
     # it. A kept weight that is zero looks pruned here, but its pull is zero either way.
     kept = apply_mask(w, mask) != 0
@@ -99,7 +99,7 @@ def apply_mask(
     w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """`w` where the mask is True, else zero."""
-    # A selection and not a product: NaN * 0 is NaN.
+    # A selection, not a product: NaN * 0 is NaN.
     return jnp.where(mask, w, jnp.zeros_like(w))
 
 

@@ -43,7 +43,7 @@ def add_sparse_refined(
     `optax.scale_by_adam` it is decoupled, like AdamW's weight decay: a step shrinks a pruned weight
     by the fraction `learning_rate * lambda_w`. Before Adam the term is normalized with the
     gradient: where the rest of the gradient is zero, a pruned weight moves by the learning rate,
-    whatever `lambda_w` is. A transformation that clips gradients clips the term too if it comes
+    regardless of `lambda_w`. A transformation that clips gradients clips the term too if it comes
     later in the chain.
 
     Args:

@@ -217,8 +217,8 @@ class Checkpoints:
             whole = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
             raise OSError(
                 f"a checkpoint could not be written to {self.folder}: {first_line(error)}. Those "
-                f"of steps {', '.join(map(str, whole)) or 'none'} are whole; make room, then go on "
-                "with --resume"
+                f"of steps {', '.join(map(str, whole)) or 'none'} are whole; make room, then "
+                "continue with --resume"
             ) from error
 
 

@@ -40,7 +40,7 @@ def read_alone(path: Path, handler: Callable[[], ocp.CheckpointHandler], args: A
             raise DamagedError(first_line(error)) from error
         raise UnreadableError(
             f"the checkpoint {path.parent} cannot be read here: {first_line(error)}. It may be "
-            "whole and stays as it is; give the run what it lacks, then go on with --resume"
+            "intact, so nothing was changed; fix the cause, then continue with --resume"
         ) from error
 
 

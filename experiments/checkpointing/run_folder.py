@@ -63,9 +63,14 @@ def open_folder(
         return lock
 
     lock = together(claim, REFUSALS)
-    owner = tell_all(_this_process())[0]
-    together(partial(check_shared, path, owner), REFUSALS)
-    return (lambda: None) if lock is None else lock.close
+    release = (lambda: None) if lock is None else lock.close
+    try:
+        owner = tell_all(_this_process())[0]
+        together(partial(check_shared, path, owner), REFUSALS)
+    except BaseException:
+        release()
+        raise
+    return release
 
 
 def take(path: Path) -> IO[str]:
@@ -110,12 +115,14 @@ def check_shared(path: Path, owner: str) -> None:
 
 
 def _keep(folder: Path, settings: Numbers, earlier: Earlier, deciding: Deciding) -> None:
-    """Writes the settings, unless the folder holds a run that does not go on with them."""
+    """Writes the settings, unless the folder holds a run that cannot continue with them."""
     path = folder / _SETTINGS
     # Through JSON, so that tuples and paths compare as they are read back.
     settings = json.loads(json.dumps(settings, default=str))
     if path.exists() and earlier == "refuse":
-        raise ValueError(f"{folder} already holds a run: give --resume to go on, or another --name")
+        raise ValueError(
+            f"{folder} already holds a run: give --resume to continue it, or another --name"
+        )
     if path.exists() and earlier == "resume":
         _check_same(path, settings, deciding)
     write_json(path, settings, indent=2)
@@ -127,7 +134,7 @@ def _check_same(path: Path, settings: Numbers, deciding: Deciding) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold the settings of a run: {error!r}. If you have no copy, delete "
-            "the file, and --resume goes on with the flags given now"
+            "the file, and --resume continues with the flags given now"
         ) from error
     if changed := differences(deciding(settings), before):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 Masks, which tensorflow-datasets does not keep, come from `experiments.data.coco_masks`.
 
-Boxes are cut off at the image's border. One of which nothing is left inside of the image is
+Boxes are cut off at the image's border. A box with nothing left inside the image is
 skipped, and so are objects with an empty mask and those beyond the number that an example has room
 for; `count_boxes` counts all. An image without objects is an example like any other.
 """

@@ -1,6 +1,6 @@
 """What the papers claim, and whether a run shows it: one table, and one test for every row.
 
-A new claim is one row of `CLAIMS`. No verdict is written down anywhere: all follow from the data.
+To add a claim, add a row to `CLAIMS`. No verdict is hard-coded: all follow from the data.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CLAIMS = (
     Claim(ZHOU, "SR-STE has a lower loss than STE", "sr_ste", "ste", "loss", "lower"),
     Claim(ZHOU, "SR-STE is better than pruning once", "sr_ste", "one_shot", "metric", "higher"),
     Claim(ZHOU, "Pruning once is better than STE", "one_shot", "ste", "metric", "higher"),
-    Claim(ZHOU, "A negative λ makes it worse", "sr_ste_negative", "ste", "metric", "lower"),
+    Claim(ZHOU, "A negative λ hurts", "sr_ste_negative", "ste", "metric", "lower"),
     Claim(ZHOU, "STE raises SAD above that of dense training", "ste", "dense", "sad", "higher"),
     Claim(ZHOU, "STE changes the mask more often than dense training",
           "ste", "dense", "flip_rate", "higher"),
@@ -71,14 +71,14 @@ CLAIMS = (
 
 
 class Comparison(NamedTuple):
-    """How a claim fares at one pattern: the difference as text, and whether it is as claimed."""
+    """A claim's verdict at one pattern: the difference as text, and whether it is as claimed."""
 
     here: str
     seen: Seen
 
 
 class Finding(NamedTuple):
-    """A claim in words, and how it fares at each pattern; None where a method is missing."""
+    """A claim in words, and its verdict at each pattern; None where a method is missing."""
 
     says: str
     source: str
@@ -86,7 +86,7 @@ class Finding(NamedTuple):
 
 
 def judge(run: Run, patterns: Iterable[str]) -> list[Finding]:
-    """The claims that at least one of the patterns allows to test."""
+    """The claims that can be tested at one of the patterns or more."""
     # What is close depends on the task, so it is part of the claim that readers see.
     margin = f"{run.metric.scale * run.metric.close:.2f} {run.metric.step}"
     found = []
@@ -101,7 +101,7 @@ def judge(run: Run, patterns: Iterable[str]) -> list[Finding]:
 def verdict(difference: Summary, margin: float = 0.0) -> Verdict:
     """Whether the mean of paired differences is above or below `-margin`.
 
-    Student's t-test, two-sided, at 95 %. One seed alone is never clear.
+    Student's t-test, two-sided, at 95%. One seed alone is never clear.
     """
     if len(difference.values) < 2:
         return "unclear"
@@ -122,10 +122,10 @@ def better(run: Run, method: Row, other: Row, margin: float = 0.0) -> Verdict:
 
 def _compare(run: Run, claim: Claim, pattern: str) -> Comparison | None:
     method, other = run.find(pattern, claim.method), run.find(pattern, claim.other)
-    # What stands beside blocks belongs to its own pattern, and is judged there.
+    # N:M rows next to blocks belong to their own pattern and are judged there.
     if method is None or other is None or method.pattern != pattern:
         return None
-    # Close means not worse by more than the margin: being better is no fault.
+    # Close means not worse by more than the margin: being better also counts.
     if claim.number == "metric":
         found = better(run, method, other, run.metric.close if claim.close else 0.0)
     else:

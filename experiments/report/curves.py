@@ -1,4 +1,4 @@
-"""Pictures of what happens over the epochs: the metric, the masks, the blocks."""
+"""Pictures of the metric, the masks and the blocks over the epochs."""
 
 from __future__ import annotations
 

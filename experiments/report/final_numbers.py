@@ -88,7 +88,7 @@ def draw_sweep(run: Run) -> Picture | None:
 
 
 def draw_balance(run: Run) -> Picture | None:
-    """Blocks in each row of one layer, and what unequal rows cost when threads share them."""
+    """Blocks in each row of one layer, and what unequal rows cost when threads split them."""
     groups = {
         pattern: [row for row in rows if row.method in ("one_by_n", "subp")]
         for pattern, rows in run.groups("blocks").items()
@@ -107,7 +107,7 @@ def draw_balance(run: Run) -> Picture | None:
         bounds = [[speed_up_bound(k, t).mean() for t in threads] for k in kept.values()]
         axes[1].plot(threads, np.mean(bounds, axis=0), "o-", color=color, markersize=4)
         share, where = min((float(balance(k).mean()), name) for name, k in kept.items())
-        worst.append(f"{name} {where.removesuffix('/kernel')}, balance {100 * share:.0f} %")
+        worst.append(f"{name} {where.removesuffix('/kernel')}, balance {100 * share:.0f}%")
     axes[0].set(title=layer.removesuffix("/kernel"), xlabel="row of blocks", ylabel="blocks kept")
     axes[1].plot(threads, threads, color="0.5", linestyle=":", linewidth=1)
     axes[1].set(title="All layers", xlabel="threads", ylabel="bound on the speed-up")

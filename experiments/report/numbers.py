@@ -133,7 +133,7 @@ class Run:
         return groups
 
     def find(self, pattern: str, method: str) -> Row | None:
-        """The row of a method in the table of a pattern, which includes what is beside blocks."""
+        """The row of a method in a pattern's table, including the N:M rows next to blocks."""
         # Not the part "sweep": it has rows of the same pattern and method with other strengths.
         rows = [r for part in ("main", "blocks") for r in self.groups(part).get(pattern, ())]
         found = [row for row in rows if row.method == method]

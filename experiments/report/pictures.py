@@ -14,7 +14,7 @@ from experiments.report.numbers import Row
 from nmjax.analysis.plots import COLORS
 
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK = COLORS
-# Method -> name and color. Blocks reuse colors of methods that no picture shows beside them.
+# Method -> name and color. Blocks reuse colors of methods that never share a picture with them.
 _LOOKS = {
     "dense": ("dense", BLACK),
     "one_shot": ("one-shot", ORANGE),

@@ -17,7 +17,7 @@ def headline(run: Run, pattern: str) -> str:
 
 
 def reasons(run: Run, pattern: str) -> list[str]:
-    """Sentences that explain the headline at a pattern, as far as the run measured it."""
+    """Sentences that explain the headline at a pattern, if the run measured the numbers."""
     dense, ste, refined = (run.find(pattern, name) for name in ("dense", "ste", "sr_ste"))
     if dense is None or ste is None or refined is None:
         return []
@@ -29,13 +29,13 @@ def reasons(run: Run, pattern: str) -> list[str]:
         )
         metric = run.metric
         won_back = f"{metric.scale * won:.{metric.digits}f} {metric.step}"
-        gap += f" SR-STE wins back {won_back} of it, {100 * won / lost:.0f} %."
+        gap += f" SR-STE wins back {won_back} of it, {100 * won / lost:.0f}%."
     # One exchange changes two mask entries.
     kept = ste.numbers["density"].mean
     shares = [50 * row.numbers["flip_rate"].mean / kept for row in (dense, ste, refined)]
     times = f" ({shares[1] / shares[0]:.1f} times as many)" if shares[0] > 0 else ""
     churn = (
-        f"Of the kept weights, one step exchanges {shares[0]:.2g} % with dense training, "
-        f"{shares[1]:.2g} % with STE{times} and {shares[2]:.2g} % with SR-STE."
+        f"One step exchanges {shares[0]:.2g}% of the kept weights with dense training, "
+        f"{shares[1]:.2g}% with STE{times} and {shares[2]:.2g}% with SR-STE."
     )
     return [churn, gap]

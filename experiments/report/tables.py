@@ -72,7 +72,7 @@ def sweep_table(run: Run, *, decoupled: bool) -> Table:
 
 
 def baselines(run: Run) -> str:
-    """The metric of predictors that have learned nothing, or next to nothing."""
+    """The metric of predictors that have learned little or nothing."""
     number = run.shown["metric"]
     values = run.settings["baselines"].items()
     parts = [f"{name} {number.scale * value:{number.form}}" for name, value in values]

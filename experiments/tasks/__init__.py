@@ -1,1 +1,1 @@
-"""What can be trained on: one file a task, with its data, model, loss and metric."""
+"""Tasks to train on: one file per task, with its data, model, loss and metric."""

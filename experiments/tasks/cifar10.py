@@ -1,9 +1,9 @@
 """CIFAR-10 with a ResNet: 50,000 training and 10,000 test images of 32 x 32, ten classes.
 
-What this is for: natural images at a size that trains without a cluster. It reproduces no
-particular figure. The recipe is the common one for small images: SGD with momentum 0.9, cosine,
-weight decay 5e-4, shift by up to four pixels and mirror. Accuracy and time have not been
-measured with this code.
+What this is for: natural images at a size that trains without a cluster. It does not reproduce a
+particular result. The recipe is the usual one for small images: SGD with momentum 0.9, cosine
+decay, weight decay 5e-4, random shifts of up to four pixels and horizontal flips. Accuracy and
+time have not been measured with this code.
 
 Run:
   tfds build cifar10 --file_format=array_record     # once; needs TensorFlow and the network
@@ -37,7 +37,7 @@ RECIPE = Recipe(epochs=200, batch_size=128, learning_rate=0.1, warmup_epochs=5, 
 def task(options: Options = DEFAULTS) -> Task:
     """Makes the CIFAR-10 task. The networks have the stem for small images.
 
-    The stem stays dense: it sums over three channels, which no group of four or more fits into.
+    The stem stays dense: it sums over three channels, too few for a group of four or more.
 
     Raises:
       MissingDatasetError: if the data set has not been prepared.

@@ -2,11 +2,11 @@
 
 What this is for: the N:M paper's object detection and instance segmentation, whose code was never
 released. SGD with momentum 0.9 at 0.02, weight decay 1e-4, 12 epochs of batches of 16. Unlike the
-usual recipe the backbone starts from scratch and its normalization is trained, the learning rate
-falls as a cosine instead of in two steps, and images are scaled to a longer side of 1,024 pixels on
-a square canvas, so that all have one shape. Masks are kept, learned and compared at a quarter of
-that resolution, whereas COCO's evaluation compares them at the original size of each image. Average
-precision and time have not been measured with this code.
+usual recipe, the backbone starts from scratch and its normalization is trained, the learning rate
+follows a cosine instead of two steps, and images are scaled to a longer side of 1,024 pixels on a
+square canvas, so that all have the same shape. Masks are stored, learned and compared at a quarter
+of that resolution, whereas COCO's evaluation compares them at the original size of each image.
+Average precision and time have not been measured with this code.
 
 Run:
   tfds build coco/2017 --file_format=array_record     # once; needs TensorFlow and the network
@@ -53,7 +53,7 @@ def task(options: Options = DEFAULTS, *, size: int = SIZE) -> Task:
 
     Args:
       options: model, recipe and the like.
-      size: of the images' sides; a multiple of 64.
+      size: side of the images in pixels; a multiple of 64.
 
     Raises:
       MissingDatasetError: if the data set has not been prepared, or its masks are missing.

@@ -1,13 +1,12 @@
-"""Digits to be found in photographs, 64 x 64 pixels: boxes, classes and masks.
+"""Detection of digits in photographs, 64 x 64 pixels: boxes, classes and masks.
 
-Up to four of scikit-learn's handwritten digits, enlarged and light as chalk, lie over darkened
-parts of its two photographs and over parts of each other; see `experiments.data.scenes`. Every
-training scene is new; test scenes are made of other digits and other parts of the photographs. The
-network is a small Mask R-CNN, trained from scratch. Without learning, nothing is found and average
-precision is 0.
+Up to four of scikit-learn's handwritten digits, enlarged and chalk-white, are pasted over darkened
+crops of its two photographs and may overlap; see `experiments.data.scenes`. Every training scene is
+new; test scenes use other digits and other parts of the photographs. The network is a small Mask
+R-CNN, trained from scratch. Without learning, nothing is found and average precision is 0.
 
-Metrics are COCO's: AP is the mean over overlaps from 0.5 to 0.95, AP50 asks for an overlap of one
-half only. Two seeds and not more, one per core, because that fits into ten minutes.
+Metrics are COCO's: AP is the mean over overlaps from 0.5 to 0.95, and AP50 requires an overlap of
+one half. There are only two seeds, one per core, so that a comparison fits into ten minutes.
 
 Source: He et al., "Mask R-CNN", ICCV 2017.
 """
@@ -100,7 +99,7 @@ def draw_batch(rng: np.random.Generator, count: int, split: Split) -> Batch:
 
 
 def _train_batches(seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
-    # There is no set of scenes to go through: an epoch is a number of new ones.
+    # There is no fixed set of scenes: an epoch is a number of new ones.
     rng = np.random.default_rng((seed, epoch))
     for _ in range(STEPS_PER_EPOCH):
         yield draw_batch(rng, batch_size, "train")

@@ -1,19 +1,19 @@
 """Handwritten digits, 8x8 gray: scikit-learn's embedded data set, made harder.
 
-1,797 real images ship inside scikit-learn. As they are, a small network gets 98 % of them right
-at any sparsity, and every method looks alike. Here images are shifted by up to one pixel each way
-and get noise. Training draws both again in every epoch; the test set is fixed. The training set has
-80 images of each class and the test set has the other 997.
+1,797 real images ship with scikit-learn. Unmodified, they are too easy: a small network gets 98% of
+them right at any sparsity, and all methods look alike. Here images are shifted by up to one pixel
+each way and get noise. Training draws new shifts and noise in every epoch; the test set is fixed.
+The training set has 80 images of each class and the test set has the other 997.
 
-Like the paper's, SR-STE's strength comes from a sweep, here on another split of the images with
-other seeds: at 1:16 a total pull (see below) of 0.2 to 1 gave the highest accuracy, from 3 on it
-was half a point less.
+As in the paper, SR-STE's strength comes from a sweep, here on another split of the images with
+other seeds: at 1:16 a total pull (see below) of 0.2 to 1 gave the highest accuracy; at 3 and above
+it was half a point lower.
 
-SUBP's ramp is shorter than the published one, which ends after 72 % of the epochs: here that leaves
-17 epochs of 32 steps, at a low learning rate, to the final mask, where ImageNet leaves 70 epochs of
-2,500. On the other split, ramps that ended after 72, 40 and 20 % gave 91.5, 93.9 and 94.1 % at
-1x4@0.75, and 94.6, 94.9 and 95.3 % at 1x4@0.5 (six seeds, standard errors 0.1 to 0.3). It ends
-after 40 % here.
+SUBP's ramp is shorter than the published one, which ends after 72% of the epochs: here that leaves
+17 epochs of 32 steps, at a low learning rate, for the final mask, where ImageNet leaves 70 epochs
+of 2,500. On the other split, ramps that ended after 72, 40 and 20% gave 91.5, 93.9 and 94.1% at
+1x4@0.75, and 94.6, 94.9 and 95.3% at 1x4@0.5 (six seeds, standard errors 0.1 to 0.3). It ends
+after 40% here.
 
 Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI repository, 1998.
 """
@@ -39,7 +39,7 @@ Labels = NDArray[np.int32]
 TRAIN_IMAGES_PER_CLASS = 80
 SHIFT_PIXELS = 1
 NOISE = 0.5  # standard deviations of a pixel
-TEST_DRAWS = 2  # how often each test image appears, shifted and noisy in another way
+TEST_DRAWS = 2  # copies of each test image, each with its own shift and noise
 
 # Either can be changed, and both decide the rest of the recipe.
 SIZES = Recipe(epochs=60, batch_size=25)
@@ -49,7 +49,7 @@ SIZES = Recipe(epochs=60, batch_size=25)
 # learning rates; for the same total pull its lambda_w must be larger.
 PAPER_TOTAL_PULL = 2e-4 * 120 * 5004 * 0.05
 
-# The part of the paper's pull that is used here, see above.
+# The fraction of the paper's pull that is used here; see above.
 PULL_FRACTION = 0.1
 
 # When gradual pruning begins and ends, as fractions of the epochs, see above.

@@ -1,16 +1,16 @@
-"""Optical flow between two photographs' layers, 64 x 64 pixels: generated, with exact truth.
+"""Optical flow of generated image pairs, 64 x 64 pixels, with exact ground truth.
 
-A background and one or two blobs, cut out of scikit-learn's two photographs, move by affine maps
-of their own; see `experiments.data.synthetic_flow`. A thousand training pairs are drawn once, the
-same for every seed of a run, and mirrored and turned over at random; test pairs are cut out of
-another part of the photographs. The network is a small RAFT whose features are centered and scaled
-before they are correlated. The baseline is to say that nothing moves.
+A background and one or two blobs, cropped from scikit-learn's two photographs, each move by their
+own affine map; see `experiments.data.synthetic_flow`. A thousand training pairs are drawn once, the
+same for every seed of a run, and flipped horizontally and vertically at random; test pairs come
+from another part of the photographs. The network is a small RAFT that centers and scales its
+features before it correlates them. The baseline predicts that nothing moves.
 
 The recipe is that of RAFT's first stage on FlyingChairs (AdamW, gradient norm clipped to 1 after
-the sparse-refined term of 2e-4 is added, linear decay after a warm-up over 5 % of the steps), with
-a higher learning rate for a smaller network: 2e-3. Twice that is too much: in a trial the error
-stayed at two thirds of the baseline's until the rate had decayed. Two seeds and not more,
-one per core, because that fits into ten minutes.
+the sparse-refined term of 2e-4 is added, linear decay after a warm-up over 5% of the steps), with
+a higher learning rate for a smaller network: 2e-3. Twice that is too high: in a trial the error
+stayed at two thirds of the baseline's until the rate had decayed. There are only two seeds, one per
+core, so that a comparison fits into ten minutes.
 
 Source: Teed and Deng, "RAFT: Recurrent All-Pairs Field Transforms for Optical Flow", ECCV 2020.
 """
@@ -61,7 +61,7 @@ def task(options: Options = DEFAULTS) -> Task:
     return optical_flow_task(
         name="flow",
         model=tiny_raft(),
-        # Drawn when training begins, and once only.
+        # Drawn only once, when training begins.
         train_batches=lambda seed, epoch: train_epoch(
             drawn_pairs("train", TRAIN_PAIRS),
             train_example,
@@ -88,7 +88,7 @@ def drawn_pairs(split: Split, count: int) -> tuple[Pair, ...]:
 
 
 def train_example(pair: Pair, rng: np.random.Generator) -> Batch:
-    """Mirrors a pair and turns it over, each or not."""
+    """Flips a pair horizontally and vertically, each at random."""
     for change in (mirror, turn_over):
         if rng.random() < 0.5:
             pair = change(pair)

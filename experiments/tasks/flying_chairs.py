@@ -2,11 +2,11 @@
 
 What this is for: the paper's optical flow result, 2:4 sparse RAFT with an end-point error of 0.88
 on the validation set (its README). AdamW at 4e-4 with weight decay 1e-4, linear decay after a
-warm-up over 5 % of the steps, 200,000 steps of 4 pairs, cuts of 368 x 496, 12 iterations, gradient
-norm clipped to 1 after the sparse-refined term is added. Evaluation takes 24 iterations. Unlike
-there, the stems and the convolution over the flow stay dense, because a group of four does not fit
-into three or two channels, colors are not changed, and an epoch's incomplete last batch is left
-out. Error and time have not been measured with this code.
+warm-up over 5% of the steps, 200,000 steps of 4 pairs, crops of 368 x 496, 12 iterations, gradient
+norm clipped to 1 after the sparse-refined term is added. Evaluation takes 24 iterations. Unlike in
+the released code, the stems and the convolution over the flow stay dense, because a group of four
+does not fit into three or two channels; colors are not augmented; and the incomplete last batch of
+an epoch is dropped. Error and time have not been measured with this code.
 
 Run:
   python -m experiments.train --task flying_chairs --data-dir FlyingChairs_release --method sr_ste
@@ -85,12 +85,12 @@ def chairs_trained_task(
     """Makes a task that trains on FlyingChairs and is evaluated on anything.
 
     Args:
-      name: of the task.
+      name: name of the task.
       folder: the unpacked FlyingChairs_release.
       eval_batches: see `optical_flow_task`; takes "rows_of" too, as `Task.eval_rows` does.
       recipe: hyper-parameters.
       reading: threads and processes that read.
-      eval_iterations: of the network in evaluation.
+      eval_iterations: the network's iterations in evaluation.
     """
     train = open_chairs(folder, "train")
     epochs = partial(

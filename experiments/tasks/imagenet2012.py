@@ -2,25 +2,26 @@
 
 What it reproduces: the classification results with SR-STE of Zhou et al., "Learning N:M
 fine-grained structured sparse neural networks from scratch", ICLR 2021, arXiv 2102.04010. Top-1
-in per cent, as the authors' repository (aojunzz/NM-sparsity) reports them:
+in percent, as the authors' repository (aojunzz/NM-sparsity) reports it:
 
   ResNet-50   dense 77.3   2:4 77.0   4:8 77.4   1:4 75.9   2:8 76.4
   ResNet-18   dense 71.3   2:4 71.2
 
-These figures are the authors', not ours: accuracy and time have not been measured with this
-code. What to expect is less certain than the table looks: users who ran the authors' code
-report 70.46 (ResNet-18, 2:4) and 75.8 (ResNet-50, 2:4) in that repository's issue tracker, and
+These numbers are the authors', not ours: accuracy and time have not been measured with this
+code. They are less certain than the table suggests: users who ran the authors' code report 70.46
+(ResNet-18, 2:4) and 75.8 (ResNet-50, 2:4) in that repository's issue tracker, and
 four dense ResNet-50 runs there spread from 77.30 to 77.70.
 
 Recipe: 120 epochs of batches of 256; SGD with momentum 0.9, no Nesterov; learning rate 0.1,
-five epochs of linear warm-up, cosine to 0 at every step; weight decay 5e-5 on everything, norms
-and biases too; lambda_w 2e-4; no label smoothing; random resized crop to 224, mirror, PCA
-lighting of 0.1; evaluation at the central 224 of 256. Sparse from the first step.
+five epochs of linear warm-up, then a cosine to 0, updated at every step; weight decay 5e-5 on
+everything, including norms and biases; lambda_w 2e-4; no label smoothing; random resized crop to
+224, horizontal flip, PCA lighting of 0.1; evaluation on the central 224 of 256. Sparse from the
+first step.
 
 Where ours differs from the released code:
   * Groups run over input channels, which sparse hardware needs. The paper's tables were made
-    with groups over the flattened kernel; 1x1 convolutions are the same either way.
-  * The stem is dense. It sums over three channels, and even its 3 * 7 * 7 = 147 weights a
+    with groups over the flattened kernel. For 1x1 convolutions the two are the same.
+  * The stem is dense. It sums over three channels, and even its 3 * 7 * 7 = 147 weights per
     filter are not a multiple of four, so the released code's groups straddle filters there.
     The last layer is dense in the released code too. Later work keeps both dense.
   * lambda_w is added once. The released script divides the loss by the number of workers but
@@ -29,8 +30,8 @@ Where ours differs from the released code:
   * Batch statistics are those of the whole batch, not of the 32 images on each of eight GPUs.
 
 Blocks of 1xN have a recipe of their own, `BLOCK_RECIPE`: that of Xiang et al., "SUBP: Soft
-Uniform Block Pruning for 1xN Sparse CNNs Multithreading Acceleration", NeurIPS 2023. Top-1 in per
-cent, as the authors' repository (JingyangXiang/SUBP) reports them; again not measured here:
+Uniform Block Pruning for 1xN Sparse CNNs Multithreading Acceleration", NeurIPS 2023. Top-1 in
+percent, as the authors' repository (JingyangXiang/SUBP) reports it; again not measured here:
 
                  sparsity    multiply-adds   1x16   1x32
   ResNet-18      60/128      1.03 G          69.9   69.7
@@ -43,15 +44,15 @@ Recipe: batches of 512; SGD with momentum 0.9, no Nesterov; learning rate 0.1 wi
 cosine to 0; weight decay 1e-4 on parameters with more than one axis; label smoothing 0.1; the same
 images; pruned gradually from epoch 10 to epoch 180. Where the sources contradict each other, and
 where ours differs:
-  * Epochs: 250, the default of an earlier version of the released args.py. The latest has 120,
-    before which its own ramp, to epoch 180, does not end: it refuses to run.
-  * Batch: 512 in the script that generates the runs, though 200 for ResNet-18, and 256 by
-    default. The earlier args.py has learning rate 0.512, momentum 0.875, weight decay 3.05e-5 and
-    a linear ramp, all of them overruled since.
-  * Criterion: the method of the paper is BPAR (`subp`), but the released default is L1
-    (`subp_l1`), and no script sets another. Which of them made the table is not known.
-  * The cosine falls with every step here, with every epoch there. Computed in float32 or bfloat16
-    here, in float16 with TF32 there.
+  * Epochs: 250, the default of an earlier version of the released args.py. The latest has 120, but
+    its ramp ends at epoch 180, so it fails with an error.
+  * Batch: 512 in the script that generates the runs, but 200 for ResNet-18, and 256 by default.
+    The earlier args.py has learning rate 0.512, momentum 0.875, weight decay 3.05e-5 and a linear
+    ramp, all of which changed later.
+  * Criterion: the paper's method is BPAR (`subp`), but the released default is L1 (`subp_l1`), and
+    no script changes it. We do not know which one produced the table.
+  * Our cosine is updated at every step, theirs at every epoch. We compute in float32 or bfloat16,
+    they in float16 with TF32.
 
 Run:
   tfds build imagenet2012 --file_format=array_record    # once; needs TensorFlow, the archives
@@ -134,7 +135,7 @@ def task(options: Options = DEFAULTS) -> Task:
 
 
 def train_example(record: Record, rng: np.random.Generator) -> Batch:
-    """Decodes one image, crops and scales it at random, mirrors, relights and normalizes."""
+    """Decodes one image, crops and scales it at random, flips, relights and normalizes it."""
     image = decode(record)
     box = images.random_crop_box(rng, image.height, image.width)
     pixels = images.random_flip(rng, images.crop_and_resize(image, box, _SIZE))
@@ -146,7 +147,7 @@ def train_example(record: Record, rng: np.random.Generator) -> Batch:
 
 
 def eval_example(record: Record) -> Batch:
-    """Decodes one image, takes the central crop and normalizes."""
+    """Decodes one image, takes the central crop and normalizes it."""
     pixels = images.resize_and_center_crop(decode(record), shorter=256, size=_SIZE)
     return {
         "image": images.normalize(pixels, _MEAN, _STD),

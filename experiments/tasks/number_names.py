@@ -1,9 +1,9 @@
-"""Translation of English number names to German ones: real words, real reordering.
+"""Translation of number names from English to German: real words, real reordering.
 
-"Forty-five thousand" is "fünfundvierzigtausend": the ones come before the tens and everything
-is one word. num2words knows as many pairs as one asks for; a tenth of the numbers, chosen by a
-hash, is never trained on. German writes a name below a million as a single word, so BLEU counts
-n-grams of characters here; exact match is the metric that methods are compared by.
+"Forty-five thousand" is "fünfundvierzigtausend": the ones come before the tens, and everything is
+one word. num2words generates any number of pairs; a tenth of the numbers, chosen by a hash, is held
+out for testing. German writes a name below a million as a single word, so BLEU counts n-grams of
+characters here; exact match is the metric for comparing methods.
 
 Run:
   python -m experiments.compare --task number_names
@@ -61,8 +61,8 @@ def task(
 
     Args:
       options: model, recipe and the like.
-      train_pairs: how many.
-      test_pairs: how many, of numbers that are never trained on.
+      train_pairs: number of training pairs.
+      test_pairs: number of test pairs; their numbers are never trained on.
     """
     train, test = number_pairs(train_pairs, test_pairs)
     vocabulary = train_vocabulary((side for pair in train for side in pair), PIECES)

@@ -24,29 +24,30 @@ from typing import Any, Literal, TypeVar, cast
 import nmjax
 from experiments.data.epochs import Reading
 from experiments.tasks.task import Recipe, Task
+from nmjax.patterns import is_blocks
 
 
 @dataclass(frozen=True)
 class Options:
-    """The flags that a task is made from. What is None, or empty, is the task's own choice.
+    """The flags that a task is made from. Those that are None or empty use the task's defaults.
 
     Attributes:
-      model: name of the network. Empty for the first that the task offers; an unknown name lists
+      model: name of the network. Empty for the task's first; the error for an unknown name lists
+        them all.
+      pattern: N:M keeps N of every M weights; 1xN@S drops a fraction S of the blocks of N output
+        channels. Dense training measures the topology that this pattern would have.
+      dtype: dtype that the network computes in. Parameters are float32, and masks are computed from
         them.
-      pattern: weights kept of each group, N:M, or blocks of N output channels and the fraction of
-        them that is dropped, 1xN@S. Dense training watches the topology that this pattern would
-        have.
-      dtype: the network computes in. Parameters are float32, and masks come from those.
       data_dir: folder of prepared data sets. None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
       workers: processes that read examples; 0 reads in this one.
       threads: threads that read examples, in each process.
-      epochs: passes over the training data. This and the following change the task's recipe.
+      epochs: passes over the training data. This flag and the following change the task's recipe.
       batch_size: examples per step, over all devices.
-      optimizer: sgd, with momentum, or adamw.
-      learning_rate: peak, after a linear warm-up and before the decay.
-      schedule: shape of the decay.
-      warmup_epochs: length of the warm-up of the learning rate.
-      momentum: of SGD, without Nesterov, or Adam's first beta.
+      optimizer: sgd (with momentum) or adamw.
+      learning_rate: peak learning rate, after a linear warm-up and before the decay.
+      schedule: shape of the learning rate's decay.
+      warmup_epochs: length of the learning rate's warm-up.
+      momentum: SGD's momentum (not Nesterov), or Adam's first beta.
       second_momentum: Adam's second beta.
       clip: largest norm of the gradient of all parameters together; 0 for no limit.
       weight_decay: coupled with SGD, decoupled with AdamW.
@@ -96,7 +97,7 @@ class Options:
     def for_blocks(self) -> bool:
         """Whether the pattern is one of 1xN blocks, which some tasks have another recipe for."""
         # Parsed here, so that a wrong pattern is an error before any data is read.
-        return isinstance(nmjax.parse_pattern(self.pattern), nmjax.Block1xN)
+        return is_blocks(nmjax.parse_pattern(self.pattern))
 
 
 DEFAULTS = Options()
@@ -108,15 +109,15 @@ MakeTask = TypeVar("MakeTask", bound=Callable[..., Task])
 def offers(
     *models: str, default: str = "", dtypes: tuple[str, ...] = ("float32",)
 ) -> Callable[[MakeTask], MakeTask]:
-    """Declares which models and dtypes a task's constructor takes, and checks what it is given.
+    """Declares which models and dtypes a task's constructor supports, and checks its options.
 
-    Where no model is named, the constructor finds the default's name in `options.model`. A model or
+    If no model is named, the constructor finds the default's name in `options.model`. A model or
     dtype that is not declared raises ValueError.
 
     Args:
       *models: names of the networks.
-      default: one of them; the first unless given.
-      dtypes: that the networks can compute in.
+      default: one of them; the first by default.
+      dtypes: dtypes that the networks can compute in.
     """
     default = default or models[0]
 
@@ -125,7 +126,7 @@ def offers(
         def checked(options: Options = DEFAULTS, **details: Any) -> Task:
             model = options.model or default
             if model not in models:
-                raise ValueError(f"no model named {model!r}; there are {', '.join(models)}")
+                raise ValueError(f"no model named {model!r}; choose from {', '.join(models)}")
             if options.dtype not in dtypes:
                 raise ValueError(f"{model} computes in {' or '.join(dtypes)}, got {options.dtype}")
             return make(dataclasses.replace(options, model=model), **details)

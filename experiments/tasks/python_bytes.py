@@ -1,15 +1,15 @@
-"""Language modeling: the next byte of the sources of Python's own library.
+"""Language modeling: the next byte of the source files of Python's standard library.
 
-A decoder alone reads bytes and predicts the next one; the metric is bits per byte of files that
-training never sees. With hundreds of thousands of predictions to average over it is the most
-sensitive yardstick here for comparing methods. The corpus is that of the running Python, so
-numbers from different versions of Python are close, not equal.
+A decoder-only Transformer reads bytes and predicts the next one; the metric is bits per byte on
+files that training never sees. It averages over hundreds of thousands of predictions, which makes
+it the most sensitive metric here for comparing methods. The corpus is the library of the running
+Python, so numbers from different Python versions are close, not equal.
 
 SR-STE's strengths come from a short sweep (10 epochs, one other seed, scored on 1.5 MB of training
 files that were left out for it) at 1:8, where dense reached 2.959 bits and STE 3.277. Before Adam's
-preconditioner 5e-6, 2e-5 and 6e-5 all gave 3.278 or 3.279, and the largest was taken, which is also
-the smallest that Hu et al. (ICML 2024) report for GPT-2. After it 0.02, 0.1 and 0.5 gave 3.270,
-3.282 and 3.309.
+preconditioner 5e-6, 2e-5 and 6e-5 all gave 3.278 or 3.279, and we took the largest, which is also
+the smallest that Hu et al. (ICML 2024) report for GPT-2. After the preconditioner, 0.02, 0.1 and
+0.5 gave 3.270, 3.282 and 3.309.
 
 Run:
   python -m experiments.compare --task python_bytes
@@ -151,7 +151,7 @@ def task(
         show=partial(_show, network, sources.test, portion.window),
         baselines=baselines(sources),
         notes=(_note(sources),),
-        # Another Python has another library, and a run resumed there would be another one.
+        # Another Python has another library, so a run resumed there would train on other data.
         identity=(("corpus", hashlib.sha256(sources.train.tobytes()).hexdigest()[:16]),),
     )
 
@@ -183,8 +183,8 @@ def _check_long_enough(sources: Sources, window: int) -> None:
     for name, half in (("training", sources.train), ("test", sources.test)):
         if len(half) < window + 1:
             raise ValueError(
-                f"the {name} files have {len(half)} bytes together, a window takes {window + 1}: "
-                "give a shorter window or more files"
+                f"the {name} files have {len(half)} bytes in total, but a window takes "
+                f"{window + 1}: give a shorter window or more files"
             )
 
 
@@ -234,7 +234,7 @@ def _show(
 ) -> list[Shown]:
     """Lets the network continue some test files, half a window at a time.
 
-    It was trained on whole windows, so it always sees at least half of one.
+    It was trained on whole windows, so it always sees at least half a window.
     """
     del collections
     half = window // 2
@@ -248,7 +248,7 @@ def _show(
         written.append(_continue(network, params, written[-1], jax.random.key(part)))
     own = np.concatenate(written[1:], axis=1)
     return [
-        {"before": _text(row[:half]), "as it goes on": _text(row[half:]), "network": _text(drawn)}
+        {"before": _text(row[:half]), "original": _text(row[half:]), "network": _text(drawn)}
         for row, drawn in zip(tokens, own, strict=True)
     ]
 

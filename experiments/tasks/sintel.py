@@ -1,9 +1,9 @@
 """RAFT trained on FlyingChairs and evaluated on MPI Sintel, which it has never seen.
 
-What this is for: whether what a sparse network learns carries over to other images. Training is
-that of `experiments.tasks.flying_chairs`; evaluation is on the 1,041 pairs of Sintel's training
-scenes, clean rendering, padded at the bottom to a multiple of 8 pixels, 32 iterations. Error and
-time have not been measured with this code.
+What this is for: testing whether what a sparse network learns transfers to other images. Training
+is the same as in `experiments.tasks.flying_chairs`. Evaluation takes the 1,041 pairs of Sintel's
+training scenes, clean rendering, padded at the bottom to a multiple of 8 pixels, and 32 iterations.
+Error and time have not been measured with this code.
 
 Run:
   python -m experiments.train --task sintel --data-dir FOLDER    # FlyingChairs_release/, Sintel/

@@ -26,7 +26,7 @@ Shown = dict[str, str]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that says how good a network is.
+    """A number that measures how good a network is.
 
     Attributes:
       name: its key among the test metrics.
@@ -151,8 +151,8 @@ class Task:
       keep_dense: path rules (regular expressions) of layers that stay dense.
       metrics: which of the test metrics are shown. The first is the one that methods are
         compared by.
-      predict: `(params, collections, batch) -> arrays` with one entry an example, such as
-        translations; None where `evaluate` says all.
+      predict: `(params, collections, batch) -> arrays` with one entry per example, such as
+        translations; None if `evaluate` is enough.
       score: `(batches, their predictions) -> {name: value}`, for metrics that are not means over
         examples. It runs on the host with NumPy arrays; each batch has only "valid" and the
         arrays in `scored_by`.
@@ -160,8 +160,8 @@ class Task:
       show: `(params, collections) -> rows of a table`, column -> text: what a trained network does
         with a fixed choice of test examples. The last column is the network's answer, the others
         describe the example. A text from `image_uri` is shown as a picture.
-      baselines: name -> the first metric's value without any learning worth the name.
-      notes: sentences about the data that were found, printed and reported.
+      baselines: name -> the first metric's value with little or no learning.
+      notes: sentences about the data found, to print and to report.
       identity: name -> fingerprint of what else decides the result, such as a vocabulary: a run
         is only resumed where these are the same.
       compared: what `experiments.compare` trains by default.

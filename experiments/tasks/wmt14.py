@@ -1,13 +1,13 @@
 """WMT 2014 English to German with a Transformer: the translation task of the SR-STE paper.
 
 What this is for: the paper's machine translation, whose code was never released. Model, label
-smoothing, Adam and the schedule are those of the Transformer's own paper, whose base model takes
-100,000 steps of about 25,000 source and 25,000 target tokens; here a batch is a fixed number of
-sentences. BLEU is sacrebleu's with its default tokens, on newstest2014; scores of other
-definitions cannot be compared with it. Neither BLEU nor time have been measured with this code.
+smoothing, Adam and schedule follow the original Transformer paper. Its base model takes 100,000
+steps of about 25,000 source and 25,000 target tokens; here a batch is a fixed number of sentences.
+BLEU is sacrebleu's with its default tokenizer, on newstest2014; scores from other definitions
+cannot be compared with it. BLEU and time have not been measured with this code.
 
-The first run finds the pieces on a sample of the training pairs and encodes all of them; both are
-kept in the folder of the data set.
+The first run learns the vocabulary from a sample of the training pairs and encodes all of them;
+both are stored in the data set's folder.
 
 Run:
   tfds build wmt14_translate/de-en --imports=tensorflow_datasets.translate.wmt14 \
@@ -37,7 +37,7 @@ from nmjax.files.whole_files import write_whole
 
 DATASET = "wmt14_translate/de-en"
 PIECES = 32_000
-SAMPLE = 1_000_000  # pairs that the pieces are found on
+SAMPLE = 1_000_000  # pairs that the vocabulary is learned from
 TRAIN_LENGTH = 64
 TEST_LENGTH = 256
 
@@ -72,7 +72,7 @@ def task(options: Options = DEFAULTS, *, pieces: int = PIECES) -> Task:
 
     Raises:
       MissingDatasetError: if the data set has not been prepared.
-      ValueError: if what an earlier run kept does not fit.
+      ValueError: if the files that an earlier run stored do not fit.
     """
     folder = options.data_dir
     train, test = _Pairs(_open("train", folder)), _Pairs(_open("test", folder))

@@ -25,7 +25,7 @@ def find_task(name: str) -> Callable[..., Task]:
     if not function:
         if name not in task_names():
             raise ValueError(
-                f"no task named {name!r}; there are {', '.join(task_names())}. Name a task of "
+                f"no task named {name!r}; choose from {', '.join(task_names())}. Name a task of "
                 "your own as PACKAGE.MODULE:FUNCTION"
             )
         module, function = f"{tasks.__name__}.{name}", "task"

@@ -24,50 +24,50 @@ _AT_LEAST_ZERO = ("workers", "threads", "checkpoint_steps", "keep_best", "log_ev
 
 @dataclass(frozen=True)
 class Flags(Options):
-    """Trains a network on a task, dense or sparse from scratch, and keeps the run on disk.
+    """Trains a network on a task, dense or sparse from scratch, and saves the run to disk.
 
     Writes runs/NAME/metrics.jsonl (one line per epoch), settings.json, plan.txt and checkpoints/.
-    Ctrl-C leaves every finished epoch readable; --resume goes on from the last checkpoint.
+    After Ctrl-C, every finished epoch can be read; --resume continues from the last checkpoint.
 
     Attributes:
       task: a file in experiments/tasks, such as digits, or PACKAGE.MODULE:FUNCTION for a task of
-        your own. The file says what the task is and which recipe it trains by.
+        your own. The file describes the task and its recipe.
       method: dense, one_shot, ste, sr_ste, sr_ste_decoupled or sr_ste_negative; for blocks also
         one_by_n, subp_l1 or subp.
-      keep_dense: regular expressions of layers that stay dense. None for the task's, usually the
-        first and the last layer.
-      seeds: of the initial weights and the order of the data. Several train together.
-      accumulate: parts that a step splits its batch into, one after the other, to need less memory.
-        Gradients are averaged over them; each part has its own batch statistics.
-      remat: recompute everything but matrix products and convolutions in the backward pass, to need
-        less memory.
-      devices: how many share each batch. None for all accelerators, or one CPU.
-      mesh: axes and sizes, instead of a number of devices, such as data=4,model=2.
+      keep_dense: regular expressions for layers that stay dense. None for the task's own, usually
+        the first and last layers.
+      seeds: seeds for the initial weights and the data order. Several train together.
+      accumulate: number of parts that a step splits its batch into, to save memory. The parts run
+        one after the other and their gradients are averaged; each has its own batch statistics.
+      remat: in the backward pass, recompute everything except matrix products and convolutions, to
+        save memory.
+      devices: number of devices that share each batch. None for all accelerators, or one CPU.
+      mesh: axes and sizes, such as data=4,model=2, instead of a number of devices.
       axis_types: type of the mesh's axes.
       layout: how the mesh splits parameters. data: not at all; fsdp: the last axis over the axes
-        of the batch; tensor: the last axis over the mesh's last. A leaf that does not split evenly
-        is whole on every device; the folder's layout.txt shows the result.
-      shard: how to split parameters that match a regular expression, REGEX=AXES with an entry for
-        each trailing axis, such as 'out/kernel=model,*'. First match wins, before --layout.
-      batch_axes: axes of the mesh that split each batch. By default the first.
-      distributed: this is one process of several, and the cluster (Slurm, Open MPI, Kubernetes,
-        TPU) knows the others. JAX_COORDINATOR_ADDRESS in the environment implies it. All of them
+        of the batch; tensor: the last axis over the mesh's last axis. A leaf that does not split
+        evenly is replicated; layout.txt in the run's folder shows the result.
+      shard: how to split parameters that match a regular expression, REGEX=AXES with one entry per
+        trailing axis, such as 'out/kernel=model,*'. The first match wins and overrides --layout.
+      batch_axes: axes of the mesh that split each batch. The first axis by default.
+      distributed: this is one of several processes, and the cluster (Slurm, Open MPI, Kubernetes,
+        TPU) knows the others. JAX_COORDINATOR_ADDRESS in the environment implies it. All processes
         must see the run's folder on a shared disk.
-      coordinator: HOST:PORT of process 0, where the cluster does not know it.
-      processes: how many there are, with --coordinator.
-      process: which one this is, from 0, with --coordinator.
+      coordinator: HOST:PORT of process 0, if the cluster does not know it.
+      processes: number of processes, with --coordinator.
+      process: index of this process, from 0, with --coordinator.
       runs_dir: folder of all runs.
       name: name of this run's folder. None for TASK-MODEL-METHOD-PATTERN.
-      resume: go on from the newest checkpoint of this name, if there is one. The result is the same
-        as without the interruption.
-      checkpoint_every: epochs between two checkpoints. The last epoch always has one, and SIGTERM
-        makes one at once.
-      checkpoint_steps: optimizer steps between two more checkpoints within epochs; 0 for none.
-      keep_checkpoints: how many of the newest to keep.
-      keep_best: how many of the best to keep as well, by the task's first metric on the test
-        examples.
-      evaluate_every: epochs between two evaluations. The last epoch is always evaluated.
-      log_every: steps between two lines of progress within an epoch; 0 for none.
+      resume: continue from the newest checkpoint of this name, if there is one. The result is the
+        same as without the interruption.
+      checkpoint_every: epochs between checkpoints. The last epoch always has one, and SIGTERM
+        writes one immediately.
+      checkpoint_steps: optimizer steps between additional checkpoints within epochs; 0 for none.
+      keep_checkpoints: how many of the newest checkpoints to keep.
+      keep_best: how many of the best checkpoints to keep as well, by the task's first metric on the
+        test examples.
+      evaluate_every: epochs between evaluations. The last epoch is always evaluated.
+      log_every: steps between progress lines within an epoch; 0 for none.
     """
 
     task: str = "digits"
@@ -111,7 +111,7 @@ class Flags(Options):
 
     @property
     def model_name(self) -> str:
-        """The model; the task's default where none is given."""
+        """The model, or the task's default if none is given."""
         return self.model or default_model(self.task)
 
     @property
@@ -136,7 +136,7 @@ def make_job(flags: Flags) -> Job:
 
 
 def make_task(flags: Flags) -> Task:
-    """Makes the task, with the dense layers and the way it runs changed where a flag says so."""
+    """Makes the task, with its dense layers and the way it runs changed by the flags."""
     # Flags are Options, so the task reads what it needs from them.
     task = find_task(flags.task)(flags)
     if flags.keep_dense is not None:

@@ -16,7 +16,7 @@ class Job(NamedTuple):
 
     Attributes:
       task: data, model, loss, metric, recipe.
-      plan: which leaves are sparse; for dense training: whose topology is watched.
+      plan: which leaves are sparse; for dense training, the leaves to measure.
       method: from `experiments.training.methods`.
       accumulate: parts that a step splits its batch into, one after the other, to need less memory.
         Gradients are averaged over them; each part has its own batch statistics.

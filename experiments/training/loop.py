@@ -72,7 +72,7 @@ def train(
       lambda_w: strength of the sparse-refined term; None for the recipe's.
       programs: from `make_programs`, to share their compilation between runs. They must have an
         axis of seeds if and only if there are several, and the placement's layout.
-      start: goes on from this state, from a report or `on_step`; its arrays are donated.
+      start: continues from this state, from a report or `on_step`; its arrays are donated.
       evaluate_every: epochs between two evaluations. The last epoch is always evaluated.
       watch_every: steps between two whose mask flips are counted; at least one an epoch is.
       placement: over devices and processes.
@@ -95,7 +95,7 @@ def train(
     default = task.recipe.strength(decoupled=job.method.decoupled)
     strength = default if lambda_w is None else lambda_w
     state = start if start is not None else begin(programs, seeds, strength)
-    # A checkpoint within an epoch goes on at its next step, with the batches that follow.
+    # After a checkpoint within an epoch, training continues at the next step and its batches.
     first_epoch, first_step = divmod(state.steps_done(), task.steps_per_epoch)
     for epoch in range(first_epoch, task.recipe.epochs):
         began = time.perf_counter()

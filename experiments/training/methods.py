@@ -1,7 +1,7 @@
 """The methods that a run can train with: name -> sparsifier, transformation, schedule.
 
-To add a method, add a row to `METHODS`. What it remembers belongs into the sparsifier's state, and
-what it does to the gradient belongs into its transformation.
+To add a method, add a row to `METHODS`. What it remembers belongs in the sparsifier's state, and
+what it does to the gradient belongs in its transformation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 import nmjax
 from experiments.tasks.task import Recipe
+from nmjax import patterns
 from nmjax.patterns import Pattern
 from nmjax.pruning import Masks
 
@@ -113,14 +114,15 @@ def one_by_n(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
 
     Source: Lin et al., "1xN Pattern for Pruning Convolutional Neural Networks", TPAMI 2022.
     """
-    half = recipe.epochs // 2 * steps_per_epoch
+    # A single epoch has no dense half: its blocks are chosen from the first weights, unsorted.
+    half = recipe.epochs // 2 * steps_per_epoch or None
     return one_shot(_over_layers(plan), recipe, steps_per_epoch)._replace(rearranges_at=half)
 
 
 def subp(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
     """SUBP: uniform blocks ranked by size and angular redundancy, dropped gradually, may regrow.
 
-    Masks are renewed once an epoch, and the ramp is the recipe's. The pull on dropped weights is
+    Masks are refreshed once per epoch, and the ramp is the recipe's. The pull on dropped weights is
     that of SR-STE.
 
     Source: Xiang et al., "SUBP: Soft Uniform Block Pruning", NeurIPS 2023.
@@ -140,7 +142,7 @@ def straight_through(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> 
 
 
 def sparse_refined(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
-    """SR-STE: STE with a pull to zero on the pruned weights."""
+    """SR-STE: STE that also pulls pruned weights toward zero."""
     del recipe, steps_per_epoch
     return Method(
         nmjax.straight_through(plan), lambda lambda_w: nmjax.add_sparse_refined(plan, lambda_w)
@@ -154,30 +156,30 @@ def sparse_refined_decoupled(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: 
 
 METHODS: dict[str, Row] = {
     "dense": Row(dense, 0.0, "no sparsity"),
-    "one_shot": Row(one_shot, 0.0, "train dense, prune half-way, fine-tune with the mask fixed"),
+    "one_shot": Row(one_shot, 0.0, "train dense, prune halfway, fine-tune with a fixed mask"),
     "ste": Row(straight_through, 0.0, "sparse from the first step, straight-through gradient"),
-    "sr_ste": Row(sparse_refined, 1.0, "STE with a pull to zero on the pruned weights"),
+    "sr_ste": Row(sparse_refined, 1.0, "STE that also pulls pruned weights toward zero"),
     "sr_ste_decoupled": Row(
         sparse_refined_decoupled,
         1.0,
-        "SR-STE with the pull after momentum or Adam, as decoupled as AdamW's weight decay",
+        "SR-STE with the pull after momentum or Adam, decoupled like AdamW's weight decay",
         decoupled=True,
     ),
     "sr_ste_negative": Row(
-        sparse_refined, NEGATIVE_FRACTION, "STE with a push away from zero on the pruned weights"
+        sparse_refined, NEGATIVE_FRACTION, "STE that also pushes pruned weights away from zero"
     ),
     "one_by_n": Row(
         one_by_n,
         0.0,
-        "one-shot, channels sorted by size first; the blocks of a layer compete: rows keep unequal "
-        "numbers",
+        "one-shot after sorting the channels by size; the blocks of a layer compete, so rows keep "
+        "unequal numbers",
         True,
     ),
     "subp_l1": Row(
-        subp_l1, 1.0, "pruned bit by bit, pruned blocks may return; ranked by L1 norm", True
+        subp_l1, 1.0, "pruned gradually, pruned blocks may return; ranked by L1 norm", True
     ),
     "subp": Row(
-        subp, 1.0, "pruned bit by bit, pruned blocks may return; ranked by norm and angle", True
+        subp, 1.0, "pruned gradually, pruned blocks may return; ranked by norm and angle", True
     ),
 }
 
@@ -189,7 +191,7 @@ def find_row(name: str) -> Row:
       ValueError: there is no such method.
     """
     if name not in METHODS:
-        raise ValueError(f"no method is called {name!r}; there are {', '.join(METHODS)}")
+        raise ValueError(f"no method named {name!r}; choose from {', '.join(METHODS)}")
     return METHODS[name]
 
 
@@ -225,7 +227,7 @@ def check_fits(
 
 def is_blocks(pattern: str | Pattern) -> bool:
     """Whether a pattern is one of 1xN blocks."""
-    return isinstance(nmjax.parse_pattern(pattern), nmjax.Block1xN)
+    return patterns.is_blocks(nmjax.parse_pattern(pattern))
 
 
 def learning_rate(
@@ -299,7 +301,7 @@ def _nothing(lambda_w: ArrayLike) -> optax.GradientTransformation:
 
 
 def _soft_uniform(score: str, plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
-    # Rounded to whole epochs, because masks are renewed once an epoch.
+    # Rounded to whole epochs, because masks are refreshed once per epoch.
     begin, end = (round(share * recipe.epochs) * steps_per_epoch for share in recipe.ramp)
     return Method(
         nmjax.soft_uniform_blocks(plan, nmjax.cubic_ramp(begin, end), score=score),

@@ -56,7 +56,7 @@ def sort_network(
       channels: from `free_channels`.
       variables: "params", which decide the order, and Flax's other collections.
       opt_state: of the optimizer. Momentum, and whatever else has the structure and shapes of the
-        parameters, is sorted as they are.
+        parameters, is sorted with them.
       masks: of the parameters, any number.
 
     Returns:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.json_files import Numbers, machine, plain, read_json, write_json
+from experiments.json_files import Numbers, differences, machine, plain, read_json, write_json
 from experiments.training.loop import EpochReport
 
 # Enough for every table and picture, and a third of the bytes.
@@ -66,12 +66,23 @@ class Results:
     """
 
     def __init__(self, folder: Path, settings: Numbers, *, resume: bool) -> None:
-        """Starts over, or goes on with what the folder holds."""
+        """Starts over, or continues with what the folder holds.
+
+        Raises:
+          ValueError: the results there are damaged, or come from other settings.
+        """
         self.path = folder / "results.json"
-        self.data: Numbers = {"settings": plain(settings, _DIGITS), "machine": machine()}
-        self.data["trials"] = []
+        settings = plain(settings, _DIGITS)
+        self.data: Numbers = {"settings": settings, "machine": machine(), "trials": []}
         if resume and self.path.exists():
             self.data = read_json(self.path)
+            # The folder's settings are replaced first, so a run killed between the two leaves the
+            # results of an earlier one.
+            if changed := differences(settings, self.data["settings"]):
+                raise ValueError(
+                    f"{self.path} was made with other settings: {changed}. Drop --resume, or give "
+                    "another --name"
+                )
 
     def find(self, trial: Trial) -> Numbers | None:
         """Returns the entry of a finished trial."""

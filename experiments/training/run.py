@@ -41,10 +41,10 @@ class Run(NamedTuple):
       job: task, plan and method.
       programs: the jitted functions.
       placement: over devices and processes.
-      release: gives the folder back.
+      release: releases the folder.
       checkpoints: open.
       steps_done: optimizer steps behind `state`.
-      state: to go on from.
+      state: to continue from.
     """
 
     flags: Flags
@@ -72,6 +72,19 @@ def open_run(flags: Flags) -> Run:
     earlier: Earlier = "resume" if flags.resume else "refuse"
     texts = {"plan.txt": job.plan, "layout.txt": placement.layout or "one device"}
     release = open_folder(flags.folder, settings, earlier=earlier, deciding=deciding, texts=texts)
+    try:
+        return _open(flags, job, placement, release)
+    except BaseException:
+        release()
+        raise
+
+
+def _make(flags: Flags) -> tuple[Job, Placement]:
+    job = make_job(flags)
+    return job, make_run_placement(flags, job)
+
+
+def _open(flags: Flags, job: Job, placement: Placement, release: Callable[[], None]) -> Run:
     programs = make_programs(job, over_seeds=placement.over_seeds, layout=placement.layout)
     checkpoints = Checkpoints(
         flags.folder / "checkpoints",
@@ -90,11 +103,6 @@ def open_run(flags: Flags) -> Run:
         found = checkpoints.restore(jax.eval_shape(first_state))
         steps, state = (0, first_state()) if found is None else found
     return Run(flags, job, programs, placement, release, checkpoints, steps, state)
-
-
-def _make(flags: Flags) -> tuple[Job, Placement]:
-    job = make_job(flags)
-    return job, make_run_placement(flags, job)
 
 
 def finish(run: Run) -> int:
@@ -123,7 +131,7 @@ def finish(run: Run) -> int:
             run.release()
     if status != COMPLETE:
         done = reached(run.checkpoints.latest() or 0, run.job.task.steps_per_epoch)
-        say(f"\nstopped; --resume goes on from {done}")
+        say(f"\nstopped; --resume continues from {done}")
     return status
 
 

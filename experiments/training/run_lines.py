@@ -39,7 +39,7 @@ def opening(flags: Flags, job: Job, steps_done: int) -> str:
         f"{flags.task}, {flags.model_name}, {flags.method}{term}: {flags.pattern} keeps {kept:,} "
         f"of {weights:,} weights in {len(job.plan)} leaves\n"
         f"{epochs} of {job.task.recipe.epochs} epochs{rest} done, {job.task.steps_per_epoch} steps "
-        f"each; everything goes to {flags.folder}"
+        f"each; output folder: {flags.folder}"
     )
 
 

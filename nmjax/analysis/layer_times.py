@@ -86,7 +86,7 @@ def _packed_leaves(file: Path) -> dict[str, Packed]:
     leaves = named_leaves(load_packed(file), is_leaf=is_packed)
     packed = {name: leaf for name, leaf in leaves.items() if is_packed(leaf)}
     if not packed:
-        raise ValueError(f"{file}: none of its {len(leaves)} leaves are packed")
+        raise ValueError(f"{file}: none of its {len(leaves)} leaves is packed")
     return packed
 
 

@@ -1,4 +1,4 @@
-"""Checks before training that shards do not cut a plan's groups and blocks."""
+"""Checks before training that shards do not cut a plan's groups or blocks."""
 
 from __future__ import annotations
 

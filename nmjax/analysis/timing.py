@@ -1,4 +1,4 @@
-"""Times functions in turns, so that a slow moment of the machine affects all of them."""
+"""Times functions in alternation, so that a slow moment of the machine affects all of them."""
 
 from __future__ import annotations
 

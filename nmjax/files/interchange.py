@@ -56,8 +56,8 @@ class BSR(NamedTuple):
 def to_semi_structured(packed: PackedNM) -> SemiStructured:
     """Converts a 2:4 matrix to the pair of values and CUTLASS metadata.
 
-    Every group stores two weights. If fewer are nonzero, the third and then the fourth weight fill
-    up, as in PyTorch, so that the pair equals PyTorch's bit for bit.
+    Every group stores two weights. If fewer are nonzero, the third and then the fourth weight take
+    the free places, as in PyTorch, so that the pair equals PyTorch's bit for bit.
 
     Args:
       packed: one 2:4 matrix of float16 or bfloat16 whose outputs and inputs are multiples of 32.

@@ -154,7 +154,7 @@ def save_torch(path: str | os.PathLike[str], params: Any) -> None:
       params: parameters, packed or pruned.
 
     Raises:
-      ValueError: as `to_torch`.
+      ValueError: as in `to_torch`.
       ImportError: safetensors is not installed.
     """
     leaves = named_leaves(params, is_leaf=is_packed)

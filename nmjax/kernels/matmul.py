@@ -1,6 +1,6 @@
-"""Products with packed weights: one table of implementations, and which one runs where.
+"""Products with packed weights: a table of implementations, and the choice of one.
 
-Each implementation is a row of `IMPLEMENTATIONS`. A new one joins by one row.
+Each implementation is one row of `IMPLEMENTATIONS`. To add one, add a row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Implementation = Literal["ffi", "gather", "row_by_row", "xla", "decode", "cuspar
 
 
 class Row(NamedTuple):
-    """One way to multiply by packed weights.
+    """A way to multiply by packed weights.
 
     Attributes:
       matmul: (x, packed, bias=, activation=) -> y.
@@ -149,8 +149,8 @@ def packed_matmul(
         the platform and the shape. `"xla"` unpacks. `"ffi"` is the compiled kernels for CPUs.
         `"gather"` and `"row_by_row"` are plain XLA for uniform blocks. For 2:4 on NVIDIA GPUs,
         `"decode"` is for few rows and `"cusparselt"` for many; it compresses the weight in each
-        call (`nmjax.kernels.gpu.cusparselt.prepare` does it once). None never takes these two,
-        since nobody has measured them yet. See `nmjax.backends`.
+        call (`nmjax.kernels.gpu.cusparselt.prepare` does it once). None never chooses these two,
+        because they have not been measured yet. See `nmjax.backends`.
 
     Returns:
       (..., *output axes of the weight), of the dtype that `x` and the values promote to; sums are
@@ -211,13 +211,13 @@ def packed_conv(
         axis a number or a pair (before, after).
       dilation: distance of the kernel's taps, one number or one for each axis.
       activation: None or `"relu"`, applied after the bias.
-      implementation: as for `packed_matmul`.
+      implementation: as in `packed_matmul`.
 
     Returns:
       (..., *spatial, outputs).
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `packed_matmul`.
+      TypeError, ValueError, NotImplementedError: as in `packed_matmul`.
     """
     _check(packed, activation, implementation)
     x = jnp.asarray(x)

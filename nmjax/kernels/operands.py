@@ -1,4 +1,4 @@
-"""What a product takes besides its operands: activation, and how a convolution's window moves."""
+"""The other arguments of a product: its activation, and how a convolution's window moves."""
 
 from __future__ import annotations
 

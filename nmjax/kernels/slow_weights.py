@@ -1,4 +1,4 @@
-"""Packed weights that no product here reads packed: unpack them before serving."""
+"""Packed weights that have no fast product on this machine: unpack them before serving."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
       rows: how many rows a product multiplies at a time: the batch, times the output's pixels.
 
     Returns:
-      The same tree; the leaves concerned are dense, with zeros.
+      The same tree, with those leaves dense and their pruned weights zero.
 
     >>> import jax.numpy as jnp
     >>> import nmjax

@@ -1,6 +1,6 @@
 """Tells the compiler how to split a compiled kernel over the automatic axes of a mesh.
 
-By itself the compiler knows nothing about a kernel, and gathers all operands on every device.
+The compiler knows nothing about a kernel, so on its own it gathers all operands on every device.
 """
 
 from __future__ import annotations

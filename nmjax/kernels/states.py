@@ -8,9 +8,9 @@ from nmjax.kernels.gpu.decode_library import load_decode
 
 
 def backends() -> dict[str, str]:
-    """Says which backends can multiply packed weights here: name -> "ready", or why not.
+    """Reports which backends can multiply packed weights here: name -> "ready", or why not.
 
-    `"xla"` is plain XLA, which always works. `"ffi"` are the compiled kernels for CPUs. For 2:4
+    `"xla"` is plain XLA, which always works. `"ffi"` is the compiled kernels for CPUs. For 2:4
     weights on NVIDIA GPUs, `"cusparselt"` is NVIDIA's library, and `"decode"` a kernel for few
     rows. Environment variables: `NMJAX_DISABLE_FFI` switches off all but the first,
     `NMJAX_KERNELS_LIBRARY` names another library file of CPU kernels, and `NMJAX_KERNELS_ISA`

@@ -38,7 +38,7 @@ def fold_batch_norm(
     runs on the result. Fold first, then call `nmjax.pack`.
 
     The function traces the module to find out which layer feeds which normalization, and runs it
-    to check that the outputs stay the same. It leaves other normalizations as they are. The result
+    to check that the outputs stay the same. It leaves other normalizations unchanged. The result
     is for serving, not for further training.
 
     Args:

@@ -29,8 +29,8 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
     still handles everything else in these layers, such as biases, padding and dtypes. Layers
     without a packed kernel run as before, except that depthwise convolutions are faster on CPUs.
 
-    Use it under `jax.jit`. Each layer unpacks its kernel, for its shape and dtype only: the
-    compiler removes that, but outside `jax.jit` it costs time.
+    Use it under `jax.jit`. Each layer unpacks its kernel, but only for its shape and dtype. The
+    compiler removes that work; outside `jax.jit` it costs time.
 
     To export a program that contains compiled kernels, pass `jax.export.export` the argument
     `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name)]` for the names
@@ -39,11 +39,11 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
 
     Args:
       module: any linen module.
-      implementation: as for `nmjax.packed_matmul`.
+      implementation: as in `nmjax.packed_matmul`.
 
     Returns:
       `apply(variables, *args, **kwargs)`, where `variables["params"]` comes from `nmjax.pack` or
-      `nmjax.load_packed`. The rest is as for `module.apply`.
+      `nmjax.load_packed`. The rest is as in `module.apply`.
 
     Raises:
       TypeError: `module` is not a linen module. The returned function raises TypeError if a module

@@ -1,1 +1,1 @@
-"""Masks: importance scores and a pattern decide which weights stay."""
+"""Masks: importance scores and a pattern decide which weights are kept."""

@@ -1,4 +1,4 @@
-"""The numbers that describe a mask: how many of how many weights or blocks stay."""
+"""Checks the numbers that describe a mask: how many weights or blocks it keeps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_block(n: int, sparsity: float) -> None:
 
 
 def kept_blocks(sparsity: float, blocks: int) -> int:
-    """How many of these blocks stay: all but `floor(sparsity * blocks)`, in float64."""
+    """How many of these blocks are kept: all but `floor(sparsity * blocks)`, in float64."""
     return blocks - math.floor(float(sparsity) * blocks)
 
 

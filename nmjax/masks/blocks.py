@@ -1,4 +1,4 @@
-"""Masks of 1xN patterns: the blocks with the highest scores stay.
+"""Masks of 1xN patterns: the blocks with the highest scores are kept.
 
 A block is N consecutive output channels at one input channel, with all taps of a convolution.
 `split_blocks` turns a weight into an array (*stack, rows, inputs, block): the last axis holds the
@@ -41,10 +41,10 @@ def block_mask(
     output_axes: int | Sequence[int] = -1,
     tap_axes: Sequence[int] | None = None,
 ) -> Bool[Array, "*shape"]:
-    """Keeps the blocks with the highest scores, the same number in each row or a number per layer.
+    """Keeps the blocks with the highest scores, a fixed number per row or per layer.
 
-    Of equal scores, the block at the lower index stays: the lower input within a row, and the lower
-    row first where rows compete. NaN counts as the highest score, so that it stays visible.
+    In a tie, the block at the lower index is kept: the lower input within a row, and the lower row
+    first if rows compete. NaN counts as the highest score, so that it stays visible.
 
     Args:
       w: weights, real floating dtype, in any layout; (*taps, in, out) by default.
@@ -54,7 +54,7 @@ def block_mask(
         (*stack, rows, inputs, block) to scores (*stack, rows, inputs).
       uniform: True if every row of blocks drops the same number, False if all blocks of the layer
         compete.
-      kept: how many blocks stay in each row, or in the layer; overrides `sparsity` and may be
+      kept: how many blocks are kept in each row, or in the layer; overrides `sparsity` and may be
         traced.
       reduction_axes: axes that the matmul sums over, flattened in the order given.
       output_axes: axes that the matmul keeps, flattened in the order given; blocks extend along
@@ -133,7 +133,7 @@ def keep_blocks(
 
     Args:
       scores: real floating dtype.
-      kept: how many stay, in each row if `uniform`, otherwise in each layer; may be traced.
+      kept: how many are kept, in each row if `uniform`, otherwise in each layer; may be traced.
       uniform: whether the blocks of a row compete, or those of a layer.
     """
     competing = (scores.ndim - 1,) if uniform else (scores.ndim - 2, scores.ndim - 1)

@@ -1,17 +1,17 @@
-"""Masks of N:M patterns: the n highest scores of every m consecutive weights stay.
+"""Masks of N:M patterns: the n highest scores of every m consecutive weights are kept.
 
 A mask is True where a weight is kept. It is a pure function of the weights, works on tracers, and
 is not differentiated; the gradient rules are in `nmjax.ste`.
 
 Three algorithms give the same mask, and the group size decides which one runs:
 
-- m <= 4: count how many members of the group beat each weight. One pass; nothing is stored but
-  the mask.
+- m <= 4: count how many members of the group beat each weight. One pass; it stores only the
+  mask.
 - m <= 32: a sorting network over the members of a group finds the n-th highest. It stores one bit
   per member, 4 bytes per group. (For m above 8, XLA also widens narrow weights into a float32 copy
   on CPUs, which have no 16-bit slices.)
-- any m: bisection for the n-th highest score (`nmjax.masks.ranking.keep_highest`). About 40 passes,
-  whatever m is, over one stored copy of the scores.
+- any m: bisection for the n-th highest score (`nmjax.masks.ranking.keep_highest`). About 40 passes
+  for any m, over one stored copy of the scores.
 
 All compare scores as integers (`nmjax.masks.ranking`), and none sorts, gathers, or rolls an array.
 A gather or a roll along a sharded axis would communicate between devices.
@@ -59,7 +59,7 @@ def nm_mask(
 ) -> Bool[Array, "*shape"]:
     """Keeps exactly the n highest scores of every m consecutive weights along `axis`.
 
-    Of equal scores, the one at the lower index stays. Every NaN counts as the highest score, so
+    In a tie, the weight at the lower index is kept. Every NaN counts as the highest score, so
     that it stays visible; -0.0 equals 0.0.
 
     Args:
@@ -79,7 +79,7 @@ def nm_mask(
       TypeError: `w` or its scores are not real floating point; `n`, `m`, or `axis` is not an
         integer.
       ValueError: not 1 <= n <= m; `axis` is out of range or repeated; `m` does not divide the size
-        of `axis`; the scores have another shape than `w`; a shard along an explicit mesh axis
+        of `axis`; the scores do not have `w`'s shape; a shard along an explicit mesh axis
         holds part of a group.
 
     Example:

@@ -24,12 +24,12 @@ ToKeys = Callable[[jax.Array], jax.Array]
 def keep_highest(
     values: Float[Array, "*shape"], to_keys: ToKeys, n: chex.Numeric, axes: int | tuple[int, ...]
 ) -> Bool[Array, "*shape"]:
-    """Keeps the n highest keys along `axes`; of equal keys, those at the lowest positions.
+    """Keeps the n highest keys along `axes`; ties go to the lowest positions.
 
     Args:
       values: any shape.
       to_keys: turns values, or slices of them, into signed integers that sort in the right order.
-      n: how many stay, 0 <= n <= the size of `axes` taken together; may be traced.
+      n: how many are kept, 0 <= n <= the size of `axes` taken together; may be traced.
       axes: non-negative axes along which values compete. Positions count along them in the order
         given, and the last axis varies fastest.
 
@@ -44,7 +44,7 @@ def keep_highest(
     position: jax.Array | int = 0
     for axis in axes:
         position = position * values.shape[axis] + index(values, axis)
-    # Bisection, and not a sort: `lax.sort` and `top_k` are many times slower on CPUs. Finding the
+    # Bisection, not a sort: `lax.sort` and `top_k` are many times slower on CPUs. Finding the
     # n-th highest key takes one counting pass per bit of the key, however many values compete.
     keys = to_keys(values)
     bits = 8 * keys.dtype.itemsize
@@ -103,7 +103,7 @@ def signed_keys(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
     """Integers in the order of the scores; NaN is one above infinity, -0.0 equals 0.0."""
     bits, infinity = _bits(scores)
     absolute = bits & jnp.iinfo(bits.dtype).max
-    # Test the sign bit, and not `scores < 0`, which is false for negative denormals on CPUs that
+    # Test the sign bit, not `scores < 0`, which is false for negative denormals on CPUs that
     # flush them to zero.
     signed = jnp.where(bits < 0, -absolute, absolute)
     return jnp.where(absolute > infinity, infinity + 1, signed)

@@ -98,7 +98,7 @@ def block_angular_redundancy(
     redundancy = _share(_similarity(directions))
     size = _share(block_l1(blocks))
     # A zero block is orthogonal to every block, itself included, and so looks perfectly distinct.
-    # Nothing is gained by keeping it: its redundancy counts as the whole row's.
+    # Keeping it gains nothing, so its redundancy counts as the whole row's.
     return size - alpha * jnp.where(redundancy == 0, 1, redundancy)
 
 
@@ -149,7 +149,7 @@ def _share(values: Float[Array, "*rows inputs"]) -> Float[Array, "*rows inputs"]
 
 
 def _wide(x: Float[chex.Array, "*shape"]) -> Float[chex.Array, "*shape"]:
-    """Converts narrow floats to float32, in which sums are taken."""
+    """Converts narrow floats to float32, the dtype of the sums."""
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 

@@ -35,8 +35,8 @@ def transposable_mask(
     """Keeps n of every m weights along both axes, with the highest possible sum of scores.
 
     Every m x m tile is optimal: all its patterns are tried (there are 90 for 2:4). Sums are
-    computed in float32 (float64 for float64 scores). Of patterns with equal sums, always the same
-    one is taken. NaN counts as the highest score.
+    computed in float32 (float64 for float64 scores). Ties are always resolved the same way. NaN
+    counts as the highest score.
 
     Args:
       w: weights, real floating dtype.
@@ -55,8 +55,8 @@ def transposable_mask(
         divide their sizes; a shard along an explicit mesh axis holds part of a tile.
 
     Source: the masks of Hubara et al., "Accelerated Sparse Neural Training: A Provable and
-    Efficient Method to Find N:M Transposable Masks", NeurIPS 2021. The exhaustive search is that
-    of Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", ICML 2024.
+    Efficient Method to Find N:M Transposable Masks", NeurIPS 2021. The exhaustive search is from
+    Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", ICML 2024.
 
     >>> w = jnp.array([[4.0, 3, 2, 1], [3, 4, 1, 2], [9, 9, 1, 1], [9, 9, 1, 1]])
     >>> transposable_mask(w).astype(int).tolist()

@@ -6,7 +6,7 @@ from nmjax.methods.sparsifier import Sparsifier, stateless
 
 
 def dense() -> Sparsifier:
-    """Leaves the parameters as they are, so that a dense baseline runs in the same training loop.
+    """Leaves the parameters unchanged, so that a dense baseline runs in the same training loop.
 
     >>> params = {"kernel": 1.0}
     >>> dense().apply(params, ()) is params

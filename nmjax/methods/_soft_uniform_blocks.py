@@ -14,7 +14,7 @@ from nmjax.masks.blocks import keep_blocks, score_blocks, split_blocks, spread_b
 from nmjax.masks.scores import BlockScore, block_score, magnitude
 from nmjax.methods.schedules import Ramp
 from nmjax.methods.sparsifier import Sparsifier
-from nmjax.patterns import Block1xN
+from nmjax.patterns import Block1xN, is_blocks
 from nmjax.plans import Plan
 from nmjax.pruning import planned_leaves, prune, sparsify
 
@@ -51,10 +51,10 @@ def soft_uniform_blocks(
 ) -> Sparsifier:
     """SUBP: drops a growing number of blocks from every row; dropped blocks can be drawn again.
 
-    Each `refresh`, meant for the start of every epoch, treats each row of C blocks like this:
+    Call `refresh` at the start of every epoch. For each row of C blocks it does the following:
 
-    1. Drop the floor(p C) blocks with the lowest scores. p is the final sparsity, from the first
-       refresh on.
+    1. Drop the floor(p C) blocks with the lowest scores. p is the final sparsity, even at the
+       first refresh.
     2. Draw floor(p (1 - ramp(step)) C) of the dropped blocks, without replacement, and restore
        them. The probabilities are softmax(s / |s|_2 / temperature), where s are the scores of the
        dropped blocks.
@@ -73,7 +73,7 @@ def soft_uniform_blocks(
       ramp: optimizer step -> fraction of the final sparsity, from `nmjax.methods.schedules`.
       score: how blocks are ranked: `"bpar"`, `"l1"` (the default of the released code), `"l2"`, or
         a function as in `nmjax.block_mask`.
-      temperature: temperature of the draw; the higher, the less the scores matter.
+      temperature: temperature of the draw; the higher it is, the less the scores matter.
       variant: `"v2"`, the default of the released code, scores the masked weights: dropped blocks
         rank last and return only when drawn, so masks are fixed once the ramp ends. `"v1"` scores
         the dense weights, and its masks keep following them.
@@ -90,8 +90,8 @@ def soft_uniform_blocks(
 
     Source: Xiang et al., "SUBP: Soft Uniform Block Pruning for 1xN Sparse CNNs Multithreading
     Acceleration", NeurIPS 2023, section 3, and `models/conv_type/regrow_uniform_block*.py` of
-    JingyangXiang/SUBP. That code's V2 ranks dropped blocks by the score of zero weights, which need
-    not be the lowest; here they always rank last.
+    JingyangXiang/SUBP. Its V2 ranks dropped blocks by the score of zero weights, which is not
+    always the lowest; here they always rank last.
     """
     score_of = block_score(score)
     layers = _layers(plan)
@@ -159,7 +159,7 @@ def _layers(plan: Plan) -> dict[str, _Layer]:
     """The planned leaves; raises ValueError unless all have uniform blocks."""
     layers, others = {}, []
     for name, leaf in plan.items():
-        if isinstance(leaf.pattern, Block1xN) and leaf.pattern.uniform:
+        if is_blocks(leaf.pattern) and leaf.pattern.uniform:
             layers[name] = _Layer(leaf.pattern, leaf.axes)
         else:
             others.append(f"  {name} {leaf.shape}: {leaf.pattern}")

@@ -1,4 +1,4 @@
-"""Ramps: the fraction of the final sparsity that holds at a step, from 0 to 1.
+"""Ramps: the fraction of the final sparsity at each step, from 0 to 1.
 
 Each ramp takes `begin` and `end` and returns a function of the step, which may be traced. Any unit
 of steps works; nmjax's sparsifiers count optimizer steps. With x = (step - begin) / (end - begin),

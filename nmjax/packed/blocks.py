@@ -1,9 +1,9 @@
 """One 1xN weight in packed form: the kept blocks, and the input channel of each.
 
-A block is N consecutive output channels at one input channel, with all taps. Its values lie
-together, tap by tap, the N outputs of a tap side by side, so that one vector load brings them all.
+A block is N consecutive output channels at one input channel, with all taps. Its values are
+contiguous, tap by tap, with the N outputs of a tap side by side, so one vector load reads them all.
 
-Uniform rows keep the same number of blocks, so a plain array holds them. Where the blocks of a
+Uniform rows keep the same number of blocks, so a plain array holds them. If the blocks of a
 whole layer compete, rows differ and the format is block compressed sparse rows (BSR), with
 pointers that say where each row begins.
 """
@@ -25,7 +25,7 @@ from nmjax.packed.bits import as_bits, exactly, from_bits, index_dtype
 from nmjax.packed.weight import Packed
 from nmjax.patterns.block1xn import Block1xN
 from nmjax.patterns.pattern import LeafPlan
-from nmjax.trees.spans import Span, split, stack_axes
+from nmjax.trees.spans import Span, split
 
 
 @partial(
@@ -89,17 +89,9 @@ class PackedBlocks(Packed, pattern=Block1xN):
     def check(self) -> None:
         """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
         plan, pattern = self.leaf_plan, self.pattern
-        if plan.misfit is not None:
-            raise ValueError(plan.misfit)
         rows, _, kept = _competition(plan)
-        taps = math.prod(plan.shape[axis] for axis in plan.tap_axes)
-        planned = [plan.shape[axis] for axis in stack_axes(len(plan.shape), _spans(plan))]
-        expected = [*planned, *([rows] if pattern.uniform else []), kept, taps * pattern.n]
-        if list(self.values.shape[max(self.values.ndim - len(expected), 0) :]) != expected:
-            raise ValueError(
-                f"values of shape {self.values.shape} cannot hold {pattern} of a weight of shape "
-                f"{plan.shape}; expected {tuple(expected)}"
-            )
+        block = math.prod(self.taps) * pattern.n
+        self.check_values((rows, kept, block) if pattern.uniform else (kept, block))
         indices, dtype = self.indices, index_dtype(plan.inputs)
         if indices.shape != self.values.shape[:-1] or indices.dtype != dtype:
             raise ValueError(

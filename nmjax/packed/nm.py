@@ -1,11 +1,11 @@
 """One N:M weight in packed form: the kept values, and a few bits that say where they were.
 
-The weight is seen as a stack of matrices (inputs, outputs), whatever its layout, and each column
-of a matrix as groups of m. Outputs are the last axis of every array, so that neighboring outputs
-lie in neighboring lanes of a vector unit, and so that whatever shards the outputs still does.
+The weight is treated as a stack of matrices (inputs, outputs), for any layout, and each column of
+a matrix as groups of m. Outputs are the last axis of every array, so that neighboring outputs
+lie in neighboring lanes of a vector unit, and so that a sharding of the outputs still applies.
 
-The positions of a column's kept values make one string of bits, least significant first, filled
-up with zeros to whole bytes. A group takes the shorter of two codes: n positions of ceil(log2 m)
+The positions of a column's kept values make one string of bits, least significant first, padded
+with zeros to whole bytes. A group takes the shorter of two codes: n positions of ceil(log2 m)
 bits each, ascending, or a bitmask of m bits.
 """
 
@@ -26,7 +26,7 @@ from nmjax.packed.bits import as_bits, exactly, from_bits, index_dtype, pack_bit
 from nmjax.packed.weight import Packed
 from nmjax.patterns.nm import NM
 from nmjax.patterns.pattern import LeafPlan
-from nmjax.trees.spans import merge, split, stack_axes
+from nmjax.trees.spans import merge, split
 
 
 @partial(
@@ -74,16 +74,8 @@ class PackedNM(Packed, pattern=NM):
     def check(self) -> None:
         """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
         plan, pattern, codes = self.leaf_plan, self.pattern, self.codes
-        if plan.misfit is not None:
-            raise ValueError(plan.misfit)
         groups = plan.inputs // pattern.m
-        planned = [plan.shape[axis] for axis in stack_axes(len(plan.shape), _spans(plan))]
-        expected: list[int] = [*planned, groups, pattern.n, plan.outputs]
-        if list(self.values.shape[max(self.values.ndim - len(expected), 0) :]) != expected:
-            raise ValueError(
-                f"values of shape {self.values.shape} cannot hold {pattern} of a weight of shape "
-                f"{plan.shape}; expected {tuple(expected)}"
-            )
+        self.check_values((groups, pattern.n, plan.outputs))
         count = groups * _codes_per_group(pattern)
         spare = -count * _code_width(pattern) % 8
         shape = (*self.values.shape[:-3], (count * _code_width(pattern) + spare) // 8, plan.outputs)

@@ -35,7 +35,7 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
       The same tree with a `PackedNM` or `PackedBlocks` for each planned leaf; others untouched.
 
     Raises:
-      ValueError: a planned leaf is packed already; `params` or `masks` do not fit the plan; a mask
+      ValueError: a planned leaf is already packed; `params` or `masks` do not fit the plan; a mask
         keeps more than its pattern does. (Values of traced masks are unknown, so inside `jax.jit`
         groups or rows that keep too many become NaN instead.)
       TypeError: a mask is not boolean; a weight's dtype does not fill whole bytes.
@@ -72,7 +72,7 @@ def unpack(packed: Any) -> Any:
     """Returns dense parameters with zeros: the inverse of `pack` on pruned parameters.
 
     Args:
-      packed: a tree with packed leaves; other leaves come back as they are.
+      packed: a tree with packed leaves; other leaves are returned unchanged.
     """
     return jax.tree.map(lambda x: x.unpack() if is_packed(x) else x, packed, is_leaf=is_packed)
 
@@ -93,9 +93,7 @@ def check_sparse(params: Any, plan: Plan) -> None:
     """
     leaves = planned_leaves(params, plan)
     nonzero = {name: jnp.asarray(leaf) != 0 for name, leaf in leaves.items()}
-    _check_misfits(
-        nonzero, plan, "the weights are not sparse yet; nmjax.prune makes them so. Not sparse are"
-    )
+    _check_misfits(nonzero, plan, "these weights are not sparse yet; call nmjax.prune first")
 
 
 def _pack_leaf(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Packed:

@@ -1,4 +1,4 @@
-"""Bytes that packed parameters take, and the least that they could take."""
+"""Bytes that packed parameters take, and the minimum that they could take."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Sizes:
 def sizes(packed: Any) -> Sizes:
     """Measures each leaf in bytes: dense, packed, and the least that any code of positions needs.
 
-    For N:M that is log2(C(M, N)) bits a group, for blocks log2 of the ways to choose them.
+    For N:M that is log2(C(M, N)) bits per group, for blocks log2 of the ways to choose them.
 
     Args:
       packed: a tree with packed leaves, of arrays or ShapeDtypeStructs.

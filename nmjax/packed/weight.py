@@ -1,4 +1,4 @@
-"""What every packed weight can do, whatever its pattern.
+"""The interface of packed weights, which is the same for every pattern.
 
 A packed weight is a pytree node of a few arrays and a static `LeafPlan`. `jax.jit`,
 `jax.device_put`, `jax.lax.scan` over a stack, and everything else that flattens trees treat it
@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self, TypeGuard
 
 import jax
@@ -50,7 +51,7 @@ class Packed(abc.ABC):
         """The packed form of weights with a pattern.
 
         Raises:
-          TypeError: nobody has defined one.
+          TypeError: the pattern has no packed form.
         """
         if type(pattern) not in cls._kinds:
             raise TypeError(f"weights with the pattern {pattern} have no packed form")
@@ -75,9 +76,9 @@ class Packed(abc.ABC):
         Args:
           w: weights of `leaf_plan.shape`, or with more axes in front; a floating dtype of whole
             bytes.
-          mask: booleans of the same shape. Where it keeps fewer than the pattern, zeros fill up.
-            Where it keeps more, the values become NaN, which shows the mistake even under
-            `jax.jit`, where the mask cannot be looked at.
+          mask: booleans of the same shape. Where it keeps fewer than the pattern, zeros fill
+            the remaining places. Where it keeps more, the values become NaN, which shows the
+            mistake even under `jax.jit`, where the values of the mask are unknown.
           leaf_plan: of the weight.
         """
 
@@ -98,6 +99,24 @@ class Packed(abc.ABC):
     @abc.abstractmethod
     def check(self) -> None:
         """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
+
+    def check_values(self, sizes: Sequence[int]) -> None:
+        """Raises ValueError unless the plan is possible and the values have a shape that fits it.
+
+        Args:
+          sizes: of the values' axes behind the leading ones.
+        """
+        plan = self.leaf_plan
+        if plan.misfit is not None:
+            raise ValueError(plan.misfit)
+        # More axes in front are fine: the plan may be that of one layer of a stack.
+        leading = [plan.shape[axis] for axis in stack_axes(len(plan.shape), self.spans)]
+        expected = (*leading, *sizes)
+        if self.values.shape[max(self.values.ndim - len(expected), 0) :] != expected:
+            raise ValueError(
+                f"values of shape {self.values.shape} cannot hold {plan.pattern} of a weight of "
+                f"shape {plan.shape}; expected {expected}"
+            )
 
     @property
     def pattern(self) -> Any:
@@ -197,7 +216,7 @@ class Packed(abc.ABC):
         return layer
 
     def as_matrices(self) -> Self:
-        """The same arrays as the weight (*taps, inputs, outputs), whatever its layout was."""
+        """The same arrays as the weight (*taps, inputs, outputs), for any layout."""
         taps = self.taps
         shape = (*taps, self.inputs, self.outputs)
         tap_axes = tuple(range(-2 - len(taps), -2)) if self.leaf_plan.tap_axes else ()

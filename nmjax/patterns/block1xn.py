@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard
 
 import jax
 
@@ -26,12 +26,12 @@ class Block1xN(Pattern):
 
     In a convolution a block holds all taps of the kernel. The blocks of the same `n` outputs, one
     for each input, are a *row of blocks*. In a grouped convolution `n` should divide the outputs
-    of a group, since each group reads other inputs; shapes cannot show whether it does.
+    of a group, since each group reads different inputs; shapes cannot show whether it does.
 
     Args:
       n: output channels in a block, at least 1; must divide the output channels.
-      sparsity: fraction of the blocks that is dropped, 0 <= sparsity < 1. Of c blocks,
-        `floor(sparsity * c)` are dropped, multiplied as Python floats.
+      sparsity: fraction of the blocks that is dropped, 0 <= sparsity < 1. Out of c blocks,
+        `floor(sparsity * c)` are dropped, computed with Python floats.
       uniform: True if every row of blocks drops the same number, so that threads that each take a
         row have equal work (SUBP); False if all blocks of a layer compete, as in the 1xN paper.
         As text: `"1x16@0.5"` and `"1x16@0.5/layer"`.
@@ -50,7 +50,7 @@ class Block1xN(Pattern):
     """
 
     syntax: ClassVar[str] = (
-        '"1xN@S" for blocks of N outputs, a fraction S of which is dropped, such as "1x16@0.5"'
+        '"1xN@S" to drop a fraction S of the blocks of N outputs, such as "1x16@0.5"'
     )
 
     n: int
@@ -80,7 +80,7 @@ class Block1xN(Pattern):
         return 1.0 - self.sparsity
 
     def kept_blocks(self, blocks: int) -> int:
-        """Number of blocks kept in a row, or in a layer, that has so many."""
+        """Number of blocks kept out of `blocks`, in a row or in a layer."""
         return kept_blocks(self.sparsity, blocks)
 
     def kept(self, inputs: int, outputs: int) -> int:
@@ -97,8 +97,8 @@ class Block1xN(Pattern):
         return f"{outputs} outputs are not a multiple of {self.n}" if outputs % self.n else None
 
     def mask(self, w: jax.Array, axes: Axes, score: Score) -> jax.Array:
-        """The blocks whose weights have the highest scores in sum, as `nmjax.block_mask`."""
-        # The plan's score ranks weights; a block counts with the sum over its weights.
+        """Keeps the blocks with the highest sums of scores, as `nmjax.block_mask` does."""
+        # The plan's score ranks weights; a block's score is the sum over its weights.
         return block_mask(
             score_weights(w, score),
             self.n,
@@ -111,7 +111,7 @@ class Block1xN(Pattern):
         )
 
     def wholes(self, shape: Shape, axes: Axes) -> list[Whole]:
-        """Blocks, and all blocks that compete, must lie whole on a shard."""
+        """A shard must hold whole blocks, and all blocks that compete with each other."""
 
         def all_along(axes: Span, what: str) -> Whole:
             return Whole(axes, size_along(shape, axes), what)
@@ -136,3 +136,8 @@ class Block1xN(Pattern):
 
     def __str__(self) -> str:
         return f"1x{self.n}@{self.sparsity!r}{'' if self.uniform else '/layer'}"
+
+
+def is_blocks(pattern: Any) -> TypeGuard[Block1xN]:
+    """Whether a pattern is one of 1xN blocks, which some measures and methods are defined for."""
+    return isinstance(pattern, Block1xN)

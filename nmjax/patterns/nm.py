@@ -92,12 +92,12 @@ class NM(Pattern):
         return f"{inputs} inputs are not a multiple of {self.m}" if inputs % self.m else None
 
     def mask(self, w: jax.Array, axes: Axes, score: Score) -> jax.Array:
-        """The n highest scores of each group, as `nmjax.nm_mask`."""
+        """Keeps the n highest scores of each group, as `nmjax.nm_mask` does."""
         along = axes.reduction[0] if len(axes.reduction) == 1 else axes.reduction
         return nm_mask(w, self.n, self.m, along, score=score)
 
     def wholes(self, shape: Shape, axes: Axes) -> list[Whole]:
-        """Groups must lie whole on a shard."""
+        """A shard must hold whole groups."""
         del shape
         return [Whole(axes.reduction, self.m, f"groups of {self.m}")]
 

@@ -1,4 +1,4 @@
-"""What every pattern can answer, patterns as text, and a pattern on one weight (`LeafPlan`).
+"""The interface of a pattern, patterns as text, and a pattern applied to one weight (`LeafPlan`).
 
 A pattern is plain data: frozen, hashable, and not callable. So it can be a static argument of
 `jax.jit`, and it passes through `optax.inject_hyperparams`, which turns numbers into arrays and
@@ -38,7 +38,7 @@ class Whole(NamedTuple):
 
 
 class Pattern(abc.ABC):
-    """A structure that a weight can be held to.
+    """A sparsity structure of a weight.
 
     Subclasses are frozen dataclasses. `str(pattern)` is text that `parse` reads back.
 
@@ -124,14 +124,14 @@ class LeafPlan:
     """How one weight is made sparse.
 
     Attributes:
-      pattern: the structure it is held to.
+      pattern: its sparsity structure.
       reduction_axes: negative axes that its matmul sums over. Groups run along them, flattened
         together in this order.
       output_axes: negative axes that its matmul keeps. Blocks run along them, flattened together
         in this order.
       shape: shape of the weight. A leaf may have more axes in front of these.
-      tap_axes: negative axes of a convolution's taps, where name and shape show them; a block
-        holds them whole. Axes that are named nowhere hold a stack of weights.
+      tap_axes: negative axes of a convolution's taps, if name and shape show them; a block spans
+        them all. Axes in none of the three fields hold a stack of weights.
     """
 
     pattern: Pattern
@@ -147,7 +147,7 @@ class LeafPlan:
 
     @property
     def kept(self) -> int:
-        """Number of weights that stay."""
+        """Number of weights that are kept."""
         matrices = self.weights // max(self.inputs * self.outputs, 1)
         return self.pattern.kept(self.inputs, self.outputs) * matrices
 
@@ -168,7 +168,7 @@ class LeafPlan:
 
     @property
     def axes(self) -> Axes:
-        """All axes but those of a stack."""
+        """All axes except those of a stack."""
         return Axes(self.reduction_axes, self.output_axes, self.tap_axes)
 
     @property

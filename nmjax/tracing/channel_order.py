@@ -69,7 +69,7 @@ def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequ
     """Puts the channels of a network into another order.
 
     Args:
-      variables: as for `l1_order`.
+      variables: as in `l1_order`.
       channels: every leaf axis that runs along them. If one is missing, the network's function
         changes.
       order: (count,), a permutation of 0 ... count - 1: the channels in their new order.
@@ -78,7 +78,7 @@ def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequ
       The same tree. Leaves that `channels` does not name are unchanged.
 
     Raises:
-      ValueError: as for `l1_order`; or `order` is not a permutation.
+      ValueError: as in `l1_order`; or `order` is not a permutation.
 
     >>> variables = {"first": jnp.array([[1.0, 2.0]]), "second": jnp.array([[3.0], [4.0]])}
     >>> channels = Channels((("first", -1),), (("second", -2),))
@@ -106,7 +106,7 @@ def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequ
 def sort_channels(variables: Any, groups: Sequence[Channels]) -> Any:
     """Sorts the channels of each group by L1 norm, largest first.
 
-    Takes and raises what `l1_order` and `permute_channels` do, for each group in turn.
+    Arguments and errors as in `l1_order` and `permute_channels`, for each group.
     """
     for channels in groups:
         variables = permute_channels(variables, channels, l1_order(variables, channels))

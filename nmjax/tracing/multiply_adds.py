@@ -37,7 +37,7 @@ def multiply_adds(forward: Callable[..., Any], params: Any, *inputs: Any) -> dic
       *inputs: its inputs, arrays or ShapeDtypeStructs.
 
     Returns:
-      Leaf name -> multiply-adds, for the leaves that have some. The key None stands for products
+      Leaf name -> multiply-adds, for the leaves that have any. The key None stands for products
       of activations, such as attention scores.
 
     >>> import jax.numpy as jnp

@@ -171,6 +171,23 @@ def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("killed", [True, False])
+def test_results_of_other_settings_are_not_resumed(tmp_path, capsys, killed):
+    given = {"methods": ("ste",), "patterns": ("2:4",), "sweep": ()}
+    run(flags(tmp_path, **given))
+    other = flags(tmp_path, **given, epochs=3)
+    settings = other.folder / "settings.json"
+    settings.unlink()
+    if killed:  # After the folder was taken, and before there were results.
+        text = json.dumps(Comparison(other).settings(), default=str)
+        settings.write_text(text)
+    arguments = ["--runs-dir", str(tmp_path), "--methods", "ste", "--patterns", "2:4", "--resume"]
+    assert main([*arguments, "--epochs", "3", "--seeds", "0", "1"]) == 1
+    assert "results.json was made with other settings: recipe epochs is 3, not 2" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_folder_is_compared_in_once_and_started_over(tmp_path, capsys):
     given = {"methods": ("ste",), "patterns": ("2:4",), "sweep": ()}
     first = run(flags(tmp_path, **given))[-1]
@@ -208,7 +225,7 @@ def test_a_trial_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkey
 
 def test_unknown_methods_and_patterns_are_errors(tmp_path, capsys):
     assert main(["--methods", "magic", "--runs-dir", str(tmp_path)]) == 1
-    assert "no method is called 'magic'" in capsys.readouterr().err
+    assert "no method named 'magic'" in capsys.readouterr().err
     assert main(["--methods", "subp", "--runs-dir", str(tmp_path)]) == 1
     assert "cannot take 2:4" in capsys.readouterr().err
     assert main(["--patterns", "4:2", "--runs-dir", str(tmp_path)]) == 1

@@ -236,7 +236,7 @@ def test_the_summary_adds_up():
     sparse = sizes["a/kernel"] + sizes["b/kernel"]
     assert str(plan).endswith(
         f"2 of 4 leaves are sparse; they hold {sparse} of {sum(sizes.values())} parameters. "
-        f"{stay} parameters stay ({stay / sum(sizes.values()):.1%})."
+        f"{stay} parameters are kept ({stay / sum(sizes.values()):.1%})."
     )
 
 

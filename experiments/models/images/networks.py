@@ -32,7 +32,7 @@ def make_image_network(
       ValueError: if there is no such network.
     """
     if name not in IMAGE_NETWORKS:
-        raise ValueError(f"no model named {name!r}; there are {', '.join(IMAGE_NETWORKS)}")
+        raise ValueError(f"no model named {name!r}; choose from {', '.join(IMAGE_NETWORKS)}")
     if name in RESNETS:
         return make_resnet(name, num_classes, stem=stem, dtype=dtype)
     return MobileNetV1(num_classes, stem=stem, dtype=dtype)

@@ -217,7 +217,7 @@ def make_resnet(
     (3, 4, 6, 3)
     """
     if name not in _ARCHITECTURES:
-        raise ValueError(f"no model named {name!r}; there are {', '.join(RESNETS)}")
+        raise ValueError(f"no model named {name!r}; choose from {', '.join(RESNETS)}")
     stage_sizes, block, width = _ARCHITECTURES[name]
     return ResNet(
         stage_sizes=stage_sizes,

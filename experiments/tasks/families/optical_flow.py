@@ -114,7 +114,7 @@ def flow_sums(flow: Array, truth: Array, known: Array, valid: Array) -> Sums:
 
     Of an example, over its known pixels: the mean end-point error |flow - truth|_2; the fractions
     of pixels that are off by more than 1, 3 and 5 pixels; the fraction of outliers, off by more
-    than 3 pixels and by more than 5 % of the true length.
+    than 3 pixels and by more than 5% of the true length.
 
     Args:
       flow: (batch, height, width, 2).

@@ -142,13 +142,13 @@ def matmul(
     """Multiplies x (batch, inputs) by a compressed matrix: (batch, outputs). There is no gradient.
 
     Args:
-      x: of the matrix's dtype; the batch a multiple of 8, of 16 for dtypes of one byte. Sums of
-        int8 beyond 2**24 come out as rounded to float32, in which bias and activation are computed.
+      x: of the matrix's dtype; the batch a multiple of 8, of 16 for dtypes of one byte. int8
+        sums beyond 2**24 are rounded to float32, the dtype used for bias and activation.
       w: what `compress` returned.
       bias: (outputs,); rounded to the result's dtype, to float32 if `x` is int8.
       activation: None, `"relu"`, or `"gelu"` in its tanh form, applied after the bias, before the
         result is rounded; GELU for int8 results of int8 and bfloat16 results of float8. NVIDIA does
-        not say what its activations make of NaN.
+        not document how its activations treat NaN.
       dtype: of the result; default the first that `RESULTS` names for `x`'s dtype.
 
     Raises:

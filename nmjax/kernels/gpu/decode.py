@@ -33,8 +33,8 @@ def matmul(
     """Multiplies x (batch, inputs) by a packed 2:4 matrix: (batch, outputs), of x's dtype.
 
     Args:
-      x: of the weight's dtype, bfloat16 or float16; bfloat16 if the values are int8. Any batch;
-        beyond 64 rows, each 64 read the weight again.
+      x: of the weight's dtype, bfloat16 or float16; bfloat16 if the values are int8. Every 64
+        rows of a batch read the weight once.
       packed: a 2:4 matrix, both sizes multiples of 16. Sums are in float32.
       bias: (outputs,), added in float32.
       activation: None or `"relu"`.

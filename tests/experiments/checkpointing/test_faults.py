@@ -116,7 +116,7 @@ def test_sigterm_saves_at_once_and_ends_cleanly(whole, compiled):
     assert steps >= 10
     epochs, rest = divmod(steps, 5)
     step = f", step {rest}" if rest else ""
-    assert f"stopped; --resume goes on from epoch {epochs}{step}\n" in out
+    assert f"stopped; --resume continues from epoch {epochs}{step}\n" in out
     end(start([*flags, "--resume"], compiled=compiled))
     assert_same_run(folder, whole)
 

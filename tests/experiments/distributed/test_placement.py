@@ -75,7 +75,7 @@ def test_a_batch_that_does_not_split_is_filled_up(options):
     ("own", "expected"), [((1, 2), [3, 4, 5, 6, 7, 8]), ((0, 3), [0, 1, 2, 9, 10, 11])]
 )
 def test_a_process_needs_the_rows_of_its_devices(own, expected):
-    """Ten rows in four shards of three; a mesh may give a process shards that are no neighbours."""
+    """Ten rows in four shards of three; a mesh may give a process shards that are not neighbors."""
     placement = Placement(layout=SimpleNamespace(batch_shards=4, own_batch_shards=own))
     assert placement.rows_of(10).tolist() == expected
 

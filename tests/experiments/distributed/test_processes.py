@@ -105,7 +105,7 @@ def test_sigterm_to_one_process_saves_and_ends_both(tmp_path):
     end(both[1], status=143)
     (steps,) = (int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
     epochs = steps // 5
-    assert f"stopped; --resume goes on from epoch {epochs}" in out
+    assert f"stopped; --resume continues from epoch {epochs}" in out
     assert epochs >= 2
     assert len(JsonLines(folder / "metrics.jsonl").read()) == epochs
     assert last_state(folder)[1]["['train']['step']"] == steps
@@ -127,7 +127,7 @@ def test_a_full_disk_ends_both_with_a_line_each(tmp_path):
     assert not any(process.returncode == 0 for process in both)
     errors = [error for _, error in ends if "error: a checkpoint could not be written" in error]
     assert errors
-    assert all("whole; make room, then go on with --resume" in error for error in errors)
+    assert all("whole; make room, then continue with --resume" in error for error in errors)
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def test_what_is_drawn_lies_where_the_object_is():
 def test_recipe_follows_the_flags_and_the_model_is_fixed():
     task = make_task(Flags(task="detection", epochs=3, batch_size=2))
     assert (task.recipe.epochs, task.recipe.batch_size) == (3, 2)
-    with pytest.raises(ValueError, match="no model named 'resnet50'; there are mask_rcnn_tiny"):
+    with pytest.raises(ValueError, match="no model named 'resnet50'; choose from mask_rcnn_tiny"):
         make_task(Flags(task="detection", model="resnet50"))
 
 

@@ -170,7 +170,7 @@ def test_recipe_follows_the_flags_and_the_model_is_fixed():
     assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (3, 2, 0.5)
     assert (recipe.optimizer, recipe.schedule, recipe.clip) == ("adamw", "linear", 1.0)
     assert next(iter(task.train_batches(0, 0)))["first"].shape[0] == 2
-    with pytest.raises(ValueError, match="no model named 'raft'; there are raft_tiny"):
+    with pytest.raises(ValueError, match="no model named 'raft'; choose from raft_tiny"):
         make_task(Flags(task="flow", model="raft"))
 
 

@@ -41,7 +41,7 @@ def test_the_default_model_is_the_first_or_the_one_that_is_named():
 
 
 def test_what_a_task_does_not_offer_is_an_error():
-    with pytest.raises(ValueError, match="no model named 'huge'; there are small, large"):
+    with pytest.raises(ValueError, match="no model named 'huge'; choose from small, large"):
         task(Options(model="huge"))
     with pytest.raises(ValueError, match="wide computes in float32, got bfloat16"):
         in_float32(Options(dtype="bfloat16"))

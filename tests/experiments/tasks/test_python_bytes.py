@@ -121,10 +121,10 @@ def test_what_is_shown_is_the_text_and_its_continuation(task):
     shown = task.show(params, {})
     text = SOURCES.test.tobytes().decode()
     for row in shown:
-        assert list(row) == ["before", "as it goes on", "network"]
-        assert row["before"] + row["as it goes on"] in text
+        assert list(row) == ["before", "original", "network"]
+        assert row["before"] + row["original"] in text
         assert len(row["before"]) == 8
-        assert len(row["as it goes on"]) == 40
+        assert len(row["original"]) == 40
     assert shown == task.show(params, {})
 
 
@@ -136,9 +136,9 @@ def test_notes_say_what_was_read(task):
 
 
 def test_what_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="no model named 'huge'; there are decoder_tiny"):
+    with pytest.raises(ValueError, match="no model named 'huge'; choose from decoder_tiny"):
         python_bytes.task(Options(model="huge"), sources=SOURCES)
-    with pytest.raises(ValueError, match="the test files have 10 bytes together, a window takes"):
+    with pytest.raises(ValueError, match="the test files have 10 bytes in total, but a window"):
         python_bytes.task(sources=SOURCES._replace(test=TEXT[:10]))
 
 

@@ -62,7 +62,10 @@ def test_tasks_are_listed_without_importing_them():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digit", "no task named 'digit'; there are cifar10, coco, .* wmt14. Name a task of your"),
+        (
+            "digit",
+            "no task named 'digit'; choose from cifar10, coco, .* wmt14. Name a task of",
+        ),
         ("task", "no task named 'task'"),
         ("families", "no task named 'families'"),
         ("nowhere.tasks:blobs", "task 'nowhere.tasks:blobs': no module named 'nowhere'"),
@@ -93,7 +96,7 @@ def test_a_task_from_outside_is_trained(outside, capsys):
     assert "middle/kernel" in (folder / "plan.txt").read_text()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
     assert train.main([*arguments, "--model", "wide"]) == 1
-    assert "no model named 'wide'; there are thin, thick" in capsys.readouterr().err
+    assert "no model named 'wide'; choose from thin, thick" in capsys.readouterr().err
 
 
 def test_a_task_from_outside_is_compared(outside, monkeypatch):

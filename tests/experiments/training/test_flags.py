@@ -26,7 +26,7 @@ def test_a_language_model_with_a_changed_recipe():
 
 @pytest.mark.parametrize("task", ["python_bytes", "number_names"])
 def test_a_model_that_does_not_fit_the_task_is_refused(task):
-    with pytest.raises(ValueError, match="no model named 'resnet18'; there are"):
+    with pytest.raises(ValueError, match="no model named 'resnet18'; choose from"):
         make_job(Flags(task=task, model="resnet18"))
 
 

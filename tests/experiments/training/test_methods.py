@@ -116,7 +116,7 @@ def test_warm_up_never_takes_more_than_half_of_a_short_schedule():
 
 
 def test_unknown_methods_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'magic'; there are dense, one_shot, ste"):
+    with pytest.raises(ValueError, match=r"'magic'; choose from dense, one_shot, ste"):
         find_row("magic")
 
 

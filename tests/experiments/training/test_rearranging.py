@@ -132,6 +132,23 @@ def test_it_happens_once_right_before_the_blocks_are_chosen():
     assert norms[:4].sum() > norms[-4:].sum()
 
 
+def test_masks_that_are_chosen_at_once_belong_to_the_weights():
+    """With one epoch, the sparsifier chooses before the first step."""
+    job = make_job(epochs=1)
+    programs = make_programs(job)
+    first = begin(programs, (0,), 0.0)
+    masks = jax.device_get(first.train.sparse.masks)
+    weights = jax.device_get(first.train.params)
+    report = next(iter(train(job, programs=programs, start=first)))
+    assert report.density[0] == pytest.approx(0.25)
+    assert programs.rearrange is None
+    for name, mask in masks.items():
+        layer = name.split("/")[0]
+        kept = np.abs(weights[layer]["kernel"])[mask].mean()
+        assert kept > np.abs(weights[layer]["kernel"])[~mask].mean()
+        np.testing.assert_array_equal(report.state.train.sparse.masks[name], mask)
+
+
 @pytest.mark.parametrize("method", ["dense", "one_shot", "subp"])
 def test_other_methods_keep_the_order(method):
     job = assemble_job(tiny_task(), method, PATTERN)

@@ -75,7 +75,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, monkeypatch, capsys, s
     with monkeypatch.context() as patch:
         patch.setattr(JsonLines, "append", stop)
         assert main(flags) == 130
-    assert f"--resume goes on from epoch {stop_in_epoch - 1}\n" in capsys.readouterr().out
+    assert f"--resume continues from epoch {stop_in_epoch - 1}\n" in capsys.readouterr().out
     # The interrupted epoch has a line and no checkpoint, and is trained again.
     assert len(metrics(folder)) == stop_in_epoch
     assert main([*flags, "--resume"]) == 0
@@ -98,7 +98,7 @@ def test_resuming_a_complete_run_does_nothing(whole, capsys):
 def test_a_run_is_not_overwritten_nor_resumed_as_another(whole, capsys):
     flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", "whole"]
     assert main(flags) == 1
-    assert "already holds a run: give --resume to go on, or another --name" in (
+    assert "already holds a run: give --resume to continue it, or another --name" in (
         capsys.readouterr().err
     )
     assert main([*flags, "--resume", "--seeds", "1", "--learning-rate", "0.2"]) == 1
@@ -106,6 +106,23 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(whole, capsys):
     assert "with other settings: learning_rate is 0.2, not 0.1; seeds is [1], not [0]." in error
     # The recipe decides, not who said it.
     assert main([*flags, "--resume", "--learning-rate", "0.1", "--log-every", "7"]) == 0
+
+
+def test_a_run_that_cannot_be_opened_gives_the_folder_back(tmp_path, monkeypatch):
+    flags = Flags(runs_dir=tmp_path, name="run", epochs=1, resume=True)
+
+    def damaged(self, like):
+        raise ValueError("no checkpoint is whole")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "restore", damaged)
+        # The error is kept, as notebooks do, and with it whatever `open_run` held.
+        with pytest.raises(ValueError, match="no checkpoint is whole") as kept:
+            open_run(flags)
+    run = open_run(flags)
+    run.checkpoints.close()
+    run.release()
+    assert kept.value is not None
 
 
 @pytest.mark.slow
@@ -171,12 +188,12 @@ def test_cifar10_from_disk(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--task", "imagenet2012"], "tfds build imagenet2012 --file_format=array_record"),
-        (["--task", "mnist"], "no task named 'mnist'; there are cifar10, coco"),
+        (["--task", "mnist"], "no task named 'mnist'; choose from cifar10, coco"),
         (["--pattern", "2-4"], "2-4"),
         (["--pattern", "2:5"], "kernel"),
-        (["--method", "magic"], "no method is called 'magic'; there are dense"),
+        (["--method", "magic"], "no method named 'magic'; choose from dense"),
         (["--method", "ste", "--lambda-w", "1"], "'ste' has no sparse-refined term"),
-        (["--model", "resnet18"], "no model named 'resnet18'; there are small_resnet"),
+        (["--model", "resnet18"], "no model named 'resnet18'; choose from small_resnet"),
         (["--devices", "2"], "a batch of 25 does not split evenly over 2 devices"),
         (["--devices", "99"], "devices must be from 1 to 8, got 99"),
         (["--mesh", "data=3"], "has 3 devices, which does not divide the 8 present"),

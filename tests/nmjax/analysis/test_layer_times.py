@@ -70,7 +70,7 @@ def test_the_command(tmp_path, capsys):
 def test_errors(tmp_path, capsys):
     nmjax.save_packed(tmp_path / "dense.safetensors", {"bias": jnp.ones(3)})
     assert main(["bench", str(tmp_path / "dense.safetensors")]) == 1
-    assert "none of its 1 leaves are packed" in capsys.readouterr().err
+    assert "none of its 1 leaves is packed" in capsys.readouterr().err
     nmjax.save_packed(tmp_path / "a.safetensors", packed_layers("2:4"))
     assert main(["bench", str(tmp_path / "a.safetensors"), "--threads", "1000"]) == 1
     assert "asked for 1000 threads" in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_images_stay_where_they_are():
     y = conv(placed, whole)
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 4)
     np.testing.assert_allclose(y, expected, atol=1e-4)
-    # Pixels need their neighbours: rows of an image are gathered.
+    # Pixels need their neighbors: rows of an image are gathered.
     rows = jax.device_put(images, NamedSharding(mesh, P(None, "data")))
     np.testing.assert_allclose(conv(rows, whole), expected, atol=1e-4)
 

@@ -179,7 +179,7 @@ def test_asking_twice_for_the_masks_is_as_good_as_handing_them_over(pattern):
 
 
 def operations(f, *arguments):
-    """The operations of the optimised program, in order, without names and metadata."""
+    """The operations of the optimized program, in order, without names and metadata."""
     text = jax.jit(f).lower(*arguments).compile().as_text()
     return re.findall(r"= \S+ ([a-z-]+)\(", text)
 

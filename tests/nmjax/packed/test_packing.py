@@ -248,7 +248,7 @@ def test_masks_and_params_that_do_not_fit():
 def test_check_sparse():
     pruned = nmjax.prune(PARAMS, PLAN)
     nmjax.check_sparse(pruned, PLAN)
-    with pytest.raises(ValueError, match=r"nmjax.prune makes them so") as error:
+    with pytest.raises(ValueError, match=r"call nmjax.prune first") as error:
         nmjax.check_sparse(PARAMS, PLAN)
     assert "conv/kernel (3, 3, 8, 4): 72 of 72 groups keep more than 2:4" in str(error.value)
     assert "dense/kernel (8, 4): 8 of 16 blocks are more than 1x2@0.5" in str(error.value)

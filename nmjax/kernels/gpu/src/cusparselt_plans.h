@@ -84,7 +84,7 @@ using Complaint = std::string;
 inline Complaint too_small(const char* what, size_t wanted, const Room& room) {
   if (wanted <= room.bytes) return {};
   return "cuSPARSELt wants " + std::to_string(wanted) + " bytes " + what + ", there are " +
-         std::to_string(room.bytes) + ": raise the bound in nmjax/kernels/cusparselt_limits.py";
+         std::to_string(room.bytes) + ": raise the bound in nmjax/kernels/gpu/cusparselt_limits.py";
 }
 
 inline Complaint describe(const cusparseLtHandle_t& handle, const Weight& weight,

@@ -119,5 +119,7 @@ def test_every_name_makes_a_network_for_small_images(name):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"no model named 'vgg'; there are resnet18.*mobilenet_v1"):
+    with pytest.raises(
+        ValueError, match=r"no model named 'vgg'; choose from resnet18.*mobilenet_v1"
+    ):
         make_image_network("vgg", 10)

@@ -154,7 +154,7 @@ def test_bfloat16_computes_the_same_function(small):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"no model named 'resnet19'; there are resnet18"):
+    with pytest.raises(ValueError, match=r"no model named 'resnet19'; choose from resnet18"):
         make_resnet("resnet19", 10)
     with pytest.raises(ValueError, match="stem must be"):
         shapes(make_resnet("resnet8", 10, stem="patch"), 8)

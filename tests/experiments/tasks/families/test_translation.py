@@ -107,16 +107,16 @@ def test_baselines_are_scores_of_what_takes_no_network():
     test = [("one two", "two one"), ("three", "three"), ("four", PAIRS[0][1])]
     task = make_task(test=test)
     assert dict(task.baselines) == pytest.approx(
-        {"the source as it is": 1 / 3, "one training sentence for all": 1 / 3}
+        {"the source unchanged": 1 / 3, "the same training sentence for all": 1 / 3}
     )
     copied = sacrebleu.corpus_bleu(
         ["one two", "three", "four"], [[reference for _, reference in test]]
     )
     assert task.notes[-2] == (
-        f"Without learning, the source as it is: exact match % 33.33, BLEU {copied.score:.2f}."
+        f"Without learning, the source unchanged: exact match % 33.33, BLEU {copied.score:.2f}."
     )
     swapped = make_task(test=test, metrics=(BLEU_METRIC,))
-    assert dict(swapped.baselines)["the source as it is"] == pytest.approx(copied.score / 100)
+    assert dict(swapped.baselines)["the source unchanged"] == pytest.approx(copied.score / 100)
 
 
 def test_scores_are_sacrebleus():
