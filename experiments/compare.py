@@ -35,7 +35,6 @@ import nmjax
 from experiments.checkpointing.run_folder import Earlier, open_folder
 from experiments.distributed.seeds import fastest, stack, use_every_core
 from experiments.json_files import Numbers
-from experiments.report.sentences import PAPER_LAMBDA_W
 from experiments.tasks.task import Compared, Task
 from experiments.training.flags import Flags as TrainFlags
 from experiments.training.flags import make_task
@@ -51,9 +50,10 @@ from experiments.training.methods import (
 from experiments.training.results import Results, Trial, brief_epoch_numbers
 from experiments.training.snapshots import block_masks, example_images, kernel_shapes, shown
 from experiments.training.step import Programs, RunState, make_programs
-from experiments.training.step_times import Timed, step_times
+from experiments.training.step_times import step_times
 
 TIMED_STEPS = 40
+PAPER_LAMBDA_W = 2e-4
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class Comparison:
             if trial.part == "main":
                 programs = self.job(trial)[1]
                 state = begin(programs, seeds, trial.lambda_w).train
-                chosen[trial.pattern, trial.method] = Timed(programs, state, batch)
+                chosen[trial.pattern, trial.method] = programs.step, state, batch
         return step_times(chosen, rounds=TIMED_STEPS)
 
 

@@ -5,6 +5,7 @@ To add a claim, add a row to `CLAIMS`. No verdict is hard-coded: all follow from
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from scipy import stats
@@ -22,25 +23,15 @@ OURS = ""  # Comparisons that no paper makes.
 
 
 class Claim(NamedTuple):
-    """A statement about two methods at one pattern.
-
-    Attributes:
-      source: the paper that makes it, or `OURS`.
-      says: the statement.
-      method: the method that it is about.
-      other: the method that it is compared with.
-      number: what is compared, a key of `Row.numbers`.
-      expected: how the method's number compares; a "higher" metric is a better one.
-      close: whether falling short by less than the metric's `close` counts as higher.
-    """
+    """A statement about how one method compares with another at one pattern."""
 
     source: str
     says: str
     method: str
     other: str
-    number: str
+    number: str  # A key of `Row.numbers`; a "higher" metric is a better one.
     expected: Literal["higher", "lower"]
-    close: bool = False
+    close: bool = False  # Whether falling short by less than the metric's `close` is "higher" too.
 
 
 # fmt: off
@@ -94,7 +85,7 @@ class Finding(NamedTuple):
     at: list[Comparison | None]
 
 
-def judge(run: Run, patterns: list[str]) -> list[Finding]:
+def judge(run: Run, patterns: Iterable[str]) -> list[Finding]:
     """The claims that can be tested at one of the patterns or more."""
     # What is close depends on the task, so it is part of the claim that readers see.
     margin = f"{run.metric.scale * run.metric.close:.2f} {run.metric.step}"

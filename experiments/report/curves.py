@@ -1,20 +1,16 @@
-"""Pictures of the metric, the masks and the blocks over the epochs.
-
-Each function returns a `Picture`, or None where the trials that it needs are missing.
-"""
+"""Pictures of the metric, the masks and the blocks over the epochs."""
 
 from __future__ import annotations
 
 import matplotlib as mpl
 import numpy as np
 
-from experiments.report.numbers import Row, Run
+from experiments.report.numbers import Run
 from experiments.report.pictures import (
     PINK,
     Picture,
-    block_label,
     color_of,
-    legend_below,
+    label_of,
     log_scale,
     name_of,
     panels,
@@ -22,58 +18,22 @@ from experiments.report.pictures import (
 )
 from nmjax.analysis.plots import plot_curves, plot_sad
 
-# Panel -> label -> row.
-Groups = dict[str, dict[str, Row]]
 
-
-def draw_metric_curves(run: Run) -> Picture | None:
-    """Test error over the epochs, one panel for each N:M pattern."""
-    groups: Groups = {}
-    for row in run.part("main"):
-        groups.setdefault(row.pattern, {})[name_of(row.method)] = row
-    note = ""
-    if any(row.method == "one_shot" for row in run.part("main")):
-        note = (
-            " One-shot trains dense for half of the epochs; then it is pruned and its learning "
-            "rate starts again."
-        )
-    return _draw_errors(run, groups, "curves", "Learning curves", note)
-
-
-def draw_block_curves(run: Run) -> Picture | None:
-    """Test error over the epochs, one panel for each block pattern, with N:M in it."""
-    groups: Groups = {}
-    for row in run.part("blocks"):
-        groups.setdefault(row.pattern, {block_label(r): r for r in run.beside(row.pattern)})
-        groups[row.pattern][block_label(row)] = row
-    note = ""
-    if any(row.method.startswith("subp") for row in run.part("blocks")):
-        # The ramp is in fractions of the epochs.
-        end = 100 * run.settings["recipe"]["ramp"][1]
-        note = f" SUBP starts dense and reaches its density after {end:.0f}% of the epochs."
-    return _draw_errors(run, groups, "block_curves", "Learning curves of blocks", note)
-
-
-def _draw_errors(run: Run, groups: Groups, name: str, title: str, note: str) -> Picture | None:
+def draw_metric_curves(run: Run, part: str = "main") -> Picture | None:
+    """Test error over the epochs, one panel for each pattern; part "blocks" has N:M in it."""
+    groups, metric = run.groups(part), run.metric
     if not groups:
         return None
-    metric = run.metric
     figure, axes = panels(len(groups), height=3.4)
-    for ax, (group, rows) in zip(axes, groups.items(), strict=True):
-        errors = {
-            label: metric.missing(row.curve(f"test.{metric.name}")) for label, row in rows.items()
-        }
-        colors = {label: color_of(row.method) for label, row in rows.items()}
-        plot_curves(errors, next(iter(rows.values())).curve("epoch"), colors=colors, ax=ax)
-        ax.set(title=group, xlabel="epoch")
+    for ax, (pattern, rows) in zip(axes, groups.items(), strict=True):
+        curves = [metric.missing(row.curve(f"test.{metric.name}")) for row in rows]
+        errors = {label_of(r, pattern): curve for r, curve in zip(rows, curves, strict=True)}
+        colors = {label_of(row, pattern): color_of(row.method) for row in rows}
+        plot_curves(errors, rows[0].curve("epoch"), colors=colors, ax=ax)
+        ax.set(title=pattern, xlabel="epoch")
         log_scale(ax)
     axes[0].set_ylabel(f"test {metric.missing_title}")
-    legend_below(figure, axes)
-    caption = (
-        f"Test {metric.missing_title}. The scale is logarithmic and lower is better; mean and one "
-        f"standard error over the seeds.{note}"
-    )
-    return picture(name, title, caption, figure)
+    return picture(figure)
 
 
 def draw_sad_over_time(run: Run) -> Picture | None:
@@ -103,13 +63,7 @@ def draw_sad_over_time(run: Run) -> Picture | None:
     plot_curves(flips, middles, colors=colors, ax=axes[1])
     axes[1].set(title="Flip rate", xlabel="epoch", ylabel="% of entries in one step")
     log_scale(axes[1])
-    legend_below(figure, axes)
-    caption = (
-        f"Left: SAD over time at {pattern} for each strength of the pull (0 is STE; the dotted "
-        "line marks unrelated masks). Right: the share of the mask that one step changes, "
-        "mean over a few epochs at a time."
-    )
-    return picture("sad_over_time", "Divergence over time, by strength", caption, figure)
+    return picture(figure, pattern=pattern)
 
 
 def draw_block_changes(run: Run) -> Picture | None:
@@ -129,21 +83,13 @@ def draw_block_changes(run: Run) -> Picture | None:
     ):
         plot_curves({label: row.curve(column) for label, row in shown.items()}, times, ax=ax)
         ax.set(title=title, xlabel="epoch", ylabel=f"{unit}, all layers")
-    legend_below(figure, axes)
-    caption = (
-        "Masks change once per epoch. Left: blocks that had been dropped and came back. Right: "
-        "mask entries that changed either way; a block has one entry for each weight."
-    )
-    return picture("block_changes", "Blocks that come and go", caption, figure)
+    return picture(figure)
 
 
 def _windows(values: np.ndarray, length: int = 5) -> np.ndarray:
-    """Means over a few epochs at a time, (seeds, windows).
-
-    A single epoch late in training may flip nothing, which a logarithmic scale cannot show. Where
-    even a whole window flips nothing, the mean is NaN and the curve has a gap.
-    """
+    """Means over a few epochs at a time, (seeds, windows)."""
     length = min(length, values.shape[1])
     count = values.shape[1] // length
     means = values[:, : count * length].reshape(len(values), count, length).mean(axis=2)
+    # A logarithmic scale cannot show a window without flips; NaN leaves a gap in the curve.
     return np.where(means > 0, means, np.nan)

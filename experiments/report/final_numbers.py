@@ -1,7 +1,4 @@
-"""Pictures of where training ends: every seed, each layer's masks, the sweep, the balance.
-
-Each function returns a `Picture`, or None where the trials that it needs are missing.
-"""
+"""Pictures of where training ends: every seed, each layer's masks, the sweep, the balance."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from experiments.report.pictures import (
     BLUE,
     Picture,
     color_of,
-    legend_below,
     name_of,
     panels,
     picture,
@@ -25,14 +21,12 @@ _MOST_THREADS = 8
 
 def draw_seeds(run: Run) -> Picture | None:
     """The final metric of every seed."""
-    rows, metric = run.part("main"), run.metric
-    if not rows:
+    groups, metric = run.groups("main"), run.metric
+    if not groups:
         return None
-    patterns = run.patterns("main")
-    figure, axes = panels(len(patterns), height=2.4)
-    for ax, pattern in zip(axes, patterns, strict=True):
-        here = [row for row in rows if row.pattern == pattern]
-        for height, row in enumerate(here):
+    figure, axes = panels(len(groups), height=2.4)
+    for ax, (pattern, rows) in zip(axes, groups.items(), strict=True):
+        for height, row in enumerate(rows):
             color, found = color_of(row.method), row.numbers["metric"]
             values = metric.scale * np.array(found.values)
             # Spread out, so that equal seeds do not hide each other.
@@ -40,39 +34,34 @@ def draw_seeds(run: Run) -> Picture | None:
             ax.plot(values, heights, "o", color=color, markersize=4, alpha=0.6)
             mean, error = metric.scale * found.mean, metric.scale * found.error
             ax.errorbar(mean, height, xerr=error, fmt="|", color=color, markersize=18, capsize=3)
-        ax.set_yticks(range(len(here)), [name_of(row.method) for row in here])
+        ax.set_yticks(range(len(rows)), [name_of(row.method) for row in rows])
         ax.set(title=pattern, xlabel=f"test {metric.title}")
         ax.invert_yaxis()
-    caption = "One dot per seed; the bar is the mean, with one standard error."
-    return picture("seeds", "Every seed", caption, figure)
+    return picture(figure)
 
 
 def draw_layer_sad(run: Run) -> Picture | None:
     """SAD against the initial weights, layer by layer, for dense and sparse forward passes."""
-    rows = [row for row in run.part("main") if row.method in ("dense", "ste", "sr_ste")]
-    patterns = list(dict.fromkeys(row.pattern for row in rows if row.method != "dense"))
-    if not patterns:
+    groups = {
+        pattern: [row for row in rows if row.method in ("dense", "ste", "sr_ste")]
+        for pattern, rows in run.groups("main").items()
+        if any(row.method in ("ste", "sr_ste") for row in rows)
+    }
+    if not groups:
         return None
     # As tall as the most layers need, with about 1 cm for each.
-    layers = max(len(run.settings["weights"][pattern]) for pattern in patterns)
-    figure, axes = panels(len(patterns), height=0.9 + 0.38 * layers)
-    for ax, pattern in zip(axes, patterns, strict=True):
+    layers = max(len(run.settings["weights"][pattern]) for pattern in groups)
+    figure, axes = panels(len(groups), height=0.9 + 0.38 * layers)
+    for ax, (pattern, rows) in zip(axes, groups.items(), strict=True):
         density, weights = (run.settings[name][pattern] for name in ("density", "weights"))
-        here = {
-            f"{name_of(r.method)} ({'dense' if r.method == 'dense' else 'sparse'} forward)": r
-            for r in rows
-            if r.pattern == pattern
-        }
-        sads = {label: row.epochs[-1]["sad_layers"] for label, row in here.items()}
-        colors = {label: color_of(row.method) for label, row in here.items()}
+        kinds = ["dense" if row.method == "dense" else "sparse" for row in rows]
+        labels = [f"{name_of(r.method)} ({k} forward)" for r, k in zip(rows, kinds, strict=True)]
+        shown = dict(zip(labels, rows, strict=True))
+        sads = {label: row.epochs[-1]["sad_layers"] for label, row in shown.items()}
+        colors = {label: color_of(row.method) for label, row in shown.items()}
         plot_layer_sad(sads, weights, density=density, colors=colors, ax=ax)
         ax.set_title(pattern)
-    legend_below(figure, axes)
-    caption = (
-        "Mask entries that differ from the initial weights' masks at the end of training. The "
-        "dotted line is chance: two unrelated masks differ that much."
-    )
-    return picture("layer_sad", "Divergence from the initial masks by layer", caption, figure)
+    return picture(figure)
 
 
 def draw_sweep(run: Run) -> Picture | None:
@@ -87,69 +76,50 @@ def draw_sweep(run: Run) -> Picture | None:
         number = run.shown[name]
         means = [number.scale * row.numbers[name].mean for row in rows]
         errors = [number.scale * row.numbers[name].error for row in rows]
-        ax.errorbar(
-            strengths, means, yerr=errors, fmt="o-", color=BLUE, capsize=3, label="STE and SR-STE"
-        )
+        style = {"fmt": "o-", "color": BLUE, "capsize": 3, "label": "STE and SR-STE"}
+        ax.errorbar(strengths, means, yerr=errors, **style)
         # Linear around 0, where STE is, and logarithmic outside.
         ax.set_xscale("symlog", linthresh=np.min(np.abs(strengths[strengths != 0])))
         ax.set(xlabel="λ (0 is STE)", ylabel=f"test {number.title}")
         if dense is not None:
             level = number.scale * dense.numbers[name].mean
             ax.axhline(level, color=BLACK, linestyle="--", linewidth=1, label="dense")
-    legend_below(figure, axes)
-    caption = f"Results at {rows[0].pattern} over the strength, mean and one standard error."
-    return picture("sweep", "Results over the strength of the pull", caption, figure)
+    return picture(figure, pattern=rows[0].pattern)
 
 
 def draw_balance(run: Run) -> Picture | None:
     """Blocks in each row of one layer, and what unequal rows cost when threads split them."""
-    methods = ("one_by_n", "subp")
-    found = {p: [run.find(p, m) for m in methods] for p in run.settings["block_patterns"]}
-    whole = {p: [row for row in rows if row] for p, rows in found.items() if None not in rows}
-    if not whole:
-        return None
+    groups = {
+        pattern: [row for row in rows if row.method in ("one_by_n", "subp")]
+        for pattern, rows in run.groups("blocks").items()
+    }
     # One pattern is enough to see it; the last one has its masks drawn too.
-    pattern, rows = list(whole.items())[-1]
-    layer, notes = run.largest_layer(pattern), []
+    pattern = next((p for p, rows in reversed(groups.items()) if len(rows) == 2), None)
+    if pattern is None:
+        return None
+    layer, worst, threads = run.largest_layer(pattern), [], range(1, _MOST_THREADS + 1)
     figure, axes = panels(2, height=3.0)
-    threads = range(1, _MOST_THREADS + 1)
-    for index, row in enumerate(rows):
+    for index, row in enumerate(groups[pattern]):
         kept, name, color = row.kept, name_of(row.method), color_of(row.method)
-        first = kept[layer][0]
-        axes[0].bar(
-            np.arange(len(first)) + 0.4 * (index - 0.5), first, 0.38, color=color, label=name
-        )
+        # The first seed's rows; the bars of the two methods stand side by side.
+        places = np.arange(kept[layer].shape[1]) + 0.4 * (index - 0.5)
+        axes[0].bar(places, kept[layer][0], 0.38, color=color, label=name)
         bounds = [[speed_up_bound(k, t).mean() for t in threads] for k in kept.values()]
         axes[1].plot(threads, np.mean(bounds, axis=0), "o-", color=color, markersize=4)
-        share, worst = min((float(balance(k).mean()), name) for name, k in kept.items())
-        notes.append(f"{name} {worst.removesuffix('/kernel')}, balance {100 * share:.0f}%")
+        share, where = min((float(balance(k).mean()), name) for name, k in kept.items())
+        worst.append(f"{name} {where.removesuffix('/kernel')}, balance {100 * share:.0f}%")
     axes[0].set(title=layer.removesuffix("/kernel"), xlabel="row of blocks", ylabel="blocks kept")
     axes[1].plot(threads, threads, color="0.5", linestyle=":", linewidth=1)
     axes[1].set(title="All layers", xlabel="threads", ylabel="bound on the speed-up")
     axes[1].set_xticks(threads)
-    legend_below(figure, axes)
-    caption = (
-        f"At {pattern}. Left: blocks kept in each row of one layer, first seed. Right: threads "
-        "take equal numbers of rows, and the thread with the most blocks finishes last. The bound "
-        "on the speed-up is the work of all threads divided by the work of that thread, averaged "
-        "over layers and seeds. It is counted, not timed. The dotted line is the number of "
-        f"threads; a layer with fewer rows cannot reach it. Worst layers: {'; '.join(notes)}."
-    )
-    return picture("balance", "Blocks per row and the speed-up they allow", caption, figure)
+    return picture(figure, pattern=pattern, worst=worst)
 
 
 def speed_up_bound(kept: np.ndarray, threads: int) -> np.ndarray:
-    """How much faster than one thread several can be, if each takes the same number of rows.
+    """How much faster than one thread several can be: total work over that of the slowest.
 
-    The slowest thread decides: total work divided by the largest sum of one thread's rows. Rows
-    are dealt out in their order, as evenly as possible.
-
-    Args:
-      kept: blocks in each row, (..., rows).
-      threads: at least 1.
-
-    Returns:
-      (...), at most `threads`.
+    `kept` has the blocks in each row, (..., rows); the bound is (...), at most `threads`. Rows are
+    dealt out in their order, as evenly as possible.
 
     >>> speed_up_bound(np.array([1, 3, 2, 2]), 2).item()
     2.0

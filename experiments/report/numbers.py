@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,21 +36,13 @@ class Summary(NamedTuple):
 
 
 class Number(NamedTuple):
-    """How one number of a row is shown.
-
-    Attributes:
-      title: of its column.
-      scale: what it is multiplied by before it is shown.
-      form: format of the scaled number.
-      unit: of differences.
-      has_error: whether tables show its standard error.
-    """
+    """How one number of a row is shown."""
 
     title: str
-    scale: float
-    form: str
-    unit: str = ""
-    has_error: bool = True
+    scale: float  # From the number to what is shown.
+    form: str  # Format of the scaled number.
+    unit: str = ""  # Of differences.
+    has_error: bool = True  # Whether tables show the standard error.
 
     def show(self, summary: Summary) -> str:
         """The mean as text, with its standard error if there are several seeds."""
@@ -72,22 +63,18 @@ class Number(NamedTuple):
         return f"{mean:+.{digits}f} ± {error:.{digits}f}{self.unit}"
 
 
-@dataclass(frozen=True)
-class Row:
-    """A trial and its numbers at the end of training.
+class Row(NamedTuple):
+    """A trial that ended: its part, pattern, method and strength, as `Trial` has them.
 
     Attributes:
-      part: "main", "sweep", "shapes", "blocks" or "beside"; see `experiments.training.results`.
-      pattern: such as "2:4".
-      method: a row of `experiments.training.methods.METHODS`.
-      lambda_w: strength of the pull on pruned weights; 0 where the method has none.
       epochs: what was measured in each epoch.
-      numbers: name -> summary. "metric" is the first metric of the task, and "sad" the fraction of
-        mask entries that differ from the initial weights' masks; "flip_rate" and "regrown" are
-        means over the epochs. "balance" and "regrown" exist only for remembered masks of blocks.
-      kept: layer -> blocks kept in each row at the end, (seeds, rows); empty where "balance" is
-        missing.
+      kept: layer -> blocks kept in each row at the end, (seeds, rows); empty for methods that
+        remember no masks of blocks.
       ratio: time of a step over that of dense; None if it was not measured.
+      numbers: name -> summary at the end of training. "metric" is the first metric of the task,
+        and "sad" the fraction of mask entries that differ from the initial weights' masks.
+        "flip_rate" and "regrown" are means over the epochs. "balance" and "regrown" exist where
+        `kept` does.
     """
 
     part: str
@@ -95,25 +82,23 @@ class Row:
     method: str
     lambda_w: float
     epochs: list[Data]
-    numbers: dict[str, Summary]
     kept: dict[str, np.ndarray]
     ratio: float | None
+    numbers: dict[str, Summary]
 
     def curve(self, name: str) -> np.ndarray:
         """One number over time, (seeds, epochs); "test.x" is NaN in epochs without evaluation."""
-        return _curve(self.epochs, name)
+        # Numbers that were not finite are null in the file and become NaN here.
+        nothing = [np.nan] * len(self.epochs[0]["train_loss"])
+        if name.startswith("test."):
+            return np.array([e["test"].get(name[5:], nothing) for e in self.epochs], float).T
+        return np.array([epoch[name] for epoch in self.epochs], float).T
 
 
 class Run:
-    """A comparison, finished or not.
+    """A comparison, finished or not: `rows` has the trials that ended, in the order of training.
 
-    Attributes:
-      data: the content of `results.json`.
-      settings: what was trained, and how.
-      metric: what methods are compared by: the first of `metrics`.
-      metrics: the metrics that are shown.
-      shown: name -> how it is shown.
-      rows: one for each trial that ended, in the order of training.
+    Methods are compared by `metric`, the first of `metrics`; `shown` is name -> how it is shown.
     """
 
     def __init__(self, data: Data) -> None:
@@ -139,21 +124,24 @@ class Run:
         """The rows of some parts, one part after the other."""
         return [row for name in names for row in self.rows if row.part == name]
 
-    def patterns(self, part: str) -> list[str]:
-        """The patterns that were trained in a part."""
-        return list(dict.fromkeys(row.pattern for row in self.part(part)))
+    def groups(self, part: str) -> dict[str, list[Row]]:
+        """Pattern -> the rows of a part; rows of blocks come after what is beside them."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.part(part):
+            first = self.beside(row.pattern) if part == "blocks" else []
+            groups.setdefault(row.pattern, first).append(row)
+        return groups
 
     def find(self, pattern: str, method: str) -> Row | None:
         """The row of a method in a pattern's table, including the N:M rows next to blocks."""
         # Not the part "sweep": it has rows of the same pattern and method with other strengths.
-        here = [row for row in self.part("main", "blocks") if row.pattern == pattern]
-        found = [row for row in [*here, *self.beside(pattern)] if row.method == method]
-        return found[0] if here and found else None
+        rows = [r for part in ("main", "blocks") for r in self.groups(part).get(pattern, ())]
+        found = [row for row in rows if row.method == method]
+        # A row of the pattern itself comes before one that is only beside it.
+        return max(found, key=lambda row: row.pattern == pattern, default=None)
 
     def beside(self, pattern: str) -> list[Row]:
         """What a pattern of blocks is compared with: dense, and SR-STE at the same density."""
-        if pattern not in self.settings["block_patterns"]:
-            return []
         density, trained = self.settings["density"], self.part("main", "beside")
         # Dense training is the same at every pattern, so one row stands for all.
         return [row for row in trained if row.method == "dense"][:1] + [
@@ -163,20 +151,17 @@ class Run:
         ]
 
     def sweep(self, *, decoupled: bool = False) -> list[Row]:
-        """STE and all strengths of SR-STE at the swept pattern, ascending.
-
-        Args:
-          decoupled: take the strengths of the pull after the preconditioner instead.
-        """
+        """STE and all strengths of SR-STE, ascending; or those after the preconditioner."""
         # Only the last pattern is swept.
         pattern = self.settings["patterns"][-1]
         family = ("ste", "sr_ste_decoupled") if decoupled else ("ste", "sr_ste", "sr_ste_negative")
         rows = [row for row in self.part("main", "sweep") if row.pattern == pattern]
         return sorted((r for r in rows if r.method in family), key=lambda row: row.lambda_w)
 
-    def best(self, rows: list[Row]) -> Row:
-        """The row with the best mean of the metric."""
-        return max(rows, key=lambda row: self.metric.sign * row.numbers["metric"].mean)
+    def best(self, rows: list[Row]) -> Row | None:
+        """The row with the best mean of the metric, if there is one."""
+        sign = self.metric.sign
+        return max(rows, key=lambda row: sign * row.numbers["metric"].mean, default=None)
 
     def gap(self, method: Row, other: Row, name: str = "metric") -> str:
         """The paired difference of two rows as text."""
@@ -187,42 +172,32 @@ class Run:
         weights = self.settings["weights"][pattern]
         return max(reversed(list(weights)), key=lambda layer: weights[layer])
 
-    def total_pull(self, lambda_w: float) -> float:
-        """Sum over all steps of learning rate * lambda_w."""
-        return float(lambda_w * self.settings["rate_sum"])
-
     def _row(self, entry: Data) -> Row:
         epochs, last, pattern = entry["epochs"], entry["epochs"][-1], entry["pattern"]
-        # Only methods that remember masks of blocks have these.
         kept = {layer: np.array(rows) for layer, rows in last.get("kept_rows", {}).items()}
+        times = {(t["pattern"], t["method"]): t["ratio"] for t in self.data.get("step_times", ())}
+        part, method, strength = (entry[name] for name in ("part", "method", "lambda_w"))
+        row = Row(
+            part, pattern, method, strength, epochs, kept, times.get((pattern, method)), numbers={}
+        )
         weights = sum(self.settings["weights"][pattern].values())
         values = {
             **{metric.name: last["test"][metric.name] for metric in self.metrics},
             "metric": last["test"][self.metric.name],
             "loss": last["test"]["loss"],
             "train_loss": last["train_loss"],
-            "sad": _curve(epochs, "sad_first")[:, -1] / weights,
-            "flip_rate": _curve(epochs, "flip_rate").mean(axis=1),
+            "sad": row.curve("sad_first")[:, -1] / weights,
+            "flip_rate": row.curve("flip_rate").mean(axis=1),
             "density": last["density"],
         }
         if kept:
             values["balance"] = np.mean([balance(rows) for rows in kept.values()], axis=0)
-            values["regrown"] = _curve(epochs, "regrown").mean(axis=1)
-        numbers = {name: Summary(tuple(map(float, found))) for name, found in values.items()}
-        times = {(t["pattern"], t["method"]): t["ratio"] for t in self.data.get("step_times", ())}
-        ratio = times.get((pattern, entry["method"]))
-        part, method, strength = (entry[name] for name in ("part", "method", "lambda_w"))
-        return Row(part, pattern, method, strength, epochs, numbers, kept, ratio)
+            values["regrown"] = row.curve("regrown").mean(axis=1)
+        for name, found in values.items():
+            row.numbers[name] = Summary(tuple(map(float, found)))
+        return row
 
 
 def balance(kept: np.ndarray) -> np.ndarray:
     """Mean over the rows divided by their maximum, (..., rows) -> (...): 1 is perfect balance."""
     return np.asarray(kept.mean(axis=-1) / kept.max(axis=-1))
-
-
-def _curve(epochs: list[Data], name: str) -> np.ndarray:
-    # Numbers that were not finite are null in the file and become NaN here.
-    nothing = [np.nan] * len(epochs[0]["train_loss"])
-    if name.startswith("test."):
-        return np.array([epoch["test"].get(name[5:], nothing) for epoch in epochs], float).T
-    return np.array([epoch[name] for epoch in epochs], float).T

@@ -1,9 +1,8 @@
-"""What all pictures of a report share: colors, names, panels, and a drawing with its caption."""
+"""What all pictures of a report share: colors, names, panels, the drawing as SVG."""
 
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -28,7 +27,6 @@ _LOOKS = {
     "subp": ("SUBP", GREEN),
 }
 STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -45,17 +43,31 @@ STYLE: dict[Any, Any] = {
 
 
 class Picture(NamedTuple):
-    """A drawing: the name of its file, a title for screen readers, a caption, the SVG."""
+    """A drawing as SVG, and the facts that its caption states."""
 
-    name: str
-    title: str
-    caption: str
     svg: bytes
+    facts: dict[str, Any]
 
     @property
     def source(self) -> str:
         """The drawing as the `src` of an HTML image."""
         return f"data:image/svg+xml;base64,{b64encode(self.svg).decode()}"
+
+
+def picture(figure: Figure, **facts: Any) -> Picture:
+    """Turns a figure into SVG, with one legend for all panels below them."""
+    # Labels of the same name are shown once.
+    entries: dict[str, Any] = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if entries:
+        place: Any = {"loc": "outside lower center", "ncols": 5, "fontsize": 8}
+        figure.legend(entries.values(), entries.keys(), **place)
+    buffer = BytesIO()
+    # A date would make the file different for the same results.
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return Picture(buffer.getvalue(), facts)
 
 
 def name_of(method: str) -> str:
@@ -68,9 +80,10 @@ def color_of(method: str) -> str:
     return _LOOKS.get(method, ("", "#666666"))[1]
 
 
-def block_label(row: Row) -> str:
-    """The name of a method next to blocks, with its pattern if it is sparse and not of blocks."""
-    is_plain = row.part == "blocks" or row.method == "dense"
+def label_of(row: Row, pattern: str) -> str:
+    """The name of a method among those of a pattern, with its own pattern if that is another."""
+    # Dense training is the same at every pattern.
+    is_plain = row.pattern == pattern or row.method == "dense"
     return name_of(row.method) if is_plain else f"{name_of(row.method)} {row.pattern}"
 
 
@@ -89,15 +102,6 @@ def draw_map(ax: Any, image: Any, title: str, **options: Any) -> None:
     ax.set_title(title, fontsize=8)
 
 
-def legend_below(figure: Figure, axes: Iterable[Any]) -> None:
-    """One legend for all panels, below them; labels of the same name are shown once."""
-    entries: dict[str, Any] = {}
-    for ax in axes:
-        handles, labels = ax.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5, fontsize=8)
-
-
 def log_scale(ax: Any) -> None:
     """Makes the vertical axis logarithmic, unless it is empty or some value is not positive."""
     drawn = np.concatenate([line.get_ydata() for line in ax.lines])
@@ -109,11 +113,3 @@ def log_scale(ax: Any) -> None:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
-    """Turns a figure into SVG."""
-    buffer = BytesIO()
-    # A date would make the file different for the same results.
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return Picture(name, title, caption, buffer.getvalue())

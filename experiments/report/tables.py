@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 
 from experiments.report.numbers import Data, Row, Run
-from experiments.report.pictures import block_label, color_of, name_of
+from experiments.report.pictures import color_of, label_of, name_of
 
 
 class Line(NamedTuple):
@@ -29,16 +29,15 @@ class Table(NamedTuple):
 
 def main_table(run: Run) -> Table:
     """The N:M methods, with all numbers and the time of a step relative to dense."""
-    names, rows = _names(run), run.part("main")
-    header = ("method", *(run.shown[name].title for name in names), "time")
+    names = _names(run)
     groups: dict[str, list[Line]] = {}
-    for row in rows:
-        sparse = [r for r in rows if r.pattern == row.pattern and r.method != "dense"]
-        time = "" if row.ratio is None else f"{row.ratio:.2f}"
-        cells = (name_of(row.method), *_cells(run, row, names), time)
-        is_best = bool(sparse) and row is run.best(sparse)
-        groups.setdefault(row.pattern, []).append(Line(cells, color_of(row.method), is_best))
-    return Table(header, groups)
+    for pattern, rows in run.groups("main").items():
+        best = run.best([row for row in rows if row.method != "dense"])
+        for row in rows:
+            time = "" if row.ratio is None else f"{row.ratio:.2f}"
+            cells = (name_of(row.method), *_cells(run, row, names), time)
+            groups.setdefault(pattern, []).append(Line(cells, color_of(row.method), row is best))
+    return Table(("method", *_titles(run, names), "time"), groups)
 
 
 def block_table(run: Run) -> Table:
@@ -48,36 +47,28 @@ def block_table(run: Run) -> Table:
     blocks it has.
     """
     names = ["metric", "loss", "density", "balance", "regrown"]
-    titles = [run.shown[name].title for name in names]
-    header = ("method", *titles[:3], "in a row", *titles[3:])
     groups: dict[str, list[Line]] = {}
-    for pattern in run.patterns("blocks"):
-        here = [row for row in run.part("blocks") if row.pattern == pattern]
-        groups[pattern] = [
-            Line(
-                (block_label(row), *cells[:3], _in_a_row(run, row), *cells[3:]),
-                color_of(row.method),
-            )
-            for row in [*run.beside(pattern), *here]
-            for cells in [_cells(run, row, names)]
-        ]
-    return Table(header, groups)
+    for pattern, rows in run.groups("blocks").items():
+        for row in rows:
+            cells = (label_of(row, pattern), *_cells(run, row, names), _in_a_row(run, row))
+            groups.setdefault(pattern, []).append(Line(cells, color_of(row.method)))
+    return Table(("method", *_titles(run, names), "in a row"), groups)
 
 
 def sweep_table(run: Run, *, decoupled: bool) -> Table:
     """The strengths of SR-STE, with the pull before or after the preconditioner."""
     # Without the density, which is the same for all.
     names, rows = _names(run)[:-1], run.sweep(decoupled=decoupled)
-    header = ("λ", "λ · Σ lr", *(run.shown[name].title for name in names), "against STE")
+    best = run.best(rows)
     # STE is SR-STE of strength 0.
-    zero = [row for row in rows if row.method == "ste"]
+    zero = next((row for row in rows if row.method == "ste"), None)
     groups: dict[str, list[Line]] = {}
     for row in rows:
-        strengths = (f"{row.lambda_w:.3g}", f"{run.total_pull(row.lambda_w):.3g}")
-        gap = run.gap(row, zero[0]) if zero and row is not zero[0] else ""
-        line = Line((*strengths, *_cells(run, row, names), gap), is_best=row is run.best(rows))
-        groups.setdefault(row.pattern, []).append(line)
-    return Table(header, groups)
+        pull = row.lambda_w * run.settings["rate_sum"]
+        gap = run.gap(row, zero) if zero and row is not zero else ""
+        cells = (f"{row.lambda_w:.3g}", f"{pull:.3g}", *_cells(run, row, names), gap)
+        groups.setdefault(row.pattern, []).append(Line(cells, is_best=row is best))
+    return Table(("λ", "λ · Σ lr", *_titles(run, names), "against STE"), groups)
 
 
 def baselines(run: Run) -> str:
@@ -113,6 +104,10 @@ def print_table(data: Data, console: Console) -> None:
 def _names(run: Run) -> list[str]:
     others = [metric.name for metric in run.metrics[1:]]
     return ["metric", *others, "loss", "sad", "flip_rate", "density"]
+
+
+def _titles(run: Run, names: list[str]) -> list[str]:
+    return [run.shown[name].title for name in names]
 
 
 def _cells(run: Run, row: Row, names: list[str]) -> list[str]:

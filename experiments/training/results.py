@@ -21,16 +21,18 @@ def epoch_numbers(report: EpochReport) -> Numbers:
 
 
 def brief_epoch_numbers(report: EpochReport) -> Numbers:
-    """Returns `epoch_numbers` summed over layers; only evaluated epochs keep those of each."""
+    """Returns `epoch_numbers` with "sad_first" summed over the layers.
+
+    Numbers of layers, "sad_layers" and "kept_rows", are there only where something was evaluated.
+    """
     numbers = epoch_numbers(report)
     layers, blocks = numbers["sad_first"], numbers.pop("blocks", {})
     numbers["sad_first"] = np.sum(list(layers.values()), axis=0)
-    if report.test:
-        numbers["sad_layers"] = layers
     if blocks:
         numbers |= {"sad_used": blocks["sad"], "regrown": blocks["regrown"]}
-        if report.test:
-            numbers["kept_rows"] = blocks["kept_rows"]
+    if report.test:
+        numbers["sad_layers"] = layers
+        numbers |= {"kept_rows": blocks["kept_rows"]} if blocks else {}
     return numbers
 
 
@@ -38,18 +40,14 @@ def brief_epoch_numbers(report: EpochReport) -> Numbers:
 class Trial:
     """One method at one pattern with one strength, for all seeds, which train together.
 
-    Attributes:
-      part: "main" for the table; "sweep" for further strengths of SR-STE; "shapes" for the run
-        whose kernels are drawn; "blocks" for 1xN patterns, "beside" for their N:M rivals.
-      pattern: such as "2:4".
-      method: a row of `experiments.training.methods.METHODS`.
-      lambda_w: strength of the sparse-refined term; 0 where the method has none.
+    Parts are "main" for the table; "sweep" for further strengths of SR-STE; "shapes" for the run
+    whose kernels are drawn; "blocks" for 1xN patterns, "beside" for their N:M rivals.
     """
 
     part: str
-    pattern: str
-    method: str
-    lambda_w: float
+    pattern: str  # Such as "2:4".
+    method: str  # A row of `experiments.training.methods.METHODS`.
+    lambda_w: float  # 0 where the method has none.
     seeds: tuple[int, ...]
 
     @property
@@ -60,11 +58,10 @@ class Trial:
 
 
 class Results:
-    """What a comparison has found so far, in `folder/results.json`.
+    """What a comparison has found so far: `data`, the content of `folder/results.json`.
 
-    Attributes:
-      data: the content of the file. "settings" decides the numbers, "trials" has an entry with
-        its epochs for each finished trial, "step_times", "shapes", "films" and "shown" are extra.
+    "settings" decides the numbers, "trials" has an entry with its epochs for each finished trial,
+    "step_times", "shapes", "films" and "shown" are extra.
     """
 
     def __init__(self, folder: Path, settings: Numbers, *, resume: bool) -> None:

@@ -27,16 +27,15 @@ def shown(job: Job, programs: Programs, state: RunState) -> list[Shown]:
     """What the first seed's network does with the task's examples; empty if it shows none."""
     if job.task.show is None:
         return []
-    network = (programs.forward(state.train), state.train.collections)
-    return job.task.show(*_first_seed(state, jax.device_get(network)))
+    network = jax.device_get((programs.forward(state.train), state.train.collections))
+    return job.task.show(*_first_seed(state, network))
 
 
 def kernel_shapes(job: Job, state: RunState) -> Numbers:
     """Which taps the first seed keeps in the second layer of 3x3 kernels, or in the only one.
 
-    Returns:
-      The layer's name, and for each (input, output) channel the nine taps in row order as text,
-      such as "010110010". Empty without such a layer.
+    For each (input, output) channel the nine taps are text in row order, such as "010110010".
+    Empty without such a layer.
     """
     masks = nmjax.compute_masks(_first_seed(state, state.train.params), job.plan)
     wide = [name for name, mask in masks.items() if mask.ndim == 4 and mask.shape[:2] == (3, 3)]
@@ -51,9 +50,7 @@ def kernel_shapes(job: Job, state: RunState) -> Numbers:
 def block_masks(job: Job, state: RunState) -> Numbers:
     """The blocks that the first seed's largest layer keeps, for methods that remember masks.
 
-    Returns:
-      The layer's name, and each row of blocks as text with a digit for each input channel, such
-      as "0110".
+    Each row of blocks is text with a digit for each input channel, such as "0110".
     """
     masks = _first_seed(state, state.topology.used)
     layer = max(reversed(list(masks)), key=lambda name: masks[name].size)

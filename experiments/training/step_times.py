@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from experiments.json_files import Numbers
-from experiments.training.step import Programs, TrainState
+from experiments.training.step import TrainState
 
-
-class Timed(NamedTuple):
-    """A method's programs, the state to start from (it is consumed), and the batch of a step."""
-
-    programs: Programs
-    state: TrainState
-    batch: Any
+# A method's step, the state to start from (the step consumes it), and the batch.
+Timed = tuple[Callable[[TrainState, Any], TrainState], TrainState, Any]
 
 
 def step_times(chosen: Mapping[tuple[str, str], Timed], *, rounds: int) -> list[Numbers]:
     """Times one step of each program in turn, `rounds` times, after a round to warm up.
 
     Args:
-      chosen: (pattern, method) -> what is timed. Methods with the same programs share one
-        measurement.
+      chosen: (pattern, method) -> what is timed. Methods with the same step share a measurement.
       rounds: how often.
 
     Returns:
       Pattern, method, median milliseconds, and the median over the rounds of the ratio to dense in
       the same round, or NaN without dense.
     """
-    states = {timed.programs.step: timed.state for timed in chosen.values()}
-    batches = {timed.programs.step: timed.batch for timed in chosen.values()}
+    states = {step: state for step, state, _ in chosen.values()}
+    batches = {step: batch for step, _, batch in chosen.values()}
     seconds: dict[Any, list[float]] = {step: [] for step in states}
     for _ in range(rounds + 1):
         # Taking turns spreads a slow moment of the machine over all methods.
@@ -43,7 +37,7 @@ def step_times(chosen: Mapping[tuple[str, str], Timed], *, rounds: int) -> list[
             states[step] = jax.block_until_ready(step(states[step], batches[step]))
             seconds[step].append(time.perf_counter() - began)
     # The first round compiles.
-    times = {key: np.array(seconds[timed.programs.step][1:]) for key, timed in chosen.items()}
+    times = {key: np.array(seconds[step][1:]) for key, (step, _, _) in chosen.items()}
     dense = next((taken for (_, method), taken in times.items() if method == "dense"), np.nan)
     return [
         {

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.report.numbers import Run
 from experiments.report.page import draw_all, write_report
+from experiments.report.sentences import headline, reasons
 from experiments.report.tables import block_table, main_table, sweep_table
 
 ROOT = Path(__file__).parents[3]
@@ -37,11 +38,20 @@ def test_page_of_whole_results(data, tmp_path):
             assert f"{html.escape(cell)}</td>" in page
     names = {"examples", "curves", "seeds", "layer_sad", "sad_over_time", "sweep", "shapes"}
     names |= {"block_curves", "block_changes", "block_masks", "balance"}
-    assert {picture.name for picture in draw_all(run)} == names
+    assert set(draw_all(run)) == names
     assert {path.stem for path in tmp_path.glob("*.svg")} == names
     assert page.count("data:image/svg+xml") == len(names)
     assert "&lt;b&gt;made up" in page
     assert "<b>made up" not in page
+    words = text_of(page)
+    # The captions' facts; every seed of each block method has the same rows.
+    assert "At 1x8@0.75. Left: blocks kept" in words
+    assert "Worst layers: 1xN b, balance 67%; SUBP a, balance 100%." in words
+    assert "0 of 16 kernels are empty." in words
+    assert "SUBP starts dense and reaches its density after 72% of the epochs." in words
+    for pattern in ("2:4", "1:2"):
+        for sentence in (headline(run, pattern), *reasons(run, pattern)):
+            assert sentence in words
 
 
 @pytest.mark.parametrize(
@@ -63,12 +73,36 @@ def test_page_of_partial_results(data, tmp_path, count):
     assert ('<section id="blocks">' in page) == bool(blocks)
 
 
+def test_recipe_size_and_pull_are_those_of_the_settings(data, tmp_path):
+    data["trials"] = []
+    words = text_of(write_report(data, tmp_path).read_text())
+    assert "SGD with momentum 0.9, batch size 8" in words
+    assert "follows a cosine to zero." in words
+    assert "40 optimizer steps on a network of 500 parameters" in words
+    assert "over all steps: 6.0 in the paper's" in words
+    # The learning rates add up to 40 * 0.05.
+    assert "In this run λ = 2e-4 adds up to 0.0004; SR-STE in the table uses 0.02" in words
+    assert "0.02, which adds up to 0.04." in words
+    data["settings"]["recipe"]["momentum"] = 0.5
+    assert "by 2 here and by 10 there" in text_of(write_report(data, tmp_path).read_text())
+
+
+def test_without_the_decoupled_method_adam_has_one_place_for_the_pull(bits, tmp_path):
+    bits["trials"] = []
+    words = text_of(write_report(bits, tmp_path).read_text())
+    assert "Adam divides the gradient" in words
+    assert "After the preconditioner" not in words
+
+
 def test_the_page_of_a_metric_to_lower(bits, tmp_path):
     page = write_report(bits, tmp_path).read_text()
     words = text_of(page)
     assert "Without learning: chance 0.100 (bits per byte)." in words
-    assert "AdamW with betas 0.9 and 0.98, gradients clipped to a norm of 1" in words
+    assert "AdamW with betas 0.9 and 0.98, gradients clipped to a norm of 1, batch size 8" in words
+    assert "the inverse square root of the step" in words
     assert "Adam divides the gradient" in words
+    assert "SR-STE in the table uses 0.02. After the preconditioner" in words
+    assert "The table uses 0.1: learning rate * λ adds up to 0.2 over all steps" in words
     assert "The same sweep, with the pull after the preconditioner:" in words
     assert "layers stay dense" not in words
     assert "accuracy %" not in words
@@ -136,7 +170,7 @@ def test_calls_only_go_down(data, tmp_path):
 @pytest.mark.slow
 def test_pictures_are_the_same_for_the_same_results(data):
     first, second = draw_all(Run(data)), draw_all(Run(data))
-    assert [picture.svg for picture in first] == [picture.svg for picture in second]
+    assert first == second
 
 
 def test_a_stopped_trial_is_named_and_left_out_of_the_table(data, tmp_path):

@@ -4,13 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.report.numbers import Run, Summary
-from experiments.report.sentences import (
-    headline,
-    pull_sentences,
-    reasons,
-    recipe_sentence,
-    scale_sentence,
-)
+from experiments.report.sentences import headline, reasons
 
 SEEDS = np.array([0.2, 0.9, 0.4, 0.6])
 
@@ -68,30 +62,3 @@ def test_nothing_is_said_about_methods_that_are_missing(data):
     assert reasons(Run(data), "2:4") == []
     data["trials"] = [t for t in data["trials"] if t["method"] != "ste"]
     assert headline(Run(data), "2:4") == ""
-
-
-def test_the_pull_is_that_of_the_recipe(run):
-    (sentence,) = pull_sentences(run)
-    # The learning rates add up to 40 * 0.05.
-    assert "In this run λ = 2e-4 adds up to 0.0004; SR-STE in the table uses 0.02" in sentence
-    assert sentence.endswith("adds up to 0.04.")
-    run.settings["recipe"]["momentum"] = 0.5
-    assert "by 2 here and by 10 there" in pull_sentences(run)[0]
-
-
-def test_the_pull_under_adam_has_two_places(bits):
-    before, after = pull_sentences(Run(bits))
-    assert before.startswith("Adam divides the gradient")
-    assert before.endswith("SR-STE in the table uses 0.02.")
-    assert "The table uses 0.1: learning rate * λ adds up to 0.2" in after
-    bits["trials"] = [t for t in bits["trials"] if t["method"] != "sr_ste_decoupled"]
-    assert len(pull_sentences(Run(bits))) == 1
-
-
-def test_recipe_and_size_are_those_of_the_settings(run, bits):
-    assert "SGD with momentum 0.9, batch size 8" in recipe_sentence(run)
-    assert recipe_sentence(run).endswith("a cosine to zero.")
-    adam = recipe_sentence(Run(bits))
-    assert "AdamW with betas 0.9 and 0.98, gradients clipped to a norm of 1, batch size 8" in adam
-    assert "the inverse square root of the step" in adam
-    assert "40 optimizer steps on a network of 500 parameters" in scale_sentence(run)

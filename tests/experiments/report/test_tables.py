@@ -52,8 +52,8 @@ def test_blocks_stand_below_what_is_as_dense(run):
     assert names["1x4@0.5"] == ["dense", "SR-STE 2:4", "SR-STE 1:2", *blocks]
     assert names["1x8@0.75"] == ["dense", *blocks]
     dense, one_shot = table.groups["1x8@0.75"][:2]
-    assert table.header[4:] == ("in a row", "balance %", "regrown")
-    assert one_shot.cells[4:] == ("1-3/8", "83", "1.5")
+    assert table.header[4:] == ("balance %", "regrown", "in a row")
+    assert one_shot.cells[4:] == ("83", "1.5", "1-3/8")
     assert dense.cells[4:] == ("", "", "")
 
 
@@ -72,6 +72,8 @@ def test_the_sweep_is_compared_with_ste(run, bits):
     table = sweep_table(run, decoupled=False)
     lines = table.groups["1:2"]
     assert [line.cells[0] for line in lines] == ["-0.002", "0", "0.0002", "0.02", "0.2"]
+    # The learning rates add up to 40 * 0.05.
+    assert [line.cells[1] for line in lines][2:] == ["0.0004", "0.04", "0.4"]
     assert table.header[-1] == "against STE"
     ste, refined = run.find("1:2", "ste"), run.find("1:2", "sr_ste")
     assert lines[1].cells[-1] == ""
