@@ -6,7 +6,9 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
@@ -20,15 +22,11 @@ from nmjax.files.whole_files import write_whole
 
 Numbers = dict[str, Any]
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-
 
 def plain(value: Any, digits: int = 17) -> Any:
     """Converts arrays, tuples and dicts to what JSON has; numbers that are not finite are null.
 
-    Args:
-      value: to convert, with everything inside it.
-      digits: significant digits of floats; 17 keep every bit.
+    Floats get that number of significant digits; 17 keep every bit.
     """
     if isinstance(value, dict):
         return {name: plain(entry, digits) for name, entry in value.items()}
@@ -43,7 +41,7 @@ def plain(value: Any, digits: int = 17) -> Any:
 
 def machine() -> Numbers:
     """Describes the machine: processor, cores this process may use, load, devices, versions."""
-    device = jax.devices()[0]
+    device, packages = jax.devices()[0], ("jax", "jaxlib", "flax", "optax", "numpy")
     allowed = getattr(os, "sched_getaffinity", None)  # macOS and Windows do not have it.
     return {
         "processor": _processor(),
@@ -53,21 +51,18 @@ def machine() -> Numbers:
         "system": platform.platform(),
         "python": platform.python_version(),
         # Some benchmarks run on machines without flax.
-        **{name: version(name) for name in _PACKAGES if find_spec(name)},
+        **{name: version(name) for name in packages if find_spec(name)},
     }
 
 
-def differences(now: Any, expected: Any, limit: int = 8) -> str:
+def differences(now: Any, expected: Any) -> str:
     """Says where two nested dicts differ, such as "recipe epochs is 3, not 2"; "" if nowhere."""
-    return "; ".join(islice(_differences(now, expected, ""), limit))
+    # Two other models differ in all of their leaves.
+    return "; ".join(islice(_differences(now, expected, ""), 8))
 
 
 def read_json(path: Path) -> Any:
-    """Reads a file.
-
-    Raises:
-      ValueError: it does not hold JSON; names the file.
-    """
+    """Reads a file; raises a ValueError that names it if it does not hold JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -80,29 +75,28 @@ def write_json(path: Path, value: Any, **style: Any) -> None:
     write_whole(path, lambda part: part.write_text(text))
 
 
+@dataclass(frozen=True)
 class JsonLines:
-    """A file of JSON objects, one a line, that grows at its end."""
+    """A file of JSON objects, one a line, that grows at its end. The first line creates it."""
 
-    def __init__(self, path: Path) -> None:
-        """Names the file. The first line creates it."""
-        self._path = path
+    path: Path
 
     def read(self) -> list[Numbers]:
         """All lines, except a last one that was cut off while it was written."""
-        if not self._path.exists():
+        if not self.path.exists():
             return []
-        lines = self._path.read_text().splitlines(keepends=True)
+        lines = self.path.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def append(self, entry: Numbers) -> None:
         """Adds a line."""
-        with self._path.open("a") as file:
+        with self.path.open("a") as file:
             file.write(json.dumps(plain(entry)) + "\n")
 
     def keep(self, wanted: Callable[[Numbers], bool]) -> None:
         """Drops all other lines."""
         text = "".join(json.dumps(line) + "\n" for line in self.read() if wanted(line))
-        write_whole(self._path, lambda part: part.write_text(text))
+        write_whole(self.path, lambda part: part.write_text(text))
 
 
 def _differences(now: Any, expected: Any, name: str) -> Iterator[str]:
@@ -115,8 +109,6 @@ def _differences(now: Any, expected: Any, name: str) -> Iterator[str]:
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")  # `platform.processor` often finds nothing on Linux.
+    found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()

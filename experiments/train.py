@@ -11,25 +11,21 @@ import tyro
 
 from experiments.distributed.processes import join_processes, leave
 from experiments.training.flags import Flags
-from experiments.training.run import COMPLETE, PREEMPTED, finish, open_run
+from experiments.training.run import COMPLETE, PREEMPTED, Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `python -m experiments.train`.
+    """Runs `python -m experiments.train`, with the flags of the command line or these.
 
-    Args:
-      argv: flags; None for the command line's.
-
-    Returns:
-      The exit status: 0 if the run is complete, 130 if Ctrl-C stopped it, 143 if SIGTERM stopped
-      it, 1 if it cannot continue.
+    Returns the exit status: 0 for a complete run, 130 after Ctrl-C, 143 after SIGTERM, 1 for a run
+    that cannot continue.
     """
     flags = tyro.cli(Flags, args=argv, prog="python -m experiments.train")
     run = None
     try:
         join_processes(flags.distributed, flags.coordinator, flags.processes, flags.process)
-        run = open_run(flags)
-        status = finish(run)
+        run = Run(flags)
+        status = run.finish()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1

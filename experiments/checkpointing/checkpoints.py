@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import count
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Checkpoints:
     """States of one run, by the number of optimizer steps done.
 
     A checkpoint appears when it is complete, so a killed run leaves the earlier ones whole. Every
-    process of a run opens the same folder and calls the same methods.
+    process of a run calls the same methods.
     """
 
     def __init__(
@@ -62,14 +62,13 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._about = dict(about or {})
         self._placement = placement
-        rules: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
-        if keep_best:
-            rules.append(policies.BestN(get_metric_fn=_score, n=keep_best))
+        score = itemgetter("score")
+        newest, best = policies.LatestN(n=keep), policies.BestN(get_metric_fn=score, n=keep_best)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                best_fn=_score if keep_best else None,
-                preservation_policy=policies.AnyPreservationPolicy(rules),
+                best_fn=score if keep_best else None,  # Without it, no scores are written.
+                preservation_policy=policies.AnyPreservationPolicy([newest, best]),
                 cleanup_tmp_directories=True,
                 single_host_load_and_broadcast=True,  # All processes see the same checkpoints.
             ),
@@ -82,13 +81,12 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, steps: int, state: Any, *, score: float = -math.inf) -> None:
-        """Starts to write a state. Old checkpoints go when it is written.
+        """Copies a state, for the next step to reuse its memory, and writes it in the background.
 
-        Returns when the state has been copied: the next training step may have its memory. Waits
-        for the checkpoint before, if that is still being written.
+        Waits for the checkpoint before. Old checkpoints go when this one is written.
 
         Args:
-          steps: steps done; not those of another checkpoint.
+          steps: done so far; not those of another checkpoint.
           state: a pytree of arrays.
           score: for `keep_best`.
 
@@ -100,7 +98,7 @@ class Checkpoints:
         stored = self._to_stored(state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(stored),
-            about=ocp.args.JsonSave({**self._about, "leaves": _leaves(stored["state"])}),
+            about=ocp.args.JsonSave(self._about_state(stored["state"])),
         )
         # When Ctrl-C interrupts a save, orbax may raise something else instead.
         with noted(signal.SIGINT) as pressed, self._naming_what_is_left():
@@ -135,18 +133,18 @@ class Checkpoints:
           OSError: this machine lacks memory, files or permission to read it, or a damaged one
             cannot be renamed.
         """
-        failed: dict[int, str] = {}
+        damaged: dict[int, str] = {}
         for steps in sorted(self._manager.all_steps(), reverse=True):
             try:
                 state = self._read(steps, like)
             except DamagedError as error:
-                failed[steps] = str(error)  # The error itself holds arrays.
+                damaged[steps] = str(error)  # The error itself holds arrays.
                 continue
-            for damaged, cause in failed.items():
-                self._put_aside(damaged, cause)
+            for newer, cause in damaged.items():
+                self._put_aside(newer, cause)
             return steps, state
-        if failed:
-            steps, cause = next(iter(failed.items()))
+        if damaged:
+            steps, cause = next(iter(damaged.items()))
             raise ValueError(
                 f"no checkpoint in {self.folder} is whole; that of {steps} steps: {cause}. All "
                 "stay as they are; move the run's folder away to start over"
@@ -160,14 +158,12 @@ class Checkpoints:
         stored = together(partial(self._read_shards, path, target), _FAILURES)
         sums = self._jit(checksums, target["checksums"])(stored["state"])
         together(partial(_check, list(named_leaves(like)), sums, stored["checksums"]), _FAILURES)
-        return self._jit(partial(from_stored, like=like), self._placement.like(like))(
-            stored["state"]
-        )
+        unpack = self._jit(partial(from_stored, like=like), self._placement.like(like))
+        return unpack(stored["state"])
 
     def _read_shards(self, path: Path, target: Any) -> Any:
         about = read_alone(path / "about", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
-        expected = {**self._about, "leaves": _leaves(target["state"])}
-        if different := differences(about, expected, limit=4):
+        if different := differences(about, self._about_state(target["state"])):
             raise ValueError(
                 f"the checkpoint {path} does not fit this run: {different}. Give the flags it was "
                 "made with, or another --name"
@@ -178,8 +174,13 @@ class Checkpoints:
         restore = ocp.args.StandardRestore(target)
         return read_alone(path / "state", ocp.StandardCheckpointHandler, restore)
 
+    def _about_state(self, packed: Any) -> dict[str, Any]:
+        leaves = named_leaves(packed)
+        shapes = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+        return {**self._about, "leaves": shapes}
+
     def _place_stored(self, state: Any) -> Any:
-        """Returns shapes and shardings of a state's stored form; packed masks split as masks."""
+        """Returns shapes and shardings of a state's stored form."""
         bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
         shapes = jax.eval_shape(to_stored, bare)
         if self._placement.layout is None:
@@ -188,25 +189,32 @@ class Checkpoints:
         return {**self._placement.like(shapes), "state": placed}
 
     def _jit(self, function: Callable[[Any], Any], result: Any) -> Callable[[Any], Any]:
-        """Jits a function of states that are placed already; `result` has its shapes."""
-        layout, shardings = self._placement.layout, jax.tree.map(lambda x: x.sharding, result)
+        """Jits a function of states that are placed already; `result` has its shardings."""
+        layout = self._placement.layout
         if layout is None:
             return jax.jit(function)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, result)
         if layout.is_explicit:
             # Packing bits crosses shards whose size is not a multiple of eight.
             function = jax.sharding.auto_axes(function, out_sharding=shardings)
         return jax.jit(function, out_shardings=shardings)
 
     def _put_aside(self, steps: int, cause: str) -> None:
-        path = self.folder / str(steps)
-        name = together(partial(_rename_damaged, path), (OSError,))
-        self._manager.reload()
-        if is_first():
+        def rename() -> None:
+            if not is_first():
+                return
+            path, aside = self.folder / str(steps), self.folder / f"damaged-{steps}"
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}-again")
+            path.rename(aside)
             print(
-                f"warning: the checkpoint {path} is damaged: {cause}; it is now {name}, and the "
-                "one before is used",
+                f"warning: the checkpoint {path} is damaged: {cause}; it is now {aside.name}, and "
+                "the one before is used",
                 file=sys.stderr,
             )
+
+        together(rename)
+        self._manager.reload()
 
     @contextmanager
     def _naming_what_is_left(self) -> Iterator[None]:
@@ -222,26 +230,7 @@ class Checkpoints:
             ) from error
 
 
-def _score(metrics: Mapping[str, float]) -> float:
-    return metrics["score"]
-
-
-def _rename_damaged(path: Path) -> str:
-    """Renames a checkpoint, in the first process only, and returns its new name."""
-    names = (f"damaged-{path.name}{'-' * bool(at)}{at or ''}" for at in count())
-    name = next(name for name in names if not path.with_name(name).exists())
-    if is_first():
-        path.rename(path.with_name(name))
-    return name
-
-
 def _check(names: list[str], sums: jax.Array, expected: Any) -> None:
-    """Raises DamagedError if checksums are not those that were written."""
     wrong = np.flatnonzero(jax.device_get(sums) != jax.device_get(expected))
     if wrong.size:
         raise DamagedError(f"{names[wrong[0]]} is not what was written")
-
-
-def _leaves(state: Any) -> dict[str, str]:
-    """Returns shape and dtype of every array, as text."""
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named_leaves(state).items()}

@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-# What a machine may lack for reading, whatever the checkpoint holds; MemoryError and
-# PermissionError have classes.
+# What a machine may lack for reading; MemoryError and PermissionError have classes.
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 
 
@@ -44,15 +43,13 @@ def read_alone(path: Path, handler: Callable[[], ocp.CheckpointHandler], args: A
         ) from error
 
 
-def _is_lack(error: BaseException | None) -> bool:
+def _is_lack(error: BaseException) -> bool:
     """Whether an error, or one behind it, says that the machine lacks something."""
-    if error is None:
-        return False
     # JAX only sees numbers that have been read, so its errors are never about the file.
     if isinstance(error, MemoryError | PermissionError | jax.errors.JaxRuntimeError):
         return True
-    is_lack = isinstance(error, OSError) and error.errno in _LACKING
-    return is_lack or _is_lack(error.__cause__ or error.__context__)
+    behind = error.__cause__ or error.__context__
+    return getattr(error, "errno", None) in _LACKING or (behind is not None and _is_lack(behind))
 
 
 def first_line(error: BaseException) -> str:

@@ -13,17 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Literal
 
-from experiments.distributed.processes import REFUSALS, is_first, tell_all, together
-from experiments.json_files import Numbers, differences, read_json, write_json
+from experiments.distributed.processes import is_first, tell_all, together
+from experiments.json_files import Numbers, differences, write_json
 
 # What to do with an earlier run in the folder: go on with it, refuse to touch it, or start over.
 Earlier = Literal["resume", "refuse", "replace"]
-Deciding = Callable[[Numbers], Numbers]
 
 _LOCK, _SETTINGS = ".lock", "settings.json"
-
-# Seconds between looks at a folder that does not show its owner.
-_PAUSES = (0, 0.5, 1, 2, 2)
 
 
 def open_folder(
@@ -31,42 +27,40 @@ def open_folder(
     settings: Numbers,
     *,
     earlier: Earlier,
-    deciding: Deciding = dict,
+    deciding: Callable[[Numbers], Numbers] = dict,
     texts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[], None]:
     """Takes a folder for a run and writes the settings there. Every process must call this.
 
     Args:
       path: a folder that all processes share.
-      settings: of the run, nested dicts.
+      settings: nested dicts.
       earlier: what to do with a run that is there.
       deciding: settings -> those in which a resumed run must agree.
       texts: file name -> what else to write there, for readers.
 
     Returns:
-      A function that gives the folder back. So does the end of the process, however it ends.
+      A function that gives the folder back, as the end of the process does.
 
     Raises:
       ValueError: the folder is in use, holds another run, or is not the same in all processes.
     """
+    # Through JSON, so that tuples and paths compare as they are read back.
+    settings = json.loads(json.dumps(settings, default=str))
 
-    def claim() -> IO[str] | None:
-        lock = take(path) if is_first() else None
-        if lock is not None:
-            try:
-                _keep(path, settings, earlier, deciding)
-                for name, text in texts.items():
-                    (path / name).write_text(f"{text}\n")
-            except BaseException:
-                lock.close()
-                raise
-        return lock
+    def keep() -> None:
+        if is_first():
+            _check_earlier(path, settings, earlier, deciding)
+            write_json(path / _SETTINGS, settings, indent=2)
+            for name, text in texts.items():
+                (path / name).write_text(f"{text}\n")
 
-    lock = together(claim, REFUSALS)
+    lock = together(lambda: take(path) if is_first() else None)
     release = (lambda: None) if lock is None else lock.close
     try:
+        together(keep)
         owner = tell_all(_this_process())[0]
-        together(partial(check_shared, path, owner), REFUSALS)
+        together(partial(check_shared, path, owner))
     except BaseException:
         release()
         raise
@@ -74,10 +68,9 @@ def open_folder(
 
 
 def take(path: Path) -> IO[str]:
-    """Locks a folder, and creates it if needed; returns the open lock file, which owns it.
+    """Locks a folder, creating it if needed; returns the open lock file, which owns it.
 
-    Raises:
-      ValueError: another run has the folder; says which process.
+    Raises a ValueError that names the owner if another run has the folder.
     """
     path.mkdir(parents=True, exist_ok=True)
     # "a+" and not "w": the file must keep the owner's name until we have the lock.
@@ -86,26 +79,21 @@ def take(path: Path) -> IO[str]:
         # The lock belongs to the open file, so the system takes it back from a dead process.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        lock.seek(0)
-        owner = lock.read().strip() or "another process"
         lock.close()
+        owner = (path / _LOCK).read_text().strip() or "another process"
         raise ValueError(
             f"{path} is in use by {owner}: wait for that run to end, or give another --name"
         ) from error
     lock.truncate(0)
-    lock.write(_this_process() + "\n")
-    lock.flush()
+    print(_this_process(), file=lock, flush=True)
     os.fsync(lock.fileno())  # Only then do other hosts see it.
     return lock
 
 
 def check_shared(path: Path, owner: str) -> None:
-    """Raises ValueError if this process does not see within seconds that `owner` has the folder.
-
-    A network disk may show old content for a while.
-    """
-    for pause in _PAUSES:
-        time.sleep(pause)
+    """Raises ValueError if this process does not see within seconds that `owner` has the folder."""
+    for seconds in (0, 0.5, 1, 2, 2):  # A network disk may show old content for a while.
+        time.sleep(seconds)
         if (path / _LOCK).exists() and (path / _LOCK).read_text().strip() == owner:
             return
     raise ValueError(
@@ -114,23 +102,18 @@ def check_shared(path: Path, owner: str) -> None:
     )
 
 
-def _keep(folder: Path, settings: Numbers, earlier: Earlier, deciding: Deciding) -> None:
-    """Writes the settings, unless the folder holds a run that cannot continue with them."""
+def _check_earlier(
+    folder: Path, settings: Numbers, earlier: Earlier, deciding: Callable[[Numbers], Numbers]
+) -> None:
     path = folder / _SETTINGS
-    # Through JSON, so that tuples and paths compare as they are read back.
-    settings = json.loads(json.dumps(settings, default=str))
-    if path.exists() and earlier == "refuse":
+    if earlier == "replace" or not path.exists():
+        return
+    if earlier == "refuse":
         raise ValueError(
             f"{folder} already holds a run: give --resume to continue it, or another --name"
         )
-    if path.exists() and earlier == "resume":
-        _check_same(path, settings, deciding)
-    write_json(path, settings, indent=2)
-
-
-def _check_same(path: Path, settings: Numbers, deciding: Deciding) -> None:
     try:
-        before = deciding(read_json(path))
+        before = deciding(json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold the settings of a run: {error!r}. If you have no copy, delete "
@@ -138,7 +121,7 @@ def _check_same(path: Path, settings: Numbers, deciding: Deciding) -> None:
         ) from error
     if changed := differences(deciding(settings), before):
         raise ValueError(
-            f"the run in {path.parent} cannot be resumed with other settings: {changed}. Give the "
+            f"the run in {folder} cannot be resumed with other settings: {changed}. Give the "
             "flags it was started with, or another --name"
         )
 

@@ -19,10 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def to_stored(state: Any) -> dict[str, Any]:
-    """Packs masks and computes checksums, for use inside `jax.jit`. Copies every array.
-
-    Args:
-      state: a pytree of arrays, which may be donated to a training step afterwards.
+    """Copies a pytree of arrays, for use inside `jax.jit`.
 
     Returns:
       "state": the same tree, in which boolean arrays with axes are uint8 with eight entries per
@@ -33,12 +30,7 @@ def to_stored(state: Any) -> dict[str, Any]:
 
 
 def from_stored(packed: Any, like: Any) -> Any:
-    """Undoes the packing of `to_stored`.
-
-    Args:
-      packed: its "state".
-      like: a tree of the shapes and dtypes of the result.
-    """
+    """Undoes the packing in "state" of `to_stored`; `like` has the shapes and dtypes."""
     return jax.tree.map(_unpack, packed, like)
 
 
@@ -58,19 +50,13 @@ def packing_axis(shape: tuple[int, ...]) -> int:
 
 def split_alike(packed: jax.ShapeDtypeStruct, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Splits a stored array as the array itself, except along axes that no longer divide."""
-    sharding = leaf.sharding
-    shards = [
-        size // held
-        for size, held in zip(leaf.shape, sharding.shard_shape(leaf.shape), strict=True)
-    ]
-    entries = (*sharding.spec, *[None] * (len(shards) - len(sharding.spec)))
+    held = leaf.sharding.shard_shape(leaf.shape)
     spec = [
-        entry if size % count == 0 else None
-        for entry, size, count in zip(entries, packed.shape, shards, strict=True)
+        entry if packed.shape[axis] % (leaf.shape[axis] // held[axis]) == 0 else None
+        for axis, entry in enumerate(leaf.sharding.spec)
     ]
-    return jax.ShapeDtypeStruct(
-        packed.shape, packed.dtype, sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    )
+    sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=sharding)
 
 
 def _pack(leaf: jax.Array) -> jax.Array:
@@ -88,14 +74,11 @@ def _unpack(packed: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _checksum(leaf: jax.Array) -> jax.Array:
-    bits = leaf if leaf.dtype == bool else lax.bitcast_convert_type(leaf, _unsigned(leaf.dtype))
-    words = bits.astype(jnp.uint32)
+    if leaf.dtype != bool:
+        leaf = lax.bitcast_convert_type(leaf, np.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+    # By axis, because a reshaped `arange` would not be split as the leaf is.
     places = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, _ in enumerate(leaf.shape):
+    for axis in range(leaf.ndim):
         stride = np.uint32(math.prod(leaf.shape[axis + 1 :]) % 2**32)
         places += stride * lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return jnp.sum(words * (2 * places + 1), dtype=jnp.uint32)
-
-
-def _unsigned(dtype: np.dtype) -> np.dtype:
-    return np.dtype(f"uint{8 * dtype.itemsize}")
+    return jnp.sum(leaf.astype(jnp.uint32) * (2 * places + 1), dtype=jnp.uint32)

@@ -16,29 +16,21 @@ T = TypeVar("T")
 # What JAX reads where it is not told the coordinator.
 _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 
-# What a run that cannot start raises, for `together`.
-REFUSALS = (ValueError, OSError)
-
 
 def join_processes(
     distributed: bool, coordinator: str | None, processes: int | None, process: int | None
 ) -> None:
     """Connects this process with the others of its run. Call it before JAX computes anything.
 
-    Args:
-      distributed: whether to ask the cluster (Slurm, Open MPI, Kubernetes, TPU) for what is not
-        given. JAX_COORDINATOR_ADDRESS in the environment implies it and replaces `coordinator`.
-      coordinator: "host:port" of process 0.
-      processes: how many there are.
-      process: which one this is, from 0.
+    The arguments are the flags of these names. JAX_COORDINATOR_ADDRESS in the environment implies
+    `distributed` and replaces `coordinator`.
 
     Raises:
-      ValueError: only some of the last three are given and there is no cluster to ask, or the
-        cluster does not know the rest.
+      ValueError: the last three are incomplete, and no cluster knows the rest.
     """
-    given = (coordinator, processes, process)
+    given = {coordinator, processes, process}
     distributed = distributed or bool(os.environ.get(_COORDINATOR))
-    if not distributed and given == (None, None, None):
+    if not distributed and given == {None}:
         return
     if not distributed and None in given:
         raise ValueError(
@@ -60,10 +52,9 @@ def is_first() -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process at once, even if other processes of its run have not finished.
+    """Ends this process at once, and JAX then ends the others.
 
-    Python's own exit would wait minutes for them, and they may be waiting for this one. JAX ends
-    them when it notices.
+    Python's own exit would wait minutes for them, and they may be waiting for this one.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -79,7 +70,9 @@ def tell_all(text: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode() for row in np.atleast_2d(rows)]
 
 
-def together(act: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+def together(
+    act: Callable[[], T], errors: tuple[type[Exception], ...] = (ValueError, OSError)
+) -> T:
     """Returns what `act` returns if it succeeds in every process; otherwise every process raises.
 
     Each process must call this, and waits for the others. If one failed by itself, the others
@@ -87,29 +80,32 @@ def together(act: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
 
     Args:
       act: must not wait for other processes.
-      errors: kinds that it may raise, each built from one text, the most severe first.
+      errors: kinds that it may raise, each built from one text, the most severe first. Any other
+        kind is more severe still, and becomes a RuntimeError in the other processes.
 
     Raises:
       The most severe kind that `act` raised anywhere: this process's own error if it is of that
-      kind, or one with the text of the first process that raised it. An error of any other kind
-      is more severe than all these, and becomes a RuntimeError in the other processes.
+      kind, or one with the text of the first process that raised it.
     """
-    kinds: tuple[type[Exception], ...] = (RuntimeError, *errors)
     failure: Exception | None = None
-    grade, own = 0, ""
+    grade, own = 0, ""  # What the others are told; "0 ..." is the most severe.
     try:
         result = act()
     except Exception as error:
         failure = error
         grade = next((at for at, kind in enumerate(errors, 1) if isinstance(error, kind)), 0)
         name = type(error).__name__
-        own = f"{grade} {(str(error) or name) if grade else f'{name}: {error}'}"
-    said = [(text.partition(" "), process) for process, text in enumerate(tell_all(own)) if text]
+        own = f"{grade} " + ((str(error) or name) if grade else f"{name}: {error}")
+    said = []
+    for process, text in enumerate(tell_all(own)):
+        number, _, cause = text.partition(" ")
+        said += [(int(number), process, cause)] if text else []
     if not said:
         return result
     # The kind must be the same everywhere: callers treat kinds differently, and one that goes on
     # would wait where the others never come.
-    worst, process, text = min((int(number), process, text) for (number, _, text), process in said)
+    worst, process, cause = min(said)
     if failure is not None and grade == worst:
         raise failure
-    raise kinds[worst](f"process {process}: {text}") from failure
+    kinds: tuple[type[Exception], ...] = (RuntimeError, *errors)
+    raise kinds[worst](f"process {process}: {cause}") from failure

@@ -12,12 +12,9 @@ from jax.experimental import multihost_utils
 
 @contextmanager
 def noted(number: int) -> Iterator[list[int]]:
-    """Notes a signal instead of obeying it; must be entered in the main thread.
-
-    Yields:
-      A list that grows with every signal.
-    """
+    """Yields a list that grows with every signal, which is noted instead of obeyed."""
     came: list[int] = []
+    # Python allows this in the main thread only.
     before = signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield came
@@ -29,8 +26,7 @@ def noted(number: int) -> Iterator[list[int]]:
 def preemption() -> Iterator[Callable[[int], bool]]:
     """Listens for SIGTERM, which a scheduler sends to a run that has to make room.
 
-    Yields:
-      A function to call once after each step with the number of steps done: whether to stop now.
+    Yields a function to call after each step with the steps done; it returns whether to stop.
     """
     if jax.distributed.is_initialized():
         # JAX listens, and stops all processes at the same step, whichever of them got the signal.

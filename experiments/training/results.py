@@ -16,16 +16,12 @@ _DIGITS = 6
 
 def epoch_numbers(report: EpochReport) -> Numbers:
     """Returns the numbers of a report, without its state and its seconds."""
-    names = ("epoch", "train_loss", "test", "sad_first", "sad_epoch", "flip_rate", "density")
-    numbers = {name: getattr(report, name) for name in names}
-    return {**numbers, "blocks": report.blocks} if report.blocks else numbers
+    unwanted = {"state", "seconds"} if report.blocks else {"state", "seconds", "blocks"}
+    return {name: value for name, value in vars(report).items() if name not in unwanted}
 
 
 def brief_epoch_numbers(report: EpochReport) -> Numbers:
-    """Returns `epoch_numbers` with "sad_first" summed over the layers.
-
-    Numbers of layers, "sad_layers" and "kept_rows", are there only where something was evaluated.
-    """
+    """Returns `epoch_numbers` summed over layers; only evaluated epochs keep those of each."""
     numbers = epoch_numbers(report)
     layers, blocks = numbers["sad_first"], numbers.pop("blocks", {})
     numbers["sad_first"] = np.sum(list(layers.values()), axis=0)
@@ -86,18 +82,18 @@ class Results:
 
     def find(self, trial: Trial) -> Numbers | None:
         """Returns the entry of a finished trial."""
-        wanted = plain(asdict(trial), _DIGITS)
-        for entry in self.data["trials"]:
-            if all(entry[name] == value for name, value in wanted.items()):
-                return dict(entry)
-        return None
+        wanted = plain(asdict(trial), _DIGITS).items()
+        entries: list[Numbers] = self.data["trials"]
+        return next((entry for entry in entries if wanted <= entry.items()), None)
 
-    def add(self, trial: Trial, reports: list[Numbers], seconds: float, error: str = "") -> None:
+    def add(self, trial: Trial, epochs: list[Numbers], seconds: float, error: str) -> None:
         """Adds a finished trial, or one that an error ended, and saves."""
-        entry = {**asdict(trial), "seconds": seconds, "error": error, "epochs": reports}
-        self.data["trials"].append(plain(entry, _DIGITS))
+        entry = {**asdict(trial), "seconds": seconds, "error": error, "epochs": epochs}
+        self.data["trials"].append(entry)
         self.save()
 
     def save(self) -> None:
         """Writes the file, whole or not at all."""
-        write_json(self.path, plain(self.data, _DIGITS), separators=(",", ":"))
+        # The report of a comparison must be the same now and after it is read back.
+        self.data = plain(self.data, _DIGITS)
+        write_json(self.path, self.data, separators=(",", ":"))

@@ -6,176 +6,168 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
-from typing import NamedTuple
 
 import jax
 
 from experiments.checkpointing.checkpoints import Checkpoints
-from experiments.checkpointing.run_folder import Earlier, open_folder
-from experiments.distributed.placement import Placement
-from experiments.distributed.processes import REFUSALS, is_first, together
+from experiments.checkpointing.run_folder import open_folder
+from experiments.distributed.processes import is_first, together
 from experiments.distributed.stopping import preemption
 from experiments.json_files import JsonLines
 from experiments.tasks.task import Task
 from experiments.training.flags import Flags, make_job, make_run_placement, strength
 from experiments.training.loop import EpochReport, begin, train
 from experiments.training.results import epoch_numbers
-from experiments.training.run_lines import epoch_line, opening, reached, say, with_progress
+from experiments.training.run_lines import epoch_line, opening, progress_line
 from experiments.training.settings import check_alike, deciding, settings_of
-from experiments.training.step import Job, Programs, RunState, make_programs
+from experiments.training.step import RunState, make_programs
 
 COMPLETE, INTERRUPTED, PREEMPTED = 0, 130, 143
 
 
-class Preempted(Exception):  # noqa: N818  # not an error
+class _Preempted(Exception):  # noqa: N818  # not an error
     """The run was told to stop, and its state is saved."""
 
 
-class Run(NamedTuple):
-    """A run that is ready to train.
+class Run:
+    """A run in its folder, new or as an earlier process left it.
 
     Attributes:
-      flags: of the command line.
-      job: task, plan and method.
-      programs: the jitted functions.
-      placement: over devices and processes.
+      state: to continue from, `steps_done` optimizer steps after the start.
       release: releases the folder.
-      checkpoints: open.
-      steps_done: optimizer steps behind `state`.
-      state: to continue from.
     """
 
-    flags: Flags
-    job: Job
-    programs: Programs
-    placement: Placement
-    release: Callable[[], None]
-    checkpoints: Checkpoints
-    steps_done: int
-    state: RunState
+    def __init__(self, flags: Flags) -> None:
+        """Makes what the flags describe, takes the folder, reads the newest checkpoint.
 
-
-def open_run(flags: Flags) -> Run:
-    """Makes what the flags describe, or finds it as an earlier run left it.
-
-    Raises:
-      MissingDatasetError: the data set has not been prepared.
-      ValueError: a flag has an unsupported value, or the folder is in use or holds another run;
-        with several processes, if one has other flags or data, or does not see the folder. An
-        error in one process ends all.
-    """
-    job, placement = together(partial(_make, flags), REFUSALS)
-    settings = settings_of(flags, job)
-    check_alike(settings, job.task.steps_per_epoch)
-    earlier: Earlier = "resume" if flags.resume else "refuse"
-    texts = {"plan.txt": job.plan, "layout.txt": placement.layout or "one device"}
-    release = open_folder(flags.folder, settings, earlier=earlier, deciding=deciding, texts=texts)
-    try:
-        return _open(flags, job, placement, release)
-    except BaseException:
-        release()
-        raise
-
-
-def _make(flags: Flags) -> tuple[Job, Placement]:
-    job = make_job(flags)
-    return job, make_run_placement(flags, job)
-
-
-def _open(flags: Flags, job: Job, placement: Placement, release: Callable[[], None]) -> Run:
-    programs = make_programs(job, over_seeds=placement.over_seeds, layout=placement.layout)
-    checkpoints = Checkpoints(
-        flags.folder / "checkpoints",
-        keep=flags.keep_checkpoints,
-        keep_best=flags.keep_best,
-        about={
-            "task": flags.task,
-            "model": flags.model_name,
-            "method": flags.method,
-            "pattern of": {name: str(leaf.pattern) for name, leaf in job.plan.items()},
-        },
-        placement=placement,
-    )
-    first_state = partial(begin, programs, flags.seeds, strength(flags, job.task.recipe))
-    with placement.active():
-        found = checkpoints.restore(jax.eval_shape(first_state))
-        steps, state = (0, first_state()) if found is None else found
-    return Run(flags, job, programs, placement, release, checkpoints, steps, state)
-
-
-def finish(run: Run) -> int:
-    """Trains what is left, printing and keeping a line for each epoch.
-
-    Returns:
-      `COMPLETE`, `INTERRUPTED` by Ctrl-C, or `PREEMPTED` by SIGTERM.
-
-    Raises:
-      FloatingPointError: the loss is not finite.
-      OSError: a checkpoint or a line cannot be written.
-    """
-    say(opening(run.flags, run.job, run.steps_done))
-    status = COMPLETE
-    try:
-        with preemption() as is_told, run.placement.active():
-            _train(run, is_told)
-    except KeyboardInterrupt:
-        status = INTERRUPTED
-    except Preempted:
-        status = PREEMPTED
-    finally:
+        Raises:
+          MissingDatasetError: the data set has not been prepared.
+          ValueError: a flag has an unsupported value, or the folder is in use or holds another
+            run; with several processes, if one has other flags or data, or does not see the
+            folder. An error in one process ends all.
+        """
+        self.flags = flags
+        self.job = job = together(partial(make_job, flags))
+        self.lambda_w = strength(flags, job.task.recipe)
+        self.placement = placement = together(partial(make_run_placement, flags, job))
+        settings = settings_of(flags, job)
+        check_alike(settings, job.task.steps_per_epoch)
+        self.release = open_folder(
+            flags.folder,
+            settings,
+            earlier="resume" if flags.resume else "refuse",
+            deciding=deciding,
+            texts={"plan.txt": job.plan, "layout.txt": placement.layout or "one device"},
+        )
         try:
-            run.checkpoints.close()
+            self.checkpoints = self._open_checkpoints()
+            over_seeds, layout = placement
+            self.programs = make_programs(job, over_seeds=over_seeds, layout=layout)
+            new = partial(begin, self.programs, flags.seeds, self.lambda_w)
+            self.state: RunState
+            with placement.active():
+                found = self.checkpoints.restore(jax.eval_shape(new))
+                self.steps_done, self.state = found or (0, new())
+        except BaseException:
+            self.release()
+            raise
+
+    def _open_checkpoints(self) -> Checkpoints:
+        flags = self.flags
+        return Checkpoints(
+            flags.folder / "checkpoints",
+            keep=flags.keep_checkpoints,
+            keep_best=flags.keep_best,
+            about={
+                "task": flags.task,
+                "model": flags.model_name,
+                "method": flags.method,
+                "pattern of": {name: str(leaf.pattern) for name, leaf in self.job.plan.items()},
+            },
+            placement=self.placement,
+        )
+
+    def finish(self) -> int:
+        """Trains what is left, printing and keeping a line for each epoch.
+
+        Returns:
+          `COMPLETE`, `INTERRUPTED` by Ctrl-C, or `PREEMPTED` by SIGTERM.
+
+        Raises:
+          FloatingPointError: the loss is not finite.
+          OSError: a checkpoint or a line cannot be written.
+        """
+        _say(opening(self.flags, self.job, self.lambda_w, self.steps_done))
+        status = COMPLETE
+        try:
+            with closing(self.checkpoints), preemption() as is_told, self.placement.active():
+                self._train(is_told)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        except _Preempted:
+            status = PREEMPTED
         finally:
-            run.release()
-    if status != COMPLETE:
-        done = reached(run.checkpoints.latest() or 0, run.job.task.steps_per_epoch)
-        say(f"\nstopped; --resume continues from {done}")
-    return status
+            self.release()
+        if status != COMPLETE:
+            epochs, steps = divmod(self.checkpoints.latest() or 0, self.job.task.steps_per_epoch)
+            within = f", step {steps}" if steps else ""
+            _say(f"\nstopped; --resume continues from epoch {epochs}{within}")
+        return status
 
-
-def _train(run: Run, is_told: Callable[[int], bool]) -> None:
-    flags, recipe, per_epoch = run.flags, run.job.task.recipe, run.job.task.steps_per_epoch
-    log = JsonLines(flags.folder / "metrics.jsonl")
-    if is_first():
-        # Later epochs will be trained again.
-        log.keep(lambda line: line["epoch"] <= run.steps_done // per_epoch)
-    programs, every = run.programs, flags.log_every
-    if every:
-        programs = with_progress(programs, run.job.task, every, run.steps_done)
-    is_last_step = False
-
-    def on_step(steps: int, state: RunState) -> None:
-        nonlocal is_last_step
-        is_last_step = is_told(steps)
-        if steps % per_epoch == 0:
-            return  # The epoch is closed first.
-        if is_last_step or (flags.checkpoint_steps and steps % flags.checkpoint_steps == 0):
-            run.checkpoints.save(steps, state)
-        if is_last_step:
-            raise Preempted
-
-    reports = train(
-        run.job,
-        seeds=flags.seeds,
-        lambda_w=strength(flags, recipe),
-        programs=programs,
-        start=run.state,
-        evaluate_every=flags.evaluate_every,
-        placement=run.placement,
-        on_step=on_step,
-    )
-    for report in reports:
-        steps, is_last = report.epoch * per_epoch, report.epoch == recipe.epochs
-        # The line comes first, so that an epoch with a checkpoint always has its line.
+    def _train(self, is_told: Callable[[int], bool]) -> None:
+        flags, task, save = self.flags, self.job.task, self.checkpoints.save
+        per_epoch, epochs = task.steps_per_epoch, task.recipe.epochs
+        log = JsonLines(flags.folder / "metrics.jsonl")
         if is_first():
-            log.append({**epoch_numbers(report), "step": steps, "seconds": report.seconds})
-        if is_last_step or is_last or report.epoch % flags.checkpoint_every == 0:
-            run.checkpoints.save(steps, report.state, score=_score(run.job.task, report))
-        say(epoch_line(report, recipe.epochs))
-        if is_last_step and not is_last:
-            raise Preempted
+            # Later epochs will be trained again.
+            log.keep(lambda line: line["epoch"] <= self.steps_done // per_epoch)
+        must_stop = False
+
+        def on_step(steps: int, state: RunState) -> None:
+            nonlocal must_stop
+            must_stop = is_told(steps)
+            if steps % per_epoch == 0:
+                return  # The epoch is closed first.
+            if flags.log_every and steps % per_epoch % flags.log_every == 0:
+                # This waits for the device, which also keeps batches from piling up there.
+                _say(progress_line(task, steps, state, steps - counted_from, began))
+            if must_stop or (flags.checkpoint_steps and steps % flags.checkpoint_steps == 0):
+                save(steps, state)
+            if must_stop:
+                raise _Preempted
+
+        reports = train(
+            self.job,
+            seeds=flags.seeds,
+            lambda_w=self.lambda_w,
+            programs=self.programs,
+            start=self.state,
+            evaluate_every=flags.evaluate_every,
+            placement=self.placement,
+            on_step=on_step,
+        )
+        began, counted_from = time.perf_counter(), self.steps_done
+        for report in reports:
+            steps, is_last = report.epoch * per_epoch, report.epoch == epochs
+            # The line comes first, so that an epoch with a checkpoint always has its line.
+            if is_first():
+                log.append({**epoch_numbers(report), "step": steps, "seconds": report.seconds})
+            if must_stop or is_last or report.epoch % flags.checkpoint_every == 0:
+                save(steps, report.state, score=_score(task, report))
+            _say(epoch_line(report, epochs))
+            if must_stop and not is_last:
+                raise _Preempted
+            began, counted_from = time.perf_counter(), steps
+
+
+def _say(text: str) -> None:
+    """Prints for all processes."""
+    if is_first():
+        print(text, flush=True)
 
 
 def _score(task: Task, report: EpochReport) -> float:

@@ -40,11 +40,9 @@ def deciding(settings: Numbers) -> Numbers:
 
 
 def check_alike(settings: Numbers, steps_per_epoch: int) -> None:
-    """Compares the settings of all processes, each of which must call this.
+    """Raises ValueError in every process if one has other flags or data; each must call this.
 
-    Raises:
-      ValueError: in every process, if one has other flags, or made another task of them, as each
-        may read data of its own. They would wait for each other at different steps.
+    They would wait for each other at different steps.
     """
     shared = {name: value for name, value in settings["flags"].items() if name not in _OWN}
     own: dict[str, Any] = {**shared, **deciding(settings), "steps_per_epoch": steps_per_epoch}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,14 +104,22 @@ def _body(equation: core.JaxprEqn, owners: Owners) -> tuple[core.Jaxpr, Owners, 
             return None
         body = parameters[keys[0]]
         if equation.primitive.name == "scan":
-            passes, first = parameters["length"], parameters["num_consts"]
-            carried = slice(first, first + parameters["num_carry"])
+            passes, carried = parameters["length"], _carry_of_scan(parameters)
     jaxpr = getattr(body, "jaxpr", body)
     inner = {v: _owner([outer], owners) for v, outer in zip(jaxpr.invars, operands, strict=True)}
     # A carry that starts as a parameter depends on the input after the first pass.
     if _owner(operands, owners) is _ACTIVATION:
         inner.update(dict.fromkeys(jaxpr.invars[carried], _ACTIVATION))
     return jaxpr, inner, passes
+
+
+def _carry_of_scan(parameters: Mapping[str, Any]) -> slice:
+    """Returns which operands of a scan it carries from pass to pass."""
+    if "ft_in" in parameters:  # jax 0.12 and later: a tree of (constants, carry, inputs).
+        constants, carry, _ = (len(list(part)) for part in parameters["ft_in"].unpack())
+    else:
+        constants, carry = parameters["num_consts"], parameters["num_carry"]
+    return slice(constants, constants + carry)
 
 
 def _of_equation(equation: core.JaxprEqn) -> int:

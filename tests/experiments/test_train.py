@@ -1,5 +1,7 @@
 """`python -m experiments.train`: how a process ends."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -15,15 +17,15 @@ class LeftError(Exception):
 def test_an_error_nobody_expects_leaves_no_other_process_waiting(
     monkeypatch, capsys, is_open, processes
 ):
-    def fail(given):
+    def fail(*given):
         raise LookupError("nobody expects it")
 
     def leave(status):
         raise LeftError(status)
 
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    monkeypatch.setattr(train, "open_run", (lambda flags: "run") if is_open else fail)
-    monkeypatch.setattr(train, "finish", fail)
+    run = SimpleNamespace(finish=fail)
+    monkeypatch.setattr(train, "Run", (lambda flags: run) if is_open else fail)
     monkeypatch.setattr(train, "leave", leave)
     # Alone it ends as any Python does.
     with pytest.raises(LookupError if processes == 1 else LeftError):
@@ -36,13 +38,13 @@ def test_an_error_nobody_expects_leaves_no_other_process_waiting(
 def test_a_refusal_is_one_line(monkeypatch, capsys, is_open, leaves):
     """All processes are refused together; one that has begun may fail alone."""
 
-    def refuse(given):
+    def refuse(*given):
         raise OSError("disk full")
 
     left = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(train, "open_run", (lambda flags: "run") if is_open else refuse)
-    monkeypatch.setattr(train, "finish", refuse)
+    run = SimpleNamespace(finish=refuse)
+    monkeypatch.setattr(train, "Run", (lambda flags: run) if is_open else refuse)
     monkeypatch.setattr(train, "leave", left.append)
     assert train.main([]) == 1
     assert capsys.readouterr().err == "error: disk full\n"

@@ -85,4 +85,4 @@ def test_packed_masks_are_split_as_masks_where_they_can_be():
 
     assert spec(P("a", "b"), (8, 16), (8, 2)) == P("a", "b")
     assert spec(P("b", "a"), (8, 16), (8, 2)) == P("b", None)
-    assert spec(P("a"), (8, 16), (8, 2)) == P("a", None)
+    assert spec(P("a"), (8, 16), (8, 2)) == P("a")

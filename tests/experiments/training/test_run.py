@@ -16,7 +16,7 @@ from experiments.json_files import JsonLines
 from experiments.tasks.task import Metric
 from experiments.train import main
 from experiments.training.flags import Flags
-from experiments.training.run import _score, open_run
+from experiments.training.run import Run, _score
 from nmjax.files.checkpoints import read_checkpoint
 from tests.experiments.prepared import cifar10_examples, prepare
 
@@ -116,10 +116,10 @@ def test_a_run_that_cannot_be_opened_gives_the_folder_back(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "restore", damaged)
-        # The error is kept, as notebooks do, and with it whatever `open_run` held.
+        # The error is kept, as notebooks do, and with it whatever `Run` held.
         with pytest.raises(ValueError, match="no checkpoint is whole") as kept:
-            open_run(flags)
-    run = open_run(flags)
+            Run(flags)
+    run = Run(flags)
     run.checkpoints.close()
     run.release()
     assert kept.value is not None
@@ -129,7 +129,7 @@ def test_a_run_that_cannot_be_opened_gives_the_folder_back(tmp_path, monkeypatch
 def test_several_devices_and_seeds_compute_the_same(whole):
     flags = [*DIGITS, "--runs-dir", str(whole.parent), "--name", "mesh"]
     flags += ["--devices", "4", "--seeds", "0", "3"]
-    run = open_run(tyro.cli(Flags, args=flags))
+    run = Run(tyro.cli(Flags, args=flags))
     run.release()
     leaf = run.state.train.params["stem"]["kernel"]
     assert leaf.shape[0] == 2

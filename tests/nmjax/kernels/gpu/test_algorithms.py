@@ -93,7 +93,7 @@ def test_a_failed_write_is_said_and_leaves_the_file_as_it_was(folder, monkeypatc
 def test_a_folder_that_cannot_be_made_loses_no_search(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NMJAX_CACHE_DIR", str(tmp_path / "file" / "nmjax"))
-    with pytest.warns(UserWarning, match="known to this process alone.*NMJAX_CACHE_DIR"):
+    with pytest.warns(UserWarning, match="only this process knows.*NMJAX_CACHE_DIR"):
         remember_algorithm(QUESTION, Algorithm(7, 2, 1, 500))
     assert known_algorithm(QUESTION) == Algorithm(7, 2, 1, 500)
 
