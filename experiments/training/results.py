@@ -21,10 +21,7 @@ def epoch_numbers(report: EpochReport) -> Numbers:
 
 
 def brief_epoch_numbers(report: EpochReport) -> Numbers:
-    """Returns `epoch_numbers` with "sad_first" summed over the layers.
-
-    Numbers of layers, "sad_layers" and "kept_rows", are there only where something was evaluated.
-    """
+    """Returns `epoch_numbers` summed over layers; only evaluated epochs keep those of each."""
     numbers = epoch_numbers(report)
     layers, blocks = numbers["sad_first"], numbers.pop("blocks", {})
     numbers["sad_first"] = np.sum(list(layers.values()), axis=0)
