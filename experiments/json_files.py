@@ -102,8 +102,9 @@ class JsonLines:
 def _differences(now: Any, expected: Any, name: str) -> Iterator[str]:
     if isinstance(now, dict) and isinstance(expected, dict):
         for key in dict.fromkeys([*expected, *now]):
-            one, other = now.get(key, "nothing"), expected.get(key, "nothing")
-            yield from _differences(one, other, f"{name} {key}".strip())
+            # A key that is missing is None, so a run can be resumed after a new flag, with None for
+            # its default, has come.
+            yield from _differences(now.get(key), expected.get(key), f"{name} {key}".strip())
     elif now != expected:
         yield f"{name} is {now}, not {expected}"
 

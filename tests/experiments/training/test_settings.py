@@ -72,7 +72,7 @@ def as_process_0_among(monkeypatch, others):
         (("ab12", "cd34"), "vocabulary is 32 pieces cd34, not 32 pieces ab12"),
         (('steps_per_epoch": 5', 'steps_per_epoch": 6'), "steps_per_epoch is 6, not 5"),
         (('batch_size": 8', 'batch_size": 4'), "batch_size is 4, not 8"),
-        ((', "vocabulary": "32 pieces ab12"', ""), "vocabulary is nothing, not 32 pieces ab12"),
+        ((', "vocabulary": "32 pieces ab12"', ""), "vocabulary is None, not 32 pieces ab12"),
     ],
 )
 def test_processes_with_other_data_are_refused(monkeypatch, change, message):
