@@ -91,6 +91,16 @@ class Plan(Mapping[str, LeafPlan]):
         )
 
 
+def check_plan(plan: object) -> None:
+    """Raises TypeError unless `plan` is a `Plan`; a pattern in its place is an easy mistake."""
+    if not isinstance(plan, Plan):
+        got = plan if isinstance(plan, str) else type(plan).__name__
+        raise TypeError(
+            f"expected a plan, got {got!r}; make one from parameters and a pattern: "
+            "nmjax.make_plan(params, pattern)"
+        )
+
+
 def make_plan(
     params: Any,
     pattern: str | Pattern,

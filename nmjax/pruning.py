@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from nmjax.masks.scores import Score
-from nmjax.plans import LeafPlan, Plan
+from nmjax.plans import LeafPlan, Plan, check_plan
 from nmjax.ste import apply_mask, check_mask, prune_sr_ste, prune_ste
 from nmjax.trees.leaves import IsLeaf, map_named, named_leaves
 
@@ -109,8 +109,10 @@ def planned_leaves(
 
     Raises:
       ValueError: a planned leaf is missing or has another shape; the error lists all such leaves.
-      TypeError: a planned leaf does not have a real floating dtype; the error lists all of them.
+      TypeError: `plan` is not a plan; a planned leaf does not have a real floating dtype (the
+        error lists all of them).
     """
+    check_plan(plan)
     leaves = named_leaves(params, is_leaf=is_hidden)
     hidden = [name for name, leaf in leaves.items() if is_hidden is not None and is_hidden(leaf)]
     visible = [name for name in plan if not any(_is_below(name, node) for node in hidden)]
@@ -155,6 +157,12 @@ def fits(shape: tuple[int, ...], leaf: LeafPlan) -> bool:
 
 def check_masks(masks: Masks, leaves: Mapping[str, jax.Array]) -> None:
     """Raises ValueError or TypeError unless every leaf has a mask that fits, and no other has."""
+    nested = [name for name, mask in masks.items() if isinstance(mask, Mapping)]
+    if nested:
+        raise TypeError(
+            "masks map the name of a leaf to a boolean array, as nmjax.compute_masks returns them; "
+            f"got a tree below {', '.join(map(repr, nested))}"
+        )
     missing, extra = leaves.keys() - masks.keys(), masks.keys() - leaves.keys()
     if missing or extra:
         raise ValueError(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nmjax.plans import Plan
+from nmjax.plans import Plan, check_plan
 from nmjax.pruning import Masks, check_masks, leaf_mask, planned_leaves
 from nmjax.ste import check_lambda, sparse_refined_term
 from nmjax.trees.leaves import map_named
@@ -70,6 +70,7 @@ def add_sparse_refined(
     >>> updates["kernel"].ravel().tolist()
     [0.0, 0.0, 0.125, 0.0625]
     """
+    check_plan(plan)
 
     def init(params: chex.ArrayTree) -> optax.EmptyState | AddSparseRefinedState:
         del params

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nmjax.packed.weight import Packed, is_packed
-from nmjax.plans import LeafPlan, Plan
+from nmjax.plans import LeafPlan, Plan, check_plan
 from nmjax.pruning import Masks, check_masks, compute_masks, planned_leaves
 from nmjax.trees.leaves import map_named, named_leaves
 
@@ -48,6 +48,7 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
     >>> unpack(packed)["kernel"].ravel().tolist()
     [4.0, 0.0, -5.0, 0.0]
     """
+    check_plan(plan)
     already = [n for n, x in named_leaves(params, is_leaf=is_packed).items() if is_packed(x)]
     if plan.keys() & already:
         raise ValueError(

@@ -281,3 +281,24 @@ def test_weights_that_are_no_real_floats_are_named(dtype):
     for function in (nmjax.compute_masks, nmjax.sparsify, nmjax.prune):
         with pytest.raises(TypeError, match=f"but second has dtype {dtype}"):
             function(changed, plan)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda params: nmjax.compute_masks(params, "2:4"),
+        lambda params: nmjax.sparsify(params, "2:4"),
+        lambda params: nmjax.pack(params, "2:4"),
+        lambda params: nmjax.add_sparse_refined("2:4"),
+        lambda params: nmjax.prune(nmjax.make_plan(params, "2:4"), params),
+    ],
+)
+def test_what_is_not_a_plan_is_named(call):
+    with pytest.raises(TypeError, match=r"expected a plan, got '(2:4|dict)'; make one"):
+        call({"kernel": jnp.ones((8, 4))})
+
+
+def test_a_tree_of_masks_is_refused():
+    masks = {"layer": {"kernel": jnp.ones((8, 4), bool)}}
+    with pytest.raises(TypeError, match="a tree below 'layer'"):
+        nmjax.sad(masks, masks)

@@ -158,7 +158,7 @@ def test_masks_take_one_bit_a_weight(tmp_path):
             jax.eval_shape(lambda: make_state(size=24)),
             r"leaves masks/layer/kernel is uint8\[16, 2\], not uint8\[24, 2\]",
         ),
-        (LIKE._replace(masks={}), "leaves masks/layer/kernel is uint8.*, not nothing"),
+        (LIKE._replace(masks={}), "leaves masks/layer/kernel is uint8.*, not None"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(tmp_path, other, message):
@@ -178,9 +178,9 @@ def test_a_state_of_another_plan_is_refused(tmp_path):
     save(Checkpoints(tmp_path, about=about(layer="2:4")), 1, make_state())
     for other, message in [
         (about(layer="1:4"), "pattern of layer is 2:4, not 1:4"),
-        (about(), "pattern of layer is 2:4, not nothing"),
-        (about(layer="2:4", head="2:4"), "pattern of head is nothing, not 2:4"),
-        ({"model": "small", **about(layer="2:4")}, "model is nothing, not small"),
+        (about(), "pattern of layer is 2:4, not None"),
+        (about(layer="2:4", head="2:4"), "pattern of head is None, not 2:4"),
+        ({"model": "small", **about(layer="2:4")}, "model is None, not small"),
     ]:
         with pytest.raises(ValueError, match=f"does not fit this run: {message}.*--name"):
             Checkpoints(tmp_path, about=other).restore(LIKE)
