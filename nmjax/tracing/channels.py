@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.extend import core
 
 from nmjax.layouts import layout
 from nmjax.tracing.channel_order import Channels, LeafAxis
+from nmjax.tracing.variables import is_variable
 from nmjax.trees.leaves import named_leaves
+
+if TYPE_CHECKING:
+    from jax.extend import core
 
 Label = int
 Labels = tuple[Label, ...]
@@ -122,7 +125,7 @@ class _Trace:
         known = dict(zip(jaxpr.invars, arguments, strict=True))
 
         def labels_of(v: Any) -> Labels:
-            if isinstance(v, core.Var) and v in known:
+            if is_variable(v) and v in known:
                 return known[v]
             # Constants and closed-over arrays cannot be reordered with the rest.
             constant = self.fresh(_shape(v))
@@ -148,7 +151,8 @@ class _Trace:
 
 # A rule ties the labels of operands and output, and fixes axes whose order the operation uses. It
 # returns False if it does not cover the case.
-Rule = Callable[[_Trace, core.JaxprEqn, list[Labels], Labels], bool]
+# (trace, equation, operands, result) -> whether the rule applies.
+Rule = Callable[[_Trace, Any, list[Labels], Labels], bool]
 
 
 def _same_axes(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: Labels) -> bool:

@@ -10,19 +10,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.extend import core
 
+from nmjax.tracing.variables import is_variable
 from nmjax.trees.leaves import named_leaves
+
+if TYPE_CHECKING:
+    from jax.extend import core
 
 # Marks a value that depends on the network's input, and so belongs to no parameter.
 _ACTIVATION = object()
 
 # Variable of the program -> name of the parameter it was computed from, `_ACTIVATION`, or None for
 # a constant.
-Owners = dict[core.Var, Any]
+Owners = dict[Any, Any]
 
 
 def multiply_adds(forward: Callable[..., Any], params: Any, *inputs: Any) -> dict[str | None, int]:
@@ -73,15 +76,13 @@ def _products(jaxpr: core.Jaxpr, owners: Owners, times: int) -> Iterator[tuple[s
 
 def _parameter(variables: Sequence[Any], owners: Owners) -> str | None:
     """The name of the largest parameter among `variables`; None if there is none."""
-    owned = [
-        v for v in variables if isinstance(v, core.Var) and owners.get(v) not in (None, _ACTIVATION)
-    ]
+    owned = [v for v in variables if is_variable(v) and owners.get(v) not in (None, _ACTIVATION)]
     return owners[max(owned, key=lambda v: math.prod(_shape(v)))] if owned else None
 
 
 def _owner(variables: Sequence[Any], owners: Owners) -> Any:
     """Returns who owns a value computed from `variables`: a parameter, `_ACTIVATION` or None."""
-    if any(isinstance(v, core.Var) and owners.get(v) is _ACTIVATION for v in variables):
+    if any(is_variable(v) and owners.get(v) is _ACTIVATION for v in variables):
         return _ACTIVATION
     return _parameter(variables, owners)
 
