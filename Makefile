@@ -20,7 +20,7 @@ setup: $(READY)  ## create the virtual environment
 torch: $(READY)  ## install PyTorch; without it, the tests that compare with it are skipped
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch]'
 
-train: $(READY)  ## compare the methods on scikit-learn's digits (under 5 minutes)
+train: $(READY)  ## compare the methods on scikit-learn's digits (5 to 10 minutes on two cores)
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: $(READY)  ## run the tests, except the slow ones (under 10 minutes on two cores)
