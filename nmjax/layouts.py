@@ -46,6 +46,12 @@ class Axes(NamedTuple):
     taps: tuple[int, ...] | None = ()
 
 
+class Unknown(NamedTuple):
+    """Why the axes of a leaf are not certain."""
+
+    reason: str
+
+
 GivenAxes = int | tuple[int, ...] | Axes
 
 DENSE = Axes((-2,), (-1,))

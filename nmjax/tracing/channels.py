@@ -13,12 +13,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
-
-from nmjax.layouts import layout
 from nmjax.tracing.channel_order import Channels, LeafAxis
-from nmjax.tracing.variables import is_variable
-from nmjax.trees.leaves import named_leaves
+from nmjax.tracing.operations import ELEMENTWISE, REDUCTIONS
+from nmjax.tracing.program import read_trace, trace
+from nmjax.tracing.walk import Reader, Times, shape_of
 
 if TYPE_CHECKING:
     from jax.extend import core
@@ -44,9 +42,8 @@ def find_channels(forward: Callable[..., Any], variables: Any, *inputs: Any) -> 
         fixed.
 
     Returns:
-      One entry for each set of channels, in tree order. Its writers are the leaves whose output
-      axis it is, by the names and shapes that `nmjax.make_plan` uses. Sets without a writer are
-      left out.
+      One entry for each set of channels, in tree order. Its writers are the leaves whose products
+      keep that axis. Sets without a writer are left out.
 
     >>> import jax.numpy as jnp
     >>> variables = {"first": jnp.ones((3, 8)), "second": jnp.ones((8, 2))}
@@ -54,19 +51,20 @@ def find_channels(forward: Callable[..., Any], variables: Any, *inputs: Any) -> 
     >>> find_channels(forward, variables, jnp.ones((1, 3)))
     [Channels(writers=(('first', -1),), followers=(('second', -2),))]
     """
-    closed = jax.make_jaxpr(forward)(variables, *inputs)
-    trace = _Trace()
-    arguments = [trace.fresh(_shape(v)) for v in closed.jaxpr.invars]
-    leaves = dict(zip(named_leaves(variables), map(_shape, closed.jaxpr.invars), strict=False))
+    traced = trace(forward, variables, *inputs)
+    labels = _LabelReader()
+    arguments = [labels.fresh(shape_of(v)) for v in traced.jaxpr.invars]
+    leaves = dict(zip(traced.names, arguments, strict=False))
     # The caller decides the order along the axes of inputs and outputs.
-    trace.fix(*arguments[len(leaves) :])
-    trace.fix(*trace.run(closed.jaxpr, arguments))
+    labels.fix(*arguments[len(leaves) :])
+    labels.fix(*labels.walk(traced.jaxpr, arguments))
     tied: dict[Label, list[LeafAxis]] = {}
-    for (name, shape), labels in zip(leaves.items(), arguments, strict=False):
-        for i, label in enumerate(labels):
-            if not trace.is_fixed(label) and shape[i] > 1:  # A single channel has one order.
-                tied.setdefault(trace.root(label), []).append((name, i - len(shape)))
-    written = {(name, axis) for name in leaves for axis in _output_axes(name, leaves)}
+    uses_of = read_trace(traced).uses
+    for name, uses in uses_of.items():
+        for i, label in enumerate(leaves[name]):
+            if not labels.is_fixed(label) and uses.shape[i] > 1:  # One channel has one order.
+                tied.setdefault(labels.root(label), []).append((name, i - len(uses.shape)))
+    written = {(name, axis) for name, uses in uses_of.items() for axis in uses.output}
     found = [
         Channels(
             tuple(axis for axis in axes if axis in written),
@@ -77,12 +75,7 @@ def find_channels(forward: Callable[..., Any], variables: Any, *inputs: Any) -> 
     return [channels for channels in found if channels.writers]
 
 
-def _output_axes(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    axes = layout(name, shapes)
-    return () if isinstance(axes, str) else axes.output
-
-
-class _Trace:
+class _LabelReader(Reader[Labels]):
     """Labels of the axes of a program's values: which ones are tied, and which ones are fixed.
 
     A union-find structure: `_parent` leads from a label to the one that it is tied to.
@@ -120,30 +113,48 @@ class _Trace:
         """Returns whether the order along this axis matters."""
         return self._fixed[self.root(label)]
 
-    def run(self, jaxpr: core.Jaxpr, arguments: Sequence[Labels]) -> list[Labels]:
-        """Labels the values of a program, and returns the labels of its outputs."""
-        known = dict(zip(jaxpr.invars, arguments, strict=True))
+    def constant(self, operand: Any) -> Labels:
+        """Constants and closed-over arrays cannot be reordered with the rest."""
+        labels = self.fresh(shape_of(operand))
+        self.fix(labels)
+        return labels
 
-        def labels_of(v: Any) -> Labels:
-            if is_variable(v) and v in known:
-                return known[v]
-            # Constants and closed-over arrays cannot be reordered with the rest.
-            constant = self.fresh(_shape(v))
-            self.fix(constant)
-            return constant
+    def join(self, a: Labels, b: Labels) -> Labels:
+        """Both branches, and all passes of a loop, have their channels in one order."""
+        for left, right in zip(a, b, strict=True):
+            self.tie(left, right)
+        return a
 
-        for equation in jaxpr.eqns:
-            operands = [labels_of(v) for v in equation.invars]
-            known.update(zip(equation.outvars, self._apply(equation, operands), strict=True))
-        return [labels_of(v) for v in jaxpr.outvars]
+    def chosen(self, value: Labels, by: Labels) -> Labels:
+        """Which branch runs does not change the order."""
+        del by
+        return value
 
-    def _apply(self, equation: core.JaxprEqn, operands: list[Labels]) -> list[Labels]:
+    def entry(self, value: Labels) -> Labels:
+        """A scan uses the order of its layers."""
+        self.fix(value[:1])
+        return value[1:]
+
+    def stacked(self, value: Labels, length: int) -> Labels:
+        """A scan decides the order of its results."""
+        layers = self.fresh((length,))
+        self.fix(layers)
+        return (*layers, *value)
+
+    def resized(self, value: Labels, shape: Sequence[int]) -> Labels:
+        """Channels of different devices are not reordered."""
+        del shape
+        self.fix(value)
+        return value
+
+    def apply(
+        self, equation: core.JaxprEqn, operands: Sequence[Labels], times: Times
+    ) -> list[Labels]:
+        """Ties the axes of operands and results, or fixes all of them."""
+        del times
         name = equation.primitive.name
-        body = next((equation.params[key] for key in _BODIES if key in equation.params), None)
-        if name in _CALLS and body is not None:
-            return self.run(getattr(body, "jaxpr", body), operands)
-        rule = _same_axes if name in _ELEMENTWISE else _RULES.get(name)
-        outputs = [self.fresh(_shape(v)) for v in equation.outvars]
+        rule = _same_axes if name in ELEMENTWISE - _ORDERED else _RULES.get(name)
+        outputs = [self.fresh(shape_of(v)) for v in equation.outvars]
         if rule is None or not rule(self, equation, operands, outputs[0]):
             self.fix(*operands, *outputs)
         return outputs
@@ -152,10 +163,12 @@ class _Trace:
 # A rule ties the labels of operands and output, and fixes axes whose order the operation uses. It
 # returns False if it does not cover the case.
 # (trace, equation, operands, result) -> whether the rule applies.
-Rule = Callable[[_Trace, Any, list[Labels], Labels], bool]
+Rule = Callable[[_LabelReader, Any, Sequence[Labels], Labels], bool]
 
 
-def _same_axes(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: Labels) -> bool:
+def _same_axes(
+    trace: _LabelReader, equation: core.JaxprEqn, operands: Sequence[Labels], out: Labels
+) -> bool:
     del equation
     for labels in operands:
         for a, b in zip(labels, out, strict=True) if labels else ():
@@ -163,8 +176,10 @@ def _same_axes(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], o
     return True
 
 
-def _broadcast(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: Labels) -> bool:
-    shape, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
+def _broadcast(
+    trace: _LabelReader, equation: core.JaxprEqn, operands: Sequence[Labels], out: Labels
+) -> bool:
+    shape, result = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
     # An axis of size 1 that grows has the same value everywhere, so its order is free.
     for axis, place in enumerate(equation.params["broadcast_dimensions"]):
         if shape[axis] == result[place]:
@@ -172,15 +187,19 @@ def _broadcast(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], o
     return True
 
 
-def _transpose(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: Labels) -> bool:
+def _transpose(
+    trace: _LabelReader, equation: core.JaxprEqn, operands: Sequence[Labels], out: Labels
+) -> bool:
     for axis, label in zip(equation.params["permutation"], out, strict=True):
         trace.tie(operands[0][axis], label)
     return True
 
 
-def _reshape(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: Labels) -> bool:
+def _reshape(
+    trace: _LabelReader, equation: core.JaxprEqn, operands: Sequence[Labels], out: Labels
+) -> bool:
     """Axes that the reshape keeps whole keep their label. Merged and split axes are fixed."""
-    shape, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
+    shape, result = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
     # An axis is the same before and after if it has the same size and the same stride.
     before = {(size, math.prod(shape[i + 1 :])): i for i, size in enumerate(shape) if size > 1}
     after = {(size, math.prod(result[i + 1 :])): i for i, size in enumerate(result) if size > 1}
@@ -193,15 +212,19 @@ def _reshape(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out
     return True
 
 
-def _reduce(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: Labels) -> bool:
+def _reduce(
+    trace: _LabelReader, equation: core.JaxprEqn, operands: Sequence[Labels], out: Labels
+) -> bool:
     left = [a for a in range(len(operands[0])) if a not in equation.params["axes"]]
     for axis, label in zip(left, out, strict=True):
         trace.tie(operands[0][axis], label)
     return True
 
 
-def _window(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: Labels) -> bool:
-    shape, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
+def _window(
+    trace: _LabelReader, equation: core.JaxprEqn, operands: Sequence[Labels], out: Labels
+) -> bool:
+    shape, result = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
     for axis, window in enumerate(equation.params["window_dimensions"]):
         if window == 1 and shape[axis] == result[axis]:
             trace.tie(operands[0][axis], out[axis])
@@ -210,7 +233,9 @@ def _window(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out:
     return True
 
 
-def _dot(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: Labels) -> bool:
+def _dot(
+    trace: _LabelReader, equation: core.JaxprEqn, operands: Sequence[Labels], out: Labels
+) -> bool:
     contracted, batched = equation.params["dimension_numbers"]
     for left, right in (*zip(*contracted, strict=True), *zip(*batched, strict=True)):
         trace.tie(operands[0][left], operands[1][right])
@@ -224,11 +249,13 @@ def _dot(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: La
     return True
 
 
-def _conv(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: Labels) -> bool:
+def _conv(
+    trace: _LabelReader, equation: core.JaxprEqn, operands: Sequence[Labels], out: Labels
+) -> bool:
     numbers, groups = equation.params["dimension_numbers"], equation.params["feature_group_count"]
     image, kernel = operands
     lhs, rhs, result = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
-    sizes = [_shape(equation.invars[0])[lhs[1]], _shape(equation.invars[1])[rhs[0]]]
+    sizes = [shape_of(equation.invars[0])[lhs[1]], shape_of(equation.invars[1])[rhs[0]]]
     # Other groups would tie channels to their group, and not only to each other.
     depthwise = groups > 1 and sizes == [groups, groups]
     if equation.params["batch_group_count"] != 1 or not (groups == 1 or depthwise):
@@ -242,30 +269,18 @@ def _conv(trace: _Trace, equation: core.JaxprEqn, operands: list[Labels], out: L
     return True
 
 
-_ELEMENTWISE_NAMES = """
-    abs add add_any and ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor
-    ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow
-    reduce_precision rem round rsqrt select_n sign sin sqrt square stop_gradient sub tanh xor
-"""
-_ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
+# Running sums use the order of one axis; results of several operands are tied one by one.
+_ORDERED = frozenset(
+    ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "optimization_barrier")
+)
 _RULES: dict[str, Rule] = {
     "broadcast_in_dim": _broadcast,
     "transpose": _transpose,
     "reshape": _reshape,
     "squeeze": _reshape,
     "expand_dims": _reshape,
-    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or"), _reduce),
+    **dict.fromkeys(REDUCTIONS - {"argmax", "argmin"}, _reduce),
     **dict.fromkeys(("reduce_window_max", "reduce_window_sum", "reduce_window_min"), _window),
     "dot_general": _dot,
     "conv_general_dilated": _conv,
 }
-_CALL_NAMES = """
-    pjit jit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call
-    custom_vjp_call_jaxpr
-"""
-_CALLS = frozenset(_CALL_NAMES.split())
-_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-
-
-def _shape(variable: Any) -> tuple[int, ...]:
-    return variable.aval.shape

@@ -1,0 +1,137 @@
+"""Operations that move the entries of an array or change them one by one, by primitive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from nmjax.tracing.views import View, no_axis
+from nmjax.tracing.walk import shape_of
+
+if TYPE_CHECKING:
+    from jax.extend import core
+
+# f(0) = 0, at least for the ranges that programs clip to.
+_KEEP_ZEROS = """
+    abs asin asinh atan atanh cbrt ceil clamp convert_element_type copy copy_p device_put erf expm1
+    floor imag integer_pow log1p max min mul name neg optimization_barrier real reduce_precision
+    round sharding_constraint sign sin sinh sqrt square stop_gradient tan tanh
+"""
+# Operations on values that all devices of a mesh axis hold alike, or that only move them.
+_ACROSS_DEVICES = """
+    all_reduce layout_constraint mesh_cast pbroadcast pcast pmax pmin psum psum2 psum_invariant
+    pvary reshard
+"""
+_CHANGE_ZEROS = """
+    acos acosh add add_any and atan2 cos cosh digamma div eq eq_to erf_inv erfc exp exp2 ge gt
+    is_finite le lgamma log logistic lt ne nextafter not or pow rem rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sub xor
+"""
+_RUNNING = "cumlogsumexp cummax cummin cumprod cumsum"
+_REDUCTIONS = """
+    argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor
+"""
+KEEP_ZEROS = frozenset((_KEEP_ZEROS + _ACROSS_DEVICES).split())
+ELEMENTWISE = KEEP_ZEROS | frozenset((_CHANGE_ZEROS + _RUNNING).split())
+REDUCTIONS = frozenset(_REDUCTIONS.split())
+
+Move = Callable[["core.JaxprEqn", View], View | None]
+
+
+def _transpose(equation: core.JaxprEqn, view: View) -> View:
+    return view.pick(equation.params["permutation"])
+
+
+def _reshape(equation: core.JaxprEqn, view: View) -> View | None:
+    before, order = shape_of(equation.invars[0]), equation.params.get("dimensions")
+    if order is not None:  # vmap of a convolution transposes and reshapes in one operation.
+        before, view = tuple(before[axis] for axis in order), view.pick(order)
+    return view.reshaped(before, shape_of(equation.outvars[0]))
+
+
+def _squeeze(equation: core.JaxprEqn, view: View) -> View:
+    return view.without(equation.params["dimensions"])
+
+
+def _broadcast(equation: core.JaxprEqn, view: View) -> View:
+    before, after = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
+    axes = [no_axis(size) for size in after]
+    for axis, place in enumerate(equation.params["broadcast_dimensions"]):
+        if before[axis] == after[place]:
+            axes[place] = view.axes[axis]
+    return view.at(axes)
+
+
+def _expand(equation: core.JaxprEqn, view: View) -> View:
+    axes = list(view.axes)
+    for axis in sorted(equation.params["dimensions"]):
+        axes.insert(axis, no_axis(1))
+    return view.at(axes)
+
+
+def _reduce(equation: core.JaxprEqn, view: View) -> View:
+    return view.without(equation.params["axes"]).changed()
+
+
+def _all_gather(equation: core.JaxprEqn, view: View) -> View | None:
+    before, after = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
+    return view.resized(after) if len(before) == len(after) else None
+
+
+def _same(equation: core.JaxprEqn, view: View) -> View:
+    del equation
+    return view
+
+
+def _bitcast(equation: core.JaxprEqn, view: View) -> View | None:
+    same = shape_of(equation.invars[0]) == shape_of(equation.outvars[0])
+    return view if same else None
+
+
+# Primitive -> what it does to a view of its first operand. A slice keeps the pieces of an axis.
+MOVES: dict[str, Move] = {
+    "all_gather": _all_gather,
+    "all_gather_invariant": _all_gather,
+    "bitcast_convert_type": _bitcast,
+    "broadcast_in_dim": _broadcast,
+    "expand_dims": _expand,
+    "pad": _same,
+    "reshape": _reshape,
+    "rev": _same,
+    "slice": _same,
+    "split": _same,
+    "squeeze": _squeeze,
+    "transpose": _transpose,
+    **dict.fromkeys(REDUCTIONS, _reduce),
+}
+
+
+def gathered(equation: core.JaxprEqn, view: View) -> View:
+    """The view of what a gather or a dynamic slice picks."""
+    if equation.primitive.name == "dynamic_slice":
+        return view
+    numbers = equation.params["dimension_numbers"]
+    kept = [
+        axis
+        for axis in range(len(view.axes))
+        if axis not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    ]
+    axes = [no_axis(size) for size in shape_of(equation.outvars[0])]
+    for place, axis in zip(numbers.offset_dims, kept, strict=True):
+        axes[place] = view.axes[axis]
+    return view.at(axes)
+
+
+def picked_axes(equation: core.JaxprEqn) -> tuple[int, ...]:
+    """The axes along which a gather or a dynamic slice picks entries."""
+    shape, sizes = shape_of(equation.invars[0]), equation.params["slice_sizes"]
+    return tuple(axis for axis, size in enumerate(sizes) if size < shape[axis])
+
+
+def number_of_picks(equation: core.JaxprEqn) -> int:
+    """How many slices a gather takes."""
+    picks = 1
+    if equation.primitive.name == "gather":
+        for size in shape_of(equation.invars[1])[:-1]:
+            picks *= size
+    return picks

@@ -1,0 +1,184 @@
+"""Walks a jaxpr once, through calls, loops, and branches, and lets a reader interpret it.
+
+A reader assigns a value of its own to every variable: what it knows about the variable, not its
+numbers. The walk owns the control flow; the reader owns the meaning of all other operations.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from jax.extend import core
+
+Value = TypeVar("Value")
+Shape = tuple[int, ...]
+# How often an equation runs in one forward pass; None while a loop looks for its fixed point, when
+# nothing may be recorded.
+Times = int | None
+
+
+class Reader(abc.ABC, Generic[Value]):
+    """Interprets the operations of a program."""
+
+    @abc.abstractmethod
+    def constant(self, operand: Any) -> Value:
+        """The value of a literal, or of an array that the program closes over."""
+
+    @abc.abstractmethod
+    def apply(
+        self, equation: core.JaxprEqn, operands: Sequence[Value], times: Times
+    ) -> list[Value]:
+        """The values of an equation's results."""
+
+    @abc.abstractmethod
+    def join(self, a: Value, b: Value) -> Value:
+        """The value of a variable that is `a` or `b`; joining on and on must end somewhere."""
+
+    @abc.abstractmethod
+    def chosen(self, value: Value, by: Value) -> Value:
+        """The value of a branch, if another value decided which branch runs."""
+
+    @abc.abstractmethod
+    def entry(self, value: Value) -> Value:
+        """One entry of a value along its leading axis, as a scan passes it to its body."""
+
+    @abc.abstractmethod
+    def stacked(self, value: Value, length: int) -> Value:
+        """`length` such values along a new leading axis, as a scan returns them."""
+
+    @abc.abstractmethod
+    def resized(self, value: Value, shape: Shape) -> Value:
+        """The value with axes of other sizes: the shard of an array, or the array of a shard."""
+
+    def walk(self, jaxpr: core.Jaxpr, arguments: Sequence[Value], times: Times = 1) -> list[Value]:
+        """Interprets a program and returns the values of its results."""
+        known = dict(zip(jaxpr.invars, arguments, strict=True))
+
+        def value_of(operand: Any) -> Value:
+            if is_variable(operand) and operand in known:
+                return known[operand]
+            return self.constant(operand)
+
+        for equation in jaxpr.eqns:
+            operands = [value_of(operand) for operand in equation.invars]
+            results = self._run(equation, operands, times)
+            known.update(zip(equation.outvars, results, strict=True))
+        return [value_of(operand) for operand in jaxpr.outvars]
+
+    def _run(self, equation: core.JaxprEqn, operands: list[Value], times: Times) -> list[Value]:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "scan":
+            return self._scan(parameters, operands, times)
+        if name == "while":
+            return self._while(parameters, operands, times)
+        if name == "cond":
+            return self._cond(parameters, operands, times)
+        if name == "shard_map":
+            body = _open(parameters["jaxpr"])
+            inside = map(self.resized, operands, map(shape_of, body.invars))
+            results = self.walk(body, list(inside), times)
+            return list(map(self.resized, results, map(shape_of, equation.outvars)))
+        called = _called(equation)
+        if called is not None:
+            return self.walk(called, operands, times)
+        return self.apply(equation, operands, times)
+
+    def _scan(
+        self, parameters: Mapping[str, Any], operands: list[Value], times: Times
+    ) -> list[Value]:
+        body, length = _open(parameters["jaxpr"]), parameters["length"]
+        constants, carried = _parts_of_scan(parameters)
+        first, carry = operands[:constants], operands[constants : constants + carried]
+        entries = [self.entry(value) for value in operands[constants + carried :]]
+        carry = self._settle(
+            carry, lambda carry: self.walk(body, [*first, *carry, *entries], None)[:carried]
+        )
+        results = self.walk(body, [*first, *carry, *entries], times and times * length)
+        return results[:carried] + [self.stacked(value, length) for value in results[carried:]]
+
+    def _while(
+        self, parameters: Mapping[str, Any], operands: list[Value], times: Times
+    ) -> list[Value]:
+        condition, body = _open(parameters["cond_jaxpr"]), _open(parameters["body_jaxpr"])
+        for_condition = parameters["cond_nconsts"]
+        carried = for_condition + parameters["body_nconsts"]
+        constants, carry = operands[for_condition:carried], operands[carried:]
+        carry = self._settle(carry, lambda carry: self.walk(body, [*constants, *carry], None))
+        self.walk(condition, [*operands[:for_condition], *carry], times)
+        self.walk(body, [*constants, *carry], times)
+        return carry
+
+    def _settle(self, carry: list[Value], step: Any) -> list[Value]:
+        """Joins what a loop carries with what its body makes of it, until nothing changes."""
+        # A state that starts as zeros depends on the input after the first pass, so the products
+        # of that pass do not yet show what they multiply.
+        while True:
+            joined = [self.join(a, b) for a, b in zip(carry, step(carry), strict=True)]
+            if joined == carry:
+                return carry
+            carry = joined
+
+    def _cond(
+        self, parameters: Mapping[str, Any], operands: list[Value], times: Times
+    ) -> list[Value]:
+        decider, *arguments = operands
+        # Only the first branch counts as run, so that a total is the cost of one path.
+        branches = [
+            self.walk(_open(branch), arguments, times if i == 0 else times and 0)
+            for i, branch in enumerate(parameters["branches"])
+        ]
+        results = branches[0]
+        for branch in branches[1:]:
+            results = list(map(self.join, results, branch))
+        return [self.chosen(value, decider) for value in results]
+
+
+def is_variable(operand: Any) -> bool:
+    """Whether an operand is a variable; the others are literals, which carry their value.
+
+    It tests for `jax.extend.core.Var` without importing `jax.extend`: that also loads Pallas, which
+    takes 15 ms, a fifth of `import nmjax`.
+    """
+    return not hasattr(operand, "val")
+
+
+def shape_of(operand: Any) -> Shape:
+    """The shape of an operand of an equation."""
+    return tuple(getattr(operand.aval, "shape", ()))
+
+
+def _open(jaxpr: Any) -> core.Jaxpr:
+    """The program itself, without the constants of a closed one."""
+    opened: core.Jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return opened
+
+
+def _called(equation: core.JaxprEqn) -> core.Jaxpr | None:
+    """The program that a call runs on its operands: of jit, remat, custom derivatives, and so on.
+
+    None if the equation is not a call. The programs inside a reduction or a kernel take other
+    arguments than the equation does.
+    """
+    operands = list(map(shape_of, equation.invars))
+    results = list(map(shape_of, equation.outvars))
+    for parameter in equation.params.values():
+        body = _open(parameter)
+        if not hasattr(body, "eqns") or equation.primitive.name in _NOT_CALLS:
+            continue
+        if [*map(shape_of, body.invars)] == operands and [*map(shape_of, body.outvars)] == results:
+            return body
+    return None
+
+
+_NOT_CALLS = frozenset(("reduce", "reduce_window", "scatter", "sort", "pallas_call"))
+
+
+def _parts_of_scan(parameters: Mapping[str, Any]) -> tuple[int, int]:
+    """How many constants and how many carried values a scan has."""
+    if "ft_in" in parameters:  # jax 0.12 and later: a tree of (constants, carry, inputs).
+        constants, carry, _ = (len(list(part)) for part in parameters["ft_in"].unpack())
+        return constants, carry
+    return parameters["num_consts"], parameters["num_carry"]
