@@ -22,7 +22,8 @@ from nmjax.options import as_options, parse_axes, split_rules
 from nmjax.packed.packing import check_sparse, pack
 from nmjax.packed.storage import sizes
 from nmjax.packed.weight import Packed, is_packed
-from nmjax.plans import Plan, make_plan
+from nmjax.planning import make_plan
+from nmjax.plans import Plan
 from nmjax.tables import text_table
 from nmjax.trees.leaves import named_leaves
 
