@@ -244,8 +244,8 @@ def _unknown_axes(plan: Plan) -> str:
     unknown = sum(map(math.prod, shapes.values()))
     total = sum(math.prod(leaf.shape) for _, leaf in plan.leaves)
     return (
-        f"\nWARNING: {unknown:,} of {total:,} parameters ({unknown / total:.0%}) stay dense only "
-        f"because their axes are unknown: {', '.join(shapes)}. Pass --axes 'RULE=AXES'.\n"
+        f"\nWARNING: {unknown:,} of {total:,} parameters ({unknown / total:.0%}) stay dense, "
+        f"because they have unknown axes. Pass --axes 'RULE=AXES' for {', '.join(shapes)}.\n"
     )
 
 
