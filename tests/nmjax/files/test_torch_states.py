@@ -191,6 +191,7 @@ def load(layer, params):
     layer.load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # State dicts still have it.
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_groups_run_along_the_inputs(name, form, tmp_path):
