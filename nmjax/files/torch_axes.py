@@ -110,18 +110,23 @@ class Layouts:
         # PyTorch's order: outputs, inputs, spatial axes. Heads and head size become one axis.
         conversion = _conversion(shape, axes.output, axes.reduction, axes.taps)
         is_convolution = self.transposed is not None or _CONVOLUTION.search(name)
-        if axes.taps and (_TRANSPOSED.search(name) or not is_convolution):
+        # Only transposed convolutions have their inputs last.
+        is_transposed = _TRANSPOSED.search(name) or (axes.reduction == (-1,) and not given)
+        if axes.taps and (is_transposed or not is_convolution):
             raise ValueError("may be a transposed convolution, which PyTorch stores differently")
         return conversion
 
     def _transposed(self, name: str, shapes: Mapping[str, Shape], flip: bool) -> Conversion:
         shape, leaf = shapes[name], name.rpartition("/")[-1]
-        axes = self._given(name, shape) or _transposed_axes(leaf, len(shape), flip)
+        axes = _transposed_axes(leaf, len(shape), flip)
+        given = self._given(name, shape) or axes
         bias = shapes.get(name.removesuffix(leaf) + ("b" if leaf == "w" else "bias"))
-        if bias is not None and np.prod(bias) != size_along(shape, axes.output):
+        bias_fits = bias is None or np.prod(bias) == size_along(shape, axes.output)
+        if given.reduction != axes.reduction or not bias_fits:
             raise ValueError(
-                f"outputs on axis {axes.output} contradict a bias of shape {bias}; list the leaf "
-                "in transpose_kernel= if the layer has this setting"
+                f"a transposed convolution with inputs on axis {axes.reduction[0]} and outputs on "
+                f"axis {axes.output[0]} does not fit its {'axes' if bias_fits else 'bias'}; list "
+                "it in transpose_kernel= if, and only if, the layer has this setting"
             )
         conversion = _conversion(shape, axes.reduction, axes.output, axes.taps)
         return conversion._replace(flipped=tuple(range(2, len(conversion.spans))) if flip else ())
@@ -137,16 +142,17 @@ class Layouts:
                     f"axes={{{rule!r}: {self.axes[rule]}}} does not fit {name}: {error}"
                 ) from error
         planned = self.plan.get(name)
-        return planned.axes if planned is not None and _is_whole(planned) else None
+        return planned.axes if planned is not None and _is_whole(planned, len(shape)) else None
 
 
-def _is_whole(planned: LeafPlan) -> bool:
+def _is_whole(planned: LeafPlan, ndim: int) -> bool:
     """Whether a plan distinguishes inputs, outputs and taps, as a layer does."""
     # Groups may run along inputs and taps together, which is not their order in the kernel. Where
-    # a user gives only reduction axes, the others count as outputs.
+    # a user gives only reduction axes, the others count as outputs. Axes in no role may be taps.
     in_order = list(planned.reduction_axes) == sorted(planned.reduction_axes)
     is_found = planned.source in ("program", "known layer")
-    return in_order and (is_found or len(planned.output_axes) == 1)
+    no_stack = not stack_axes(ndim, (planned.reduction_axes, planned.output_axes, planned.tap_axes))
+    return in_order and no_stack and (is_found or len(planned.output_axes) == 1)
 
 
 def _certain(known: Axes | str | Unknown, shape: Shape) -> Axes:

@@ -147,9 +147,29 @@ def test_names_by_flax_and_haiku_are_certain():
 
 def test_a_bias_that_contradicts():
     params = {"up": {"kernel": normal(3, 3, 6, 8), "bias": normal(6)}}
-    with pytest.raises(ValueError, match=r"contradict a bias of shape \(6,\)"):
+    with pytest.raises(ValueError, match="outputs on axis -1 does not fit its bias"):
         to_torch(params, transposed="up")
     assert to_torch(params, transpose_kernel="up")["up.weight"].shape == (8, 6, 3, 3)
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_a_program_that_contradicts(transpose_kernel):
+    x = normal(1, 4, 4, 8)
+    layer = nn.ConvTranspose(8, (3, 3), transpose_kernel=transpose_kernel)
+    params = layer.init(jax.random.key(0), x)["params"]
+    plan = nmjax.make_plan(
+        params, "2:4", forward=lambda params, x: layer.apply({"params": params}, x), inputs=(x,)
+    )
+    rules = {"transposed": "kernel", "transpose_kernel": "kernel"}
+    right = rules["transpose_kernel"] if transpose_kernel else ()
+    state = to_torch(params, plan=plan, transposed="kernel", transpose_kernel=right)
+    assert state["weight"].shape == (8, 8, 3, 3)
+    del rules["transpose_kernel" if transpose_kernel else "transposed"]
+    with pytest.raises(ValueError, match="does not fit its axes"):
+        to_torch(params, plan=plan, **rules)
+    if transpose_kernel:
+        with pytest.raises(ValueError, match="may be a transposed convolution"):
+            to_torch(params, plan=plan, transposed=())
 
 
 def test_rules_that_match_no_kernel():
