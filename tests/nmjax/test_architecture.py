@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "nmjax": (
         ("_version", "trees", "tables", "layouts", "ste"),
-        ("masks", "tracing"),
+        ("masks", "tracing", "options"),
         ("patterns",),
         ("plans",),
         ("selection",),
