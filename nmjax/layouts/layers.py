@@ -121,6 +121,9 @@ def _in_out_conv(shape: Shape) -> Judgment:
 
 
 def _no_bias(readings: Iterable[Reading]) -> Unknown:
-    by_axes = {reading.axes()[:2]: str(reading) for reading in readings}
-    examples = list(by_axes.values())[:3]
+    by_reduction: dict[tuple[int, ...], str] = {}
+    for reading in readings:
+        if "s" not in reading.roles:
+            by_reduction.setdefault(reading.axes().reduction, str(reading))
+    examples = [*list(by_reduction.values())[:4], "a stack of layers"]
     return Unknown(f"no bias says which axes are inputs; could be {' or '.join(examples)}")
