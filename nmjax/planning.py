@@ -12,7 +12,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from nmjax.layouts import Axes, GivenAxes, Unknown, layouts
+from nmjax.layouts import layouts
+from nmjax.layouts.axes import Axes, GivenAxes, Unknown
 from nmjax.masks.scores import Score, magnitude
 from nmjax.patterns import Pattern, parse_pattern
 from nmjax.patterns.pattern import LeafPlan
