@@ -13,15 +13,17 @@ import numpy as np
 
 from nmjax._version import __version__
 from nmjax.analysis.layer_times import layer_times
-from nmjax.files.checkpoints import read_checkpoint
+from nmjax.files.checkpoints import read_checkpoint, read_params
 from nmjax.files.packed_files import FORMAT, load_packed, save_packed
 from nmjax.files.tensor_files import NOTE, read_note, read_tensors
 from nmjax.kernels.gpu.cusparselt import check_semi_structured
 from nmjax.kernels.matmul import choose, expected_speedup
+from nmjax.options import as_options, parse_axes, split_rules
 from nmjax.packed.packing import check_sparse, pack
 from nmjax.packed.storage import sizes
 from nmjax.packed.weight import Packed, is_packed
-from nmjax.plans import Plan, make_plan
+from nmjax.planning import make_plan
+from nmjax.plans import Plan
 from nmjax.tables import text_table
 from nmjax.trees.leaves import named_leaves
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with jax.enable_x64(True):  # Otherwise JAX would narrow 64-bit arrays of the checkpoint.
             arguments.run(arguments)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_options(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -88,7 +90,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pattern", required=True, help='a pattern such as "2:4" or "1x16@0.9"')
     parser.add_argument(
-        "--subtree", default="", help='read only this part of the checkpoint, such as "params"'
+        "--subtree",
+        help='read only this part of the checkpoint, such as "params"; "" for everything '
+        "(default: the subtree called params, if there is one)",
     )
     parser.add_argument(
         "--exclude",
@@ -106,6 +110,15 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="RULE=PATTERN",
         help='use another pattern, or "dense", for matching leaves; may be repeated',
+    )
+    parser.add_argument(
+        "--axes",
+        action="append",
+        default=[],
+        metavar="RULE=AXES",
+        help="axes that the product sums over, for matching leaves: -2, or -3,-2 for several; "
+        "REDUCTION/OUTPUT/TAPS, such as -2/-1/-4,-3, for blocks of weights with more than two "
+        "axes; may be repeated",
     )
 
 
@@ -127,17 +140,17 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    params = read_checkpoint(arguments.checkpoint, arguments.subtree)
+    params = _read(arguments)
     # A table that says why a layer stays dense is more useful here than an error.
     plan = _make_plan(params, arguments, on_indivisible="dense")
-    print(plan)
+    print(as_options(str(plan)))
     # Sizes and products follow from shapes, so nothing is packed here.
     packed = jax.eval_shape(lambda params: pack(params, plan), params)
     print(f"\n{sizes(packed)}\n\n{_products(packed)}")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    params = read_checkpoint(arguments.checkpoint, arguments.subtree)
+    params = _read(arguments)
     dense = "dense" if arguments.dense_if_indivisible else "error"
     plan = _make_plan(params, arguments, on_indivisible=dense)
     # `pack` itself keeps the largest weights and would prune silently.
@@ -166,28 +179,36 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(_positive, text.split(",")))
 
 
-def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: Any) -> Plan:
-    rules = {}
-    for text in arguments.rule:
-        rule, equals, pattern = text.rpartition("=")
-        if not equals:
-            raise ValueError(f"--rule must be RULE=PATTERN, such as 'head=1:4', got {text!r}")
-        rules[rule] = None if pattern == "dense" else pattern
-    try:
-        return make_plan(
-            params,
-            arguments.pattern,
-            exclude=arguments.exclude,
-            include=arguments.include,
-            rules=rules,
-            on_indivisible=on_indivisible,
+def _read(arguments: argparse.Namespace) -> Any:
+    if arguments.subtree is not None:
+        return read_checkpoint(arguments.checkpoint, arguments.subtree)
+    params, subtree = read_params(arguments.checkpoint)
+    if subtree:
+        print(
+            f"Only {subtree} is read; the rest of the checkpoint is left out. Pass --subtree to "
+            "choose another part.\n"
         )
-    except ValueError as error:  # Its advice names keyword arguments; name this command's options.
-        options = {'on_indivisible="dense"': "--dense-if-indivisible", "exclude=": "--exclude"}
-        text = str(error)
-        for keyword, option in options.items():
-            text = text.replace(keyword, option)
-        raise ValueError(text) from error
+    return params
+
+
+def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: Any) -> Plan:
+    rules = {
+        rule: None if pattern == "dense" else pattern
+        for rule, pattern in split_rules(arguments.rule, "--rule", "PATTERN", "head=1:4")
+    }
+    axes = {
+        rule: parse_axes(text)
+        for rule, text in split_rules(arguments.axes, "--axes", "AXES", "head/kernel=-2")
+    }
+    return make_plan(
+        params,
+        arguments.pattern,
+        exclude=arguments.exclude,
+        include=arguments.include,
+        rules=rules,
+        axes=axes,
+        on_indivisible=on_indivisible,
+    )
 
 
 def _products(packed: Any) -> str:

@@ -20,9 +20,11 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "nmjax": (
         ("_version", "trees", "tables", "layouts", "ste"),
-        ("masks", "tracing"),
+        ("masks", "tracing", "options"),
         ("patterns",),
         ("plans",),
+        ("selection",),
+        ("planning",),
         ("pruning",),
         ("transforms", "metrics", "methods", "packed"),
         ("files",),
