@@ -66,7 +66,7 @@ def forward_pass_of_call(
 
     def apply(variables: Any, given: Any) -> Any:
         args, kwargs = given
-        settings = {"rngs": rngs, "mutable": scope.mutable, "method": method}
+        settings: dict[str, Any] = {"rngs": rngs, "mutable": scope.mutable, "method": method}
         return dense.apply(variables, *args, **settings, **kwargs)
 
     return _of_variables(apply, dict(scope.variables()), (args, kwargs))
@@ -116,7 +116,8 @@ def _split(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
     def rebuild(arrays: list[Any]) -> Any:
         new = iter(arrays)
-        return structure.unflatten([next(new) if is_array(leaf) else leaf for leaf in leaves])
+        mixed = [next(new) if is_array(leaf) else leaf for leaf in leaves]
+        return jax.tree.unflatten(structure, mixed)
 
     return [leaf for leaf in leaves if is_array(leaf)], rebuild
 

@@ -87,7 +87,7 @@ def sparsify(
         )
     # A misspelled argument fails here, not when the module first runs.
     inspect.signature(planning.make_plan).bind({}, plan, forward=None, inputs=(), **selection)
-    plan_or_pattern = plan if isinstance(plan, Plan) else parse_pattern(plan)
+    pattern = None if isinstance(plan, Plan) else parse_pattern(plan)
     dense_class = type(module)
 
     def to_sparse(fitting: Plan | None, variables: Any) -> Any:
@@ -110,7 +110,7 @@ def sparsify(
         key = _key(dense, name, self.variables, args, kwargs)
         if key in cache:
             return cache[key]
-        traced = forward_pass_of_call(self.scope, dense, name, args, kwargs)
+        traced = forward_pass_of_call(cast(Scope, self.scope), dense, name, args, kwargs)
         to_fit = partial(to_sparse, _plan_of_call(traced, plan_or_pattern, selection))
         # Inside a mapped method `self` is the dense class again, so methods that call other methods
         # sparsify the variables only once.
