@@ -48,7 +48,8 @@ from nmjax.packed.nm import PackedNM
 from nmjax.packed.packing import check_sparse, pack, unpack
 from nmjax.packed.storage import LeafSize, Sizes, sizes
 from nmjax.patterns import NM, Block1xN, parse_pattern
-from nmjax.plans import LeafPlan, Plan, make_plan
+from nmjax.planning import check_axes, make_plan
+from nmjax.plans import LeafPlan, Plan
 from nmjax.pruning import compute_masks, prune, sparsify
 from nmjax.ste import prune_sr_ste, prune_ste
 from nmjax.tracing.channel_order import Channels, l1_order, permute_channels, sort_channels
@@ -77,6 +78,7 @@ __all__ = [
     "block_mask",
     "blocks_per_row",
     "blocks_regrown",
+    "check_axes",
     "check_sharding",
     "check_sparse",
     "compute_masks",

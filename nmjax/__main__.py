@@ -21,7 +21,8 @@ from nmjax.kernels.matmul import choose, expected_speedup
 from nmjax.packed.packing import check_sparse, pack
 from nmjax.packed.storage import sizes
 from nmjax.packed.weight import Packed, is_packed
-from nmjax.plans import Plan, make_plan
+from nmjax.planning import make_plan
+from nmjax.plans import Plan
 from nmjax.tables import text_table
 from nmjax.trees.leaves import named_leaves
 

@@ -87,6 +87,11 @@ def layout(name: str, shapes: Mapping[str, Shape]) -> Axes | str:
     return axes
 
 
+def layouts(shapes: Mapping[str, Shape]) -> dict[str, Axes | str | Unknown]:
+    """The axes of every leaf."""
+    return {name: layout(name, shapes) for name in shapes}
+
+
 def given_axes(given: GivenAxes, ndim: int) -> Axes:
     """Completes and checks the axes that a user gives for a weight with `ndim` axes.
 

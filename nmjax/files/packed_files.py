@@ -144,7 +144,8 @@ def _read_plan(name: str, description: Mapping[str, Any]) -> LeafPlan:
     spans = {span: _integers(description[span], f"the {span} of {name}") for span in _AXES}
     text = _typed(description["pattern"], str, f"the pattern of {name}")
     pattern = parse_pattern(text[:100])  # A forged text may have megabytes of digits.
-    plan = LeafPlan(pattern, shape=shape, **spans)
+    reduction, output, taps = (spans[span] for span in _AXES)
+    plan = LeafPlan(pattern, reduction, output, shape, taps)
     named = [axis for span in spans.values() for axis in span]
     # save_packed writes the canonical spelling; another one means that the file was forged.
     if (

@@ -14,7 +14,8 @@ from jax.typing import ArrayLike
 from nmjax.analysis.costs import Cost
 from nmjax.analysis.costs import cost as cost_of_function
 from nmjax.patterns import Pattern, parse_pattern
-from nmjax.plans import Plan, make_plan
+from nmjax.planning import make_plan
+from nmjax.plans import Plan
 from nmjax.pruning import sparsify as sparsify_params
 
 

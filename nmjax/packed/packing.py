@@ -7,6 +7,7 @@ through `jax.jit`, `jax.tree.map`, `jax.device_put` and checkpoints like any oth
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
     Outside `jax.jit`, every bit of a kept weight is copied. Inside, XLA's CPU compiler may quiet
     signaling NaNs and flush denormal bfloat16 numbers, as it does whenever it copies them.
     `pack` has no gradient; `unpack` has one, to the kept values.
+
+    It warns if the plan leaves most weights dense only because their axes are unknown.
 
     Args:
       params: dense or pruned parameters that fit the plan. Leaves may have more axes in front than
@@ -49,6 +52,8 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
     [4.0, 0.0, -5.0, 0.0]
     """
     check_plan(plan)
+    if plan.warning:
+        warnings.warn(plan.warning, stacklevel=2)
     already = [n for n, x in named_leaves(params, is_leaf=is_packed).items() if is_packed(x)]
     if plan.keys() & already:
         raise ValueError(

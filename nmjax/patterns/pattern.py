@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -132,6 +132,8 @@ class LeafPlan:
       shape: shape of the weight. A leaf may have more axes in front of these.
       tap_axes: negative axes of a convolution's taps, if name and shape show them; a block spans
         them all. Axes in none of the three fields hold a stack of weights.
+      source: where the axes come from: "program", "given" or "known layer". Plans that differ only
+        in this are equal.
     """
 
     pattern: Pattern
@@ -139,6 +141,7 @@ class LeafPlan:
     output_axes: tuple[int, ...]
     shape: Shape = ()
     tap_axes: tuple[int, ...] = ()
+    source: str = field(default="", compare=False)
 
     @property
     def weights(self) -> int:

@@ -57,7 +57,8 @@ def read_program(forward: Callable[..., Any], params: Any, *inputs: Any) -> Prog
       forward: the network's forward pass; it is traced, not run.
       params: its parameters: arrays or ShapeDtypeStructs. Leaves that are neither, such as the
         functions in an Equinox module, are passed to `forward` as they are.
-      *inputs: its inputs, likewise. Arrays that `forward` closes over count as constants.
+      *inputs: its inputs, likewise, or shapes of float32 arrays. Arrays that `forward` closes over
+        count as constants.
 
     >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.zeros((8, 16)), "bias": jnp.zeros(16)}
@@ -80,7 +81,7 @@ class Trace(NamedTuple):
 
 def trace(forward: Callable[..., Any], params: Any, *inputs: Any) -> Trace:
     """Traces a forward pass; arguments as in `read_program`."""
-    leaves, treedef = jax.tree.flatten((params, inputs))
+    leaves, treedef = jax.tree.flatten((params, tuple(map(_described, inputs))))
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
 
     def run(*arrays: Any) -> Any:
@@ -103,6 +104,12 @@ def read_trace(traced: Trace) -> Program:
     values = [Value(frozenset({n}), (whole(n, shape),)) for n, shape in weights.items()]
     reader.walk(traced.jaxpr, [*values, *[ACTIVATION] * (len(shapes) - len(values))])
     return Program(reader.uses, reader.other_multiply_adds)
+
+
+def _described(given: Any) -> Any:
+    """An input; a shape stands for a float32 array."""
+    is_shape = isinstance(given, tuple) and all(isinstance(size, int) for size in given)
+    return jax.ShapeDtypeStruct(given, np.float32) if is_shape else given
 
 
 def _is_array(leaf: Any) -> bool:

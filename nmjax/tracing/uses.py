@@ -59,6 +59,11 @@ class Uses:
     multiply_adds: int = 0
 
     @property
+    def is_used(self) -> bool:
+        """Whether it meets an activation anywhere."""
+        return bool(self.contractions or self.lookups or self.is_table or self.is_elementwise)
+
+    @property
     def output(self) -> frozenset[int]:
         """All axes along which products write channels; a depthwise one only passes them on."""
         written = [c for c in self.contractions if c.reduction and not self._is_depthwise(c)]

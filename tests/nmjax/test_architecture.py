@@ -23,6 +23,8 @@ FLOORS = {
         ("masks", "tracing"),
         ("patterns",),
         ("plans",),
+        ("selection",),
+        ("planning",),
         ("pruning",),
         ("transforms", "metrics", "methods", "packed"),
         ("files",),

@@ -218,7 +218,7 @@ def test_the_table_shows_every_leaf():
     cells = {line.split()[0]: line.split() for line in lines[2:6]}
     assert cells == {
         "a/bias": ["a/bias", "16", "dense", "16", "16", "bias"],
-        "a/kernel": ["a/kernel", "8x16", "1:8", "-2", "128", "16"],
+        "a/kernel": ["a/kernel", "8x16", "1:8", "-2", "known", "layer", "128", "16"],
         "b/bias": ["b/bias", "4", "dense", "4", "4", "bias"],
         "b/kernel": ["b/kernel", "16x4", "dense", "64", "64", "excluded", "by", "'b/kernel'"],
     }
