@@ -7,7 +7,9 @@ r, have rank p at most. With one row for each o, or for any other set of axes, t
 higher rank. The oracle looks for that set of axes. It knows neither names nor programs.
 
 It needs a network with fewer positions than half the inputs of each layer: batches of one, a few
-tokens, images of one pixel. It raises `Undecided` if two sets of axes look alike.
+tokens, images of one pixel. Attention needs as many tokens as a head has features, since the
+gradients of its queries are combinations of the keys. The oracle says `Undecided` if two sets of
+axes look alike.
 """
 
 import itertools
@@ -22,6 +24,12 @@ from nmjax.trees.leaves import named_leaves
 LOSSES = 32
 ROWS, COLUMNS = 96, 192  # A random part of a larger matrix has the same low rank.
 ZERO = 1e-6  # Gradients this much smaller than the largest one are rounding errors.
+# Compiling takes far longer than running such small networks.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 SMALL = 1e-4  # Singular values this much smaller than the largest one do not count.
 
 
@@ -96,7 +104,7 @@ def _gradients(forward, params, inputs, seed):
 
     floats = [jnp.asarray(leaf) for leaf, f in zip(leaves, is_float, strict=True) if f]
     names = [name for name, f in zip(names, is_float, strict=True) if f]
-    gradients = jax.jit(run)(floats)
+    gradients = jax.jit(run, compiler_options=QUICK)(floats)
     return {n: np.asarray(g, np.float64) for n, g in zip(names, gradients, strict=True)}
 
 
