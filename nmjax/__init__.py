@@ -14,7 +14,7 @@ from nmjax.files.packed_files import load_packed, save_packed
 from nmjax.kernels.matmul import packed_conv, packed_matmul
 from nmjax.kernels.slow_weights import unpack_slow
 from nmjax.kernels.states import backends
-from nmjax.layouts import Axes
+from nmjax.layouts.axes import Axes
 from nmjax.masks.blocks import block_mask
 from nmjax.masks.nm import nm_mask
 from nmjax.masks.scores import magnitude

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,17 @@ import numpy as np
 
 from nmjax._version import __version__
 from nmjax.analysis.layer_times import layer_times
-from nmjax.files.checkpoints import read_checkpoint
+from nmjax.files.checkpoints import read_checkpoint, read_params
 from nmjax.files.packed_files import FORMAT, load_packed, save_packed
 from nmjax.files.tensor_files import NOTE, read_note, read_tensors
 from nmjax.kernels.gpu.cusparselt import check_semi_structured
 from nmjax.kernels.matmul import choose, expected_speedup
+from nmjax.options import as_options, parse_axes, split_rules
 from nmjax.packed.packing import check_sparse, pack
 from nmjax.packed.storage import sizes
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.planning import make_plan
-from nmjax.plans import Plan
+from nmjax.plans import DenseLeaf, Plan
 from nmjax.tables import text_table
 from nmjax.trees.leaves import named_leaves
 
@@ -34,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with jax.enable_x64(True):  # Otherwise JAX would narrow 64-bit arrays of the checkpoint.
             arguments.run(arguments)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_options(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -48,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     info = _add_command(commands, "info", _info, "Show what a packed or safetensors file contains.")
     info.add_argument("file", type=Path, help="a .safetensors file")
     plan = _add_command(commands, "plan", _plan, "Show what a pattern does to each layer.")
-    _add_plan(plan)
+    _add_plan(plan, on_unknown="dense")
     packing = _add_command(commands, "pack", _pack, "Pack the weights of a checkpoint.")
-    _add_plan(packing)
+    _add_plan(packing, on_unknown="error")
     packing.add_argument(
         "--out", type=Path, required=True, help="the .safetensors file to write", metavar="FILE"
     )
@@ -83,13 +87,15 @@ def _add_command(
     return parser
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
+def _add_plan(parser: argparse.ArgumentParser, *, on_unknown: str) -> None:
     parser.add_argument(
         "checkpoint", type=Path, help="a .safetensors or .npz file, or an Orbax checkpoint folder"
     )
     parser.add_argument("--pattern", required=True, help='a pattern such as "2:4" or "1x16@0.9"')
     parser.add_argument(
-        "--subtree", default="", help='read only this part of the checkpoint, such as "params"'
+        "--subtree",
+        help='read only this part of the checkpoint, such as "params"; "" for everything '
+        "(default: the subtree called params, if there is one)",
     )
     parser.add_argument(
         "--exclude",
@@ -107,6 +113,22 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="RULE=PATTERN",
         help='use another pattern, or "dense", for matching leaves; may be repeated',
+    )
+    parser.add_argument(
+        "--axes",
+        action="append",
+        default=[],
+        metavar="RULE=AXES",
+        help="axes that the product sums over, for matching leaves: -2, or -3,-2 for several; "
+        "REDUCTION/OUTPUT/TAPS, such as -2/-1/-4,-3, for blocks of weights with more than two "
+        "axes; may be repeated",
+    )
+    parser.add_argument(
+        "--on-unknown",
+        choices=("error", "dense"),
+        default=on_unknown,
+        help="what to do with leaves whose axes are neither given nor certain (default: "
+        "%(default)s)",
     )
 
 
@@ -128,17 +150,19 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    params = read_checkpoint(arguments.checkpoint, arguments.subtree)
+    params = _read(arguments)
     # A table that says why a layer stays dense is more useful here than an error.
     plan = _make_plan(params, arguments, on_indivisible="dense")
-    print(plan)
+    print(as_options(str(plan)))
+    if not plan.warning:  # Otherwise the table ends with it.
+        print(_unknown_axes(plan), end="")
     # Sizes and products follow from shapes, so nothing is packed here.
-    packed = jax.eval_shape(lambda params: pack(params, plan), params)
+    packed = jax.eval_shape(lambda params: _packed(params, plan), params)
     print(f"\n{sizes(packed)}\n\n{_products(packed)}")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    params = read_checkpoint(arguments.checkpoint, arguments.subtree)
+    params = _read(arguments)
     dense = "dense" if arguments.dense_if_indivisible else "error"
     plan = _make_plan(params, arguments, on_indivisible=dense)
     # `pack` itself keeps the largest weights and would prune silently.
@@ -147,9 +171,10 @@ def _pack(arguments: argparse.Namespace) -> None:
             check_sparse(params, plan)
         except ValueError as error:
             raise ValueError(f"{error}\nPass --prune to prune them by magnitude.") from error
-    packed = pack(params, plan)
+    packed = _packed(params, plan)
     save_packed(arguments.out, packed)
     print(sizes(packed))
+    print(_unknown_axes(plan), end="")
     print(f"\n{arguments.out}: {arguments.out.stat().st_size:,} bytes")
 
 
@@ -167,28 +192,61 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(_positive, text.split(",")))
 
 
-def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: Any) -> Plan:
-    rules = {}
-    for text in arguments.rule:
-        rule, equals, pattern = text.rpartition("=")
-        if not equals:
-            raise ValueError(f"--rule must be RULE=PATTERN, such as 'head=1:4', got {text!r}")
-        rules[rule] = None if pattern == "dense" else pattern
-    try:
-        return make_plan(
-            params,
-            arguments.pattern,
-            exclude=arguments.exclude,
-            include=arguments.include,
-            rules=rules,
-            on_indivisible=on_indivisible,
+def _read(arguments: argparse.Namespace) -> Any:
+    if arguments.subtree is not None:
+        return read_checkpoint(arguments.checkpoint, arguments.subtree)
+    params, subtree = read_params(arguments.checkpoint)
+    if subtree:
+        print(
+            f"Only {subtree} is read; the rest of the checkpoint is left out. Pass --subtree to "
+            "choose another part.\n"
         )
-    except ValueError as error:  # Its advice names keyword arguments; name this command's options.
-        options = {'on_indivisible="dense"': "--dense-if-indivisible", "exclude=": "--exclude"}
-        text = str(error)
-        for keyword, option in options.items():
-            text = text.replace(keyword, option)
-        raise ValueError(text) from error
+    return params
+
+
+def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: Any) -> Plan:
+    rules = {
+        rule: None if pattern == "dense" else pattern
+        for rule, pattern in split_rules(arguments.rule, "--rule", "PATTERN", "head=1:4")
+    }
+    axes = {
+        rule: parse_axes(text)
+        for rule, text in split_rules(arguments.axes, "--axes", "AXES", "head/kernel=-2")
+    }
+    return make_plan(
+        params,
+        arguments.pattern,
+        exclude=arguments.exclude,
+        include=arguments.include,
+        rules=rules,
+        axes=axes,
+        on_indivisible=on_indivisible,
+        on_unknown=arguments.on_unknown,
+    )
+
+
+def _packed(params: Any, plan: Plan) -> Any:
+    with warnings.catch_warnings():
+        # The commands print this warning themselves, because it names arguments of functions.
+        warnings.filterwarnings("ignore", message=re.escape(plan.warning or "WARNING"))
+        return pack(params, plan)
+
+
+def _unknown_axes(plan: Plan) -> str:
+    """A warning that some leaves stay dense only because their axes are unknown, or nothing."""
+    shapes = {
+        name: leaf.shape
+        for name, leaf in plan.leaves
+        if isinstance(leaf, DenseLeaf) and leaf.is_unknown
+    }
+    if not shapes:
+        return ""
+    unknown = sum(map(math.prod, shapes.values()))
+    total = sum(math.prod(leaf.shape) for _, leaf in plan.leaves)
+    return (
+        f"\nWARNING: {unknown:,} of {total:,} parameters ({unknown / total:.0%}) stay dense, "
+        f"because they have unknown axes. Pass --axes 'RULE=AXES' for {', '.join(shapes)}.\n"
+    )
 
 
 def _products(packed: Any) -> str:

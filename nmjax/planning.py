@@ -12,7 +12,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from nmjax.layouts import Axes, GivenAxes, Unknown, layouts
+from nmjax.layouts import layouts
+from nmjax.layouts.axes import Axes, GivenAxes
 from nmjax.masks.scores import Score, magnitude
 from nmjax.patterns import Pattern, parse_pattern
 from nmjax.patterns.pattern import LeafPlan
@@ -212,10 +213,11 @@ def _find_axes(
     uses = _read_uses(forward, params, inputs)
     found: dict[str, FoundAxes] = {}
     for name, by_name in known.items():
-        axes: Axes | str | Unknown = uses[name].axes() if name in uses else "not an array"
+        axes = uses[name].axes() if name in uses else "not an array"
         # "bias" says more than that the leaf is in no product.
-        if isinstance(axes, str | Unknown) and isinstance(by_name, str):
-            axes = by_name if isinstance(axes, str) or len(shapes[name]) < 2 else axes
+        is_matrix = name in uses and uses[name].contractions and len(shapes[name]) > 1
+        if not isinstance(axes, Axes) and isinstance(by_name, str) and not is_matrix:
+            axes = by_name
         found[name] = FoundAxes(axes, "program")
     return found
 

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import jax
 
-from nmjax.layouts import Shape
+from nmjax.layouts.axes import Shape
 from nmjax.masks.scores import Score, magnitude
 from nmjax.patterns.pattern import LeafPlan as LeafPlan
 from nmjax.tables import Row, html_table, text_table

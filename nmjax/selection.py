@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from nmjax.layouts import Axes, GivenAxes, Shape, Unknown, given_axes
+from nmjax.layouts.axes import Axes, GivenAxes, Shape, Unknown, given_axes
 from nmjax.patterns import Pattern
 from nmjax.patterns.pattern import LeafPlan
 from nmjax.plans import DenseLeaf

@@ -4,25 +4,41 @@
 |---|---|---|
 | safetensors | `a/b/kernel` | nested dicts |
 | safetensors with PyTorch's header or names | `a.b.weight` | nested dicts, in PyTorch's layout |
-| `.npz` | `a/b/kernel` | nested dicts |
+| `.npz` | as in safetensors | as of safetensors |
 | a folder that Orbax wrote | | the saved tree, as dicts and lists |
+
+NNX states saved by Orbax have one more level, `a/b/kernel/value`. It is removed, so that leaves
+have the names of the live state.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from nmjax.files.tensor_files import read_note, read_tensors
-from nmjax.trees.leaves import nest
+from nmjax.trees.leaves import named_leaves, nest
+
+# A module may be called `value`, as in attention. Only in an NNX state does a parameter contain it.
+_NNX_LEAF = re.compile(r"(^|/)(kernel|bias|scale|embedding)/value$")
+# Optimizer states repeat the names of the parameters. Optax's chains number their parts.
+_OPTIMIZERS = ("opt_state", "optimizer", "optimizer_state")
+_MOMENTS = re.compile(rf"(^|/)({'|'.join(_OPTIMIZERS)}|\d+/(mu|nu|trace))/")
+
+
+class _Tree(NamedTuple):
+    tree: Any
+    from_torch: bool
 
 
 def read_checkpoint(path: str | os.PathLike[str], subtree: str = "") -> Any:
-    """Reads parameters.
+    """Reads a checkpoint, or a part of it.
 
     Args:
       path: a `.safetensors` or `.npz` file, or a folder that Orbax wrote.
@@ -33,30 +49,93 @@ def read_checkpoint(path: str | os.PathLike[str], subtree: str = "") -> Any:
       OSError: the file cannot be read.
       ImportError: safetensors, or Orbax for a folder, is not installed.
     """
-    path = Path(path)
-    if path.is_dir():
-        tree = _read_orbax(path)
-    elif path.suffix == ".npz":
-        tree = nest(_read_npz(path))
-    else:
-        tree = _read_safetensors(path)
+    tree = _read(Path(path)).tree
     # The empty text splits into one empty key.
     for key in filter(None, subtree.split("/")):
-        if not isinstance(tree, dict) or key not in tree:
-            found = ", ".join(map(str, tree)) if isinstance(tree, dict) else "an array"
+        children = _children(tree)
+        if key not in children:
+            found = ", ".join(children) or "an array"
             raise ValueError(f"{path} has no subtree {subtree!r}: expected {key!r}, found {found}")
-        tree = tree[key]
+        tree = children[key]
     return tree
 
 
-def _read_safetensors(path: Path) -> Any:
-    tensors, metadata = read_tensors(path)
-    if read_note(metadata).get("format") == "packed":
-        raise ValueError(f"{path} already contains packed parameters")
+def read_params(path: str | os.PathLike[str]) -> tuple[Any, str]:
+    """Reads only the parameters of a checkpoint that may contain a whole training state.
+
+    Args:
+      path: as in `read_checkpoint`.
+
+    Returns:
+      The subtree called `params`, and where it is, such as `"state/params"`. Everything, and an
+      empty text, if the checkpoint contains nothing else.
+
+    Raises:
+      ValueError: as in `read_checkpoint`; several subtrees are called `params`, or none is although
+        there is an optimizer state.
+    """
+    tree, from_torch = _read(Path(path))
+    # A PyTorch module may have a ParameterList called `params`.
+    if from_torch:
+        return tree, ""
+    found = dict(_find_params(tree, ()))
+    if len(found) > 1:
+        raise ValueError(
+            f"{path} has several subtrees called params; pass subtree= with one of them: "
+            f"{', '.join(found)}"
+        )
+    names = named_leaves(tree)
+    if not found and any(map(_MOMENTS.search, names)):
+        raise ValueError(
+            f"{path} contains an optimizer state, but no subtree called params; pass subtree= with "
+            f"the part that holds the parameters. At the top it has {', '.join(_children(tree))}"
+        )
+    where, params = next(iter(found.items()), ("", tree))
+    return (params, where) if len(named_leaves(params)) < len(names) else (tree, "")
+
+
+def _find_params(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Outermost subtrees called `params`, except in an optimizer state."""
+    for key, child in _children(tree).items():
+        here = (*path, key)
+        if key == "params" and _children(child):
+            yield "/".join(here), child
+        elif key not in _OPTIMIZERS:
+            yield from _find_params(child, here)
+
+
+def _children(tree: Any) -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {str(key): child for key, child in tree.items()}
+    return {str(i): child for i, child in enumerate(tree)} if isinstance(tree, list) else {}
+
+
+def _read(path: Path) -> _Tree:
+    if path.is_dir():
+        return _Tree(_without_boxes(_read_orbax(path)), from_torch=False)
+    metadata: Mapping[str, str] = {}
+    if path.suffix == ".npz":
+        tensors = _read_npz(path)
+    else:
+        tensors, metadata = read_tensors(path)
+        if read_note(metadata).get("format") == "packed":
+            raise ValueError(f"{path} already contains packed parameters")
     # PyTorch separates names by dots. Files without the header are recognized by their names.
-    if metadata.get("format") == "pt" or not any("/" in name for name in tensors):
+    from_torch = metadata.get("format") == "pt" or not any("/" in name for name in tensors)
+    if from_torch:
         tensors = {name.replace(".", "/"): tensor for name, tensor in tensors.items()}
-    return nest(tensors)
+    return _Tree(_without_boxes(nest(tensors)), from_torch)
+
+
+def _without_boxes(tree: Any) -> Any:
+    """Replaces each dict of one `value` by that value, if the tree is an NNX state."""
+    if not any(map(_NNX_LEAF.search, named_leaves(tree))):
+        return tree
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, dict) and x.keys() == {"value"} and hasattr(x["value"], "shape")
+
+    return jax.tree.map(lambda x: x["value"] if is_box(x) else x, tree, is_leaf=is_box)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nmjax.layouts import Shape
+from nmjax.layouts.axes import Shape
 from nmjax.packed.blocks import PackedBlocks
 from nmjax.packed.nm import PackedNM
 from nmjax.patterns import NM

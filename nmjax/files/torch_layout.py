@@ -4,6 +4,7 @@
 |---|---|---|---|
 | `a/kernel` | `a.weight` | (in, out) | (out, in) |
 | `a/kernel` | `a.weight` | (*spatial, in, out) | (out, in, *spatial) |
+| `a/kernel` of ConvTranspose | `a.weight` | (*spatial, in, out) | (in, out, *spatial), reversed |
 | `query/kernel` of attention | `query.weight` | (in, heads, head) | (heads * head, in) |
 | `out/kernel` of attention | `out.weight` | (heads, head, out) | (out, heads * head) |
 | `query/bias` of attention | `query.bias` | (heads, head) | (heads * head) |
@@ -11,8 +12,20 @@
 | `a/scale`, `a/embedding` | `a.weight` | the same | the same |
 | `a/mean`, `a/var` | `a.running_mean`, `a.running_var` | the same | the same |
 
-Other leaves keep their names and axes. PyTorch stores transposed convolutions differently, but
-their names and shapes look like those of other convolutions: convert them by hand.
+Other leaves keep their names and axes. A kernel is converted only if its axes are certain, and a
+convolution only if it is certain whether it is transposed: PyTorch stores transposed ones
+differently, and names and shapes do not distinguish them. All functions take what is missing:
+
+- `axes`: path rule -> axes of the leaves that match, as in `nmjax.make_plan`. Pass `nmjax.Axes` for
+  kernels with more than two axes.
+- `plan`: from `nmjax.make_plan`. Its axes are used for leaves that `axes` does not match. Packed
+  leaves contain their own.
+- `transposed`: path rules of the kernels of transposed convolutions (`ConvTranspose` of Flax and
+  Equinox, `Conv2DTranspose` of Haiku); `()` if there are none. Needed if there are convolutions,
+  except where Flax or Haiku chose the module's name, such as `Conv_0`.
+- `transpose_kernel`: path rules of those for which Flax has `transpose_kernel=True`.
+
+For a Flax layer with `padding="VALID"`, PyTorch's layer has `padding=0`.
 """
 
 from __future__ import annotations
@@ -27,13 +40,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.files.tensor_files import NOTE, write_tensors
-from nmjax.layouts import Axes, Shape, layout, size_along
+from nmjax.files.torch_axes import Layouts
+from nmjax.layouts import GivenAxes, Shape
 from nmjax.packed.packing import unpack
 from nmjax.packed.weight import is_packed
+from nmjax.patterns.pattern import LeafPlan
 from nmjax.plans import Plan
 from nmjax.trees.leaves import map_named, named_leaves
 from nmjax.trees.path_rules import PathRules, as_rules, first_match
-from nmjax.trees.spans import Span, merge, split, stack_axes
 
 _RENAMED = {
     "kernel": "weight",
@@ -46,30 +60,43 @@ _RENAMED = {
 _COUNTERS = r"num_batches_tracked$"
 
 
-def to_torch(params: Any) -> dict[str, np.ndarray]:
+def to_torch(
+    params: Any,
+    *,
+    axes: Mapping[str, GivenAxes] | None = None,
+    plan: Plan | None = None,
+    transposed: PathRules | None = None,
+    transpose_kernel: PathRules = (),
+) -> dict[str, np.ndarray]:
     """Converts parameters to a PyTorch state dict of NumPy arrays.
 
     Args:
       params: parameters, and batch statistics if any. Packed leaves are unpacked.
+      axes: path rule -> axes of the leaves that match, where they are not certain.
+      plan: where to find the axes of other leaves.
+      transposed: path rules of transposed convolutions; `()` if there are none.
+      transpose_kernel: path rules of those with `transpose_kernel=True`.
 
     Raises:
-      ValueError: two leaves have the same PyTorch name; a kernel is a stack of layers; the axes of
-        a kernel are unknown.
+      ValueError: two leaves have the same PyTorch name; the layout of kernels is unknown, or they
+        are stacks of layers (the message lists all such leaves); a path rule matches no leaf.
 
-    >>> state = to_torch({"a": {"kernel": jnp.zeros((3, 3, 8, 16)), "bias": jnp.zeros(16)}})
-    >>> {name: array.shape for name, array in state.items()}
-    {'a.bias': (16,), 'a.weight': (16, 8, 3, 3)}
+    >>> params = {"Conv_0": {"kernel": jnp.zeros((3, 3, 8, 16)), "bias": jnp.zeros(16)}}
+    >>> {name: array.shape for name, array in to_torch(params).items()}
+    {'Conv_0.bias': (16,), 'Conv_0.weight': (16, 8, 3, 3)}
     """
+    known = {**(plan or {}), **_packed_plans(params)}
     # PyTorch has no packed weights in a state dict, so zeros are written out.
     leaves = named_leaves(unpack(params))
-    shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
+    layouts = Layouts(axes or {}, known, transposed, transpose_kernel)
+    conversions = layouts.conversions({name: np.shape(leaf) for name, leaf in leaves.items()})
     state: dict[str, np.ndarray] = {}
     for name, leaf in leaves.items():
         if torch_name(name) in state:
             raise ValueError(f"{name} and another leaf would both become {torch_name(name)!r}")
-        merged = merge(np.asarray(leaf), _spans(name, shapes))
+        tensor = conversions[name].to_torch(np.asarray(leaf))
         # np.ascontiguousarray would give a scalar an axis.
-        state[torch_name(name)] = np.ascontiguousarray(merged) if merged.ndim else merged
+        state[torch_name(name)] = np.ascontiguousarray(tensor) if tensor.ndim else tensor
     return state
 
 
@@ -79,6 +106,10 @@ def from_torch(
     *,
     names: Callable[[str], str] | None = None,
     ignore: PathRules = (),
+    axes: Mapping[str, GivenAxes] | None = None,
+    plan: Plan | None = None,
+    transposed: PathRules | None = None,
+    transpose_kernel: PathRules = (),
 ) -> Any:
     """Converts a PyTorch state dict to parameters.
 
@@ -87,18 +118,23 @@ def from_torch(
       params: a tree with the structure and shapes of the result: arrays or ShapeDtypeStructs.
       names: JAX name -> PyTorch name; by default `nmjax.files.torch_layout.torch_name`.
       ignore: path rules for entries that no leaf uses. Batch counters are always ignored.
+      axes: as in `to_torch`.
+      plan: as in `to_torch`.
+      transposed: as in `to_torch`.
+      transpose_kernel: as in `to_torch`.
 
     Returns:
       The tree with the arrays of the state, in the state's dtypes.
 
     Raises:
       ValueError: leaves have no entry, or one of another shape (the message lists all such leaves);
-        an entry has no leaf.
+        an entry has no leaf; the layout of kernels is unknown, as in `to_torch`.
     """
     leaves = named_leaves(params)
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     wanted = {name: (names or torch_name)(name) for name in leaves}
-    found = _find(state, wanted, shapes)
+    layouts = Layouts(axes or {}, plan or {}, transposed, transpose_kernel)
+    found = _find(state, wanted, shapes, layouts)
     rules = (*as_rules(ignore), _COUNTERS)
     # An entry that nothing uses usually means a wrong name, so it is an error.
     left = [name for name in state.keys() - set(wanted.values()) if not first_match(rules, name)]
@@ -117,6 +153,9 @@ def masks_from_torch(
     *,
     names: Callable[[str], str] | None = None,
     suffix: str = "_mask",
+    axes: Mapping[str, GivenAxes] | None = None,
+    transposed: PathRules | None = None,
+    transpose_kernel: PathRules = (),
 ) -> dict[str, jax.Array]:
     """Converts masks from a PyTorch state dict, such as those of `torch.nn.utils.prune`.
 
@@ -126,24 +165,36 @@ def masks_from_torch(
       plan: from `nmjax.make_plan`.
       names: JAX name -> PyTorch name, without the suffix.
       suffix: follows the weight's name in the name of its mask.
+      axes: as in `to_torch`.
+      transposed: as in `to_torch`.
+      transpose_kernel: as in `to_torch`.
 
     Returns:
       Leaf name -> boolean array, True = kept, for `nmjax.prune` and `nmjax.pack`.
 
     Raises:
       ValueError: a planned leaf has no mask, or its mask has another shape or other numbers than
-        0 and 1.
+        0 and 1; the layout of a planned leaf is unknown.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
     wanted = {name: (names or torch_name)(name) + suffix for name in plan}
-    found = _find(state, wanted, shapes)
+    layouts = Layouts(axes or {}, plan, transposed, transpose_kernel)
+    found = _find(state, wanted, shapes, layouts)
     for name, mask in found.items():
         if not np.isin(mask, (0, 1)).all():
             raise ValueError(f"{wanted[name]} is not a mask: it has values other than 0 and 1")
     return {name: jnp.asarray(mask != 0) for name, mask in found.items()}
 
 
-def save_torch(path: str | os.PathLike[str], params: Any) -> None:
+def save_torch(
+    path: str | os.PathLike[str],
+    params: Any,
+    *,
+    axes: Mapping[str, GivenAxes] | None = None,
+    plan: Plan | None = None,
+    transposed: PathRules | None = None,
+    transpose_kernel: PathRules = (),
+) -> None:
     """Writes dense weights, including zeros, to a safetensors file in PyTorch's names and layout.
 
     Any library that reads safetensors can load the file. The header stores the patterns of packed
@@ -152,19 +203,24 @@ def save_torch(path: str | os.PathLike[str], params: Any) -> None:
     Args:
       path: the file to write.
       params: parameters, packed or pruned.
+      axes: as in `to_torch`.
+      plan: as in `to_torch`.
+      transposed: as in `to_torch`.
+      transpose_kernel: as in `to_torch`.
 
     Raises:
       ValueError: as in `to_torch`.
       ImportError: safetensors is not installed.
     """
-    leaves = named_leaves(params, is_leaf=is_packed)
     patterns = {
-        torch_name(name): str(leaf.leaf_plan.pattern)
-        for name, leaf in leaves.items()
-        if is_packed(leaf)
+        torch_name(name): str(leaf_plan.pattern)
+        for name, leaf_plan in _packed_plans(params).items()
     }
     note = {"format": "dense", "version": 1, "patterns": patterns}
-    write_tensors(path, to_torch(params), {"format": "pt", NOTE: json.dumps(note)})
+    state = to_torch(
+        params, axes=axes, plan=plan, transposed=transposed, transpose_kernel=transpose_kernel
+    )
+    write_tensors(path, state, {"format": "pt", NOTE: json.dumps(note)})
 
 
 def torch_name(name: str) -> str:
@@ -177,15 +233,24 @@ def torch_name(name: str) -> str:
     return ".".join([*path, _RENAMED.get(leaf, leaf)])
 
 
+def _packed_plans(params: Any) -> dict[str, LeafPlan]:
+    leaves = named_leaves(params, is_leaf=is_packed)
+    return {name: leaf.leaf_plan for name, leaf in leaves.items() if is_packed(leaf)}
+
+
 def _find(
-    state: Mapping[str, Any], wanted: Mapping[str, str], shapes: Mapping[str, Shape]
+    state: Mapping[str, Any],
+    wanted: Mapping[str, str],
+    shapes: Mapping[str, Shape],
+    layouts: Layouts,
 ) -> dict[str, np.ndarray]:
     """Leaf name -> its entry, in JAX's axes."""
+    conversions = layouts.conversions(shapes, wanted)
     found: dict[str, np.ndarray] = {}
     complaints = []
     for name, entry in wanted.items():
-        shape, spans = shapes[name], _spans(name, shapes)
-        expected = tuple(size_along(shape, span) for span in spans)
+        shape, conversion = shapes[name], conversions[name]
+        expected = conversion.torch_shape(shape)
         if entry not in state:
             complaints.append(f"  {name}: no entry {entry!r}")
         elif tuple(state[entry].shape) != expected:
@@ -194,31 +259,10 @@ def _find(
                 f"got {tuple(state[entry].shape)}"
             )
         else:
-            found[name] = split(_as_numpy(state[entry]), shape, spans)
+            found[name] = conversion.from_torch(_as_numpy(state[entry]), shape)
     if complaints:
         raise ValueError("the state dict does not match:\n" + "\n".join(complaints))
     return found
-
-
-def _spans(name: str, shapes: Mapping[str, Shape]) -> list[Span]:
-    """For each axis in PyTorch, the axes of the leaf that it combines."""
-    shape, leaf = shapes[name], name.rpartition("/")[-1]
-    every = tuple(range(-len(shape), 0))
-    if leaf == "bias" and every:
-        return [every]
-    if leaf not in ("kernel", "w") or len(shape) < 2:
-        return [(axis,) for axis in every]
-    axes = layout(name, shapes)
-    if isinstance(axes, str):  # Depthwise convolutions have the same layout as others.
-        axes = Axes((-2,), (-1,), every[:-2])
-    # PyTorch's order: outputs, inputs, spatial axes. Heads and head size become one axis.
-    spans = [axes.output, axes.reduction, *((tap,) for tap in axes.taps or ())]
-    if axes.taps is None or stack_axes(len(shape), spans):
-        raise ValueError(
-            f"{name} of shape {shape} may be a stack of layers, which PyTorch has no layout for; "
-            "split it into layers first"
-        )
-    return spans
 
 
 def _as_numpy(x: Any) -> np.ndarray:

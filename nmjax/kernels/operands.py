@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jax import lax
 
-from nmjax.layouts import Shape
+from nmjax.layouts.axes import Shape
 
 Activation = Literal["relu"] | None
 FusedActivation = Literal["relu", "gelu"] | None  # What cuSPARSELt adds to some products.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nmjax.layouts import Axes, given_axes, size_along
+from nmjax.layouts.axes import Axes, given_axes, size_along
 from nmjax.masks.arguments import check_block, kept_blocks
 from nmjax.masks.ranking import check_real_floating, keep_highest, signed_keys
 from nmjax.masks.scores import BlockScore, block_score

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nmjax.layouts import Axes
+from nmjax.layouts.axes import Axes
 from nmjax.masks.blocks import keep_blocks, score_blocks, split_blocks, spread_blocks
 from nmjax.masks.scores import BlockScore, block_score, magnitude
 from nmjax.methods.schedules import Ramp

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nmjax.layouts import Shape
+from nmjax.layouts.axes import Shape
 from nmjax.masks.blocks import split_blocks
 from nmjax.packed.bits import as_bits, exactly, from_bits, index_dtype
 from nmjax.packed.weight import Packed

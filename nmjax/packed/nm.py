@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nmjax.layouts import Shape
+from nmjax.layouts.axes import Shape
 from nmjax.packed.bits import as_bits, exactly, from_bits, index_dtype, pack_bits, unpack_bits
 from nmjax.packed.weight import Packed
 from nmjax.patterns.nm import NM

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nmjax.layouts import Shape
+from nmjax.layouts.axes import Shape
 from nmjax.patterns.pattern import LeafPlan, Pattern
 from nmjax.trees.spans import Span, stack_axes
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, TypeGuard
 
 import jax
 
-from nmjax.layouts import Axes, Shape, size_along
+from nmjax.layouts.axes import Axes, Shape, size_along
 from nmjax.masks.arguments import check_block, kept_blocks
 from nmjax.masks.blocks import block_mask
 from nmjax.masks.scores import Score, block_sum, score_weights

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self
 
 import jax
 
-from nmjax.layouts import Axes, Shape
+from nmjax.layouts.axes import Axes, Shape
 from nmjax.masks.arguments import check_n_of_m
 from nmjax.masks.nm import nm_mask
 from nmjax.masks.scores import Score

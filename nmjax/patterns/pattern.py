@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 
-from nmjax.layouts import Axes, Shape, size_along
+from nmjax.layouts.axes import Axes, Shape, size_along
 from nmjax.masks.scores import Score
 
 Span = tuple[int, ...]

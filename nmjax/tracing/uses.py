@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nmjax.layouts import Axes, Unknown
+from nmjax.layouts.axes import Axes, Unknown
 from nmjax.tracing.views import Pieces, Shape, View
 
 Span = tuple[int, ...]

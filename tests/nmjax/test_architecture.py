@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "nmjax": (
         ("_version", "trees", "tables", "layouts", "ste"),
-        ("masks", "tracing"),
+        ("masks", "tracing", "options"),
         ("patterns",),
         ("plans",),
         ("selection",),
@@ -51,7 +51,7 @@ FLOOR_OF = {
     for room in rooms
 }
 # Files in a chain of imports within a package, from the lowest to the highest.
-DEEPEST = {"nmjax": 8, "experiments": 10}
+DEEPEST = {"nmjax": 9, "experiments": 10}
 FULLEST = 15  # files in a folder
 
 # What `import nmjax` must not bring along: optional packages, and heavy parts of this one.

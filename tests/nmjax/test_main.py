@@ -16,7 +16,10 @@ from nmjax.trees.leaves import named_leaves
 
 RNG = np.random.default_rng(0)
 PARAMS = {
-    "stem": {"kernel": RNG.normal(size=(3, 3, 3, 8)).astype("float32")},
+    "stem": {
+        "kernel": RNG.normal(size=(3, 3, 3, 8)).astype("float32"),
+        "bias": np.zeros(8, "float32"),
+    },
     "body": {"kernel": RNG.normal(size=(16, 8)).astype("float32"), "bias": np.zeros(8, "float32")},
     "head": {"kernel": RNG.normal(size=(8, 4)).astype("float32")},
 }
@@ -82,6 +85,7 @@ def test_rules(files, capsys):
         "body/bias": "dense",
         "body/kernel": "1:8",
         "head/kernel": "1x4@0.5",
+        "stem/bias": "dense",
         "stem/kernel": "dense",
     }
     _, err = run(capsys, "plan", dense, "--pattern", "1:8", "--rule", "head")
@@ -99,6 +103,101 @@ def test_plan_says_what_and_why_not(files, capsys):
     products = text.split("because")[1].splitlines()
     assert {line.split()[0] for line in products if "/kernel" in line} == set(plan)
     assert "nmjax bench" in products[-1]
+
+
+OUT_IN = {
+    "mlp": {"kernel": RNG.normal(size=(8, 4)).astype("float32"), "bias": np.zeros(8, "float32")},
+    "head": {"w": RNG.normal(size=(4, 8)).astype("float32")},
+}
+
+
+@pytest.fixture
+def out_in(tmp_path):
+    """A checkpoint with a kernel (out, in), and where to write."""
+    write_tensors(tmp_path / "dense.safetensors", named_leaves(OUT_IN), {})
+    return str(tmp_path / "dense.safetensors"), str(tmp_path / "packed.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "axes"),
+    [
+        ("-1", -1),
+        ("1", 1),
+        ("-2,-1", (-2, -1)),
+        ("-1/-2/", nmjax.Axes((-1,), (-2,))),
+        ("-1/-2", nmjax.Axes((-1,), (-2,))),
+    ],
+)
+def test_given_axes(out_in, capsys, text, axes):
+    dense, out = out_in
+    command = ("pack", dense, "--pattern", "2:4", "--prune", "--out", out)
+    run(capsys, *command, "--axes", f"mlp/kernel={text}", "--axes", "head=-2")
+    plan = nmjax.make_plan(OUT_IN, "2:4", axes={"mlp/kernel": axes, "head": -2})
+    loaded = nmjax.unpack(nmjax.load_packed(out))
+    jax.tree.map(np.testing.assert_array_equal, loaded, nmjax.prune(OUT_IN, plan))
+    table, _ = run(capsys, "plan", dense, "--pattern", "2:4", "--axes", f"mlp/kernel={text}")
+    (row,) = (line for line in table.splitlines() if line.startswith("mlp/kernel  8x4"))
+    assert plan["mlp/kernel"].span in row
+
+
+def test_given_axes_of_blocks(tmp_path, capsys):
+    params = {"a.b/kernel": RNG.normal(size=(3, 8, 4)).astype("float32")}
+    write_tensors(tmp_path / "x", params, {})
+    command = ("plan", str(tmp_path / "x"), "--pattern", "1x2@0.5", "--axes")
+    _, err = run(capsys, *command, "kernel=-2")
+    assert "--axes 'a.b/kernel$=REDUCTION/OUTPUT/TAPS'" in err
+    text, _ = run(capsys, *command, "kernel=-2/-1/-3")
+    assert "-2 x -1" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("mlp", "--axes must be RULE=AXES, such as 'head/kernel=-2', got 'mlp'"),
+        ("mlp=in", "got 'in'"),
+        ("mlp=-1/-2/-3/-4", "got '-1/-2/-3/-4'"),
+        ("mlp/kernel=-3", "--axes 'mlp/kernel=-3' does not fit mlp/kernel of shape (8, 4)"),
+        ("typo=-1", "match no leaf: 'typo'"),
+    ],
+)
+def test_axes_that_do_not_fit(out_in, capsys, text, words):
+    _, err = run(capsys, "plan", out_in[0], "--pattern", "2:4", "--axes", text)
+    assert words in err
+
+
+def test_advice_names_options(tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", **{"a/kernel": np.zeros((8, 4), int)})
+    for command in ("plan", "pack"):
+        more = ("--out", str(tmp_path / "y"), "--prune") if command == "pack" else ()
+        _, err = run(capsys, command, str(tmp_path / "x.npz"), "--pattern", "2:4", *more)
+        assert "a/kernel has dtype int64" in err
+        assert "List them in --exclude" in err
+        assert "exclude=" not in err
+
+
+def test_only_the_params_of_a_training_state(tmp_path, capsys):
+    params = named_leaves(PARAMS)
+    state = {
+        **{f"state/params/{name}": leaf for name, leaf in params.items()},
+        **{f"state/opt_state/0/mu/{name}": leaf for name, leaf in params.items()},
+    }
+    write_tensors(tmp_path / "x", state, {})
+    command = ("plan", str(tmp_path / "x"), "--pattern", "2:4")
+    text, _ = run(capsys, *command)
+    assert text.startswith("Only state/params is read; the rest of the checkpoint is left out.")
+    alone, _ = run(capsys, *command, "--subtree", "state/params")
+    assert text.endswith(alone)
+    assert str(nmjax.make_plan(PARAMS, "2:4", on_indivisible="dense")) in alone
+    whole, _ = run(capsys, *command, "--subtree", "")
+    assert "state/opt_state/0/mu/body/kernel" in whole
+    out = str(tmp_path / "y")
+    run(capsys, "pack", *command[1:], "--exclude", "stem", "--prune", "--out", out)
+    assert named_leaves(nmjax.unpack(nmjax.load_packed(out))).keys() == params.keys()
+    write_tensors(
+        tmp_path / "x", {name.replace("params", "net"): leaf for name, leaf in state.items()}, {}
+    )
+    _, err = run(capsys, *command)
+    assert "pass --subtree with the part" in err
 
 
 def test_info(files, capsys):

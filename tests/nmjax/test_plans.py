@@ -29,7 +29,7 @@ TWO_LAYERS = {
 # Groups never straddle
 
 STRADDLING = {
-    "stem": {"kernel": normal((3, 3, 3, 8))},
+    "conv_stem": {"kernel": normal((3, 3, 3, 8))},
     "body": {"kernel": normal((8, 8))},
     "head": {"kernel": normal((6, 2))},
 }
@@ -41,7 +41,7 @@ def test_all_leaves_that_do_not_divide_are_named_with_the_way_out():
     ) as error:
         make_plan(STRADDLING, "2:4")
     message = str(error.value)
-    assert "stem/kernel (3, 3, 3, 8): 3 inputs are not a multiple of 4 (axes -2)" in message
+    assert "conv_stem/kernel (3, 3, 3, 8): 3 inputs are not a multiple of 4 (axes -2)" in message
     assert "head/kernel (6, 2): 6 inputs are not a multiple of 4 (axes -2)" in message
     assert "body" not in message
     assert "exclude=" in message
@@ -53,15 +53,15 @@ def test_they_can_stay_dense():
     assert set(plan) == {"body/kernel"}
     assert plan.dense == {
         "head/kernel": "6 inputs are not a multiple of 4",
-        "stem/kernel": "3 inputs are not a multiple of 4",
+        "conv_stem/kernel": "3 inputs are not a multiple of 4",
     }
 
 
 def test_they_can_be_excluded_or_take_another_pattern():
     assert set(make_plan(STRADDLING, "2:4", exclude=("stem", "head"))) == {"body/kernel"}
-    plan = make_plan(STRADDLING, "2:4", rules={"stem": "1:3", "head": "1:2"})
+    plan = make_plan(STRADDLING, "2:4", rules={"conv_stem": "1:3", "head": "1:2"})
     patterns = {name: str(leaf.pattern) for name, leaf in plan.items()}
-    assert patterns == {"body/kernel": "2:4", "head/kernel": "1:2", "stem/kernel": "1:3"}
+    assert patterns == {"body/kernel": "2:4", "conv_stem/kernel": "1:3", "head/kernel": "1:2"}
 
 
 def test_the_rows_of_several_axes_count_together():
@@ -222,7 +222,14 @@ def test_the_table_shows_every_leaf():
         "b/bias": ["b/bias", "4", "dense", "4", "4", "bias"],
         "b/kernel": ["b/kernel", "16x4", "dense", "64", "64", "excluded", "by", "'b/kernel'"],
     }
-    assert lines[0].split()[:6] == ["leaf", "shape", "pattern", "axes", "weights", "kept"]
+    assert re.split("  +", lines[0])[:6] == [
+        "leaf",
+        "shape",
+        "pattern",
+        "axes",
+        "axes from",
+        "weights",
+    ]
 
 
 def test_the_summary_adds_up():
@@ -241,7 +248,7 @@ def test_the_summary_adds_up():
 
 
 def test_big_numbers_are_grouped_and_scalars_named():
-    params = {"a": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16), "t": jnp.zeros(())}
+    params = {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16), "t": jnp.zeros(())}
     text = str(make_plan(params, "2:4"))
     assert "16,777,216" in text
     assert "8,388,608" in text
@@ -279,4 +286,4 @@ def test_html_for_notebooks_is_whole_and_escaped():
     shown = Cells(make_plan(params, "2:4", axes={"<b>&/kernel": -2})._repr_html_())
     assert shown.tags == {"table", "thead", "tbody", "tr", "th", "td", "p"}  # No <b>.
     assert [row[0] for row in shown.rows] == ["leaf", '<b>&/"q"', "<b>&/kernel"]
-    assert shown.rows[2] == ["<b>&/kernel", "8x4", "2:4", "-2", "32", "16", ""]
+    assert shown.rows[2] == ["<b>&/kernel", "8x4", "2:4", "-2", "given", "32", "16", ""]

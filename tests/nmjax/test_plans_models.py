@@ -76,10 +76,33 @@ BLOCK_DENSE = {
 }
 
 
+def traced_plan(module, *inputs):
+    variables = jax.eval_shape(module.init, KEY, *inputs)
+
+    def forward(params, *inputs):
+        stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables["batch_stats"])
+        return module.apply({"params": params, "batch_stats": stats}, *inputs)
+
+    return make_plan(variables["params"], "2:4", forward=forward, inputs=inputs)
+
+
 def test_a_linen_transformer_with_convolutions():
-    plan = make_plan(shapes_of(Block(), jnp.zeros((1, 5), int)), "2:4")
+    plan = traced_plan(Block(), jnp.zeros((1, 5), int))
     assert axes_of(plan) == BLOCK_AXES
     assert plan.dense == BLOCK_DENSE
+    assert {leaf.source for leaf in plan.values()} == {"program"}
+
+
+def test_names_and_shapes_leave_some_of_its_convolutions_unknown():
+    params = shapes_of(Block(), jnp.zeros((1, 5), int))
+    with pytest.raises(ValueError, match="unknown axes") as error:
+        make_plan(params, "2:4")
+    assert "out/kernel (3, 8, 16): could be" in str(error.value)
+    plan = make_plan(params, "2:4", on_unknown="dense")
+    assert {"out/kernel", "grouped/kernel"} == {
+        name for name, reason in plan.dense.items() if "unknown" in reason
+    }
+    assert axes_of(plan).items() <= BLOCK_AXES.items()
 
 
 def test_the_same_model_scanned_over_layers():
@@ -96,13 +119,13 @@ def test_the_same_model_scanned_over_layers():
     params = shapes_of(Scanned(), jnp.zeros((3, 1, 5), int))
     assert params["blocks"]["attention"]["query"]["kernel"].shape == (3, 8, 2, 4)
     assert params["blocks"]["LayerNorm_0"]["scale"].shape == (3, 8)
-    plan = make_plan(params, "2:4")
+    plan = traced_plan(Scanned(), jnp.zeros((3, 1, 5), int))
     assert axes_of(plan) == {f"blocks/{name}": axes for name, axes in BLOCK_AXES.items()}
     assert plan.dense == {f"blocks/{name}": reason for name, reason in BLOCK_DENSE.items()}
 
 
 def test_scanned_layers_are_masked_like_each_layer_alone():
-    stacked = {"dense": {"kernel": normal((3, 8, 4))}, "attention": {}}
+    stacked = {"dense": {"kernel": normal((3, 8, 4)), "bias": jnp.zeros((3, 4))}, "attention": {}}
     for name in ("query", "key", "value"):
         stacked["attention"][name] = {"kernel": normal((3, 8, 2, 4))}
     stacked["attention"]["out"] = {"kernel": normal((3, 2, 4, 8))}
@@ -121,7 +144,6 @@ def test_linen_layers_one_by_one():
         (nn.Conv(8, (3, 3)), image, (-2,)),
         (nn.Conv(8, (1, 1), feature_group_count=4), image, (-2,)),
         (nn.ConvTranspose(8, (2, 2), strides=(2, 2)), image, (-2,)),
-        (nn.Conv(8, (3,)), image[0], (-2,)),
         (nn.Dense(8), image, (-2,)),
     ]
     for module, x, axes in cases:
@@ -221,7 +243,7 @@ TREES = {
     "dict": {"a": {"kernel": normal((8, 4)), "bias": jnp.zeros(4)}},
     "FrozenDict": FrozenDict({"a": {"kernel": normal((8, 4)), "bias": jnp.zeros(4)}}),
     "dataclass": {"a": Layer(normal((8, 4)), jnp.zeros(4))},
-    "list of tuples": [(normal((8, 4)), jnp.zeros(4))],
+    "list of dicts": [{"w": normal((8, 4)), "b": jnp.zeros(4)}],
     "NumPy": {"a": {"kernel": np.asarray(normal((8, 4))), "bias": np.zeros(4, np.float32)}},
     "half precision": {"a": {"kernel": normal((8, 4), dtype=jnp.bfloat16), "bias": jnp.zeros(4)}},
     "Partitioned": params_of(Partitioned(nn.with_partitioning), jnp.ones((1, 8))),

@@ -199,8 +199,9 @@ def test_flattening_a_filter_as_the_original(n, m, layout):
         name, w, to_oihw = "kernel", w_oihw.transpose(2, 3, 1, 0), (3, 2, 0, 1)
     else:
         name, w, to_oihw = "weight", w_oihw, (0, 1, 2, 3)
-    plan = make_plan({"conv": {name: w}}, f"{n}:{m}/kernel")
-    mask = nmjax.compute_masks({"conv": {name: w}}, plan)[f"conv/{name}"]
+    params = {"conv": {name: w, "bias": np.zeros(6)}}
+    plan = make_plan(params, f"{n}:{m}/kernel")
+    mask = nmjax.compute_masks(params, plan)[f"conv/{name}"]
     np.testing.assert_array_equal(np.asarray(mask).transpose(to_oihw), original_mask(w_oihw, n, m))
 
 
@@ -214,9 +215,9 @@ def test_flattening_a_filter_as_the_original(n, m, layout):
     ],
 )
 def test_both_groupings_agree_where_a_filter_has_one_tap(name, shape):
-    params = {name: normal(shape)}
+    params = {"conv": {name: normal(shape), "bias": np.zeros(8)}}
     channel, kernel = (
-        nmjax.compute_masks(params, make_plan(params, pattern))[name]
+        nmjax.compute_masks(params, make_plan(params, pattern))[f"conv/{name}"]
         for pattern in ("2:4", "2:4/kernel")
     )
     np.testing.assert_array_equal(channel, kernel)
@@ -232,7 +233,7 @@ def test_both_groupings_agree_for_attention():
 
 
 def test_the_two_groupings_differ_for_wider_filters():
-    params = {"kernel": normal((3, 3, 8, 4))}
+    params = {"kernel": normal((3, 3, 8, 4)), "bias": np.zeros(4)}
     channel, kernel = (
         nmjax.compute_masks(params, make_plan(params, pattern))["kernel"]
         for pattern in ("2:4", "2:4/kernel")

@@ -275,11 +275,11 @@ def test_lambda_that_is_no_scalar():
 
 @pytest.mark.parametrize("dtype", ["int8", "complex64"])
 def test_weights_that_are_no_real_floats_are_named(dtype):
-    params = {"first": jnp.ones((8, 4)), "second": jnp.ones((8, 4))}
+    params = {"first": {"w": jnp.ones((8, 4))}, "second": {"w": jnp.ones((8, 4))}}
     plan = nmjax.make_plan(params, "2:4")
-    changed = {**params, "second": params["second"].astype(dtype)}
+    changed = {**params, "second": {"w": params["second"]["w"].astype(dtype)}}
     for function in (nmjax.compute_masks, nmjax.sparsify, nmjax.prune):
-        with pytest.raises(TypeError, match=f"but second has dtype {dtype}"):
+        with pytest.raises(TypeError, match=f"but second/w has dtype {dtype}"):
             function(changed, plan)
 
 

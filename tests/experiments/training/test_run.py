@@ -17,7 +17,8 @@ from experiments.tasks.task import Metric
 from experiments.train import main
 from experiments.training.flags import Flags
 from experiments.training.run import Run, _score
-from nmjax.files.checkpoints import read_checkpoint
+from nmjax.files.checkpoints import read_checkpoint, read_params
+from nmjax.trees.leaves import named_leaves
 from tests.experiments.prepared import cifar10_examples, prepare
 
 # Half of its epochs dense, half pruned: the state of this method matters most.
@@ -40,6 +41,12 @@ def stored(folder, steps):
     """The arrays of a checkpoint, as orbax reads them without being told what to expect."""
     tree = read_checkpoint(folder / "checkpoints" / str(steps) / "state")
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def test_the_params_of_a_checkpoint(whole):
+    params, where = read_params(whole / "checkpoints" / "80" / "state")
+    assert where == "state/train/params"
+    assert not {"opt_state", "sparse"} & set("/".join(named_leaves(params)).split("/"))
 
 
 def test_what_a_run_leaves(whole):

@@ -76,8 +76,9 @@ def test_a_small_resnet(train):
 
 
 def test_a_plan_reduces_only_what_it_names():
-    params = jax.eval_shape(SmallResNet().init, KEY, jnp.ones((2, 17, 17, 4)))["params"]
-    plan = nmjax.make_plan(params, "2:4", exclude="stem", rules={"head": "1:8"})
+    plan = linen.make_plan(
+        SmallResNet(), "2:4", (2, 17, 17, 4), exclude="stem", rules={"head": "1:8"}
+    )
     kept = {
         name: leaf.macs_kept
         for name, leaf in linen.cost(SmallResNet(), plan, (2, 17, 17, 4)).leaves.items()
@@ -366,8 +367,8 @@ def test_inputs_closed_over_are_refused():
 
 
 def test_a_plan_of_other_parameters():
-    plan = nmjax.make_plan({"other": jnp.ones((8, 4))}, "2:4")
-    with pytest.raises(ValueError, match=r"leaves that params does not have: \['other'\]"):
+    plan = nmjax.make_plan({"other": {"w": jnp.ones((8, 4))}}, "2:4")
+    with pytest.raises(ValueError, match=r"leaves that params does not have: \['other/w'\]"):
         cost(lambda p, x: x @ p["w"], MATRIX, ROWS, plan=plan)
 
 
@@ -376,7 +377,7 @@ def test_a_plan_of_other_parameters():
 
 def test_weights_kept_are_what_pruning_keeps():
     params = SmallResNet().init(KEY, jnp.ones((2, 17, 17, 4)))["params"]
-    plan = nmjax.make_plan(params, "1:4", exclude="head")
+    plan = linen.make_plan(SmallResNet(), "1:4", (2, 17, 17, 4), exclude="head")
     table = linen.cost(SmallResNet(), plan, (2, 17, 17, 4))
     pruned = named_leaves(nmjax.prune(params, plan))
     for name, leaf in table.leaves.items():

@@ -8,7 +8,7 @@ import nmjax
 from nmjax.__main__ import main
 from nmjax.analysis import layer_times
 
-SHAPES = {"dense": (32, 16), "line": (4, 8, 16), "conv": (3, 3, 16, 16)}
+SHAPES = {"dense": (32, 16), "conv_line": (4, 8, 16), "conv": (3, 3, 16, 16)}
 
 
 def packed_layers(pattern):

@@ -156,7 +156,8 @@ def test_every_cut_leaf_is_named_with_axis_mesh_axis_and_cure():
 )
 def test_blocks_rows_taps_and_layers(pattern, spec, message):
     params = shapes(kernel=(4, 4, 8, 8))
-    plan = nmjax.make_plan(params, pattern)
+    conv = nmjax.Axes(reduction=(-2,), output=(-1,), taps=(-4, -3))
+    plan = nmjax.make_plan(params, pattern, axes={"kernel": conv})
     mesh = AbstractMesh((4,), ("model",))
     with pytest.raises(ValueError, match=message):
         nmjax.check_sharding(params, plan, spec, mesh=mesh)

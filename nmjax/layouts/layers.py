@@ -1,0 +1,129 @@
+"""Judges which layer a weight belongs to, by its shape, its bias, and the layer's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from nmjax.layouts.axes import Shape, Unknown
+from nmjax.layouts.names import Leaf, is_called_conv
+from nmjax.layouts.readings import (
+    CONV,
+    DENSE,
+    DEPTHWISE,
+    ONE_INPUT,
+    TRANSPOSED,
+    Outcome,
+    Reading,
+    decide,
+    in_out_readings,
+    out_in_readings,
+)
+from nmjax.layouts.siblings import Siblings
+
+
+class Judgment(NamedTuple):
+    """What a leaf is.
+
+    Attributes:
+      outcome: axes, reason to stay dense, or `Unknown`.
+      corroborated: whether a bias, a class, or a name says which axis is the input.
+      contradicts: whether the bias fits no documented layer.
+    """
+
+    outcome: Outcome
+    corroborated: bool = False
+    contradicts: bool = False
+
+
+def judge_in_out(
+    leaf: Leaf, shape: Shape, siblings: Siblings, projection: Reading | None
+) -> Judgment:
+    """Judges a leaf `kernel` or `w`; `projection` is what it is in attention, if anything."""
+    bias, layer = siblings.bias(leaf), leaf.own_name
+    if "einsum" in layer:
+        return Judgment(Unknown("an einsum may sum over any axis"))
+    general = layer.startswith(("densegeneral", "lineargeneral"))
+    readings = in_out_readings(
+        len(shape), many_inputs=general or "dense" in layer or "linear" in layer
+    )
+    if general:
+        readings = [reading for reading in readings if reading.layer == DENSE]
+    if projection is not None:
+        return Judgment(projection.outcome(shape), corroborated=True)
+    if bias:
+        return _by_bias(readings, leaf, shape, bias)
+    if len(shape) == 2:
+        if leaf.leaf == "w" and "embed" in layer:
+            return Judgment(Unknown("could be a look-up table or a matrix"))
+        return Judgment(decide(readings, shape))
+    if is_called_conv(leaf):
+        return _in_out_conv(shape)
+    if "depthwise" in layer and 1 in shape[-2:]:
+        return Judgment(ONE_INPUT, corroborated=True)
+    return Judgment(_no_bias(readings))
+
+
+def judge_out_in(leaf: Leaf, shape: Shape, siblings: Siblings, layer: str | None) -> Judgment:
+    """Judges a leaf `weight`; `layer` is its class in `equinox.nn` if that is known."""
+    readings = out_in_readings(len(shape))
+    if layer is not None:
+        # Equinox stores transposed convolutions like others.
+        kind = CONV if layer.startswith("Conv") else DENSE
+        readings = [reading for reading in readings if reading.layer == kind]
+    bias = siblings.bias(leaf)
+    if not bias and len(shape) > 2:
+        bias = siblings.next_norm(leaf)
+    if bias:
+        judgment = _by_bias(readings, leaf, shape, bias)
+        if any("expert" in name.lower() for name in leaf.module) and len(shape) > 2:
+            return Judgment(Unknown("experts may be stored as (in, out) or as (out, in)"))
+        return judgment._replace(corroborated=judgment.corroborated or layer is not None)
+    if len(shape) == 2:
+        return Judgment(decide(readings, shape), corroborated=layer is not None)
+    unstacked = [r for r in readings if r.layer == CONV and "s" not in r.roles]
+    # The class gives the number of taps; else, leaves with one axis show that nothing is stacked.
+    if layer == f"Conv{len(shape) - 2}d" or layer == f"ConvTranspose{len(shape) - 2}d":
+        return Judgment(decide(unstacked, shape), corroborated=True)
+    called_conv = is_called_conv(leaf) or (layer or "").startswith("Conv")
+    if called_conv and siblings.is_beside_a_vector(leaf):
+        return Judgment(decide(unstacked, shape), corroborated=True)
+    return Judgment(_no_bias(readings))
+
+
+def _by_bias(readings: list[Reading], leaf: Leaf, shape: Shape, bias: Shape) -> Judgment:
+    fitting = [reading for reading in readings if reading.fits(shape, bias)]
+    if not fitting:
+        return Judgment(
+            Unknown(f"a bias of shape {bias} fits no documented layer"), contradicts=True
+        )
+    kinds: tuple[str, ...] = ()
+    if is_called_conv(leaf):
+        kinds = (CONV,)
+    elif "depthwise" in leaf.own_name:
+        kinds = (CONV, TRANSPOSED, DEPTHWISE)
+    named = [reading for reading in fitting if reading.layer in kinds]
+    fitting = named or fitting
+    return Judgment(
+        decide(fitting, shape),
+        corroborated=bool(named) or all(reading.is_corroborated(shape) for reading in fitting),
+    )
+
+
+def _in_out_conv(shape: Shape) -> Judgment:
+    """A convolution without a bias, known by its name."""
+    if shape[-1] == 1:
+        return Judgment(Unknown("could be a convolution with one output, or a depthwise one"))
+    conv = Reading(CONV, "t" * (len(shape) - 2) + "io", ())
+    # Four axes are taken for a 2-D convolution; three or five may include a stack of layers.
+    stacked = [] if len(shape) == 4 else [conv._replace(roles="s" + conv.roles[1:])]
+    return Judgment(decide([conv, *stacked], shape), corroborated=True)
+
+
+def _no_bias(readings: Iterable[Reading]) -> Unknown:
+    by_reduction: dict[tuple[int, ...], str] = {}
+    for reading in readings:
+        if "s" not in reading.roles:
+            by_reduction.setdefault(reading.axes().reduction, str(reading))
+    examples = [*list(by_reduction.values())[:4], "a stack of layers"]
+    return Unknown(f"no bias says which axes are inputs; could be {' or '.join(examples)}")

@@ -1,0 +1,105 @@
+"""Reads the layouts of a whole tree off its names and shapes, where they are certain."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from nmjax.layouts.attention import attention_projection
+from nmjax.layouts.axes import Axes, Shape, Unknown
+from nmjax.layouts.gpt2 import gpt2_layouts
+from nmjax.layouts.layers import Judgment, judge_in_out, judge_out_in
+from nmjax.layouts.names import IN_OUT, OUT_IN, Leaf, parse_name
+from nmjax.layouts.reasons import why_dense
+from nmjax.layouts.siblings import Siblings
+
+
+class _Contradiction(NamedTuple):
+    name: str
+    shape: Shape
+
+
+def layouts(
+    shapes: Mapping[str, Shape], classes: Mapping[str, str] | None = None
+) -> dict[str, Axes | str | Unknown]:
+    """Reads the axes of each leaf off names and shapes, as the libraries document their layers.
+
+    Args:
+      shapes: shapes of all leaves by name. Biases and other siblings show which layer a leaf
+        belongs to.
+      classes: name of a layer -> its class in `equinox.nn`, where the layers are known.
+
+    Returns:
+      For each leaf its axes, or the reason why it stays dense, or `Unknown` with a reason: the
+      name and the shapes fit several layers that sum over different axes, or none.
+
+    >>> layouts({"Conv_0/kernel": (3, 3, 64, 128), "Conv_0/bias": (128,)})["Conv_0/kernel"]
+    Axes(reduction=(-2,), output=(-1,), taps=(-4, -3))
+    >>> layouts({"fc.weight": (10, 64), "fc.bias": (10,)})["fc.weight"]
+    Axes(reduction=(-1,), output=(-2,), taps=())
+    """
+    leaves = {name: parse_name(name) for name in shapes}
+    siblings = Siblings({leaf: tuple(shapes[name]) for name, leaf in leaves.items()})
+    gpt2 = gpt2_layouts({leaf: tuple(shapes[name]) for name, leaf in leaves.items()}, siblings)
+    judgments = {
+        name: _judge(name, leaf, tuple(shapes[name]), siblings, classes or {}, gpt2)
+        for name, leaf in leaves.items()
+    }
+    # If one layer of a tree is stored the other way round, then those that fit both ways may be
+    # stored the other way round, too.
+    contradictions = {
+        leaves[name].leaf: _Contradiction(name, shapes[name])
+        for name, judgment in judgments.items()
+        if judgment.contradicts
+    }
+    return {
+        name: judgment.outcome
+        if judgment.corroborated or leaves[name].leaf not in contradictions or judgment.contradicts
+        else _doubted(*contradictions[leaves[name].leaf])
+        for name, judgment in judgments.items()
+    }
+
+
+def layout(name: str, shapes: Mapping[str, Shape]) -> Axes | str:
+    """The axes of the leaf `name`, or the reason why it stays dense or is unknown.
+
+    >>> layout("Conv_0/kernel", {"Conv_0/kernel": (3, 3, 64, 128), "Conv_0/bias": (128,)})
+    Axes(reduction=(-2,), output=(-1,), taps=(-4, -3))
+    """
+    found = _cached(tuple((name, tuple(shape)) for name, shape in shapes.items()))[name]
+    if isinstance(found, Unknown):
+        return f'unknown axes; pass axes={{"{name}$": ...}}: {found.reason}'
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _cached(shapes: tuple[tuple[str, Shape], ...]) -> dict[str, Axes | str | Unknown]:
+    return layouts(dict(shapes))
+
+
+def _judge(
+    name: str,
+    leaf: Leaf,
+    shape: Shape,
+    siblings: Siblings,
+    classes: Mapping[str, str],
+    gpt2: Mapping[Leaf, Axes | Unknown],
+) -> Judgment:
+    layer = classes.get(name.rpartition("/")[0])
+    outcome = why_dense(leaf, shape, siblings, layer) or gpt2.get(leaf)
+    if outcome is not None:
+        return Judgment(outcome, corroborated=True)
+    if leaf.leaf in IN_OUT and not leaf.part:
+        return judge_in_out(leaf, shape, siblings, attention_projection(leaf, siblings))
+    if leaf.leaf in OUT_IN:
+        return judge_out_in(leaf, shape, siblings, layer)
+    # `why_dense` leaves no other leaves than these: matrices of attention and recurrent layers.
+    return Judgment(Axes((-1,), (-2,)), corroborated=True)
+
+
+def _doubted(name: str, shape: Shape) -> Unknown:
+    return Unknown(
+        f"nothing says which axis is the input, and {name} of shape {shape} contradicts the usual "
+        "order"
+    )

@@ -1,0 +1,169 @@
+"""Layouts of Equinox's layers, judged by what the layers compute, with and without their class."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nmjax.layouts import Unknown, layouts
+from nmjax.trees.equinox_layers import layer_classes
+from nmjax.trees.leaves import named_leaves
+from tests.nmjax.oracle import connections, disagreement
+
+KEY = jax.random.key(0)
+RANDOM = np.random.default_rng(0)
+
+
+def normal(shape):
+    return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
+
+
+def shapes_of(tree):
+    return {name: tuple(getattr(leaf, "shape", ())) for name, leaf in named_leaves(tree).items()}
+
+
+# Layer, its input, positions, groups, and where the axes are certain without the class: with a bias
+# ("b"), without one ("-").
+LAYERS = {
+    "Linear": (lambda b: eqx.nn.Linear(6, 5, use_bias=b, key=KEY), (6,), (), 1, "b-"),
+    "square": (lambda b: eqx.nn.Linear(6, 6, use_bias=b, key=KEY), (6,), (), 1, "b-"),
+    "Conv1d": (lambda b: eqx.nn.Conv1d(4, 5, 3, use_bias=b, key=KEY), (4, 3), (1,), 1, "b"),
+    "Conv2d": (lambda b: eqx.nn.Conv2d(4, 5, 3, use_bias=b, key=KEY), (4, 3, 3), (1, 2), 1, "b"),
+    "square Conv2d": (
+        lambda b: eqx.nn.Conv2d(4, 4, 3, use_bias=b, key=KEY),
+        (4, 3, 3),
+        (1, 2),
+        1,
+        "b",
+    ),
+    "Conv3d": (
+        lambda b: eqx.nn.Conv3d(3, 4, 2, use_bias=b, key=KEY),
+        (3, 2, 2, 2),
+        (1, 2, 3),
+        1,
+        "b",
+    ),
+    "groups": (
+        lambda b: eqx.nn.Conv2d(4, 6, 3, groups=2, use_bias=b, key=KEY),
+        (4, 3, 3),
+        (1, 2),
+        2,
+        "b",
+    ),
+    "depthwise": (
+        lambda b: eqx.nn.Conv2d(4, 4, 3, groups=4, use_bias=b, key=KEY),
+        (4, 3, 3),
+        (1, 2),
+        4,
+        "",  # Or a stack of 1-D convolutions.
+    ),
+    "ConvTranspose1d": (
+        lambda b: eqx.nn.ConvTranspose1d(4, 5, 3, use_bias=b, key=KEY),
+        (4, 1),
+        (1,),
+        1,
+        "b",
+    ),
+    "ConvTranspose2d": (
+        lambda b: eqx.nn.ConvTranspose2d(4, 5, 3, use_bias=b, key=KEY),
+        (4, 1, 1),
+        (1, 2),
+        1,
+        "b",
+    ),
+    "transposed in groups": (
+        lambda b: eqx.nn.ConvTranspose2d(4, 6, 3, groups=2, use_bias=b, key=KEY),
+        (4, 1, 1),
+        (1, 2),
+        2,
+        "b",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers(kind):
+    make, x_shape, positions, groups, certain = LAYERS[kind]
+    layer = make(False)
+    met = connections(
+        lambda weight, x: eqx.tree_at(lambda layer: layer.weight, layer, weight)(x),
+        normal(layer.weight.shape),
+        normal(x_shape),
+        positions,
+    )
+    taps = int(np.prod(layer.weight.shape[2:]))
+    for bias, letter in ((True, "b"), (False, "-")):
+        tree = {"layer": make(bias)}
+        without_class = layouts(shapes_of(tree))["layer/weight"]
+        assert disagreement(without_class, met, groups=groups, taps=taps) == ""
+        assert (letter in certain) == (not isinstance(without_class, Unknown)), without_class
+        with_class = layouts(shapes_of(tree), layer_classes(tree))["layer/weight"]
+        assert disagreement(with_class, met, groups=groups, taps=taps) == ""
+        assert not isinstance(with_class, Unknown)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_stacked_by_vmap(kind, bias):
+    make, x_shape, positions, *_ = LAYERS[kind]
+    stack = eqx.filter_vmap(lambda _: make(bias))(jnp.arange(7))
+    one = make(False)
+    met = connections(
+        jax.vmap(lambda weight, x: eqx.tree_at(lambda layer: layer.weight, one, weight)(x)),
+        normal(stack.weight.shape),
+        normal((7, *x_shape)),
+        tuple(axis + 1 for axis in positions),
+    )
+    for classes in ({}, layer_classes({"layer": stack})):
+        found = layouts(shapes_of({"layer": stack}), classes)["layer/weight"]
+        assert disagreement(found, met) == ""
+        assert bias == (not isinstance(found, Unknown))
+
+
+@pytest.mark.parametrize("cell", [eqx.nn.GRUCell, eqx.nn.LSTMCell])
+def test_recurrent_cells_keep_out_in(cell):
+    layer = cell(6, 4, key=KEY)
+    found = layouts(shapes_of(layer), layer_classes(layer))
+    gates = layer.weight_ih.shape[0] // 4
+    for leaf, x in (("weight_ih", normal(6)), ("weight_hh", normal(4))):
+        weight = getattr(layer, leaf)
+        assert weight.shape == (gates * 4, len(x))
+        met = connections(lambda w, x: w @ x, weight, x)
+        assert disagreement(found[leaf], met) == ""
+        assert not isinstance(found[leaf], Unknown)
+
+
+def test_the_class_decides_before_the_name():
+    tree = {
+        "conv": eqx.nn.Embedding(8, 4, key=KEY),
+        "embed": eqx.nn.Linear(8, 4, use_bias=False, key=KEY),
+        "linear": eqx.nn.LayerNorm((3, 4), use_bias=False),
+        "dense": eqx.nn.PReLU(),
+    }
+    found = layouts(shapes_of(tree), layer_classes(tree))
+    assert found["conv/weight"] == "embedding"
+    assert found["embed/weight"].reduction == (-1,)
+    assert found["linear/weight"] == "normalization"
+    by_name = layouts(shapes_of(tree))
+    assert by_name["embed/weight"] == "embedding"
+
+
+def test_classes_are_found_in_nested_layers_and_in_shapes():
+    model = [eqx.nn.MLP(3, 4, 5, 1, key=KEY), {"norm": eqx.nn.LayerNorm(4)}]
+    expected = {
+        "0": "MLP",
+        "0/layers/0": "Linear",
+        "0/layers/1": "Linear",
+        "1/norm": "LayerNorm",
+    }
+    assert layer_classes(model) == expected
+    assert layer_classes(eqx.filter_eval_shape(lambda: model)) == expected
+    assert layer_classes(model[0].layers[0]) == {"": "Linear"}
+
+
+def test_subclasses_may_store_their_weights_differently():
+    class Own(eqx.nn.Linear):
+        pass
+
+    assert layer_classes({"own": Own(3, 4, key=KEY)}) == {}
