@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from nmjax.packed.packing import check_sparse, pack
 from nmjax.packed.storage import sizes
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.planning import make_plan
-from nmjax.plans import Plan
+from nmjax.plans import DenseLeaf, Plan
 from nmjax.tables import text_table
 from nmjax.trees.leaves import named_leaves
 
@@ -49,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     info = _add_command(commands, "info", _info, "Show what a packed or safetensors file contains.")
     info.add_argument("file", type=Path, help="a .safetensors file")
     plan = _add_command(commands, "plan", _plan, "Show what a pattern does to each layer.")
-    _add_plan(plan)
+    _add_plan(plan, on_unknown="dense")
     packing = _add_command(commands, "pack", _pack, "Pack the weights of a checkpoint.")
-    _add_plan(packing)
+    _add_plan(packing, on_unknown="error")
     packing.add_argument(
         "--out", type=Path, required=True, help="the .safetensors file to write", metavar="FILE"
     )
@@ -84,7 +87,7 @@ def _add_command(
     return parser
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
+def _add_plan(parser: argparse.ArgumentParser, *, on_unknown: str) -> None:
     parser.add_argument(
         "checkpoint", type=Path, help="a .safetensors or .npz file, or an Orbax checkpoint folder"
     )
@@ -120,6 +123,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "REDUCTION/OUTPUT/TAPS, such as -2/-1/-4,-3, for blocks of weights with more than two "
         "axes; may be repeated",
     )
+    parser.add_argument(
+        "--on-unknown",
+        choices=("error", "dense"),
+        default=on_unknown,
+        help="what to do with leaves whose axes are neither given nor certain (default: "
+        "%(default)s)",
+    )
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -144,8 +154,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     # A table that says why a layer stays dense is more useful here than an error.
     plan = _make_plan(params, arguments, on_indivisible="dense")
     print(as_options(str(plan)))
+    if not plan.warning:  # Otherwise the table ends with it.
+        print(_unknown_axes(plan), end="")
     # Sizes and products follow from shapes, so nothing is packed here.
-    packed = jax.eval_shape(lambda params: pack(params, plan), params)
+    packed = jax.eval_shape(lambda params: _packed(params, plan), params)
     print(f"\n{sizes(packed)}\n\n{_products(packed)}")
 
 
@@ -159,9 +171,10 @@ def _pack(arguments: argparse.Namespace) -> None:
             check_sparse(params, plan)
         except ValueError as error:
             raise ValueError(f"{error}\nPass --prune to prune them by magnitude.") from error
-    packed = pack(params, plan)
+    packed = _packed(params, plan)
     save_packed(arguments.out, packed)
     print(sizes(packed))
+    print(_unknown_axes(plan), end="")
     print(f"\n{arguments.out}: {arguments.out.stat().st_size:,} bytes")
 
 
@@ -208,6 +221,31 @@ def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: An
         rules=rules,
         axes=axes,
         on_indivisible=on_indivisible,
+        on_unknown=arguments.on_unknown,
+    )
+
+
+def _packed(params: Any, plan: Plan) -> Any:
+    with warnings.catch_warnings():
+        # The commands print this warning themselves, because it names arguments of functions.
+        warnings.filterwarnings("ignore", message=re.escape(plan.warning or "WARNING"))
+        return pack(params, plan)
+
+
+def _unknown_axes(plan: Plan) -> str:
+    """A warning that some leaves stay dense only because their axes are unknown, or nothing."""
+    shapes = {
+        name: leaf.shape
+        for name, leaf in plan.leaves
+        if isinstance(leaf, DenseLeaf) and leaf.is_unknown
+    }
+    if not shapes:
+        return ""
+    unknown = sum(map(math.prod, shapes.values()))
+    total = sum(math.prod(leaf.shape) for _, leaf in plan.leaves)
+    return (
+        f"\nWARNING: {unknown:,} of {total:,} parameters ({unknown / total:.0%}) stay dense, "
+        f"because they have unknown axes. Pass --axes 'RULE=AXES' for {', '.join(shapes)}.\n"
     )
 
 

@@ -7,13 +7,18 @@ from collections.abc import Sequence
 
 from nmjax.layouts import Axes, GivenAxes
 
-# Advice in messages of the library -> the same for the command line, in order.
+# Advice in messages of the library -> the same for the command line, in order. The command line has
+# no option for a forward pass.
 _OPTIONS = {
-    r'on_indivisible="dense"': "--dense-if-indivisible",
+    r"pass forward= and inputs= to read the axes off your program, ": "",
+    r"Pass forward= and inputs=, or axes=, to make_plan": "Pass --axes 'RULE=AXES'",
+    r"\baxes=\{regular expression: axes\}": "--axes 'RULE=AXES'",
     r"\baxes=\{(['\"])(.+?)\1: nmjax\.Axes\(reduction=\.\.\., output=\.\.\., taps=\.\.\.\)\}": (
         r"--axes '\2=REDUCTION/OUTPUT/TAPS'"
     ),
     r"\baxes=\{(['\"])(.+?)\1: \(?([^()]+?),?\)?\}": r"--axes '\2=\3'",
+    r'\bon_indivisible="dense"': "--dense-if-indivisible",
+    r'\bon_unknown="dense"': "--on-unknown dense",
     r"\b(axes|exclude|include|subtree)=": r"--\1",
     r"\brules=": "--rule",
 }

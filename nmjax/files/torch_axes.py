@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nmjax.layouts import Axes, GivenAxes, Shape, given_axes, layout, size_along
+from nmjax.layouts import Axes, GivenAxes, Shape, Unknown, given_axes, layouts, size_along
 from nmjax.patterns.pattern import LeafPlan
 from nmjax.trees.path_rules import PathRules, as_rules, check_rules, first_match
 from nmjax.trees.spans import Span, merge, split, stack_axes
@@ -77,6 +77,7 @@ class Layouts:
         kernels = [name for name in shapes if _is_kernel(name, shapes)]
         check_rules(self.axes, shapes)
         check_rules(transposed, kernels)
+        known = layouts(shapes)
         found: dict[str, Conversion] = {}
         complaints = []
         for name in shapes if names is None else names:
@@ -85,7 +86,7 @@ class Layouts:
                     flip = first_match(unflipped, name) is None
                     found[name] = self._transposed(name, shapes, flip)
                 else:
-                    found[name] = self._plain(name, shapes)
+                    found[name] = self._plain(name, shapes[name], known[name])
             except ValueError as error:
                 complaints.append(f"  {name} of shape {shapes[name]}: {error}")
         if complaints:
@@ -93,34 +94,39 @@ class Layouts:
                 "these leaves cannot be converted:\n"
                 + "\n".join(complaints)
                 + "\nIn transposed=, list path rules of all transposed convolutions, or pass () if "
-                "there are none. In axes=, pass unknown axes. Split stacks into layers."
+                "there are none. Pass unknown axes in axes= or in plan=. Split stacks into layers."
             )
         return found
 
-    def _plain(self, name: str, shapes: Mapping[str, Shape]) -> Conversion:
-        shape, leaf = shapes[name], name.rpartition("/")[-1]
+    def _plain(self, name: str, shape: Shape, known: Axes | str | Unknown) -> Conversion:
+        leaf = name.rpartition("/")[-1]
         every = tuple(range(-len(shape), 0))
         given = first_match(self.axes, name) is not None
         if leaf == "bias" and every and not given:
             return Conversion([every])
         if (leaf not in ("kernel", "w") or len(shape) < 2) and not given:
             return Conversion([(axis,) for axis in every])
-        axes = self._given(name, shape) or self._known(name, shapes)
+        axes = self._given(name, shape) or _certain(known, shape)
         # PyTorch's order: outputs, inputs, spatial axes. Heads and head size become one axis.
         conversion = _conversion(shape, axes.output, axes.reduction, axes.taps)
         is_convolution = self.transposed is not None or _CONVOLUTION.search(name)
-        if axes.taps and (_TRANSPOSED.search(name) or not is_convolution):
+        # Only transposed convolutions have their inputs last.
+        is_transposed = _TRANSPOSED.search(name) or (axes.reduction == (-1,) and not given)
+        if axes.taps and (is_transposed or not is_convolution):
             raise ValueError("may be a transposed convolution, which PyTorch stores differently")
         return conversion
 
     def _transposed(self, name: str, shapes: Mapping[str, Shape], flip: bool) -> Conversion:
         shape, leaf = shapes[name], name.rpartition("/")[-1]
-        axes = self._given(name, shape) or _transposed_axes(leaf, len(shape), flip)
+        axes = _transposed_axes(leaf, len(shape), flip)
+        given = self._given(name, shape) or axes
         bias = shapes.get(name.removesuffix(leaf) + ("b" if leaf == "w" else "bias"))
-        if bias is not None and np.prod(bias) != size_along(shape, axes.output):
+        bias_fits = bias is None or np.prod(bias) == size_along(shape, axes.output)
+        if given.reduction != axes.reduction or not bias_fits:
             raise ValueError(
-                f"outputs on axis {axes.output} contradict a bias of shape {bias}; list the leaf "
-                "in transpose_kernel= if the layer has this setting"
+                f"a transposed convolution with inputs on axis {axes.reduction[0]} and outputs on "
+                f"axis {axes.output[0]} does not fit its {'axes' if bias_fits else 'bias'}; list "
+                "it in transpose_kernel= if, and only if, the layer has this setting"
             )
         conversion = _conversion(shape, axes.reduction, axes.output, axes.taps)
         return conversion._replace(flipped=tuple(range(2, len(conversion.spans))) if flip else ())
@@ -136,18 +142,25 @@ class Layouts:
                     f"axes={{{rule!r}: {self.axes[rule]}}} does not fit {name}: {error}"
                 ) from error
         planned = self.plan.get(name)
-        # Groups may run along inputs and taps together, which is not their order in the kernel.
-        if planned is not None and list(planned.reduction_axes) == sorted(planned.reduction_axes):
-            return planned.axes
-        return None
+        return planned.axes if planned is not None and _is_whole(planned, len(shape)) else None
 
-    def _known(self, name: str, shapes: Mapping[str, Shape]) -> Axes:
-        axes = layout(name, shapes)
-        if not isinstance(axes, str):
-            return axes
-        if shapes[name][-2] == 1:  # Depthwise convolutions have the same layout as others.
-            return Axes((-2,), (-1,), tuple(range(-len(shapes[name]), -2)))
-        raise ValueError(axes)
+
+def _is_whole(planned: LeafPlan, ndim: int) -> bool:
+    """Whether a plan distinguishes inputs, outputs and taps, as a layer does."""
+    # Groups may run along inputs and taps together, which is not their order in the kernel. Where
+    # a user gives only reduction axes, the others count as outputs. Axes in no role may be taps.
+    in_order = list(planned.reduction_axes) == sorted(planned.reduction_axes)
+    is_found = planned.source in ("program", "known layer")
+    no_stack = not stack_axes(ndim, (planned.reduction_axes, planned.output_axes, planned.tap_axes))
+    return in_order and no_stack and (is_found or len(planned.output_axes) == 1)
+
+
+def _certain(known: Axes | str | Unknown, shape: Shape) -> Axes:
+    if isinstance(known, Axes):
+        return known
+    if isinstance(known, str) and shape[-2] == 1:  # Depthwise; stored like other convolutions.
+        return Axes((-2,), (-1,), tuple(range(-len(shape), -2)))
+    raise ValueError(f"unknown axes: {known.reason if isinstance(known, Unknown) else known}")
 
 
 def _is_kernel(name: str, shapes: Mapping[str, Shape]) -> bool:

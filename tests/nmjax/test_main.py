@@ -16,7 +16,10 @@ from nmjax.trees.leaves import named_leaves
 
 RNG = np.random.default_rng(0)
 PARAMS = {
-    "stem": {"kernel": RNG.normal(size=(3, 3, 3, 8)).astype("float32")},
+    "stem": {
+        "kernel": RNG.normal(size=(3, 3, 3, 8)).astype("float32"),
+        "bias": np.zeros(8, "float32"),
+    },
     "body": {"kernel": RNG.normal(size=(16, 8)).astype("float32"), "bias": np.zeros(8, "float32")},
     "head": {"kernel": RNG.normal(size=(8, 4)).astype("float32")},
 }
@@ -82,6 +85,7 @@ def test_rules(files, capsys):
         "body/bias": "dense",
         "body/kernel": "1:8",
         "head/kernel": "1x4@0.5",
+        "stem/bias": "dense",
         "stem/kernel": "dense",
     }
     _, err = run(capsys, "plan", dense, "--pattern", "1:8", "--rule", "head")

@@ -33,6 +33,8 @@ def normal(shape, dtype="float32", seed=0):
 
 def packed_of(w, pattern, **options):
     params = {"kernel": w}
+    if w.ndim == 4:
+        options["axes"] = {"kernel": nmjax.Axes((-2,), (-1,), (-4, -3))}
     return nmjax.pack(params, nmjax.make_plan(params, pattern, **options))["kernel"]
 
 

@@ -103,13 +103,16 @@ def test_torch_computes_transposed_convolutions_of_equinox():
 @needs_torch
 def test_masks_of_transposed_convolutions():
     params = {"up": {"kernel": normal(3, 3, 8, 8), "bias": normal(8)}}
-    plan = nmjax.make_plan(params, "2:4")
+    plan = nmjax.make_plan(params, "2:4", axes={"kernel": -2})
     masks = nmjax.compute_masks(params, plan)
     pruned = to_torch(nmjax.prune(params, plan), transposed="up")
     state = {"up.weight_mask": torch.from_numpy(pruned["up.weight"] != 0)}
     found = masks_from_torch(state, params, plan, transposed="up")
     np.testing.assert_array_equal(found["up/kernel"], masks["up/kernel"])
 
+
+# Where inputs and outputs have one size, even the axes are unknown.
+TRANSPOSED = r"may be a transposed convolution|unknown axes: could be .* a transposed convolution"
 
 # A user's name for a module does not say whether it is transposed.
 
@@ -118,7 +121,7 @@ def test_masks_of_transposed_convolutions():
 @pytest.mark.parametrize("name", ["up", "conv", "deconv", "ConvTranspose_0", "Conv"])
 def test_convolutions_that_may_be_transposed(name, outputs):
     params = {name: {"kernel": normal(3, 3, 8, outputs), "bias": normal(outputs)}}
-    with pytest.raises(ValueError, match="may be a transposed convolution") as error:
+    with pytest.raises(ValueError, match=TRANSPOSED) as error:
         to_torch(params)
     message = str(error.value)
     assert f"{name}/kernel of shape (3, 3, 8, {outputs})" in message
@@ -128,7 +131,7 @@ def test_convolutions_that_may_be_transposed(name, outputs):
 
 def test_a_transposed_convolution_alone():
     params = nn.ConvTranspose(6, (3, 3)).init(jax.random.key(0), jnp.ones((1, 4, 4, 8)))["params"]
-    with pytest.raises(ValueError, match="may be a transposed convolution"):
+    with pytest.raises(ValueError, match=TRANSPOSED):
         to_torch(params)
 
 
@@ -138,15 +141,35 @@ def test_names_by_flax_and_haiku_are_certain():
     params = {"net/~/conv2_d_1": {"w": normal(3, 3, 8, 6), "b": normal(6)}}
     assert to_torch(params)["net.~.conv2_d_1.w"].shape == (6, 8, 3, 3)
     params = {"ConvTranspose_0": {"kernel": normal(3, 3, 8, 8), "bias": normal(8)}}
-    with pytest.raises(ValueError, match="may be a transposed convolution"):
+    with pytest.raises(ValueError, match=TRANSPOSED):
         to_torch(params, transposed=())
 
 
 def test_a_bias_that_contradicts():
     params = {"up": {"kernel": normal(3, 3, 6, 8), "bias": normal(6)}}
-    with pytest.raises(ValueError, match=r"contradict a bias of shape \(6,\)"):
+    with pytest.raises(ValueError, match="outputs on axis -1 does not fit its bias"):
         to_torch(params, transposed="up")
     assert to_torch(params, transpose_kernel="up")["up.weight"].shape == (8, 6, 3, 3)
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_a_program_that_contradicts(transpose_kernel):
+    x = normal(1, 4, 4, 8)
+    layer = nn.ConvTranspose(8, (3, 3), transpose_kernel=transpose_kernel)
+    params = layer.init(jax.random.key(0), x)["params"]
+    plan = nmjax.make_plan(
+        params, "2:4", forward=lambda params, x: layer.apply({"params": params}, x), inputs=(x,)
+    )
+    rules = {"transposed": "kernel", "transpose_kernel": "kernel"}
+    right = rules["transpose_kernel"] if transpose_kernel else ()
+    state = to_torch(params, plan=plan, transposed="kernel", transpose_kernel=right)
+    assert state["weight"].shape == (8, 8, 3, 3)
+    del rules["transpose_kernel" if transpose_kernel else "transposed"]
+    with pytest.raises(ValueError, match="does not fit its axes"):
+        to_torch(params, plan=plan, **rules)
+    if transpose_kernel:
+        with pytest.raises(ValueError, match="may be a transposed convolution"):
+            to_torch(params, plan=plan, transposed=())
 
 
 def test_rules_that_match_no_kernel():

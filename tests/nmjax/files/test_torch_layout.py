@@ -34,10 +34,13 @@ def normal(*shape):
 PARAMS = {
     "stem": {"kernel": normal(3, 2, 8, 4), "bias": normal(4)},
     "depthwise": {"kernel": normal(3, 3, 1, 4)},
-    "line": {"kernel": normal(5, 8, 4), "bias": normal(4)},
+    "conv": {"kernel": normal(5, 8, 4), "bias": normal(4)},
     "norm": {"scale": normal(4), "bias": normal(4), "mean": normal(4), "var": normal(4)},
     "attention": {
-        "query": {"kernel": normal(8, 2, 4), "bias": normal(2, 4)},
+        **{
+            name: {"kernel": normal(8, 2, 4), "bias": normal(2, 4)}
+            for name in ("query", "key", "value")
+        },
         "out": {"kernel": normal(2, 4, 8), "bias": normal(8)},
     },
     "embed": {"embedding": normal(16, 8)},
@@ -58,16 +61,20 @@ def leaf(tree, name):
 def test_names_and_axes():
     state = to_torch(PARAMS, transposed=())
     assert {name: array.shape for name, array in state.items()} == {
+        "attention.key.bias": (8,),
+        "attention.key.weight": (8, 8),
         "attention.out.bias": (8,),
         "attention.out.weight": (8, 8),
         "attention.query.bias": (8,),
         "attention.query.weight": (8, 8),
+        "attention.value.bias": (8,),
+        "attention.value.weight": (8, 8),
+        "conv.bias": (4,),
+        "conv.weight": (4, 8, 5),
         "depthwise.weight": (4, 1, 3, 3),
         "embed.weight": (16, 8),
         "head.bias": (6,),
         "head.weight": (6, 8),
-        "line.bias": (4,),
-        "line.weight": (4, 8, 5),
         "norm.bias": (4,),
         "norm.running_mean": (4,),
         "norm.running_var": (4,),
@@ -125,8 +132,7 @@ def test_files_that_anything_reads(tmp_path):
         "format": "dense",
         "version": 1,
         "patterns": {
-            "attention.out.weight": "2:4",
-            "attention.query.weight": "2:4",
+            **{f"attention.{name}.weight": "2:4" for name in ("query", "key", "value", "out")},
             "head.weight": "1x2@0.5",
             "stem.weight": "2:4",
         },
@@ -194,7 +200,7 @@ def test_stacks_have_no_layout():
     stack = {"kernel": normal(3, 8, 4), "bias": normal(3, 4)}
     with pytest.raises(ValueError, match=r"kernel of shape \(3, 8, 4\): is a stack of layers"):
         to_torch(stack)
-    with pytest.raises(ValueError, match="may be a stack of layers"):
+    with pytest.raises(ValueError, match=r"kernel of shape \(3, 8, 4\): unknown axes"):
         to_torch({"kernel": normal(3, 8, 4)})
 
 
