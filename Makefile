@@ -1,6 +1,12 @@
-# `make train` and `make test` set up everything they need in .venv first.
+# `make train` and `make test` set up everything they need in .venv first. With another Python, as in
+# `make test PYTHON=python3.13`, they do so in an environment of its own, named .venv-3.13.
+ifdef PYTHON
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV   ?= .venv-$(or $(VERSION),$(error $(PYTHON) does not run))
+endif
 PYTHON ?= python3
 VENV   ?= .venv
+EXTRA  ?= dev
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
@@ -10,15 +16,15 @@ help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 # The installation compiles the CPU kernels.
-$(READY): requirements.txt pyproject.toml hatch_build.py nmjax/kernels/build.py $(wildcard nmjax/kernels/cpu/src/*)
+$(READY): constraints.txt pyproject.toml hatch_build.py nmjax/kernels/build.py $(wildcard nmjax/kernels/cpu/src/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA)]'
 	touch $(READY)
 
 setup: $(READY)  ## create the virtual environment
 
 torch: $(READY)  ## install PyTorch; without it, the tests that compare with it are skipped
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch]'
 
 train: $(READY)  ## compare the methods on scikit-learn's digits (5 to 10 minutes on two cores)
 	$(BIN)/python -m experiments.compare $(ARGS)
@@ -48,5 +54,5 @@ bench: $(READY)  ## run the benchmarks; writes experiments/benchmarks/results/*.
 bench-gpu: $(READY)  ## build, check and time 2:4 on an NVIDIA GPU (under 8 minutes)
 	$(BIN)/python -m experiments.benchmarks.gpu
 
-clean:  ## remove the environment and the caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove the environments and the caches
+	rm -rf $(VENV) .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 from jax.typing import ArrayLike
 
-from nmjax.analysis.costs import Cost
-from nmjax.analysis.costs import cost as cost_of_function
+from nmjax import planning
+from nmjax.layouts import Axes, layouts
+from nmjax.linen.forward_pass import (
+    ForwardPass,
+    check_module,
+    fields_of,
+    forward_pass_of_call,
+    is_array,
+    unbound,
+)
 from nmjax.patterns import Pattern, parse_pattern
-from nmjax.planning import make_plan
 from nmjax.plans import Plan
+from nmjax.pruning import planned_leaves
 from nmjax.pruning import sparsify as sparsify_params
+from nmjax.selection import by_rule
+from nmjax.tracing.program import read_program
+
+# A module that cannot be traced: its code needs the values of its input, or it reads parameters
+# that belong to another module.
+_UNTRACEABLE = (jax.errors.JAXTypeError, flax.errors.ScopeParamNotFoundError)
 
 
 def sparsify(
@@ -32,7 +48,10 @@ def sparsify(
     same tree with the same values, and `apply` takes it. So a training loop built on `init`,
     `apply` and `TrainState` trains sparse without changes, and checkpoints fit both modules.
 
-    `init` runs the dense module; every `apply` is sparse.
+    `init` runs the dense module; every `apply` is sparse. The first `apply` for inputs of the same
+    shapes also traces the dense module, as `jax.jit` does, to read off its program along which axes
+    it sums. For a pattern, these are the axes of the plan; a plan is checked against them. A module
+    that cannot be traced gets the axes of known layers.
 
     Inside another module, create it in `setup`, where the attribute names it. In a compact method
     its name comes from its class (`SparseDense_0`), or from a module without a parent:
@@ -42,7 +61,7 @@ def sparsify(
       module: any linen module. Submodules, collections, dropout, `nn.scan` and `nn.remat` inside
         it work as before.
       plan: a plan for the module's `params`, or a pattern such as `"2:4"`, for which a plan is
-        made when the module runs.
+        made when the module runs, from what the called method does.
       lambda_w: None for STE; a number for SR-STE in the backward pass. If you control the
         optimizer, use `nmjax.add_sparse_refined` instead.
       **selection: keyword arguments of `nmjax.make_plan`, if `plan` is a pattern.
@@ -50,7 +69,8 @@ def sparsify(
     Raises:
       TypeError: `module` is not a linen module instance; `selection` is passed with a plan;
         `nmjax.make_plan` does not take `selection`.
-      ValueError: `apply` raises what `nmjax.make_plan` and `nmjax.sparsify` raise.
+      ValueError: `apply` raises what `nmjax.make_plan`, `nmjax.check_axes` and `nmjax.sparsify`
+        raise.
 
     >>> import jax.numpy as jnp
     >>> model = sparsify(nn.Dense(4), "1:4")
@@ -59,20 +79,18 @@ def sparsify(
     >>> int((output != 0).sum()), variables["params"]["kernel"].size
     (8, 32)
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"expected a linen module instance such as nn.Dense(4), got {module!r}")
+    check_module(module)
     if isinstance(plan, Plan) and selection:
         raise TypeError(
             f"{sorted(selection)} are arguments of nmjax.make_plan; pass them there, because this "
             "plan already exists"
         )
     # A misspelled argument fails here, not when the module first runs.
-    inspect.signature(make_plan).bind({}, plan, **selection)
+    inspect.signature(planning.make_plan).bind({}, plan, forward=None, inputs=(), **selection)
     plan_or_pattern = plan if isinstance(plan, Plan) else parse_pattern(plan)
     dense_class = type(module)
-    methods = _public_methods(dense_class)
 
-    def to_sparse(variables: Any) -> Any:
+    def to_sparse(fitting: Plan | None, variables: Any) -> Any:
         params = variables.get("params")
         if not params:
             raise ValueError(
@@ -80,75 +98,97 @@ def sparsify(
                 "submodules were created in another module's compact method, they belong to that "
                 "module: create them in setup, or with parent=None"
             )
-        fitting = plan_or_pattern
-        if not isinstance(fitting, Plan):
-            fitting = make_plan(params, fitting, **selection)
+        if fitting is None:
+            fitting = planning.make_plan(params, plan_or_pattern, **selection)
         return {**variables, "params": sparsify_params(params, fitting, lambda_w=lambda_w)}
 
-    # Inside a mapped method `self` is the dense class again, so methods that call other methods
-    # sparsify the variables only once.
-    mapped_class = nn.map_variables(dense_class, "params", trans_in_fn=to_sparse, methods=methods)
-    overrides = {name: _dense_in_init(name, dense_class, mapped_class) for name in methods}
-    overrides["apply"] = _apply_by_name(dense_class)
-    sparse_class = type(f"Sparse{dense_class.__name__}", (mapped_class,), overrides)
-    fields = {
-        field.name: getattr(module, field.name)
-        for field in dataclasses.fields(module)
-        if field.init and field.name not in ("parent", "name")
+    cache: dict[Hashable, Callable[..., Any]] = {}
+
+    def sparse_method(name: str, self: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
+        """The method that makes the parameters sparse, and then runs that of the dense class."""
+        dense = unbound(self, dense_class)
+        key = _key(dense, name, self.variables, args, kwargs)
+        if key in cache:
+            return cache[key]
+        traced = forward_pass_of_call(self.scope, dense, name, args, kwargs)
+        to_fit = partial(to_sparse, _plan_of_call(traced, plan_or_pattern, selection))
+        # Inside a mapped method `self` is the dense class again, so methods that call other methods
+        # sparsify the variables only once.
+        mapped = nn.map_variables(dense_class, "params", trans_in_fn=to_fit, methods=[name])
+        method: Callable[..., Any] = getattr(mapped, name)
+        if key is not None:
+            cache[key] = method
+        return method
+
+    overrides = {
+        name: _dense_in_init(name, dense_class, sparse_method)
+        for name in _public_methods(dense_class)
     }
-    return sparse_class(**fields, name=module.name if module.parent is None else None)
+    overrides["apply"] = _apply_by_name(dense_class)
+    sparse_class = type(f"Sparse{dense_class.__name__}", (dense_class,), overrides)
+    return sparse_class(**fields_of(module), name=module.name if module.parent is None else None)
 
 
-def cost(module: nn.Module, plan: Plan | str | Pattern | None, *inputs: Any, **kwargs: Any) -> Cost:
-    """Counts a module's weights and multiply-adds, layer by layer, without running it.
+def _plan_of_call(
+    traced: ForwardPass, given: Plan | Pattern, selection: dict[str, Any]
+) -> Plan | None:
+    """The plan for a call of a method; None if the method cannot be traced or has no input.
 
     Args:
-      module: a linen module.
-      plan: a plan for its `params`; a pattern, for a plan with the default rules; None for the
-        dense network.
-      *inputs: the module's inputs as arrays, ShapeDtypeStructs or shapes (of float32). For the
-        cost of one example, use a batch size of 1.
-      **kwargs: static arguments of the module's `__call__`, such as `train=True`.
-
-    >>> print(cost(nn.Dense(4), "2:4", (1, 8)))
-    leaf    pattern  weights  kept  multiply-adds  kept   share
-    ------  -------  -------  ----  -------------  ----  ------
-    bias    dense          4     4              0     0    0.0%
-    kernel  2:4           32    16             32    16  100.0%
-    total                 36    20             32    16  100.0%
+      traced: what the method does in this call.
+      given: a plan, which is checked, or a pattern.
+      selection: arguments of `nmjax.make_plan`, for a pattern.
     """
-    inputs = tuple(
-        jax.ShapeDtypeStruct(i, jax.numpy.float32) if _is_shape(i) else i for i in inputs
-    )
-    key = jax.random.key(0)
-    variables = jax.eval_shape(lambda *args: module.init(key, *args, **kwargs), *inputs)
-    params = variables["params"]
-    if plan is not None and not isinstance(plan, Plan):
-        plan = make_plan(params, plan)
+    run, params, inputs = traced
+    plan = given if isinstance(given, Plan) else None
+    if not params or not inputs:
+        return plan
+    if plan is not None:
+        planned_leaves(params, plan)  # Raises if it does not fit.
+    try:
+        uses = read_program(run, params, inputs).uses
+    except _UNTRACEABLE:
+        return plan
+    if plan is not None:
+        planning.check_axes(plan, run, params, inputs)
+        return plan
+    # The call does not read the parameters of other methods, but rules may name them.
+    known = layouts({name: use.shape for name, use in uses.items()})
+    axes = {
+        f"^{re.escape(name)}$": known[name]
+        for name, use in uses.items()
+        if not (use.is_used or use.lost_in or use.derived_from) and _is_certain(known[name])
+    }
+    chosen = {**selection, "axes": {**by_rule(selection.get("axes"), "axes"), **axes}}
+    return planning.make_plan(params, given, forward=run, inputs=(inputs,), **chosen)
 
-    def forward(params: Any, others: Any, *args: Any) -> Any:
-        variables = {**others, "params": params}
-        # Flax uses the "params" stream for random number streams that are missing (dropout).
-        return module.apply(variables, *args, rngs={"params": key}, mutable=list(others), **kwargs)
 
-    # Other collections are inputs, so that they count as activations and not as weights.
-    others = {name: tree for name, tree in variables.items() if name != "params"}
-    return cost_of_function(forward, params, others, *inputs, plan=plan)
+def _is_certain(axes: Any) -> bool:
+    return isinstance(axes, Axes) and axes.taps is not None
 
 
-def _is_shape(x: Any) -> bool:
-    return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
+def _key(dense: nn.Module, name: str, variables: Any, args: Any, kwargs: Any) -> Hashable | None:
+    """What the plan of a call depends on; None if a part of it cannot be hashed."""
+    leaves, structure = jax.tree.flatten((dict(variables), args, kwargs))
+    described = [(x.shape, x.dtype) if is_array(x) else x for x in leaves]
+    key = (dense, name, structure, *described)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
 
 
 def _dense_in_init(
-    name: str, dense_class: type[nn.Module], mapped_class: type[nn.Module]
+    name: str, dense_class: type[nn.Module], sparse_method: Callable[..., Any]
 ) -> Callable[..., Any]:
     """A method that runs dense while the module is being initialized, and sparse afterwards."""
-    dense, sparse = getattr(dense_class, name), getattr(mapped_class, name)
+    dense = getattr(dense_class, name)
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        runs_dense = self.scope is None or self.is_initializing()
-        return (dense if runs_dense else sparse)(self, *args, **kwargs)
+        if self.scope is None or self.is_initializing():
+            return dense(self, *args, **kwargs)
+        return sparse_method(name, self, args, kwargs)(self, *args, **kwargs)
 
     method.__name__, method.__doc__ = name, dense.__doc__
     return method

@@ -1,0 +1,136 @@
+"""The forward pass of a linen module as a function of its parameters, to be traced from shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import Scope
+
+# Running statistics do not depend on the input. As inputs they would count as activations, and the
+# products of nn.SpectralNorm with them as products of the network.
+_STATISTICS = "batch_stats"
+
+
+class ForwardPass(NamedTuple):
+    """A forward pass, with shapes for everything that it takes.
+
+    Attributes:
+      run: `run(params, inputs)`; jitted, so that it is traced once for the same shapes.
+      params: the shapes of the parameters.
+      inputs: those of everything else that depends on the input: the call's arrays, and the
+        module's other collections.
+    """
+
+    run: Callable[..., Any]
+    params: Any
+    inputs: list[jax.ShapeDtypeStruct]
+
+
+def forward_pass(
+    module: nn.Module, inputs: tuple[Any, ...], call: Mapping[str, Any]
+) -> ForwardPass:
+    """The forward pass of an unbound module, whose variables are those of its `init`.
+
+    Args:
+      module: a linen module.
+      inputs: of its `__call__`: arrays, ShapeDtypeStructs, or shapes of float32 arrays.
+      call: keyword arguments of its `__call__`, which stay as they are.
+
+    Raises:
+      TypeError: `module` is not a linen module instance.
+    """
+    check_module(module)
+    args = tuple(jax.ShapeDtypeStruct(i, jnp.float32) if _is_shape(i) else i for i in inputs)
+    key = jax.random.key(0)
+    arrays, rebuild = _split(args)
+    variables = jax.eval_shape(lambda arrays: module.init(key, *rebuild(arrays), **call), arrays)
+
+    # Flax uses the "params" stream for random number streams that are missing (dropout).
+    def apply(variables: Any, args: Any) -> Any:
+        mutable = [name for name in variables if name != "params"]
+        return module.apply(variables, *args, rngs={"params": key}, mutable=mutable, **call)
+
+    return _of_variables(apply, variables, args)
+
+
+def forward_pass_of_call(
+    scope: Scope, dense: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ForwardPass:
+    """What a method of an unbound module does in this call, with the variables of a scope."""
+    rngs = {name: jax.random.key(0) for name in scope.rngs}
+
+    def apply(variables: Any, given: Any) -> Any:
+        args, kwargs = given
+        settings = {"rngs": rngs, "mutable": scope.mutable, "method": method}
+        return dense.apply(variables, *args, **settings, **kwargs)
+
+    return _of_variables(apply, dict(scope.variables()), (args, kwargs))
+
+
+def unbound(module: nn.Module, module_class: type[nn.Module]) -> nn.Module:
+    """A copy of a bound module, of another class with the same fields, that belongs to no scope."""
+    # Fields that are modules are copied too. They keep their names, which their variables have.
+    return module_class(**fields_of(module.clone(name=None, _deep_clone=True)), parent=None)
+
+
+def check_module(module: Any) -> None:
+    """Raises TypeError unless it is a linen module instance."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a linen module instance such as nn.Dense(4), got {module!r}")
+
+
+def fields_of(module: nn.Module) -> dict[str, Any]:
+    """The arguments that a module of the same class is made from, without parent and name."""
+    return {
+        field.name: getattr(module, field.name)
+        for field in dataclasses.fields(module)
+        if field.init and field.name not in ("parent", "name")
+    }
+
+
+def _of_variables(apply: Callable[..., Any], variables: Any, given: Any) -> ForwardPass:
+    params, stats = (_shapes(variables.get(name)) for name in ("params", _STATISTICS))
+    # Other collections, such as caches, count as activations.
+    others = {n: tree for n, tree in variables.items() if n not in ("params", _STATISTICS)}
+    arrays, rebuild = _split((others, given))
+
+    def run(params: Any, arrays: list[Any]) -> Any:
+        others, given = rebuild(arrays)
+        if stats is not None:
+            others[_STATISTICS] = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), stats)
+        results = jax.tree.leaves(apply({**others, "params": params}, given))
+        # Results need not be arrays.
+        return [result for result in results if isinstance(result, jax.Array)]
+
+    return ForwardPass(jax.jit(run), params or {}, _shapes(arrays))
+
+
+def _split(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays of a tree, and what puts others in their place. The rest is static."""
+    leaves, structure = jax.tree.flatten(tree)
+
+    def rebuild(arrays: list[Any]) -> Any:
+        new = iter(arrays)
+        return structure.unflatten([next(new) if is_array(leaf) else leaf for leaf in leaves])
+
+    return [leaf for leaf in leaves if is_array(leaf)], rebuild
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf, tree
+    )
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or stands for one."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(size, int) for size in x)

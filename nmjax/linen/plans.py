@@ -1,0 +1,70 @@
+"""Plans and costs of linen modules, from the shapes of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from nmjax import planning
+from nmjax.analysis import costs
+from nmjax.linen.forward_pass import forward_pass
+from nmjax.patterns import Pattern
+from nmjax.plans import Plan
+
+
+def make_plan(
+    module: nn.Module,
+    pattern: str | Pattern,
+    *inputs: Any,
+    call: Mapping[str, Any] | None = None,
+    **selection: Any,
+) -> Plan:
+    """Decides which parameters of a module become sparse, along the axes that it sums over.
+
+    The module is traced, not run: `nmjax.make_plan` reads the axes off its program.
+
+    Args:
+      module: a linen module.
+      pattern: such as `"2:4"`.
+      *inputs: the module's inputs as arrays, ShapeDtypeStructs or shapes (of float32).
+      call: keyword arguments of the module's `__call__`, such as `{"train": False}`.
+      **selection: other arguments of `nmjax.make_plan`, such as `exclude`.
+
+    Raises:
+      TypeError: `module` is not a linen module instance.
+      ValueError: what `nmjax.make_plan` raises.
+
+    >>> plan = make_plan(nn.Dense(4), "2:4", (1, 8))
+    >>> plan["kernel"].reduction_axes, plan["kernel"].source
+    ((-2,), 'program')
+    """
+    run, params, arrays = forward_pass(module, inputs, call or {})
+    return planning.make_plan(params, pattern, forward=run, inputs=(arrays,), **selection)
+
+
+def cost(
+    module: nn.Module, plan: Plan | str | Pattern | None, *inputs: Any, **kwargs: Any
+) -> costs.Cost:
+    """Counts a module's weights and multiply-adds, layer by layer, without running it.
+
+    Args:
+      module: a linen module.
+      plan: a plan for its `params`; a pattern, for a plan with the default rules; None for the
+        dense network.
+      *inputs: the module's inputs as arrays, ShapeDtypeStructs or shapes (of float32). For the
+        cost of one example, use a batch size of 1.
+      **kwargs: static arguments of the module's `__call__`, such as `train=True`.
+
+    >>> print(cost(nn.Dense(4), "2:4", (1, 8)))
+    leaf    pattern  weights  kept  multiply-adds  kept   share
+    ------  -------  -------  ----  -------------  ----  ------
+    bias    dense          4     4              0     0    0.0%
+    kernel  2:4           32    16             32    16  100.0%
+    total                 36    20             32    16  100.0%
+    """
+    run, params, arrays = forward_pass(module, inputs, kwargs)
+    if plan is not None and not isinstance(plan, Plan):
+        plan = planning.make_plan(params, plan, forward=run, inputs=(arrays,))
+    return costs.cost(run, params, arrays, plan=plan)
