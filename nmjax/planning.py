@@ -122,7 +122,9 @@ def make_plan(
     planned = _settle_indivisible(planned, on_indivisible)
     _check_floating(planned, leaves)
     if not any(isinstance(leaf, LeafPlan) for leaf in planned.values()):
-        raise ValueError(f"no leaf becomes sparse:\n{_lines(planned)}")
+        is_unknown = any(getattr(leaf, "is_unknown", False) for leaf in planned.values())
+        advice = "\nPass forward= and inputs=, or axes=, to make_plan." if is_unknown else ""
+        raise ValueError(f"no leaf becomes sparse:\n{_lines(planned)}{advice}")
     return Plan(tuple(planned.items()), score)
 
 
