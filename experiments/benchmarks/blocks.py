@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import nmjax
 from experiments.benchmarks.timing import interleaved_medians, print_table, write_results
 from experiments.models.images.networks import dense_layers, make_image_network
+from nmjax.linen import make_plan
 
 PATTERN = nmjax.Block1xN(32, 66 / 128)
 SCORES = ("l1", "bpar")
@@ -27,7 +28,8 @@ def measure(score: str, rounds: int) -> dict[str, Any]:
     x = jnp.zeros((1, 224, 224, 3))
     init = jax.jit(lambda key: network.init(key, x, train=False)["params"])
     params = init(jax.random.key(0))
-    plan = nmjax.make_plan(params, PATTERN, exclude=dense_layers("resnet50", blocks=True))
+    exclude = dense_layers("resnet50", blocks=True)
+    plan = make_plan(network, PATTERN, x, call={"train": False}, exclude=exclude)
     subp = nmjax.soft_uniform_blocks(plan, nmjax.cubic_ramp(10, 180), score=score)
     first, step = subp.init(params, jax.random.key(1)), jnp.int32(120)
     compiled = jax.jit(subp.refresh).lower(first, params, step).compile()

@@ -20,6 +20,7 @@ import argparse
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -155,12 +156,7 @@ def compile_step(
     params = model.shapes(mesh)
     plan = None
     if pattern is not None:
-        # One block's kernels; the same plan fits the stack of all blocks.
-        block = {
-            name: {"kernel": jax.ShapeDtypeStruct(sizes, jnp.float32)}
-            for name, sizes in model.kernels().items()
-        }
-        plan = nmjax.make_plan(block, pattern)
+        plan = plan_block(model, mesh, pattern, sequences=sequences, length=length)
         nmjax.check_sharding(params["blocks"], plan)
     tx = optax.adamw(3e-4)
 
@@ -189,6 +185,18 @@ def compile_step(
             params, state, tokens
         )
         return lowered.compile()
+
+
+def plan_block(
+    model: Decoder, mesh: Mesh, pattern: str, *, sequences: int, length: int
+) -> nmjax.Plan:
+    """Plans the weights of one block; the same plan fits the stack of all blocks."""
+    block = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), model.shapes(mesh)["blocks"]
+    )
+    x = jax.ShapeDtypeStruct((sequences, length, model.width), jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        return nmjax.make_plan(block, pattern, forward=partial(_block, model), inputs=(x,))
 
 
 def needs(compiled: jax.stages.Compiled) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 import nmjax
 from experiments.benchmarks.timing import interleaved_times, rows_by_threads, write_results
 from experiments.models.images.networks import dense_layers, make_image_network
-from nmjax.linen import fold_batch_norm, packed_apply
+from nmjax.linen import fold_batch_norm, make_plan, packed_apply
 from nmjax.trees.leaves import named_leaves
 
 # The plans that SUBP reports, by their sparsity; experiments/tasks/imagenet2012.py has the source.
@@ -38,7 +38,8 @@ def measure(name: str, multiply_adds: str, pattern: str, rounds: int) -> dict[st
     module = make_image_network(name, 1000)
     image = jnp.asarray(np.random.default_rng(0).normal(size=(1, SIDE, SIDE, 3)), jnp.float32)
     variables = jax.jit(lambda key: module.init(key, image, train=False))(jax.random.key(0))
-    plan = nmjax.make_plan(variables["params"], pattern, exclude=dense_layers(name, blocks=True))
+    exclude = dense_layers(name, blocks=True)
+    plan = make_plan(module, pattern, image, call={"train": False}, exclude=exclude)
     params = nmjax.prune(variables["params"], plan)
     folded = fold_batch_norm(module, {**variables, "params": params}, image, train=False)
     packed = nmjax.unpack_slow(nmjax.pack(folded["params"], plan), rows=SIDE)

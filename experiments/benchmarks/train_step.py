@@ -24,6 +24,7 @@ import optax
 
 import nmjax
 from experiments.benchmarks.timing import interleaved_medians, print_table, write_results
+from nmjax.linen import make_plan
 
 METHODS = ("dense", "ste", "sr_ste")
 
@@ -76,7 +77,7 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 def make_training(module: nn.Module, x: jax.Array, pattern: str, method: str) -> Training:
     """The training of `module` on the batch `x` with one of `METHODS`."""
     params = module.init(jax.random.key(0), x)["params"]
-    plan = nmjax.make_plan(params, pattern)
+    plan = make_plan(module, pattern, x)
     refine = nmjax.add_sparse_refined(plan, 2e-4) if method == "sr_ste" else optax.identity()
     tx = optax.chain(refine, optax.sgd(1e-3, momentum=0.9))
 

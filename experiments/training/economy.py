@@ -48,4 +48,6 @@ def in_auto_axes(task: Task) -> Task:
         loss=automatic(task.loss),
         evaluate=automatic(task.evaluate),
         predict=None if task.predict is None else automatic(task.predict),
+        # Traced without a mesh.
+        traceable=task.traceable or task.evaluate,
     )

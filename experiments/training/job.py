@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 import nmjax
 from experiments.tasks.task import Task
@@ -40,6 +43,43 @@ def assemble_job(task: Task, method: str, pattern: str, accumulate: int = 1) -> 
 
 
 def plan_of(task: Task, pattern: str) -> nmjax.Plan:
-    """The plan of a task's model at a pattern, with the task's dense layers left dense."""
+    """The plan of a task's model at a pattern, with the task's dense layers left dense.
+
+    The axes are read off the model's evaluation.
+    """
+    forward, params, inputs = evaluation(task)
+    return nmjax.make_plan(params, pattern, exclude=task.keep_dense, forward=forward, inputs=inputs)
+
+
+@lru_cache(maxsize=64)
+def check_plan(task: Task, plan: nmjax.Plan) -> None:
+    """Raises ValueError unless a plan's axes are those that the task's evaluation sums over."""
+    forward, params, inputs = evaluation(task)
+    nmjax.check_axes(plan, forward, params, *inputs)
+
+
+class Evaluation(NamedTuple):
+    """What a task's evaluation computes, to be traced.
+
+    Attributes:
+      forward: `(params, collections, batch) -> sums`, jitted, so that it is traced only once.
+      params: shapes of the parameters.
+      inputs: shapes of the collections and of a batch with one example.
+    """
+
+    forward: Callable[..., Any]
+    params: Any
+    inputs: tuple[Any, Any]
+
+
+@lru_cache(maxsize=16)
+def evaluation(task: Task) -> Evaluation:
+    """A task's evaluation, in operations that nmjax can follow."""
     variables = jax.eval_shape(task.init, jax.random.key(0))
-    return nmjax.make_plan(variables["params"], pattern, exclude=task.keep_dense)
+    batch = next(iter(task.read_test(lambda examples: np.arange(1))))
+    collections = {name: tree for name, tree in variables.items() if name != "params"}
+    return Evaluation(
+        jax.jit(task.traceable or task.evaluate),
+        variables["params"],
+        (collections, jax.eval_shape(lambda arrays: arrays, batch)),
+    )

@@ -16,11 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import nmjax
-from experiments.tasks.task import Batch, Task, Variables
-from experiments.training.job import Job
+from experiments.tasks.task import Batch, Variables
+from experiments.training.job import Job, evaluation
 from nmjax.pruning import Masks
 from nmjax.trees.leaves import named_leaves
 
@@ -31,12 +30,13 @@ def free_channels(job: Job) -> tuple[nmjax.Channels, ...]:
     Layers keep their order where their channels reach the output, or an operation that
     `nmjax.find_channels` does not know. A UserWarning names those of them that the plan prunes.
     """
-    found = nmjax.find_channels(
-        _forward(job.task),
-        jax.eval_shape(job.task.init, jax.random.key(0)),
-        # One example, because only shapes are needed.
-        next(iter(job.task.read_test(lambda examples: np.arange(1)))),
-    )
+    forward, params, (collections, batch) = evaluation(job.task)
+
+    def of_variables(variables: Variables, batch: Batch) -> Any:
+        others = {name: value for name, value in variables.items() if name != "params"}
+        return forward(variables["params"], others, batch)
+
+    found = nmjax.find_channels(of_variables, {**collections, "params": params}, batch)
     writers = {name.removeprefix("params/") for channels in found for name, _ in channels.writers}
     if kept := [name for name in job.plan if name not in writers]:
         warnings.warn(
@@ -89,13 +89,3 @@ def _permute(tree: Any, channels: nmjax.Channels, order: jax.Array) -> Any:
 def _shapes(tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     return structure, [jnp.shape(leaf) for leaf in leaves]
-
-
-def _forward(task: Task) -> Any:
-    evaluate = task.traceable or task.evaluate
-
-    def forward(variables: Variables, batch: Batch) -> Any:
-        collections = {name: value for name, value in variables.items() if name != "params"}
-        return evaluate(variables["params"], collections, batch)
-
-    return forward

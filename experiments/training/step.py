@@ -20,6 +20,7 @@ from experiments.distributed.layout import Layout
 from experiments.distributed.seeds import OverSeeds
 from experiments.tasks.task import Batch, Sums, Task, Variables
 from experiments.training.job import Job as Job
+from experiments.training.job import check_plan
 from experiments.training.job import plan_of as plan_of
 from experiments.training.methods import Method, is_blocks, optimizer
 from experiments.training.rearranging import free_channels, sort_network
@@ -141,8 +142,12 @@ def make_programs(
       over_seeds: None for a single state; otherwise turns a function of one state into one of many,
         such as `jax.vmap` or `experiments.distributed.seeds.fastest(...)`.
       layout: where to place results; None for the default device.
+
+    Raises:
+      ValueError: the plan's axes are not those that the task's network sums over.
     """
     task, plan, method, accumulate = job
+    check_plan(task, plan)
     training = (task, method, accumulate)
     jit = partial(_jit, over_seeds, layout)
     is_explicit = layout is not None and layout.is_explicit

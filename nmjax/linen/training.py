@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-import flax.errors
 import flax.linen as nn
-import jax
+from flax.core import Scope
 from jax.typing import ArrayLike
 
 from nmjax import planning
-from nmjax.layouts import Axes, layouts
-from nmjax.linen.forward_pass import (
-    ForwardPass,
-    check_module,
-    fields_of,
-    forward_pass_of_call,
-    is_array,
-    unbound,
-)
+from nmjax.linen.call_plans import call_key, check_call, plan_call
+from nmjax.linen.forward_pass import check_module, fields_of, forward_pass_of_call, unbound
 from nmjax.patterns import Pattern, parse_pattern
 from nmjax.plans import Plan
-from nmjax.pruning import planned_leaves
 from nmjax.pruning import sparsify as sparsify_params
-from nmjax.selection import by_rule
-from nmjax.tracing.program import read_program
-
-# A module that cannot be traced: its code needs the values of its input, or it reads parameters
-# that belong to another module.
-_UNTRACEABLE = (jax.errors.JAXTypeError, flax.errors.ScopeParamNotFoundError)
 
 
 def sparsify(
@@ -72,6 +56,7 @@ def sparsify(
       ValueError: `apply` raises what `nmjax.make_plan`, `nmjax.check_axes` and `nmjax.sparsify`
         raise.
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> model = sparsify(nn.Dense(4), "1:4")
     >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8)))
@@ -87,39 +72,9 @@ def sparsify(
         )
     # A misspelled argument fails here, not when the module first runs.
     inspect.signature(planning.make_plan).bind({}, plan, forward=None, inputs=(), **selection)
-    pattern = None if isinstance(plan, Plan) else parse_pattern(plan)
+    given = plan if isinstance(plan, Plan) else parse_pattern(plan)
     dense_class = type(module)
-
-    def to_sparse(fitting: Plan | None, variables: Any) -> Any:
-        params = variables.get("params")
-        if not params:
-            raise ValueError(
-                f"{dense_class.__name__} has no parameters of its own to make sparse. If its "
-                "submodules were created in another module's compact method, they belong to that "
-                "module: create them in setup, or with parent=None"
-            )
-        if fitting is None:
-            fitting = planning.make_plan(params, plan_or_pattern, **selection)
-        return {**variables, "params": sparsify_params(params, fitting, lambda_w=lambda_w)}
-
-    cache: dict[Hashable, Callable[..., Any]] = {}
-
-    def sparse_method(name: str, self: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
-        """The method that makes the parameters sparse, and then runs that of the dense class."""
-        dense = unbound(self, dense_class)
-        key = _key(dense, name, self.variables, args, kwargs)
-        if key in cache:
-            return cache[key]
-        traced = forward_pass_of_call(cast(Scope, self.scope), dense, name, args, kwargs)
-        to_fit = partial(to_sparse, _plan_of_call(traced, plan_or_pattern, selection))
-        # Inside a mapped method `self` is the dense class again, so methods that call other methods
-        # sparsify the variables only once.
-        mapped = nn.map_variables(dense_class, "params", trans_in_fn=to_fit, methods=[name])
-        method: Callable[..., Any] = getattr(mapped, name)
-        if key is not None:
-            cache[key] = method
-        return method
-
+    sparse_method = _sparse_methods(dense_class, given, selection, lambda_w)
     overrides = {
         name: _dense_in_init(name, dense_class, sparse_method)
         for name in _public_methods(dense_class)
@@ -129,54 +84,49 @@ def sparsify(
     return sparse_class(**fields_of(module), name=module.name if module.parent is None else None)
 
 
-def _plan_of_call(
-    traced: ForwardPass, given: Plan | Pattern, selection: dict[str, Any]
-) -> Plan | None:
-    """The plan for a call of a method; None if the method cannot be traced or has no input.
+def _sparse_methods(
+    dense_class: type[nn.Module],
+    given: Plan | Pattern,
+    selection: dict[str, Any],
+    lambda_w: ArrayLike | None,
+) -> Callable[..., Callable[..., Any]]:
+    """Returns a function that makes the sparse form of a method, for one call of it."""
+    known: dict[Hashable, Callable[..., Any]] = {}
 
-    Args:
-      traced: what the method does in this call.
-      given: a plan, which is checked, or a pattern.
-      selection: arguments of `nmjax.make_plan`, for a pattern.
-    """
-    run, params, inputs = traced
-    plan = given if isinstance(given, Plan) else None
-    if not params or not inputs:
-        return plan
-    if plan is not None:
-        planned_leaves(params, plan)  # Raises if it does not fit.
-    try:
-        uses = read_program(run, params, inputs).uses
-    except _UNTRACEABLE:
-        return plan
-    if plan is not None:
-        planning.check_axes(plan, run, params, inputs)
-        return plan
-    # The call does not read the parameters of other methods, but rules may name them.
-    known = layouts({name: use.shape for name, use in uses.items()})
-    axes = {
-        f"^{re.escape(name)}$": known[name]
-        for name, use in uses.items()
-        if not (use.is_used or use.lost_in or use.derived_from) and _is_certain(known[name])
-    }
-    chosen = {**selection, "axes": {**by_rule(selection.get("axes"), "axes"), **axes}}
-    return planning.make_plan(params, given, forward=run, inputs=(inputs,), **chosen)
+    def to_sparse(plan: Plan | None, variables: Any) -> Any:
+        params = variables.get("params")
+        if not params:
+            raise ValueError(
+                f"{dense_class.__name__} has no parameters of its own to make sparse. If its "
+                "submodules were created in another module's compact method, they belong to that "
+                "module: create them in setup, or with parent=None"
+            )
+        if plan is None:
+            plan = planning.make_plan(params, cast(Pattern, given), **selection)
+        return {**variables, "params": sparsify_params(params, plan, lambda_w=lambda_w)}
 
+    def sparse_method(name: str, module: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
+        dense = unbound(module, dense_class)
+        key = call_key(dense, name, module.variables, args, kwargs)
+        if key in known:
+            return known[key]
+        call = forward_pass_of_call(cast(Scope, module.scope), dense, name, args, kwargs)
+        if isinstance(given, Plan):
+            check_call(given, call)
+            plan: Plan | None = given
+        else:
+            plan = plan_call(given, selection, call)
+        # Inside a mapped method `self` is the dense class again, so methods that call other methods
+        # sparsify the variables only once.
+        mapped_class = nn.map_variables(
+            dense_class, "params", trans_in_fn=partial(to_sparse, plan), methods=[name]
+        )
+        method: Callable[..., Any] = getattr(mapped_class, name)
+        if key is not None:
+            known[key] = method
+        return method
 
-def _is_certain(axes: Any) -> bool:
-    return isinstance(axes, Axes) and axes.taps is not None
-
-
-def _key(dense: nn.Module, name: str, variables: Any, args: Any, kwargs: Any) -> Hashable | None:
-    """What the plan of a call depends on; None if a part of it cannot be hashed."""
-    leaves, structure = jax.tree.flatten((dict(variables), args, kwargs))
-    described = [(x.shape, x.dtype) if is_array(x) else x for x in leaves]
-    key = (dense, name, structure, *described)
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+    return sparse_method
 
 
 def _dense_in_init(

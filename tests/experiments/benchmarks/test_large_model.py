@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 
 import nmjax
-from experiments.benchmarks.large_model import Decoder, compare, loss
+from experiments.benchmarks.large_model import Decoder, compare, loss, plan_block
 
 pytestmark = pytest.mark.optimized
 
@@ -33,8 +33,7 @@ def test_the_sparse_loss_is_that_of_pruned_weights(mesh):
     keys = iter(jax.random.split(jax.random.key(0), 20))
     params = jax.tree.map(lambda leaf: 0.2 * jax.random.normal(next(keys), leaf.shape), shapes)
     tokens = jax.random.randint(next(keys), (4, 17), 0, TINY.vocabulary)
-    block = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
-    plan = nmjax.make_plan(block, "2:4")
+    plan = plan_block(TINY, mesh, "2:4", sequences=4, length=16)
     assert set(plan) == {f"{name}/kernel" for name in TINY.kernels()}
     with jax.set_mesh(mesh):
         dense, sparse = (
