@@ -115,7 +115,6 @@ def test_masks_of_transposed_convolutions():
 TRANSPOSED = r"may be a transposed convolution|unknown axes: could be .* a transposed convolution"
 
 
-
 @pytest.mark.parametrize("outputs", [6, 8])
 @pytest.mark.parametrize("name", ["up", "deconv", "ConvTranspose_0", "decoder_up_1"])
 def test_convolutions_that_may_be_transposed(name, outputs):

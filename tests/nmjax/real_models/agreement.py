@@ -11,7 +11,7 @@ import numpy as np
 from nmjax.layouts import Axes, Unknown, layouts
 from nmjax.tracing.program import read_program
 from nmjax.trees.leaves import named_leaves
-from tests.nmjax.real_models.oracle import Undecided, find_products, randomized
+from tests.nmjax.real_models.oracle import UndecidedError, find_products, randomized
 
 
 class Model(NamedTuple):
@@ -87,7 +87,7 @@ def _all(differ, found, truth):
 def _difference(name, found, truth, *, tied, shapes):
     """How an answer of nmjax differs from the oracle's, or None."""
     shape = shapes[name]
-    if isinstance(truth, Undecided):
+    if isinstance(truth, UndecidedError):
         return f"{shape}: the oracle is undecided: {truth}"
     if isinstance(found, Axes):
         # The oracle does not see axes of size 1.
