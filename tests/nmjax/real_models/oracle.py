@@ -8,7 +8,7 @@ higher rank. The oracle looks for that set of axes. It knows neither names nor p
 
 It needs a network with fewer positions than half the inputs of each layer: batches of one, a few
 tokens, images of one pixel. Attention needs as many tokens as a head has features, since the
-gradients of its queries are combinations of the keys. The oracle says `UndecidedError` if two sets of
+gradients of its queries are combinations of the keys. The oracle says `Undecided` if two sets of
 axes look alike.
 """
 
@@ -33,7 +33,7 @@ QUICK = {
 SMALL = 1e-4  # Singular values this much smaller than the largest one do not count.
 
 
-class UndecidedError(Exception):
+class Undecided(Exception):
     """Two different sets of axes explain the gradients equally well."""
 
 
@@ -63,7 +63,7 @@ def randomized(params, seed=0):
 
 
 def find_products(forward, params, *inputs, seed=0):
-    """Leaf name -> its `Product`, None if it is in no product, or `UndecidedError`; floats only."""
+    """Leaf name -> its `Product`, None if it is in no product, or `Undecided`; floats only."""
     numbers = {
         int(number)
         for leaf in jax.tree.leaves(inputs)
@@ -74,7 +74,7 @@ def find_products(forward, params, *inputs, seed=0):
     for name, gradients in _gradients(forward, params, inputs, seed).items():
         try:
             found[name] = _product(_without_lookups(gradients, numbers))
-        except UndecidedError as error:
+        except Undecided as error:
             found[name] = error
     return found
 
@@ -138,7 +138,7 @@ def _product(gradients):
     summed = min(ranks, key=lambda rows: (ranks[rows], len(rows)))
     for rows, rank in ranks.items():
         if not set(summed) <= set(rows) and rank < 2 * ranks[summed]:
-            raise UndecidedError(f"{_negative(summed, ndim)} or {_negative(rows, ndim)}")
+            raise Undecided(f"{_negative(summed, ndim)} or {_negative(rows, ndim)}")
     others = [axis for axis in axes if axis not in summed]
     stack = [axis for axis in others if _differs_along(gradients, summed, axis)]
     return Product(_negative(summed, ndim), _negative(stack, ndim))
