@@ -54,14 +54,16 @@ def from_shapes(tree, seed=0):
     )
 
 
-def check(model, *, unclear=(), tied=(), classes=None):
+def check(model, *, unclear=(), tied=(), adapters=(), added=()):
     """Asserts that the program and the known layouts agree with the oracle on every leaf.
 
     Args:
       model: the model.
       unclear: leaves that the tracer must report as unknown, whatever the oracle says of them.
       tied: leaves that are a look-up table and are multiplied too; they stay dense.
-      classes: the names of the layers' classes, for the known layouts.
+      adapters: leaves that the known layouts leave dense, although they are multiplied.
+      added: stacks of matrices, such as experts, whose products the network adds up. The oracle
+        cannot see that the program multiplies first.
     """
     truth = find_products(model.forward, model.params, *model.inputs)
     uses = read_program(model.forward, model.params, *model.inputs).uses
@@ -69,8 +71,9 @@ def check(model, *, unclear=(), tied=(), classes=None):
     unknown = {name for name, axes in traced.items() if isinstance(axes, Unknown)}
     reasons = {name: traced[name].reason for name in unknown ^ set(unclear) if name in unknown}
     assert unknown == set(unclear), reasons
-    differ = functools.partial(_difference, tied=tied, shapes=model.shapes())
+    differ = functools.partial(_difference, dense=tied, added=added, shapes=model.shapes())
     assert not (wrong := _all(differ, traced, truth)), "\n".join(wrong)
+    differ = functools.partial(differ, dense=(*tied, *adapters))
     known = layouts(model.shapes())
     assert not (wrong := _all(differ, known, truth)), "\n".join(wrong)
 
@@ -84,7 +87,7 @@ def _all(differ, found, truth):
     ]
 
 
-def _difference(name, found, truth, *, tied, shapes):
+def _difference(name, found, truth, *, dense, added, shapes):
     """How an answer of nmjax differs from the oracle's, or None."""
     shape = shapes[name]
     if isinstance(truth, Undecided):
@@ -92,10 +95,13 @@ def _difference(name, found, truth, *, tied, shapes):
     if isinstance(found, Axes):
         # The oracle does not see axes of size 1.
         reduction = {axis for axis in found.reduction if shape[axis] > 1}
-        if truth and reduction <= set(truth.summed) <= reduction | set(found.taps or ()):
+        unseen = {axis for axis in (found.taps or ()) if shape[axis] > 1}
+        if name in added:
+            unseen = set(range(-len(shape), 0)) - {*found.reduction, *found.output}
+        if truth and reduction <= set(truth.summed) <= reduction | unseen:
             return None
         return f"{shape}: planned as {found}, but the truth is {truth}"
     is_matrix = sum(size > 1 for size in shape) > 1
-    if truth and is_matrix and name not in tied:
+    if truth and is_matrix and name not in dense:
         return f"{shape}: dense ({found}), but the truth is {truth}"
     return None

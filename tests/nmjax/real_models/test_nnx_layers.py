@@ -76,7 +76,8 @@ def applied(module, x, **arguments):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_layers(bias):
-    check(side_by_side({name: applied(*layer) for name, layer in layers(bias).items()}))
+    made = {name: applied(*layer) for name, layer in layers(bias).items()}
+    check(side_by_side(made), adapters=("lora/lora/lora_a", "lora/lora/lora_b"))
 
 
 def test_recurrent_layers():
@@ -87,15 +88,6 @@ def test_recurrent_layers():
         return applied(nnx.RNN(cell), normal(1, 2, 16), initial_carry=start[name])
 
     check(side_by_side({name: scanned(name, cell) for name, cell in cells.items()}))
-
-
-def test_weight_norm():
-    """The kernel is no product by itself."""
-    module = nnx.WeightNorm(nnx.Linear(16, 24, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
-    check(
-        side_by_side({"weight_norm": applied(module, normal(1, 16))}),
-        unclear=("weight_norm/layer_instance/kernel",),
-    )
 
 
 def test_layers_stacked_by_vmap_and_scan():
