@@ -21,6 +21,7 @@ from nmjax.plans import DenseLeaf, Plan, check_plan
 from nmjax.selection import FoundAxes, PlannedLeaf, Selection, by_rule
 from nmjax.tracing.program import read_program
 from nmjax.tracing.uses import Uses
+from nmjax.trees.equinox_layers import layer_classes
 from nmjax.trees.leaves import named_leaves
 from nmjax.trees.path_rules import PathRules, as_rules, check_rules
 
@@ -121,7 +122,9 @@ def make_plan(
     planned = _settle_indivisible(planned, on_indivisible)
     _check_floating(planned, leaves)
     if not any(isinstance(leaf, LeafPlan) for leaf in planned.values()):
-        raise ValueError(f"no leaf becomes sparse:\n{_lines(planned)}")
+        is_unknown = any(getattr(leaf, "is_unknown", False) for leaf in planned.values())
+        advice = "\nPass forward= and inputs=, or axes=, to make_plan." if is_unknown else ""
+        raise ValueError(f"no leaf becomes sparse:\n{_lines(planned)}{advice}")
     return Plan(tuple(planned.items()), score)
 
 
@@ -200,7 +203,7 @@ def _find_axes(
 ) -> dict[str, FoundAxes]:
     """Leaf name -> its axes or why it has none, and where they come from."""
     shapes = {name: tuple(getattr(leaf, "shape", ())) for name, leaf in leaves.items()}
-    known = layouts(shapes)
+    known = layouts(shapes, layer_classes(params))
     if not isinstance(inputs, tuple | list):
         raise TypeError(
             "inputs= must be a tuple of the arguments that forward takes after the parameters, "

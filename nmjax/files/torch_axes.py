@@ -14,9 +14,8 @@ from nmjax.patterns.pattern import LeafPlan
 from nmjax.trees.path_rules import PathRules, as_rules, check_rules, first_match
 from nmjax.trees.spans import Span, merge, split, stack_axes
 
-# Names that Flax and Haiku give to modules. A name that a user chose does not identify the layer.
-_CONVOLUTION = re.compile(r"(^|/)(Conv_\d+|conv[123]_d(_\d+)?)/(kernel|w)$")
-_TRANSPOSED = re.compile(r"(^|/)(ConvTranspose_\d+|conv[123]_d_transpose(_\d+)?)/(kernel|w)$")
+# Names of layers that are or may be transposed convolutions. A layer without a name may be, too.
+_MAYBE_TRANSPOSED = re.compile(r"(^[^/]*|(trans|deconv|(^|[/_\d])up)[^/]*/[^/]*)$", re.IGNORECASE)
 
 
 class Conversion(NamedTuple):
@@ -109,10 +108,11 @@ class Layouts:
         axes = self._given(name, shape) or _certain(known, shape)
         # PyTorch's order: outputs, inputs, spatial axes. Heads and head size become one axis.
         conversion = _conversion(shape, axes.output, axes.reduction, axes.taps)
-        is_convolution = self.transposed is not None or _CONVOLUTION.search(name)
+        # Other names count: where inputs and outputs differ, PyTorch would refuse the shape of a
+        # transposed convolution, and where they do not, the axes of an unclear name are unknown.
+        is_unclear = self.transposed is None and _MAYBE_TRANSPOSED.search(name)
         # Only transposed convolutions have their inputs last.
-        is_transposed = _TRANSPOSED.search(name) or (axes.reduction == (-1,) and not given)
-        if axes.taps and (is_transposed or not is_convolution):
+        if axes.taps and (is_unclear or (axes.reduction == (-1,) and not given)):
             raise ValueError("may be a transposed convolution, which PyTorch stores differently")
         return conversion
 

@@ -21,8 +21,8 @@ differently, and names and shapes do not distinguish them. All functions take wh
 - `plan`: from `nmjax.make_plan`. Its axes are used for leaves that `axes` does not match. Packed
   leaves contain their own.
 - `transposed`: path rules of the kernels of transposed convolutions (`ConvTranspose` of Flax and
-  Equinox, `Conv2DTranspose` of Haiku); `()` if there are none. Needed if there are convolutions,
-  except where Flax or Haiku chose the module's name, such as `Conv_0`.
+  Equinox, `Conv2DTranspose` of Haiku); `()` if there are none. Needed for convolutions whose name
+  suggests one, such as `up`, and for those without a name.
 - `transpose_kernel`: path rules of those for which Flax has `transpose_kernel=True`.
 
 For a Flax layer with `padding="VALID"`, PyTorch's layer has `padding=0`.

@@ -72,7 +72,8 @@ def _heads_agree(
         for shape, reading in zip(shapes, readings, strict=True)
     ]
     *ins, (out_heads, out_size, _) = cores
-    # Any projection may be missing here; keys and values may have fewer heads than queries.
+    # Any projection may be missing here. Keys and values may have fewer heads than queries, but
+    # only queries can show it.
     found = dict(zip(names, ins, strict=True))
     query, key, value = (found.get(name) for name in _INS)
     heads = {core[1] for core in (key, value) if core}
@@ -82,6 +83,6 @@ def _heads_agree(
         and len(heads) < 2
         and len(sizes) < 2
         and all(count > 0 and out_heads % count == 0 for count in heads)
-        and (query is None or query[1] == out_heads)
+        and (query[1] == out_heads if query else heads == {out_heads})
         and (value or ins[0])[2] == out_size
     )

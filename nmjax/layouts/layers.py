@@ -68,27 +68,34 @@ def judge_out_in(leaf: Leaf, shape: Shape, siblings: Siblings, layer: str | None
     """Judges a leaf `weight`; `layer` is its class in `equinox.nn` if that is known."""
     readings = out_in_readings(len(shape))
     if layer is not None:
-        # Equinox stores transposed convolutions like others.
-        kind = CONV if layer.startswith("Conv") else DENSE
-        readings = [reading for reading in readings if reading.layer == kind]
-    bias = siblings.bias(leaf)
-    if not bias and len(shape) > 2:
-        bias = siblings.next_norm(leaf)
+        readings = [reading for reading in readings if _is_of_class(reading, layer)]
+    if len(shape) > 2 and any("expert" in name.lower() for name in leaf.module):
+        return Judgment(Unknown("experts may be stored as (in, out) or as (out, in)"))
+    bias, norm = siblings.bias(leaf), siblings.next_norm(leaf)
+    if not bias and len(shape) > 2 and any(reading.fits(shape, norm) for reading in readings):
+        bias = norm  # It has as many channels as the outputs that it normalizes.
     if bias:
         judgment = _by_bias(readings, leaf, shape, bias)
-        if any("expert" in name.lower() for name in leaf.module) and len(shape) > 2:
-            return Judgment(Unknown("experts may be stored as (in, out) or as (out, in)"))
         return judgment._replace(corroborated=judgment.corroborated or layer is not None)
     if len(shape) == 2:
         return Judgment(decide(readings, shape), corroborated=layer is not None)
     unstacked = [r for r in readings if r.layer == CONV and "s" not in r.roles]
-    # The class gives the number of taps; else, leaves with one axis show that nothing is stacked.
-    if layer == f"Conv{len(shape) - 2}d" or layer == f"ConvTranspose{len(shape) - 2}d":
-        return Judgment(decide(unstacked, shape), corroborated=True)
-    called_conv = is_called_conv(leaf) or (layer or "").startswith("Conv")
-    if called_conv and siblings.is_beside_a_vector(leaf):
+    # A class like Conv2d gives the number of taps; else, leaves with one axis show that nothing is
+    # stacked.
+    is_conv = layer is not None or is_called_conv(leaf)
+    counted = layer is not None and layer[-2:-1].isdigit()
+    if unstacked and is_conv and (counted or siblings.is_beside_a_vector(leaf)):
         return Judgment(decide(unstacked, shape), corroborated=True)
     return Judgment(_no_bias(readings))
+
+
+def _is_of_class(reading: Reading, layer: str) -> bool:
+    """Whether a layer of this class in `equinox.nn` can be read so."""
+    if not layer.startswith("Conv"):
+        return reading.layer == DENSE
+    # Equinox stores transposed convolutions like others. The classes are Conv, Conv1d, ...
+    taps = layer[-2:-1]
+    return reading.layer == CONV and (not taps.isdigit() or reading.roles.count("t") == int(taps))
 
 
 def _by_bias(readings: list[Reading], leaf: Leaf, shape: Shape, bias: Shape) -> Judgment:

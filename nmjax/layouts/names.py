@@ -24,7 +24,7 @@ _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _TABLE = re.compile(
     r".*embed.*|emb|.*_emb|wte|wpe|shared|pos|pos_.*|position.*|relative_.*bias.*|.*bias_table"
-    r"|rel_pos.*|.*tokens"
+    r"|rel_pos.*|.*tokens|.*lookup.*|.*codebooks?|(.*_)?table"
 )
 # Linear layers near embeddings, and those that undo an embedding.
 _NO_TABLE = re.compile(

@@ -39,11 +39,11 @@ def why_dense(
         return "low-rank adapter"
     if layer in _BY_CLASS:
         return _BY_CLASS[layer]
-    if leaf.part:
-        return _part_of_weight(leaf, siblings)
+    if leaf.part and (outcome := _part_of_weight(leaf, siblings)) is not None:
+        return outcome
     if leaf.leaf in OUT_IN:
         return _vector_or_table(leaf, shape, siblings, layer)
-    if leaf.leaf in IN_OUT:
+    if leaf.leaf in IN_OUT and not leaf.part:
         return None
     if names.is_out_in_matrix(leaf):
         return _recurrent_or_attention(leaf, shape, siblings)
@@ -51,6 +51,7 @@ def why_dense(
 
 
 def _part_of_weight(leaf: Leaf, siblings: Siblings) -> str | Unknown | None:
+    """None for a part with the weight's layout: an input meets the same entries in both."""
     gain, direction, mask, vector = (
         siblings.shape(leaf.module, leaf.leaf, part)
         for part in ("gain", "direction", "mask", "vector")
@@ -81,6 +82,8 @@ def _vector_or_table(
         if names.is_called_matrix(leaf.parent):
             return Unknown("could be a normalization or a matrix")
         return "normalization"
+    if len(shape) == 2 and leaf.parent.isdigit() and names.is_called_table(leaf.own_name):
+        return Unknown("could be a look-up table or a matrix")
     return _table(leaf.parent) if len(shape) == 2 else None
 
 

@@ -11,6 +11,7 @@ from nmjax.layouts.axes import Axes, Shape, Unknown
 from nmjax.layouts.gpt2 import gpt2_layouts
 from nmjax.layouts.layers import Judgment, judge_in_out, judge_out_in
 from nmjax.layouts.names import IN_OUT, OUT_IN, Leaf, parse_name
+from nmjax.layouts.readings import Outcome
 from nmjax.layouts.reasons import why_dense
 from nmjax.layouts.siblings import Siblings
 
@@ -22,7 +23,7 @@ class _Contradiction(NamedTuple):
 
 def layouts(
     shapes: Mapping[str, Shape], classes: Mapping[str, str] | None = None
-) -> dict[str, Axes | str | Unknown]:
+) -> dict[str, Outcome]:
     """Reads the axes of each leaf off names and shapes, as the libraries document their layers.
 
     Args:
@@ -74,7 +75,7 @@ def layout(name: str, shapes: Mapping[str, Shape]) -> Axes | str:
 
 
 @functools.lru_cache(maxsize=4)
-def _cached(shapes: tuple[tuple[str, Shape], ...]) -> dict[str, Axes | str | Unknown]:
+def _cached(shapes: tuple[tuple[str, Shape], ...]) -> dict[str, Outcome]:
     return layouts(dict(shapes))
 
 
@@ -87,14 +88,16 @@ def _judge(
     gpt2: Mapping[Leaf, Axes | Unknown],
 ) -> Judgment:
     layer = classes.get(name.rpartition("/")[0])
-    outcome = why_dense(leaf, shape, siblings, layer) or gpt2.get(leaf)
+    outcome: Outcome | None = why_dense(leaf, shape, siblings, layer)
+    if outcome is None and layer is None:
+        outcome = gpt2.get(leaf)
     if outcome is not None:
         return Judgment(outcome, corroborated=True)
-    if leaf.leaf in IN_OUT and not leaf.part:
+    if leaf.leaf in IN_OUT:
         return judge_in_out(leaf, shape, siblings, attention_projection(leaf, siblings))
     if leaf.leaf in OUT_IN:
         return judge_out_in(leaf, shape, siblings, layer)
-    # `why_dense` leaves no other leaves than these: matrices of attention and recurrent layers.
+    # `why_dense` lets no others through than the matrices of attention and recurrent layers.
     return Judgment(Axes((-1,), (-2,)), corroborated=True)
 
 

@@ -99,9 +99,27 @@ def test_the_plan_of_experts_says_how_much_is_unknown(tmp_path, capsys):
     text, _ = run(capsys, *command)
     assert "unknown axes" in row(text, "layers/0/experts/down_proj")
     assert "24,576 of 25,600" in text  # Weights with unknown axes.
+    assert text.count("WARNING") == 1
     assert "--axes" in text
     _, err = run(capsys, *command, "--on-unknown", "error")
     assert "unknown axes" in err
+
+
+def test_nothing_but_experts(tmp_path, capsys):
+    write_tensors(tmp_path / "x", {"experts/w1": normal(8, 32, 64)}, {})
+    _, err = run(capsys, "plan", tmp_path / "x", "--pattern", "2:4")
+    assert "no leaf becomes sparse" in err
+    assert err.endswith("Pass --axes 'RULE=AXES'.\n")
+
+
+def test_a_few_unknown_weights_are_reported(tmp_path, capsys):
+    """The library's own warning is for plans that are mostly unknown."""
+    params = {"experts/w1": normal(2, 4, 4), "head/kernel": normal(32, 64)}
+    write_tensors(tmp_path / "x", params, {})
+    text, _ = run(capsys, "plan", tmp_path / "x", "--pattern", "2:4")
+    assert "WARNING: 32 of 2,080 parameters (2%) stay dense" in text
+    assert text.count("WARNING") == 1
+    assert "--axes 'RULE=AXES' for experts/w1" in text
 
 
 def test_optimizer_moments_are_not_planned(tmp_path, capsys):

@@ -75,6 +75,7 @@ def assert_right(found, weight, sizes):
 
 
 SIZES = st.fixed_dictionaries({letter: st.integers(1, 6) for letter in "ijkoptuvsrl"})
+ROLES = st.sets(st.sampled_from(["query", "key", "value", "out"]), min_size=1)
 NAMES = st.sampled_from(["layer", "query", "out", "proj", "up", "0"])
 
 
@@ -107,10 +108,11 @@ def test_layers_of_pytorch_and_equinox(kind, stacked, sizes, with_bias, name):
 
 
 @pytest.mark.parametrize("stacked", [None, 0, 1])
-@given(sizes=SIZES, with_bias=st.booleans())
+@given(sizes=SIZES, with_bias=st.booleans(), present=ROLES)
 @settings(max_examples=200, deadline=None)
-def test_attention(stacked, sizes, with_bias):
+def test_attention(stacked, sizes, with_bias, present):
     roles = {"query": "iop->op", "key": "iop->op", "value": "iop->op", "out": "ijo->o"}
+    roles = {role: letters for role, letters in roles.items() if role in present}
     sizes_out = {**sizes, "i": sizes["o"], "j": sizes["p"], "o": sizes["k"]}
     shapes, weights = {}, {}
     for role, letters in roles.items():
@@ -129,18 +131,18 @@ def test_attention(stacked, sizes, with_bias):
 
 @pytest.mark.parametrize("stacked", [None, 0, 1])
 @pytest.mark.parametrize("kind", ["conv 1-D", "conv 2-D", "transposed 1-D", "transposed 2-D"])
-@given(sizes=SIZES, with_bias=st.booleans())
+@given(sizes=SIZES, with_bias=st.booleans(), roles=ROLES)
 @settings(max_examples=60, deadline=None)
-def test_convolutions_with_names_of_attention(kind, stacked, sizes, with_bias):
+def test_convolutions_with_names_of_attention(kind, stacked, sizes, with_bias, roles):
     weight, bias = IN_OUT[kind].split("->")
     if stacked is not None:
         weight, bias = stack(weight, stacked), stack(bias, stacked)
     shapes = {}
-    for role in ("query", "key", "value", "out"):
+    for role in roles:
         shapes[f"{role}/kernel"] = shape_of(weight, sizes)
         if with_bias:
             shapes[f"{role}/bias"] = shape_of(bias, sizes)
-    for role in ("query", "key", "value", "out"):
+    for role in roles:
         assert_right(layouts(shapes)[f"{role}/kernel"], weight, sizes)
 
 

@@ -140,13 +140,16 @@ def test_the_class_decides_before_the_name():
         "embed": eqx.nn.Linear(8, 4, use_bias=False, key=KEY),
         "linear": eqx.nn.LayerNorm((3, 4), use_bias=False),
         "dense": eqx.nn.PReLU(),
+        "c_proj": eqx.nn.Linear(4, 4, key=KEY),
     }
     found = layouts(shapes_of(tree), layer_classes(tree))
     assert found["conv/weight"] == "embedding"
     assert found["embed/weight"].reduction == (-1,)
     assert found["linear/weight"] == "normalization"
+    assert found["c_proj/weight"].reduction == (-1,)
     by_name = layouts(shapes_of(tree))
     assert by_name["embed/weight"] == "embedding"
+    assert isinstance(by_name["c_proj/weight"], Unknown)
 
 
 def test_classes_are_found_in_nested_layers_and_in_shapes():

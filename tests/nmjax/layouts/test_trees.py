@@ -48,6 +48,8 @@ def is_unknown(outcome, *words):
         ("shared/weight", (100, 8), "embedding"),
         ("SelfAttention/relative_attention_bias/weight", (32, 8), "embedding"),
         ("position_bias/weight", (32, 8), "embedding"),
+        ("user_table.weight", (100, 8), "embedding"),
+        ("vq.codebook.weight", (100, 8), "embedding"),
         ("cls_token", (1, 1, 8), "1-D"),
         ("gain", (8, 1, 1), "1-D"),
         ("attn/relative_position_index", (49, 49), "indices or mask"),
@@ -156,6 +158,7 @@ def test_names_that_do_not_say_convolution(name, leaf):
         ("unembedding", (16, 4), ["look-up"]),
         ("embed_out.weight", (100, 16), ["look-up"]),
         ("pos_proj.weight", (16, 16), ["look-up"]),
+        ("embed_tokens.0.weight", (100, 16), ["look-up"]),
         ("rnn.weight_ih", (3, 16, 4), ["stack"]),
         ("fc.weight_v", (4, 16), ["derived"]),
         ("fc.weight_orig", (4, 16), ["parametrization"]),
@@ -171,6 +174,24 @@ def test_a_bias_that_fits_nothing():
     assert is_unknown(found("a/kernel", (8, 4), a__bias=(8,)), "(8,)", "fits no documented layer")
     assert is_unknown(found("a/weight", (8, 4), a__bias=(4,)), "(4,)")
     assert is_unknown(found("a/kernel", (3, 3, 8, 4), a__bias=(5,)), "(5,)")
+
+
+@pytest.mark.parametrize("leaf", ["kernel", "theta"])
+def test_parametrizations_of_leaves_that_pytorch_does_not_have(leaf):
+    shapes = {
+        f"a.parametrizations.{leaf}.original{i}": shape for i, shape in ((0, (4, 1)), (1, (4, 8)))
+    }
+    outcomes = layouts(shapes)
+    assert is_unknown(outcomes[f"a.parametrizations.{leaf}.original1"])
+    gain = outcomes[f"a.parametrizations.{leaf}.original0"]
+    assert gain == "gain of a weight normalization"
+
+
+def test_a_norm_that_follows_but_does_not_fit_says_nothing():
+    shapes = {"b.0.weight": (8, 4, 3, 3), "b.1.weight": (5,), "b.1.bias": (5,), "c.weight": (8, 8)}
+    outcomes = layouts(shapes)
+    assert is_unknown(outcomes["b.0.weight"], "no bias")
+    assert outcomes["c.weight"] == LINEAR
 
 
 def test_a_bias_that_fits_several_layers():
@@ -236,9 +257,26 @@ def test_attention_whose_sizes_fit_several_ways():
 
 
 @pytest.mark.parametrize("missing", ["query", "key", "value", "out"])
-def test_attention_needs_all_four(missing):
+def test_attention_needs_out_and_one_other(missing):
     shapes = attention()
+    expected = layouts(shapes)
     del shapes[f"a/{missing}/kernel"]
+    if missing == "out":
+        assert all(map(is_unknown, layouts(shapes).values()))
+    else:
+        assert layouts(shapes) == {name: expected[name] for name in shapes}
+
+
+def test_only_queries_show_that_keys_and_values_have_fewer_heads():
+    shapes = attention(key_heads=1)
+    del shapes["a/query/kernel"]
+    assert all(map(is_unknown, layouts(shapes).values()))
+
+
+def test_attention_whose_heads_differ():
+    shapes = attention() | {"a/out/kernel": (2, 8, 16)}
+    assert all(map(is_unknown, layouts(shapes).values()))
+    shapes = attention() | {"a/value/kernel": (16, 4, 6)}
     assert all(map(is_unknown, layouts(shapes).values()))
 
 
