@@ -33,9 +33,8 @@ def sparsify(
     `apply` and `TrainState` trains sparse without changes, and checkpoints fit both modules.
 
     `init` runs the dense module; every `apply` is sparse. The first `apply` for inputs of the same
-    shapes also traces the dense module, as `jax.jit` does, to read off its program along which axes
-    it sums. For a pattern, these are the axes of the plan; a plan is checked against them. A module
-    that cannot be traced gets the axes of known layers.
+    shapes also traces the dense module: a pattern takes the axes of its program, and a plan is
+    checked against them. A module that cannot be traced takes the axes of known layers.
 
     Inside another module, create it in `setup`, where the attribute names it. In a compact method
     its name comes from its class (`SparseDense_0`), or from a module without a parent:
