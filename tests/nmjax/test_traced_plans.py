@@ -147,8 +147,8 @@ def test_every_wrong_leaf_is_named():
         check_axes(plan, forward, PARAMS, X)
     lines = str(error.value).splitlines()
     assert lines[1:3] == [
-        "  up (32, 16): planned along -2, but the program sums over -1",
         "  down (8, 32): planned along -2, but the program sums over -1",
+        "  up (32, 16): planned along -2, but the program sums over -1",
     ]
 
 
