@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from nmjax.layouts import layouts
-from nmjax.layouts.axes import Axes, GivenAxes
+from nmjax.layouts.axes import Axes, GivenAxes, Unknown
 from nmjax.masks.scores import Score, magnitude
 from nmjax.patterns import Pattern, parse_pattern
 from nmjax.patterns.pattern import LeafPlan
 from nmjax.plans import DenseLeaf, Plan, check_plan
 from nmjax.selection import FoundAxes, PlannedLeaf, Selection, by_rule
-from nmjax.tracing.program import read_program
+from nmjax.tracing.program import described, is_array, read_program
 from nmjax.tracing.uses import Uses
 from nmjax.trees.equinox_layers import layer_classes
 from nmjax.trees.leaves import named_leaves
@@ -168,7 +168,12 @@ def check_axes(plan: Plan, forward: Callable[..., Any], params: Any, *inputs: An
 
 
 def _read_uses(forward: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> dict[str, Uses]:
-    if not jax.tree.leaves(tuple(inputs)):
+    if len(inputs) > 1 and all(type(size) is int for size in inputs):
+        raise TypeError(
+            f"inputs= has one entry for each argument of forward; for one array of shape {inputs}, "
+            f"write inputs=({tuple(inputs)},)"
+        )
+    if not any(map(is_array, jax.tree.leaves(tuple(map(described, inputs))))):
         raise ValueError(
             "the network's inputs are needed to distinguish activations from weights: pass them as "
             "arguments, and not by closing over them"
@@ -178,21 +183,22 @@ def _read_uses(forward: Callable[..., Any], params: Any, inputs: Sequence[Any]) 
 
 def _disagreement(leaf: LeafPlan, uses: Uses) -> str:
     """How a plan differs from the uses of its leaf; empty if it does not."""
-    if uses.derived_from or uses.lost_in or not uses.is_used:
-        return ""
-    placed = [
-        leaf.pattern.place(Axes(c.reduction, c.output, c.taps))
-        for c in uses.contractions
-        if c.reduction
-    ]
+    if len(uses.shape) < len(leaf.shape) or uses.shape[-len(leaf.shape) :] != leaf.shape:
+        return f"planned for shape {leaf.shape}, but it has shape {uses.shape}"
+    products = [c for c in uses.contractions if c.reduction]
+    placed = [leaf.pattern.place(Axes(c.reduction, c.output, c.taps)) for c in products]
     if not placed:
-        return f"planned along {leaf.span}, but it is {uses.axes()}"
+        unclear = isinstance(uses.axes(), Unknown) or not uses.is_used
+        return "" if unclear else f"planned along {leaf.span}, but it is {uses.axes()}"
     if leaf.pattern.needs_taps:
-        agrees = leaf.axes in placed
+        agreeing = [axes for axes in placed if leaf.axes == axes]
     else:
-        agrees = leaf.reduction_axes in [axes.reduction for axes in placed]
+        agreeing = [axes for axes in placed if leaf.reduction_axes == axes.reduction]
+    # Where products disagree, the user decides.
+    if len(agreeing) == len(placed) or (agreeing and leaf.source == "given"):
+        return ""
     sums = " and ".join(", ".join(map(str, axes.reduction)) for axes in dict.fromkeys(placed))
-    return "" if agrees else f"planned along {leaf.span}, but the program sums over {sums}"
+    return f"planned along {leaf.span}, but the program sums over {sums}"
 
 
 def _find_axes(
@@ -217,9 +223,10 @@ def _find_axes(
     found: dict[str, FoundAxes] = {}
     for name, by_name in known.items():
         axes = uses[name].axes() if name in uses else "not an array"
-        # "bias" says more than that the leaf is in no product.
-        is_matrix = name in uses and uses[name].contractions and len(shapes[name]) > 1
-        if not isinstance(axes, Axes) and isinstance(by_name, str) and not is_matrix:
+        # "bias" says more than that the leaf is in no product. A vector has no axes to choose.
+        is_vector = len(shapes[name]) < 2
+        in_product = name in uses and uses[name].contractions and not is_vector
+        if isinstance(by_name, str) and (is_vector or (isinstance(axes, str) and not in_product)):
             axes = by_name
         found[name] = FoundAxes(axes, "program")
     return found

@@ -125,25 +125,27 @@ class _LabelReader(Reader[Labels]):
             self.tie(left, right)
         return a
 
-    def chosen(self, value: Labels, by: Labels) -> Labels:
+    def chosen(self, value: Labels, by: Labels, shape: Sequence[int]) -> Labels:
         """Which branch runs does not change the order."""
-        del by
+        del by, shape
         return value
 
-    def entry(self, value: Labels) -> Labels:
+    def entry(self, value: Labels, shape: Sequence[int]) -> Labels:
         """A scan uses the order of its layers."""
+        del shape
         self.fix(value[:1])
         return value[1:]
 
-    def stacked(self, value: Labels, length: int) -> Labels:
+    def stacked(self, value: Labels, shape: Sequence[int], length: int) -> Labels:
         """A scan decides the order of its results."""
+        del shape
         layers = self.fresh((length,))
         self.fix(layers)
         return (*layers, *value)
 
-    def resized(self, value: Labels, shape: Sequence[int]) -> Labels:
+    def resized(self, value: Labels, before: Sequence[int], after: Sequence[int]) -> Labels:
         """Channels of different devices are not reordered."""
-        del shape
+        del before, after
         self.fix(value)
         return value
 

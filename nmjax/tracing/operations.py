@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nmjax.tracing.views import View, no_axis
+from nmjax.tracing.views import Piece, Shape, View, no_axis
 from nmjax.tracing.walk import shape_of
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ _REDUCTIONS = """
 KEEP_ZEROS = frozenset((_KEEP_ZEROS + _ACROSS_DEVICES).split())
 ELEMENTWISE = KEEP_ZEROS | frozenset((_CHANGE_ZEROS + _RUNNING).split())
 REDUCTIONS = frozenset(_REDUCTIONS.split())
+
+# Operations that write values into an array.
+UPDATES = frozenset(("dynamic_update_slice", "scatter", "scatter-add", "scatter_add"))
 
 Move = Callable[["core.JaxprEqn", View], View | None]
 
@@ -78,6 +81,30 @@ def _all_gather(equation: core.JaxprEqn, view: View) -> View | None:
     return view.resized(after) if len(before) == len(after) else None
 
 
+def _slice(equation: core.JaxprEqn, view: View) -> View | None:
+    starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
+    sizes = tuple(limit - start for start, limit in zip(starts, limits, strict=True))
+    return _cut(view, shape_of(equation.invars[0]), sizes)
+
+
+def _cut(view: View, before: Shape, sizes: Shape) -> View | None:
+    """The view of a slice; None if it cuts through several axes of the weight at once."""
+    for pieces, size, part in zip(view.axes, before, sizes, strict=True):
+        # Merged axes, such as (experts, in), cannot say which of them the slice runs along.
+        if 1 < part < size and len({piece.axis for piece in pieces}) > 1:
+            return None
+    return view
+
+
+def _tile(equation: core.JaxprEqn, view: View) -> View:
+    return view.at(
+        [
+            pieces if repeats == 1 else (Piece(None, 1, repeats), *pieces)
+            for pieces, repeats in zip(view.axes, equation.params["reps"], strict=True)
+        ]
+    )
+
+
 def _same(equation: core.JaxprEqn, view: View) -> View:
     del equation
     return view
@@ -98,27 +125,47 @@ MOVES: dict[str, Move] = {
     "pad": _same,
     "reshape": _reshape,
     "rev": _same,
-    "slice": _same,
+    "slice": _slice,
     "split": _same,
     "squeeze": _squeeze,
+    "tile": _tile,
     "transpose": _transpose,
     **dict.fromkeys(REDUCTIONS, _reduce),
 }
 
 
-def gathered(equation: core.JaxprEqn, view: View) -> View:
+def moves_whole_axes(equation: core.JaxprEqn) -> bool:
+    """Whether an operation neither merges, nor splits, nor drops axes."""
+    before, after = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
+    if equation.primitive.name == "reshape":
+        return [n for n in before if n != 1] == [n for n in after if n != 1]
+    return equation.primitive.name not in REDUCTIONS
+
+
+def side_by_side(equation: core.JaxprEqn, view: View) -> View:
+    """The view of a part of a concatenation or a stack in the whole."""
+    if equation.primitive.name == "concatenate":
+        return view
+    axes = list(view.axes)
+    axes.insert(equation.params["axis"], no_axis(len(equation.invars)))
+    return view.at(axes)
+
+
+def gathered(equation: core.JaxprEqn, view: View) -> View | None:
     """The view of what a gather or a dynamic slice picks."""
     if equation.primitive.name == "dynamic_slice":
-        return view
+        return _cut(view, shape_of(equation.invars[0]), equation.params["slice_sizes"])
     numbers = equation.params["dimension_numbers"]
-    kept = [
-        axis
-        for axis in range(len(view.axes))
-        if axis not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    ]
-    axes = [no_axis(size) for size in shape_of(equation.outvars[0])]
+    removed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    kept = [axis for axis in range(len(view.axes)) if axis not in removed]
+    shape = shape_of(equation.outvars[0])
+    axes = [no_axis(size) for size in shape]
     for place, axis in zip(numbers.offset_dims, kept, strict=True):
         axes[place] = view.axes[axis]
+    others = [place for place in range(len(shape)) if place not in numbers.offset_dims]
+    # A list of numbers along one axis reorders this axis, or takes a part of it.
+    if len(others) == 1 and len(removed) == 1:
+        axes[others[0]] = view.axes[removed[0]]
     return view.at(axes)
 
 

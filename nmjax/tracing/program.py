@@ -14,24 +14,30 @@ import numpy as np
 from nmjax.tracing.operations import (
     ELEMENTWISE,
     MOVES,
+    UPDATES,
     gathered,
+    moves_whole_axes,
     number_of_picks,
     picked_axes,
+    side_by_side,
 )
 from nmjax.tracing.products import Product, Side, read_product
 from nmjax.tracing.uses import Uses, contraction
-from nmjax.tracing.values import ACTIVATION, CONSTANT, ZERO, Value, combined, concatenated, joined
-from nmjax.tracing.views import Shape, no_axis, whole
+from nmjax.tracing.values import (
+    ACTIVATION,
+    CONSTANT,
+    PRODUCT,
+    Value,
+    combined,
+    concatenated,
+    joined,
+)
+from nmjax.tracing.views import Piece, Shape, no_axis, whole
 from nmjax.tracing.walk import Reader, Times, is_variable, shape_of
 from nmjax.trees.leaves import named_leaves
 
 if TYPE_CHECKING:
     from jax.extend import core
-
-
-PRODUCT = "a product with another weight"
-# Operations that make a larger array of zeros from a zero.
-_FILLS = ("broadcast_in_dim", "convert_element_type", "copy", "reshape")
 
 
 @dataclass(frozen=True)
@@ -81,18 +87,18 @@ class Trace(NamedTuple):
 
 def trace(forward: Callable[..., Any], params: Any, *inputs: Any) -> Trace:
     """Traces a forward pass; arguments as in `read_program`."""
-    leaves, treedef = jax.tree.flatten((params, tuple(map(_described, inputs))))
-    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+    leaves, treedef = jax.tree.flatten((params, tuple(map(described, inputs))))
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
 
     def run(*arrays: Any) -> Any:
         traced = iter(arrays)
-        both = [next(traced) if _is_array(leaf) else leaf for leaf in leaves]
+        both = [next(traced) if is_array(leaf) else leaf for leaf in leaves]
         params, inputs = jax.tree.unflatten(treedef, both)
         # Results need not be arrays, and nobody reads them.
         results = jax.tree.leaves(forward(params, *inputs))
         return [result for result in results if isinstance(result, jax.Array)]
 
-    names = tuple(name for name, leaf in named_leaves(params).items() if _is_array(leaf))
+    names = tuple(name for name, leaf in named_leaves(params).items() if is_array(leaf))
     return Trace(jax.make_jaxpr(run)(*arrays).jaxpr, names)
 
 
@@ -106,14 +112,15 @@ def read_trace(traced: Trace) -> Program:
     return Program(reader.uses, reader.other_multiply_adds)
 
 
-def _described(given: Any) -> Any:
-    """An input; a shape stands for a float32 array."""
+def described(given: Any) -> Any:
+    """An input of a network; a shape stands for a float32 array."""
     # An empty tuple is an empty tree, such as the state of an optimizer without state.
     is_shape = type(given) is tuple and given and all(type(size) is int for size in given)
     return jax.ShapeDtypeStruct(given, np.float32) if is_shape else given
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or stands for one."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
@@ -125,81 +132,92 @@ class _WeightReader(Reader[Value]):
         self.other_multiply_adds = 0
 
     def constant(self, operand: Any) -> Value:
-        """Whether a constant is zero decides what happens to the zeros of a weight."""
-        if not is_variable(operand) and np.ndim(operand.val) == 0 and operand.val == 0:
-            return ZERO
-        return CONSTANT
+        """The number of a literal decides what happens to the zeros of a weight."""
+        if is_variable(operand) or np.ndim(operand.val) or np.iscomplexobj(operand.val):
+            return CONSTANT
+        return Value(number=float(operand.val))
 
     def join(self, a: Value, b: Value) -> Value:
         """A variable that is one of two values."""
         return joined(a, b)
 
-    def chosen(self, value: Value, by: Value) -> Value:
+    def chosen(self, value: Value, by: Value, shape: Shape) -> Value:
         """A branch that the input chooses depends on the input."""
-        if not by.is_activation:
-            return value
-        return dataclasses.replace(value, weights=frozenset(), is_activation=True)
+        return value.given_by_input(shape) if by.depends_on_input else value
 
-    def entry(self, value: Value) -> Value:
+    def entry(self, value: Value, shape: Shape) -> Value:
         """A scan takes one layer of a stack after the other."""
-        return value.moved("scan", lambda view: view.without([0]))
+        return value.moved("scan", lambda view: view.without([0]), shape)
 
-    def stacked(self, value: Value, length: int) -> Value:
+    def stacked(self, value: Value, shape: Shape, length: int) -> Value:
         """A scan stacks its results along an axis that no weight has."""
-        return value.moved("scan", lambda view: view.at([no_axis(length), *view.axes]))
+        # Each entry is computed anew, so an activation varies along the new axis.
+        layers = Piece(-1, 1, length) if value.is_activation else no_axis(length)[0]
+        return value.moved("scan", lambda view: view.at([(layers,), *view.axes]), shape)
 
-    def resized(self, value: Value, shape: Shape) -> Value:
+    def resized(self, value: Value, before: Shape, after: Shape) -> Value:
         """A device holds a shard."""
-        return value.moved("shard_map", lambda view: view.resized(shape))
+        return value.moved("shard_map", lambda view: view.resized(after), before)
 
     def apply(
         self, equation: core.JaxprEqn, operands: Sequence[Value], times: Times
     ) -> list[Value]:
         """Interprets one operation, and records how it uses weights."""
         name = equation.primitive.name
+        shapes = [shape_of(operand) for operand in equation.invars]
         product = read_product(equation)
         if product is not None:
-            return [self._product(product, operands, times)]
-        if not any(operand.is_weight or operand.is_activation for operand in operands):
-            is_zero = name in _FILLS and operands[:1] == [ZERO]
-            return [ZERO if is_zero else CONSTANT for _ in equation.outvars]
+            return [self._product(product, operands, shapes, times)]
+        # Noise is no input of the network, though its key may be passed like one.
+        if name.startswith("random_") or name == "threefry2x32":
+            return [CONSTANT for _ in equation.outvars]
+        if name == "iota":
+            return [Value(is_iota=True)]
         if name in ELEMENTWISE:
             self._record_elementwise(operands, times)
-            ranks = [len(shape_of(operand)) for operand in equation.invars]
             if len(equation.outvars) > 1:  # Each result comes from its own operand.
-                return [combined(name, [operand], [0]) for operand in operands]
-            return [combined(name, operands, ranks)]
-        if name in MOVES and not any(operand.is_weight for operand in operands[1:]):
-            moved = operands[0].moved(name, lambda view: MOVES[name](equation, view))
+                return list(operands)
+            return [combined(name, operands, shapes)]
+        if name in MOVES and not any(operand.weights for operand in operands[1:]):
+            moved = operands[0].moved(name, lambda view: MOVES[name](equation, view), shapes[0])
+            if not moves_whole_axes(equation):
+                moved = dataclasses.replace(moved, is_one_hot=False)
             return [moved for _ in equation.outvars]
         if name in ("gather", "dynamic_slice"):
-            return [self._pick(equation, operands, times)]
-        if name == "concatenate":
+            return [self._pick(equation, operands, shapes[0], times)]
+        if name in ("concatenate", "stack"):
             self._record_elementwise(operands, times)
-            return [concatenated(operands)]
-        return self._not_followed(equation, operands, times)
+            views = [[side_by_side(equation, view) for view in v.views] for v in operands]
+            return [concatenated(operands, views)]
+        return self._not_followed(equation, operands, shapes, times)
 
-    def _product(self, product: Product, operands: Sequence[Value], times: Times) -> Value:
-        side = _weight_side(operands)
+    def _product(
+        self, product: Product, operands: Sequence[Value], shapes: Sequence[Shape], times: Times
+    ) -> Value:
+        pair = operands[:2]
+        sides = _weight_sides(product, pair)
         multiply_adds = (times or 0) * product.multiply_adds
-        if side is None:
-            weights = operands[0].weights | operands[1].weights
-            is_activation = any(operand.is_activation for operand in operands[:2])
-            self._count(weights if not is_activation else frozenset(), multiply_adds)
-            lost = frozenset({PRODUCT} if weights else ())
-            return (
-                ACTIVATION
-                if is_activation
-                else Value(weights, lost_in=lost | operands[0].lost_in | operands[1].lost_in)
-            )
-        weight, other = operands[side], operands[1 - side]
-        leaves = weight.weights or frozenset(view.leaf for view in weight.views)
-        self._count(leaves, multiply_adds)
-        if times is not None:
-            if other.is_weight:
-                self._record_elementwise((other, ACTIVATION), times)
-            self._record_product(product.sides[side], weight, other)
-        return ACTIVATION
+        charged = [pair[side] for side in sides] or pair
+        self._count(frozenset(n for value in charged for n in value.weights), multiply_adds)
+        if len(sides) == 1:
+            if times is not None:
+                self._record_product(product.sides[sides[0]], pair[sides[0]], pair[1 - sides[0]])
+            self._record_elementwise((pair[1 - sides[0]], ACTIVATION), times)
+            return ACTIVATION
+        weights = frozenset(name for value in pair for name in value.weights)
+        if not weights:
+            return ACTIVATION if any(v.depends_on_input for v in pair) else CONSTANT
+        lost = frozenset({PRODUCT}).union(*(value.lost_in for value in pair))
+        if len(sides) == 2 and times is not None:
+            for leaf in weights:
+                self.uses[leaf].derived_from |= weights
+        elif times is not None:
+            for value, shape in zip(pair, shapes, strict=False):
+                if value.is_matrix(shape):
+                    for leaf in value.weights:
+                        self.uses[leaf].is_multiplied_apart = True
+        depends = any(value.depends_on_input for value in pair)
+        return ACTIVATION if len(sides) == 2 else Value(weights, (), depends, lost_in=lost)
 
     def _record_product(self, side: Side, weight: Value, other: Value) -> None:
         viewed = {view.leaf for view in weight.views}
@@ -212,14 +230,14 @@ class _WeightReader(Reader[Value]):
         for view in weight.views:
             uses = self.uses[view.leaf]
             found = contraction(view, side.reduction, side.output, side.taps, side.groups)
-            if other.is_one_hot:
+            if not found.reduction:  # It scales another weight, or the outputs.
+                uses.is_elementwise = True
+            elif other.is_one_hot and not side.taps:
                 uses.lookups |= set(found.reduction)
             elif not side.is_followed:
                 uses.lost_in.add("a convolution, as its image,")
             elif not view.keeps_zeros:
                 uses.derived_from |= weight.weights
-            elif not found.reduction:  # It scales another weight, or the outputs.
-                uses.is_elementwise = True
             elif found not in uses.contractions:
                 uses.contractions.append(found)
 
@@ -231,15 +249,17 @@ class _WeightReader(Reader[Value]):
         self.uses[largest].multiply_adds += multiply_adds
 
     def _record_elementwise(self, operands: Sequence[Value], times: Times) -> None:
-        if times is not None and any(operand.is_activation for operand in operands):
+        if times is not None and any(operand.depends_on_input for operand in operands):
             for leaf in (leaf for operand in operands for leaf in operand.weights):
                 self.uses[leaf].is_elementwise = True
 
-    def _pick(self, equation: core.JaxprEqn, operands: Sequence[Value], times: Times) -> Value:
+    def _pick(
+        self, equation: core.JaxprEqn, operands: Sequence[Value], shape: Shape, times: Times
+    ) -> Value:
         """A gather or a dynamic slice."""
         value, *numbers = operands
-        moved = value.moved(equation.primitive.name, lambda view: gathered(equation, view))
-        by_input = any(number.is_activation for number in numbers)
+        moved = value.moved(equation.primitive.name, lambda view: gathered(equation, view), shape)
+        by_input = any(number.depends_on_input for number in numbers)
         if times is not None:
             for view in value.views:
                 uses = self.uses[view.leaf]
@@ -248,41 +268,57 @@ class _WeightReader(Reader[Value]):
                     uses.lookups |= {a - len(uses.shape) for a in picked if a is not None}
                 elif number_of_picks(equation) > 1:
                     uses.is_table = True
-        if by_input or value.is_activation:
-            return dataclasses.replace(
-                moved, weights=frozenset(), is_activation=True, lost_in=frozenset()
-            )
+        result = shape_of(equation.outvars[0])
+        if not value.weights:
+            return ACTIVATION if by_input or value.depends_on_input else CONSTANT
+        if by_input:
+            return moved.given_by_input(result)
         extra = frozenset(leaf for number in numbers for leaf in number.weights)
         return dataclasses.replace(moved, weights=moved.weights | extra)
 
     def _not_followed(
-        self, equation: core.JaxprEqn, operands: Sequence[Value], times: Times
+        self,
+        equation: core.JaxprEqn,
+        operands: Sequence[Value],
+        shapes: Sequence[Shape],
+        times: Times,
     ) -> list[Value]:
         name = equation.primitive.name
         weights = frozenset(leaf for operand in operands for leaf in operand.weights)
-        if any(operand.is_activation for operand in operands):
-            if times is not None:
-                for leaf in weights:
-                    self.uses[leaf].lost_in.add(name)
-            return [ACTIVATION for _ in equation.outvars]
+        depends = any(operand.depends_on_input for operand in operands)
+        if not weights:
+            return [ACTIVATION if depends else CONSTANT for _ in equation.outvars]
         lost = frozenset({name}).union(*(operand.lost_in for operand in operands))
-        return [Value(weights, lost_in=lost) for _ in equation.outvars]
+        if not depends:
+            return [Value(weights, lost_in=lost) for _ in equation.outvars]
+        self._record_elementwise(operands, times)
+        if name in UPDATES:  # Such as the slots of a cache, or a history of scales.
+            return [ACTIVATION for _ in equation.outvars]
+        # The operation may be a product of its own, such as a kernel.
+        for operand, shape in zip(operands, shapes, strict=True):
+            if times is not None and operand.is_matrix(shape):
+                for leaf in operand.weights:
+                    self.uses[leaf].lost_in.add(name)
+        return [ACTIVATION for _ in equation.outvars]
 
 
-def _weight_side(operands: Sequence[Value]) -> int | None:
-    """Which operand of a product is the weight; None if there is none, or nothing to multiply."""
-    left, right = operands[:2]
+def _weight_sides(product: Product, pair: Sequence[Value]) -> list[int]:
+    """Which operands of a product are weights that meet an input; both or none if unclear."""
+    left, right = pair
+    found = []
     for side, (value, other) in enumerate(((left, right), (right, left))):
-        if value.is_weight and other.is_activation:
-            return side
         # Learned queries, repeated for each entry of a batch, are an input of the network.
-        if value.is_weight and other.is_weight and other.is_broadcast and not value.is_broadcast:
-            return side
-    if left.is_activation and right.is_activation:
-        matrices = [
-            side
-            for side, value in enumerate((left, right))
-            if any(len(view.weight_axes) > 1 for view in value.views)
-        ]
-        return matrices[0] if len(matrices) == 1 else None
-    return None
+        is_query = other.is_weight and any(
+            all(p.axis is None for p in view.axes[axis])
+            and any(p.size > 1 for p in view.axes[axis])
+            for view in other.views
+            for axis in product.sides[1 - side].output
+        )
+        if value.is_weight and (other.depends_on_input or is_query):
+            found.append(side)
+    if found:
+        return found
+    # The input has picked or scaled these weights.
+    if left.depends_on_input and right.depends_on_input:
+        return [side for side in (0, 1) if pair[side].weights]
+    return []

@@ -45,6 +45,8 @@ class Uses:
       derived_from: the weights, this one among them, of values that take part in products with
         activations and that need not be zero where this weight is.
       lost_in: operations through which the weight cannot be followed to such a product.
+      is_multiplied_apart: whether it takes part in products without an input: with constants, or
+        with other weights.
       is_elementwise: whether it meets activations entry by entry, as a bias does.
       multiply_adds: of all its products.
     """
@@ -55,6 +57,7 @@ class Uses:
     is_table: bool = False
     derived_from: set[str] = field(default_factory=set)
     lost_in: set[str] = field(default_factory=set)
+    is_multiplied_apart: bool = False
     is_elementwise: bool = False
     multiply_adds: int = 0
 
@@ -79,6 +82,8 @@ class Uses:
             return Unknown(f"its product multiplies by a value derived from {others}")
         # A vector such as a bias or a gain may take part in products, but has no matrix.
         matrices = [c for c in self.contractions if c.reduction and c.output]
+        if not matrices and self.is_multiplied_apart:
+            return Unknown("its products have no input in them: with constants or other weights")
         if not matrices:
             return self._reason()
         # Picking matrices from a stack, such as experts, leaves the axes of the matrices whole.

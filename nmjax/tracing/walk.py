@@ -38,19 +38,19 @@ class Reader(abc.ABC, Generic[Value]):
         """The value of a variable that is `a` or `b`; joining on and on must end somewhere."""
 
     @abc.abstractmethod
-    def chosen(self, value: Value, by: Value) -> Value:
+    def chosen(self, value: Value, by: Value, shape: Shape) -> Value:
         """The value of a branch, if another value decided which branch runs."""
 
     @abc.abstractmethod
-    def entry(self, value: Value) -> Value:
+    def entry(self, value: Value, shape: Shape) -> Value:
         """One entry of a value along its leading axis, as a scan passes it to its body."""
 
     @abc.abstractmethod
-    def stacked(self, value: Value, length: int) -> Value:
+    def stacked(self, value: Value, shape: Shape, length: int) -> Value:
         """`length` such values along a new leading axis, as a scan returns them."""
 
     @abc.abstractmethod
-    def resized(self, value: Value, shape: Shape) -> Value:
+    def resized(self, value: Value, before: Shape, after: Shape) -> Value:
         """The value with axes of other sizes: the shard of an array, or the array of a shard."""
 
     def walk(self, jaxpr: core.Jaxpr, arguments: Sequence[Value], times: Times = 1) -> list[Value]:
@@ -71,33 +71,38 @@ class Reader(abc.ABC, Generic[Value]):
     def _run(self, equation: core.JaxprEqn, operands: list[Value], times: Times) -> list[Value]:
         name, parameters = equation.primitive.name, equation.params
         if name == "scan":
-            return self._scan(parameters, operands, times)
+            return self._scan(equation, operands, times)
         if name == "while":
             return self._while(parameters, operands, times)
         if name == "cond":
-            return self._cond(parameters, operands, times)
+            return self._cond(equation, operands, times)
         if name == "shard_map":
             body = _open(parameters["jaxpr"])
-            inside = map(self.resized, operands, map(shape_of, body.invars))
-            results = self.walk(body, list(inside), times)
-            return list(map(self.resized, results, map(shape_of, equation.outvars)))
+            outside, inside = map(shape_of, equation.invars), map(shape_of, body.invars)
+            results = self.walk(body, list(map(self.resized, operands, outside, inside)), times)
+            inside, outside = map(shape_of, body.outvars), map(shape_of, equation.outvars)
+            return list(map(self.resized, results, inside, outside))
         called = _called(equation)
         if called is not None:
             return self.walk(called, operands, times)
         return self.apply(equation, operands, times)
 
-    def _scan(
-        self, parameters: Mapping[str, Any], operands: list[Value], times: Times
-    ) -> list[Value]:
-        body, length = _open(parameters["jaxpr"]), parameters["length"]
-        constants, carried = _parts_of_scan(parameters)
+    def _scan(self, equation: core.JaxprEqn, operands: list[Value], times: Times) -> list[Value]:
+        body, length = _open(equation.params["jaxpr"]), equation.params["length"]
+        constants, carried = _parts_of_scan(equation.params)
         first, carry = operands[:constants], operands[constants : constants + carried]
-        entries = [self.entry(value) for value in operands[constants + carried :]]
+        shapes = map(shape_of, equation.invars[constants + carried :])
+        entries = list(map(self.entry, operands[constants + carried :], shapes))
         carry = self._settle(
             carry, lambda carry: self.walk(body, [*first, *carry, *entries], None)[:carried]
         )
         results = self.walk(body, [*first, *carry, *entries], times and times * length)
-        return results[:carried] + [self.stacked(value, length) for value in results[carried:]]
+        shapes = map(shape_of, body.outvars[carried:])
+        stacks = [
+            self.stacked(value, shape, length)
+            for value, shape in zip(results[carried:], shapes, strict=True)
+        ]
+        return results[:carried] + stacks
 
     def _while(
         self, parameters: Mapping[str, Any], operands: list[Value], times: Times
@@ -121,19 +126,20 @@ class Reader(abc.ABC, Generic[Value]):
                 return carry
             carry = joined
 
-    def _cond(
-        self, parameters: Mapping[str, Any], operands: list[Value], times: Times
-    ) -> list[Value]:
+    def _cond(self, equation: core.JaxprEqn, operands: list[Value], times: Times) -> list[Value]:
         decider, *arguments = operands
         # Only the first branch counts as run, so that a total is the cost of one path.
         branches = [
             self.walk(_open(branch), arguments, times if i == 0 else times and 0)
-            for i, branch in enumerate(parameters["branches"])
+            for i, branch in enumerate(equation.params["branches"])
         ]
         results = branches[0]
         for branch in branches[1:]:
             results = list(map(self.join, results, branch))
-        return [self.chosen(value, decider) for value in results]
+        shapes = map(shape_of, equation.outvars)
+        return [
+            self.chosen(value, decider, shape) for value, shape in zip(results, shapes, strict=True)
+        ]
 
 
 def is_variable(operand: Any) -> bool:
