@@ -4,7 +4,7 @@ The usual path: `make_plan` decides which parameters become sparse, `sparsify` m
 the loss, `add_sparse_refined` adds SR-STE's term to an optax chain, and `prune` or `pack` produces
 the weights to ship.
 
-`nmjax.linen` wraps Flax linen modules. Import it separately; it needs Flax.
+`nmjax.linen` and `nmjax.nnx` are for Flax modules. Import them separately; they need Flax.
 """
 
 from nmjax._version import __version__ as __version__

@@ -108,7 +108,8 @@ def read_trace(traced: Trace) -> Program:
 
 def _described(given: Any) -> Any:
     """An input; a shape stands for a float32 array."""
-    is_shape = isinstance(given, tuple) and all(isinstance(size, int) for size in given)
+    # An empty tuple is an empty tree, such as the state of an optimizer without state.
+    is_shape = type(given) is tuple and given and all(type(size) is int for size in given)
     return jax.ShapeDtypeStruct(given, np.float32) if is_shape else given
 
 

@@ -30,7 +30,7 @@ FLOORS = {
         ("files",),
         ("kernels",),
         ("analysis",),
-        ("linen", "__main__"),
+        ("linen", "nnx", "__main__"),
         ("__init__",),
     ),
     "experiments": (
@@ -55,7 +55,7 @@ DEEPEST = {"nmjax": 9, "experiments": 10}
 FULLEST = 15  # files in a folder
 
 # What `import nmjax` must not bring along: optional packages, and heavy parts of this one.
-HEAVY = ("nmjax.linen", "nmjax.analysis.plots", "nmjax.files")
+HEAVY = ("nmjax.linen", "nmjax.nnx", "nmjax.analysis.plots", "nmjax.files")
 OPTIONAL = ("flax", "matplotlib", "safetensors", "experiments", "tensorflow", "sklearn", "orbax")
 
 

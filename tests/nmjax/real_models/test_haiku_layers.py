@@ -41,7 +41,9 @@ def layers(bias):
         ),
         "mlp": (lambda: hk.nets.MLP([24, 12], with_bias=bias), normal(1, 16)),
         "attention": (
-            lambda: SelfAttention(4, 4, model_size=16, with_bias=bias, w_init=hk.initializers.RandomNormal()),
+            lambda: SelfAttention(
+                4, 4, model_size=16, with_bias=bias, w_init=hk.initializers.RandomNormal()
+            ),
             normal(1, 4, 16),
         ),
         "lstm": (lambda: Scanned(hk.LSTM(12)), normal(2, 1, 16)),

@@ -30,7 +30,10 @@ def layers(bias):
         "conv_2d": (nn.Conv(kernel_size=(3, 3), **conv), normal(1, 1, 1, 16)),
         "conv_3d": (nn.Conv(kernel_size=(3, 1, 3), **conv), normal(1, 1, 1, 1, 16)),
         "dilated": (nn.Conv(kernel_size=(3, 3), kernel_dilation=2, **conv), normal(1, 1, 1, 16)),
-        "grouped": (nn.Conv(kernel_size=(3, 3), feature_group_count=2, **conv), normal(1, 1, 1, 16)),
+        "grouped": (
+            nn.Conv(kernel_size=(3, 3), feature_group_count=2, **conv),
+            normal(1, 1, 1, 16),
+        ),
         "depthwise": (
             nn.Conv(12, (3, 3), feature_group_count=12, use_bias=bias),
             normal(1, 1, 1, 12),
@@ -39,7 +42,10 @@ def layers(bias):
         "causal": (nn.Conv(kernel_size=(3,), padding="CAUSAL", **conv), normal(1, 1, 16)),
         "patches": (nn.Conv(kernel_size=(4, 4), strides=4, padding="VALID", **conv), patch),
         "local": (nn.ConvLocal(kernel_size=(3,), **conv), normal(1, 1, 16)),
-        "transposed": (nn.ConvTranspose(kernel_size=(2, 2), strides=(2, 2), **conv), normal(1, 1, 1, 16)),
+        "transposed": (
+            nn.ConvTranspose(kernel_size=(2, 2), strides=(2, 2), **conv),
+            normal(1, 1, 1, 16),
+        ),
         "transposed_kernel": (
             nn.ConvTranspose(kernel_size=(2, 2), strides=(2, 2), transpose_kernel=True, **conv),
             normal(1, 1, 1, 16),

@@ -137,7 +137,9 @@ def test_what_is_no_product(forward, shape, x):
 
 
 def test_a_weight_that_is_normalized_first_is_no_product_by_itself():
-    found = product(lambda w, x: x @ (w / jnp.linalg.norm(w, axis=0)), normal(12, 16), normal(1, 12))
+    found = product(
+        lambda w, x: x @ (w / jnp.linalg.norm(w, axis=0)), normal(12, 16), normal(1, 12)
+    )
     assert found is None
 
 

@@ -92,7 +92,7 @@ def test_vit():
         num_labels=10,
     )
     model = transformers.FlaxViTForImageClassification(config, _do_init=False)
-    # One pixel of a patch, so that the oracle sees the channels alone. 
+    # One pixel of a patch, so that the oracle sees the channels alone.
     pixels = jnp.zeros((1, 3, 12, 12)).at[0, :, 5, 6].set(normal(3))
     check(model_of(model, [(1, 12, 12, 3)], pixels))
 
@@ -102,9 +102,7 @@ def test_resnet():
         embedding_size=16, hidden_sizes=[16, 24], depths=[2, 1], layer_type="basic"
     )
     model = transformers.FlaxResNetForImageClassification(config, _do_init=False)
-    variables = jax.eval_shape(
-        lambda: model.init_weights(jax.random.PRNGKey(0), (1, 3, 8, 8))
-    )
+    variables = jax.eval_shape(lambda: model.init_weights(jax.random.PRNGKey(0), (1, 3, 8, 8)))
     statistics = jax.tree.map(lambda s: jnp.ones(s.shape), variables["batch_stats"])
 
     def forward(params, pixels):
