@@ -39,7 +39,7 @@ def forward_pass(
     Args:
       module: a linen module.
       inputs: of its `__call__`: arrays, ShapeDtypeStructs, or shapes of float32 arrays.
-      call: keyword arguments of its `__call__`, which stay as they are.
+      call: keyword arguments of its `__call__`, which stay as they are, and perhaps `method`.
 
     Raises:
       TypeError: `module` is not a linen module instance.

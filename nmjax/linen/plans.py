@@ -29,7 +29,8 @@ def make_plan(
       module: a linen module.
       pattern: such as `"2:4"`.
       *inputs: the module's inputs as arrays, ShapeDtypeStructs or shapes (of float32).
-      call: keyword arguments of the module's `__call__`, such as `{"train": False}`.
+      call: keyword arguments of the module's `__call__`, such as `{"train": False}`; with
+        `"method"`, of that method instead.
       **selection: other arguments of `nmjax.make_plan`, such as `exclude`.
 
     Raises:

@@ -2,15 +2,14 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
-import nmjax
 from experiments.data.records import MissingDatasetError
 from experiments.tasks import cifar10, imagenet2012
 from experiments.tasks.options import Options
 from experiments.training.flags import Flags, make_job
+from experiments.training.job import plan_of
 from tests.experiments.prepared import cifar10_examples, imagenet2012_examples, prepare
 
 
@@ -82,8 +81,7 @@ def test_imagenet_task_has_the_recipe_of_the_paper(imagenet_folder):
     assert (recipe.momentum, recipe.weight_decay, recipe.lambda_w) == (0.9, 5e-5, 2e-4)
     assert recipe.warmup_epochs == 5
     task = imagenet2012.task(Options(model="resnet50", batch_size=2, data_dir=imagenet_folder))
-    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))["params"]
-    plan = nmjax.make_plan(shapes, "2:4", exclude=task.keep_dense)
+    plan = plan_of(task, "2:4")
     # Every convolution but the stem; the head, norms and biases stay dense.
     assert len(plan) == 52
     assert {name for name in plan.dense if name.endswith("kernel")} == {

@@ -1,4 +1,4 @@
-"""Plans of jobs: read off the evaluation of the task's network, and checked where they are given."""
+"""Plans of jobs are read off the evaluation of the task's network; given plans are checked."""
 
 import dataclasses
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nmjax
-from nmjax.linen import fold_batch_norm, packed_apply
+from nmjax.linen import fold_batch_norm, make_plan, packed_apply
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 16)), jnp.float32)
 evaluated = partial(nn.BatchNorm, use_running_average=True)
@@ -114,7 +114,7 @@ def test_boxed_kernels():
 def test_zeros_stay_and_the_result_can_be_packed(pattern):
     network = Network()
     variables = variables_of(network, X)
-    plan = nmjax.make_plan(variables["params"], pattern, exclude=["grouped"])
+    plan = make_plan(network, pattern, X, exclude=["grouped"])
     pruned = {**variables, "params": nmjax.prune(variables["params"], plan)}
     folded = fold_batch_norm(network, pruned, X)
     nmjax.check_sparse(folded["params"], plan)
@@ -146,6 +146,6 @@ def test_what_cannot_be_folded():
         fold_batch_norm(nn.Dense(4), nn.Dense(4).init(jax.random.key(0), X), X)
     with pytest.raises(TypeError, match="linen module"):
         fold_batch_norm(lambda x: x, variables, X)
-    packed = nmjax.pack(variables["params"], nmjax.make_plan(variables["params"], "2:4"))
+    packed = nmjax.pack(variables["params"], make_plan(network, "2:4", X))
     with pytest.raises(TypeError, match="call fold_batch_norm before"):
         fold_batch_norm(network, {**variables, "params": packed}, X)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import nmjax
-from nmjax.linen import packed_apply
+from nmjax.linen import make_plan, packed_apply
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 16)), jnp.float32)
 
@@ -31,7 +31,7 @@ class Network(nn.Module):
 
 def pruned_and_packed(module, x, pattern, **selection):
     variables = module.init(jax.random.key(0), x)
-    plan = nmjax.make_plan(variables["params"], pattern, **selection)
+    plan = make_plan(module, pattern, x, **selection)
     rest = {name: tree for name, tree in variables.items() if name != "params"}
     pruned = {**rest, "params": nmjax.prune(variables["params"], plan)}
     return pruned, {**rest, "params": nmjax.pack(variables["params"], plan)}

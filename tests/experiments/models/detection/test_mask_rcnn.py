@@ -11,7 +11,7 @@ from experiments.models.detection.losses import Chosen, box_losses, choose, mask
 from experiments.models.detection.mask_rcnn import MaskRCNN, Objects, mask_stride
 from experiments.models.detection.proposals import BOX_WEIGHTS, REGION_WEIGHTS, detect, propose
 from experiments.models.images.resnet import BasicBlock
-from nmjax import make_plan
+from nmjax.linen import make_plan
 
 # What torchvision lists for fasterrcnn_resnet50_fpn and maskrcnn_resnet50_fpn. Both freeze the
 # normalization of the backbone, so that its 53,120 scales and biases are not counted.
@@ -49,9 +49,8 @@ def count(tree):
 @pytest.mark.parametrize("with_masks", [False, True])
 def test_parameters_are_the_published_models(with_masks):
     model = MaskRCNN(pyramid=FeaturePyramid(), with_masks=with_masks)
-    params = shapes(model)["params"]
-    assert count(params) == TORCHVISION[with_masks] + NORMALIZATION
-    plan = make_plan(params, "2:4", exclude=("/stem/",))
+    assert count(shapes(model)["params"]) == TORCHVISION[with_masks] + NORMALIZATION
+    plan = make_plan(model, "2:4", (1, 64, 64, 3), call={"method": "find"}, exclude=("/stem/",))
     dense = {name for name in plan.dense if name.endswith("kernel")}
     assert dense == {"pyramid/stem/kernel"}
 

@@ -11,7 +11,7 @@ from experiments.data.synthetic_flow import grained
 from experiments.models.flow.correlation import center_and_scale, correlation_pyramid
 from experiments.models.flow.encoder import Encoder
 from experiments.models.flow.raft import Raft, convex_upsample, tiny_raft
-from nmjax import make_plan
+from nmjax.linen import make_plan
 
 upsample_jit = jax.jit(convex_upsample, static_argnums=2)
 
@@ -41,7 +41,8 @@ def test_parameters_are_the_published_models():
 
 def test_all_convolutions_but_those_of_three_and_two_channels_can_be_sparse():
     for model in (Raft(), tiny_raft()):
-        plan = make_plan(shapes(model)["params"], "2:4", exclude=("/stem/", "/flow1/"))
+        exclude = ("/stem/", "/flow1/")
+        plan = make_plan(model, "2:4", IMAGE, IMAGE, call={"train": False}, exclude=exclude)
         dense = {name for name in plan.dense if name.endswith("kernel")}
         assert dense == {
             "features/stem/kernel",

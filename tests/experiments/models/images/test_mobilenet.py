@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import nmjax
 import nmjax.linen
 from experiments.models.images.mobilenet import MobileNetV1, SeparableBlock
 
@@ -47,8 +46,10 @@ def test_where_the_image_shrinks(stem, size, sizes):
 
 
 def test_plans_leave_depthwise_convolutions_dense():
-    params = shapes(MobileNetV1(10), 32)["params"]
-    plan = nmjax.make_plan(params, "2:4", exclude=("^stem/", "^head/"))
+    exclude = ("^stem/", "^head/")
+    plan = nmjax.linen.make_plan(
+        MobileNetV1(10), "2:4", (1, 32, 32, 3), call={"train": False}, exclude=exclude
+    )
     assert set(plan) == {f"block{i}/pointwise/kernel" for i in range(1, 14)}
     assert "depthwise" in plan.dense["block1/depthwise/kernel"]
 

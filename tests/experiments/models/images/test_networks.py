@@ -35,9 +35,9 @@ def params_of(network):
 
 
 def block_plan(name, dropped, n=16):
-    params = params_of(make_image_network(name, 1000))
-    pattern = nmjax.Block1xN(n, dropped / 128)
-    return nmjax.make_plan(params, pattern, exclude=dense_layers(name, blocks=True))
+    network, pattern = make_image_network(name, 1000), nmjax.Block1xN(n, dropped / 128)
+    dense = dense_layers(name, blocks=True)
+    return nmjax.linen.make_plan(network, pattern, IMAGE, call={"train": False}, exclude=dense)
 
 
 def table_of(name, dropped):
