@@ -1,7 +1,7 @@
 """Plans: which leaves become sparse, with which pattern, along which axes, and why others do not.
 
-A plan is made once, from names and shapes, and is static data after that. Every mask, gradient
-term, metric, and file of a model uses the same plan.
+A plan is made once, and is static data after that. Every mask, gradient term, metric, and file of a
+model uses the same plan.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ import jax
 
 from nmjax import planning
 from nmjax.layouts import Axes, layouts
-from nmjax.linen.forward_pass import ForwardPass, is_array
+from nmjax.linen.forward_pass import ForwardPass
 from nmjax.patterns import Pattern
 from nmjax.plans import Plan
 from nmjax.pruning import planned_leaves
 from nmjax.selection import by_rule
-from nmjax.tracing.program import read_program
+from nmjax.tracing.program import is_array, read_program
 from nmjax.tracing.uses import Uses
 
 # A call cannot be traced if its code needs the values of the input, or if it reads parameters that

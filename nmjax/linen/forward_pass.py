@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax.core import Scope
 
-# Running statistics do not depend on the input. As inputs they would count as activations, and the
-# products of nn.SpectralNorm with them as products of the network.
-_STATISTICS = "batch_stats"
+from nmjax.tracing.program import described, is_array
+
+# The collection that holds what earlier inputs left behind. Others, such as running statistics,
+# masks, and scales of quantization, do not depend on the input: as inputs they would count as
+# activations, and the products of nn.SpectralNorm with its statistics as products of the network.
+_CACHE = "cache"
 
 
 class ForwardPass(NamedTuple):
@@ -22,8 +25,8 @@ class ForwardPass(NamedTuple):
     Attributes:
       run: `run(params, inputs)`; jitted, so that it is traced once for the same shapes.
       params: the shapes of the parameters.
-      inputs: those of everything else that depends on the input: the call's arrays, and the
-        module's other collections.
+      inputs: those of everything that depends on the input: the call's arrays, and the module's
+        cache.
     """
 
     run: Callable[..., Any]
@@ -45,7 +48,7 @@ def forward_pass(
       TypeError: `module` is not a linen module instance.
     """
     check_module(module)
-    args = tuple(jax.ShapeDtypeStruct(i, jnp.float32) if _is_shape(i) else i for i in inputs)
+    args = tuple(map(described, inputs))
     key = jax.random.key(0)
     arrays, rebuild = _split(args)
     variables = jax.eval_shape(lambda arrays: module.init(key, *rebuild(arrays), **call), arrays)
@@ -94,16 +97,15 @@ def fields_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _of_variables(apply: Callable[..., Any], variables: Any, given: Any) -> ForwardPass:
-    params, stats = (_shapes(variables.get(name)) for name in ("params", _STATISTICS))
-    # Other collections, such as caches, count as activations.
-    others = {n: tree for n, tree in variables.items() if n not in ("params", _STATISTICS)}
-    arrays, rebuild = _split((others, given))
+    params = _shapes(variables.get("params"))
+    constant = {n: _shapes(v) for n, v in variables.items() if n not in ("params", _CACHE)}
+    cache = {n: v for n, v in variables.items() if n == _CACHE}
+    arrays, rebuild = _split((cache, given))
 
     def run(params: Any, arrays: list[Any]) -> Any:
-        others, given = rebuild(arrays)
-        if stats is not None:
-            others[_STATISTICS] = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), stats)
-        results = jax.tree.leaves(apply({**others, "params": params}, given))
+        cache, given = rebuild(arrays)
+        others = jax.tree.map(_constant, constant)
+        results = jax.tree.leaves(apply({**others, **cache, "params": params}, given))
         # Results need not be arrays.
         return [result for result in results if isinstance(result, jax.Array)]
 
@@ -128,10 +130,5 @@ def _shapes(tree: Any) -> Any:
     )
 
 
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, or stands for one."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def _is_shape(x: Any) -> bool:
-    return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
+def _constant(leaf: Any) -> Any:
+    return jnp.ones(leaf.shape, leaf.dtype) if is_array(leaf) else leaf

@@ -69,6 +69,8 @@ def sparsify(
             f"{sorted(selection)} are arguments of nmjax.make_plan; pass them there, because this "
             "plan already exists"
         )
+    if given_twice := sorted({"forward", "inputs"} & selection.keys()):
+        raise TypeError(f"{given_twice} are not needed here: each call traces the module")
     # A misspelled argument fails here, not when the module first runs.
     inspect.signature(planning.make_plan).bind({}, plan, forward=None, inputs=(), **selection)
     given = plan if isinstance(plan, Plan) else parse_pattern(plan)

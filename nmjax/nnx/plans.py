@@ -46,13 +46,16 @@ def make_plan(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"expected an NNX module, got {type(model).__name__}")
-    graph, *states = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-    params, statistics, rest = states
+    # Caches hold what earlier inputs left behind. Other states, such as running statistics and
+    # masks, do not depend on the input: as inputs they would count as activations.
+    graph, *states = nnx.split(model, nnx.Param, (nnx.Cache, nnx.RngState), ...)
+    params, cache, rest = states
     settings = dict(call or {})
 
-    def forward(params: Any, rest: Any, *inputs: Any) -> Any:
-        # Running statistics do not depend on the input. As inputs they would count as activations.
-        constants = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), statistics)
-        return nnx.merge(graph, params, constants, rest)(*inputs, **settings)
+    def forward(params: Any, cache: Any, *inputs: Any) -> Any:
+        constants = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), rest)
+        return nnx.merge(graph, params, cache, constants)(*inputs, **settings)
 
-    return planning.make_plan(params, pattern, forward=forward, inputs=(rest, *inputs), **selection)
+    return planning.make_plan(
+        params, pattern, forward=forward, inputs=(cache, *inputs), **selection
+    )
