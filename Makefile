@@ -10,7 +10,7 @@ EXTRA  ?= dev
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup torch train test test-slow lint types bench bench-gpu clean
+.PHONY: help setup torch models train test test-slow lint types bench bench-gpu clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ setup: $(READY)  ## create the virtual environment
 
 torch: $(READY)  ## install PyTorch; without it, the tests that compare with it are skipped
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch]'
+
+models: $(READY)  ## install other libraries' models; without them, the tests that plan them are skipped
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[models]'
 
 train: $(READY)  ## compare the methods on scikit-learn's digits (5 to 10 minutes on two cores)
 	$(BIN)/python -m experiments.compare $(ARGS)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nmjax import make_plan
 from nmjax.layouts import Axes, Unknown, layouts
 from nmjax.tracing.program import read_program
 from nmjax.trees.leaves import named_leaves
-from tests.nmjax.real_models.oracle import Undecided, find_products, randomized
+from tests.nmjax.real_models.oracle import UndecidedError, find_products, randomized
 
 
 class Model(NamedTuple):
@@ -68,14 +69,33 @@ def check(model, *, unclear=(), tied=(), adapters=(), added=()):
     truth = find_products(model.forward, model.params, *model.inputs)
     uses = read_program(model.forward, model.params, *model.inputs).uses
     traced = {name: uses[name].axes() for name in truth}
+    planned = _planned(model, forward=model.forward, inputs=model.inputs)
+    for name, axes in planned.items():
+        assert axes.reduction == traced[name].reduction, name
     unknown = {name for name, axes in traced.items() if isinstance(axes, Unknown)}
     reasons = {name: traced[name].reason for name in unknown ^ set(unclear) if name in unknown}
     assert unknown == set(unclear), reasons
     differ = functools.partial(_difference, dense=tied, added=added, shapes=model.shapes())
     assert not (wrong := _all(differ, traced, truth)), "\n".join(wrong)
     differ = functools.partial(differ, dense=(*tied, *adapters))
-    known = layouts(model.shapes())
+    # The plan knows the classes of layers too, and leaves dense what does not divide.
+    known = layouts(model.shapes()) | _planned(model)
     assert not (wrong := _all(differ, known, truth)), "\n".join(wrong)
+
+
+def _planned(model, **program):
+    """The axes of the leaves that become sparse; a group of two divides almost any of them."""
+    dense = {"on_indivisible": "dense", "on_unknown": "dense"}
+    try:
+        plan = make_plan(model.params, "1:2", **program, **dense)
+    except ValueError as error:
+        if "no leaf becomes sparse" not in str(error):
+            raise
+        return {}
+    return {
+        name: Axes(leaf.reduction_axes, leaf.output_axes, leaf.tap_axes)
+        for name, leaf in plan.items()
+    }
 
 
 def _all(differ, found, truth):
@@ -90,7 +110,7 @@ def _all(differ, found, truth):
 def _difference(name, found, truth, *, dense, added, shapes):
     """How an answer of nmjax differs from the oracle's, or None."""
     shape = shapes[name]
-    if isinstance(truth, Undecided):
+    if isinstance(truth, UndecidedError):
         return f"{shape}: the oracle is undecided: {truth}"
     if isinstance(found, Axes):
         # The oracle does not see axes of size 1.

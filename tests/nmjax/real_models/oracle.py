@@ -8,8 +8,8 @@ higher rank. The oracle looks for that set of axes. It knows neither names nor p
 
 It needs a network with fewer positions than half the inputs of each layer: batches of one, a few
 tokens, images of one pixel. Attention needs as many tokens as a head has features, since the
-gradients of its queries are combinations of the keys. The oracle says `Undecided` if two sets of
-axes look alike.
+gradients of its queries are combinations of the keys; the layer after an element-wise weight needs
+more than half as many outputs. The oracle says `UndecidedError` if two sets of axes look alike.
 """
 
 import itertools
@@ -25,15 +25,11 @@ LOSSES = 32
 ROWS, COLUMNS = 96, 192  # A random part of a larger matrix has the same low rank.
 ZERO = 1e-6  # Gradients this much smaller than the largest one are rounding errors.
 # Compiling takes far longer than running such small networks.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SMALL = 1e-4  # Singular values this much smaller than the largest one do not count.
 
 
-class Undecided(Exception):
+class UndecidedError(Exception):
     """Two different sets of axes explain the gradients equally well."""
 
 
@@ -63,7 +59,7 @@ def randomized(params, seed=0):
 
 
 def find_products(forward, params, *inputs, seed=0):
-    """Leaf name -> its `Product`, None if it is in no product, or `Undecided`; floats only."""
+    """Leaf name -> its `Product`, None if it is in no product, or `UndecidedError`; floats only."""
     numbers = {
         int(number)
         for leaf in jax.tree.leaves(inputs)
@@ -74,7 +70,7 @@ def find_products(forward, params, *inputs, seed=0):
     for name, gradients in _gradients(forward, params, inputs, seed).items():
         try:
             found[name] = _product(_without_lookups(gradients, numbers))
-        except Undecided as error:
+        except UndecidedError as error:
             found[name] = error
     return found
 
@@ -100,7 +96,7 @@ def _gradients(forward, params, inputs, seed):
             jax.random.normal(key, (LOSSES, *y.shape), y.dtype)
             for key, y in zip(keys, ys, strict=True)
         ]
-        return jax.vmap(pull)(losses)[0]
+        return jax.lax.map(pull, losses)[0]
 
     floats = [jnp.asarray(leaf) for leaf, f in zip(leaves, is_float, strict=True) if f]
     names = [name for name, f in zip(names, is_float, strict=True) if f]
@@ -138,7 +134,7 @@ def _product(gradients):
     summed = min(ranks, key=lambda rows: (ranks[rows], len(rows)))
     for rows, rank in ranks.items():
         if not set(summed) <= set(rows) and rank < 2 * ranks[summed]:
-            raise Undecided(f"{_negative(summed, ndim)} or {_negative(rows, ndim)}")
+            raise UndecidedError(f"{_negative(summed, ndim)} or {_negative(rows, ndim)}")
     others = [axis for axis in axes if axis not in summed]
     stack = [axis for axis in others if _differs_along(gradients, summed, axis)]
     return Product(_negative(summed, ndim), _negative(stack, ndim))

@@ -7,6 +7,8 @@ import pytest
 from tests.nmjax.real_models.agreement import check, from_shapes, normal, side_by_side
 
 hk = pytest.importorskip("haiku")
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 
 
@@ -46,25 +48,23 @@ def layers(bias):
             ),
             normal(1, 4, 16),
         ),
-        "lstm": (lambda: Scanned(hk.LSTM(12)), normal(2, 1, 16)),
-        "gru": (lambda: Scanned(hk.GRU(12)), normal(2, 1, 16)),
-        "vanilla": (lambda: Scanned(hk.VanillaRNN(12)), normal(2, 1, 16)),
-        "conv_lstm": (lambda: Scanned(hk.Conv1DLSTM((1,), 12, 3)), normal(2, 1, 1, 16)),
+        "lstm": (lambda: scanned(hk.LSTM(12)), normal(2, 1, 16)),
+        "gru": (lambda: scanned(hk.GRU(12)), normal(2, 1, 16)),
+        "vanilla": (lambda: scanned(hk.VanillaRNN(12)), normal(2, 1, 16)),
+        "conv_lstm": (lambda: scanned(hk.Conv1DLSTM((1,), 12, 3)), normal(2, 1, 1, 16)),
         "embed": (lambda: hk.Embed(40, 16), jnp.array([[33, 37]])),
         "layer_norm": (lambda: hk.LayerNorm(-1, True, bias), normal(1, 16)),
     }
 
 
-if hk:
+class SelfAttention(hk.MultiHeadAttention):
+    """Attention over its own input."""
 
-    class SelfAttention(hk.MultiHeadAttention):
-        """Attention over its own input."""
-
-        def __call__(self, x):
-            return super().__call__(x, x, x)
+    def __call__(self, x):
+        return super().__call__(x, x, x)
 
 
-def Scanned(core):  # noqa: N802 - stands for a module
+def scanned(core):
     """A recurrent core over the first axis of its input."""
     return lambda xs: hk.dynamic_unroll(core, xs, core.initial_state(xs.shape[1]))[0]
 

@@ -89,12 +89,13 @@ def applied(module, x):
     return (lambda params, x: module.apply({"params": params}, x)), params, x
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_layers(bias):
     made = {name: applied(*layer) for name, layer in layers(bias).items()}
     check(side_by_side(made), adapters=("low_rank/lora_a", "low_rank/lora_b"))
 
 
+@pytest.mark.slow
 def test_recurrent_layers():
     check(
         side_by_side(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.nmjax.real_models.oracle import Product, Undecided, find_products
+from tests.nmjax.real_models.oracle import Product, UndecidedError, find_products
 
 RNG = np.random.default_rng(0)
 
@@ -159,7 +159,7 @@ def test_a_weight_used_along_both_axes_is_no_single_product():
 def test_two_answers_are_undecided():
     """All losses of a network with a single output agree up to a factor."""
     found = find_products(lambda w, x: (x @ w).sum(), normal(12, 16), normal(1, 12))[""]
-    assert isinstance(found, Undecided)
+    assert isinstance(found, UndecidedError)
 
 
 def test_integers_have_no_gradient():
