@@ -19,7 +19,6 @@ _PARAMETRIZATIONS = {"original": "original", "original0": "gain", "original1": "
 _BIAS = re.compile(r"b|(?i:bias.*|.*bias)")
 _NORM = re.compile(r"gamma|beta|offset|(.*_)?(mean|var|variance)|.*scale")
 _NORM_MODULE = re.compile(r".*norm.*|(.*_)?(ln|bn|gn|rms)(_?[0-9f])?")
-_OPTIMIZER = {"opt_state", "opt_states", "optimizer_state", "param_states"}
 _ADAPTER = re.compile(r"(.*_)?lora_?(embedding_)?[ab]")
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -98,11 +97,6 @@ def is_norm(leaf: Leaf) -> bool:
 def in_norm_module(leaf: Leaf) -> bool:
     """Whether the leaf's layer is called like a normalization."""
     return _NORM_MODULE.fullmatch(leaf.parent) is not None
-
-
-def in_optimizer_state(leaf: Leaf) -> bool:
-    """Whether the leaf belongs to the state of an optimizer."""
-    return not _OPTIMIZER.isdisjoint(leaf.module)
 
 
 def in_adapter(leaf: Leaf) -> bool:

@@ -26,8 +26,6 @@ def why_dense(
     leaf: Leaf, shape: Shape, siblings: Siblings, layer: str | None
 ) -> str | Unknown | None:
     """Why a leaf stays dense, or is unknown by its name alone; None for weights of products."""
-    if names.in_optimizer_state(leaf):
-        return "optimizer state"
     if leaf.part == "mask":
         return "mask"
     if names.is_bias(leaf):

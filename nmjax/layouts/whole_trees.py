@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from nmjax.layouts.axes import Axes, Shape, Unknown
 from nmjax.layouts.gpt2 import gpt2_layouts
 from nmjax.layouts.layers import Judgment, judge_in_out, judge_out_in
 from nmjax.layouts.names import IN_OUT, OUT_IN, Leaf, parse_name
+from nmjax.layouts.optimizer_states import optimizer_leaves
 from nmjax.layouts.readings import Outcome
 from nmjax.layouts.reasons import why_dense
 from nmjax.layouts.siblings import Siblings
@@ -40,9 +40,11 @@ def layouts(
     >>> layouts({"fc.weight": (10, 64), "fc.bias": (10,)})["fc.weight"]
     Axes(reduction=(-1,), output=(-2,), taps=())
     """
-    leaves = {name: parse_name(name) for name in shapes}
-    siblings = Siblings({leaf: tuple(shapes[name]) for name, leaf in leaves.items()})
-    gpt2 = gpt2_layouts({leaf: tuple(shapes[name]) for name, leaf in leaves.items()}, siblings)
+    states = optimizer_leaves(shapes)
+    leaves = {name: parse_name(name) for name in shapes if name not in states}
+    by_leaf = {leaf: tuple(shapes[name]) for name, leaf in leaves.items()}
+    siblings = Siblings(by_leaf)
+    gpt2 = gpt2_layouts(by_leaf, siblings)
     judgments = {
         name: _judge(name, leaf, tuple(shapes[name]), siblings, classes or {}, gpt2)
         for name, leaf in leaves.items()
@@ -54,29 +56,13 @@ def layouts(
         for name, judgment in judgments.items()
         if judgment.contradicts
     }
-    return {
+    found = {
         name: judgment.outcome
         if judgment.corroborated or leaves[name].leaf not in contradictions or judgment.contradicts
         else _doubted(*contradictions[leaves[name].leaf])
         for name, judgment in judgments.items()
     }
-
-
-def layout(name: str, shapes: Mapping[str, Shape]) -> Axes | str:
-    """The axes of the leaf `name`, or the reason why it stays dense or is unknown.
-
-    >>> layout("Conv_0/kernel", {"Conv_0/kernel": (3, 3, 64, 128), "Conv_0/bias": (128,)})
-    Axes(reduction=(-2,), output=(-1,), taps=(-4, -3))
-    """
-    found = _cached(tuple((name, tuple(shape)) for name, shape in shapes.items()))[name]
-    if isinstance(found, Unknown):
-        return f'unknown axes; pass axes={{"{name}$": ...}}: {found.reason}'
-    return found
-
-
-@functools.lru_cache(maxsize=4)
-def _cached(shapes: tuple[tuple[str, Shape], ...]) -> dict[str, Outcome]:
-    return layouts(dict(shapes))
+    return {name: found.get(name, "optimizer state") for name in shapes}
 
 
 def _judge(

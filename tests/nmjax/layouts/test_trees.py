@@ -2,7 +2,7 @@
 
 import pytest
 
-from nmjax.layouts import Axes, Unknown, layout, layouts
+from nmjax.layouts import Axes, Unknown, layouts
 
 DENSE = Axes((-2,), (-1,))
 LINEAR = Axes((-1,), (-2,))
@@ -355,12 +355,3 @@ def test_depthwise_convolutions_of_keras_do_not_contradict():
         "dw/bias": "bias",
         "top/kernel": DENSE,
     }
-
-
-def test_one_leaf_alone():
-    shapes = {"conv/weight": (8, 4, 3), "norm/scale": (8,)}
-    assert layout("norm/scale", shapes) == "normalization"
-    assert layout("conv/weight", {"conv/weight": (8, 4)}) == LINEAR
-    text = layout("a/weight", {"a/weight": (8, 4, 3)})
-    assert 'axes={"a/weight$": ...}' in text
-    assert "unknown axes" in text
