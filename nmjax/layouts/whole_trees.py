@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from nmjax.layouts.attention import attention_projection
-from nmjax.layouts.axes import Axes, Shape, Unknown
+from nmjax.layouts.axes import Axes, Shape, Unknown, size_along
 from nmjax.layouts.gpt2 import gpt2_layouts
 from nmjax.layouts.layers import Judgment, judge_in_out, judge_out_in
 from nmjax.layouts.names import IN_OUT, OUT_IN, Leaf, parse_name
@@ -29,7 +29,8 @@ def layouts(
     Args:
       shapes: shapes of all leaves by name. Biases and other siblings show which layer a leaf
         belongs to.
-      classes: name of a layer -> its class in `equinox.nn`, where the layers are known.
+      classes: name of an Equinox module -> its class in `equinox.nn`; empty for a class from
+        elsewhere, which may keep its axes in any order.
 
     Returns:
       For each leaf its axes, or the reason why it stays dense, or `Unknown` with a reason: the
@@ -73,7 +74,24 @@ def _judge(
     classes: Mapping[str, str],
     gpt2: Mapping[Leaf, Axes | Unknown],
 ) -> Judgment:
-    layer = classes.get(name.rpartition("/")[0])
+    in_module = classes.get(name.rpartition("/")[0])
+    judgment = _judge_documented(leaf, shape, siblings, in_module or None, gpt2)
+    axes = judgment.outcome
+    if in_module != "" or not isinstance(axes, Axes):
+        return judgment
+    if _is_settled_by_bias(shape, siblings.bias(leaf), axes):
+        return judgment
+    reason = "an Equinox module of your own may keep its axes in any order, and no bias shows which"
+    return Judgment(Unknown(reason))
+
+
+def _judge_documented(
+    leaf: Leaf,
+    shape: Shape,
+    siblings: Siblings,
+    layer: str | None,
+    gpt2: Mapping[Leaf, Axes | Unknown],
+) -> Judgment:
     outcome: Outcome | None = why_dense(leaf, shape, siblings, layer)
     if outcome is None and layer is None:
         outcome = gpt2.get(leaf)
@@ -85,6 +103,13 @@ def _judge(
         return judge_out_in(leaf, shape, siblings, layer)
     # `why_dense` lets no others through than the matrices of attention and recurrent layers.
     return Judgment(Axes((-1,), (-2,)), corroborated=True)
+
+
+def _is_settled_by_bias(shape: Shape, bias: Shape, axes: Axes) -> bool:
+    """Whether the bias alone shows the axes of a matrix: it has the length of the outputs only."""
+    is_square = size_along(shape, axes.reduction) == size_along(shape, axes.output)
+    fits = bias[-1:] == (shape[axes.output[-1]],)
+    return fits and not is_square and axes.taps == ()
 
 
 def _doubted(name: str, shape: Shape) -> Unknown:
