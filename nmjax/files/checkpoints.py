@@ -23,13 +23,11 @@ import jax
 import numpy as np
 
 from nmjax.files.tensor_files import read_note, read_tensors
+from nmjax.layouts import optimizer_leaves
 from nmjax.trees.leaves import named_leaves, nest
 
 # A module may be called `value`, as in attention. Only in an NNX state does a parameter contain it.
 _NNX_LEAF = re.compile(r"(^|/)(kernel|bias|scale|embedding)/value$")
-# Optimizer states repeat the names of the parameters. Optax's chains number their parts.
-_OPTIMIZERS = ("opt_state", "optimizer", "optimizer_state")
-_MOMENTS = re.compile(rf"(^|/)({'|'.join(_OPTIMIZERS)}|\d+/(mu|nu|trace))/")
 
 
 class _Tree(NamedTuple):
@@ -78,14 +76,20 @@ def read_params(path: str | os.PathLike[str]) -> tuple[Any, str]:
     # A PyTorch module may have a ParameterList called `params`.
     if from_torch:
         return tree, ""
-    found = dict(_find_params(tree, ()))
+    names = named_leaves(tree)
+    states = optimizer_leaves(names)
+    # The moments of variables contain a subtree called `params`, too.
+    found = {
+        where: params
+        for where, params in _find_params(tree, ())
+        if any(name.startswith(f"{where}/") for name in names.keys() - states)
+    }
     if len(found) > 1:
         raise ValueError(
             f"{path} has several subtrees called params; pass subtree= with one of them: "
             f"{', '.join(found)}"
         )
-    names = named_leaves(tree)
-    if not found and any(map(_MOMENTS.search, names)):
+    if states and not found:
         raise ValueError(
             f"{path} contains an optimizer state, but no subtree called params; pass subtree= with "
             f"the part that holds the parameters. At the top it has {', '.join(_children(tree))}"
@@ -95,12 +99,12 @@ def read_params(path: str | os.PathLike[str]) -> tuple[Any, str]:
 
 
 def _find_params(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Outermost subtrees called `params`, except in an optimizer state."""
+    """Outermost subtrees called `params`."""
     for key, child in _children(tree).items():
         here = (*path, key)
         if key == "params" and _children(child):
             yield "/".join(here), child
-        elif key not in _OPTIMIZERS:
+        else:
             yield from _find_params(child, here)
 
 

@@ -15,16 +15,21 @@ _SUFFIXED = re.compile(
 _ROLES = {"orig": "original", "v": "direction", "g": "gain", "u": "vector", "mask": "mask"}
 _PARAMETRIZATIONS = {"original": "original", "original0": "gain", "original1": "direction"}
 
-_BIAS = re.compile(r"b|bias.*|.*bias")
+# A matrix `B` belongs to a state-space model.
+_BIAS = re.compile(r"b|(?i:bias.*|.*bias)")
 _NORM = re.compile(r"gamma|beta|offset|(.*_)?(mean|var|variance)|.*scale")
 _NORM_MODULE = re.compile(r".*norm.*|(.*_)?(ln|bn|gn|rms)(_?[0-9f])?")
-_OPTIMIZER = {"opt_state", "opt_states", "optimizer_state", "param_states"}
 _ADAPTER = re.compile(r"(.*_)?lora_?(embedding_)?[ab]")
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _TABLE = re.compile(
-    r".*embed.*|emb|.*_emb|wte|wpe|shared|pos|pos_.*|position.*|relative_.*bias.*|.*bias_table"
-    r"|rel_pos.*|.*tokens|.*lookup.*|.*codebooks?|(.*_)?table"
+    r".*embed.*|emb|.*_emb|wte|wpe|shared|pos|(pos_|position)(?!_?wise).*|relative_.*bias.*"
+    r"|.*bias_table|rel_pos.*|.*tokens|.*lookup.*|.*codebooks?|(.*_)?tables?"
+)
+# Layers only. A leaf with such a name may be a matrix, as `E` in Linformer.
+_TABLE_LAYER = re.compile(
+    r"(.*_)?(tok|token|word|char|vocab|vocabulary|user|item|entity|relation|code|segment|speaker)s?"
+    r"(_ids?|_types?)?|(.*_)?pe|rel|relative_positions?|e"
 )
 # Linear layers near embeddings, and those that undo an embedding.
 _NO_TABLE = re.compile(
@@ -81,7 +86,7 @@ def parse_name(name: str) -> Leaf:
 
 def is_bias(leaf: Leaf) -> bool:
     """Whether the leaf is a bias."""
-    return _BIAS.fullmatch(leaf.leaf.lower()) is not None
+    return _BIAS.fullmatch(leaf.leaf) is not None
 
 
 def is_norm(leaf: Leaf) -> bool:
@@ -92,11 +97,6 @@ def is_norm(leaf: Leaf) -> bool:
 def in_norm_module(leaf: Leaf) -> bool:
     """Whether the leaf's layer is called like a normalization."""
     return _NORM_MODULE.fullmatch(leaf.parent) is not None
-
-
-def in_optimizer_state(leaf: Leaf) -> bool:
-    """Whether the leaf belongs to the state of an optimizer."""
-    return not _OPTIMIZER.isdisjoint(leaf.module)
 
 
 def in_adapter(leaf: Leaf) -> bool:
@@ -111,7 +111,12 @@ def is_out_in_matrix(leaf: Leaf) -> bool:
 
 def is_called_table(name: str) -> bool:
     """Whether a layer or a leaf is called like a look-up table."""
-    return _TABLE.fullmatch(name.lower()) is not None
+    return _TABLE.fullmatch(_unnumbered(name)) is not None
+
+
+def is_table_layer(name: str) -> bool:
+    """Whether a layer that has no bias is called like a look-up table."""
+    return is_called_table(name) or _TABLE_LAYER.fullmatch(_unnumbered(name)) is not None
 
 
 def is_called_matrix(name: str) -> bool:
@@ -126,3 +131,7 @@ def is_called_conv(leaf: Leaf) -> bool:
     name = leaf.own_name
     is_conv = _CONV_MODULE.search(name) or "patch_embed" in name
     return bool(is_conv) and _NO_CONV.search(name) is None
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"_?\d+$", "", name.lower())

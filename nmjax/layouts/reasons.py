@@ -18,6 +18,7 @@ _BY_CLASS = {
     "BatchNorm": "normalization",
     "PReLU": "activation",
 }
+_TABLE_OR_MATRIX = Unknown("could be a look-up table or a matrix")
 _INDICES = re.compile(r"(.*_)?(index|indices|ids|mask)")
 
 
@@ -25,8 +26,6 @@ def why_dense(
     leaf: Leaf, shape: Shape, siblings: Siblings, layer: str | None
 ) -> str | Unknown | None:
     """Why a leaf stays dense, or is unknown by its name alone; None for weights of products."""
-    if names.in_optimizer_state(leaf):
-        return "optimizer state"
     if leaf.part == "mask":
         return "mask"
     if names.is_bias(leaf):
@@ -82,17 +81,14 @@ def _vector_or_table(
         if names.is_called_matrix(leaf.parent):
             return Unknown("could be a normalization or a matrix")
         return "normalization"
-    if len(shape) == 2 and leaf.parent.isdigit() and names.is_called_table(leaf.own_name):
-        return Unknown("could be a look-up table or a matrix")
-    return _table(leaf.parent) if len(shape) == 2 else None
-
-
-def _table(name: str) -> str | Unknown | None:
-    if not names.is_called_table(name):
+    if len(shape) != 2 or not names.is_table_layer(leaf.own_name):
         return None
-    if names.is_called_matrix(name):
-        return Unknown("could be a look-up table or a matrix")
-    return "embedding"
+    # The table may be in a list of layers, but a list may also have its name.
+    return _table(leaf.own_name) if not leaf.parent.isdigit() else _TABLE_OR_MATRIX
+
+
+def _table(name: str) -> str | Unknown:
+    return _TABLE_OR_MATRIX if names.is_called_matrix(name) else "embedding"
 
 
 def _recurrent_or_attention(leaf: Leaf, shape: Shape, siblings: Siblings) -> Unknown | None:
@@ -109,4 +105,6 @@ def _other(leaf: Leaf, shape: Shape) -> str | Unknown:
         return "1-D"
     if _INDICES.fullmatch(leaf.leaf.lower()):
         return "indices or mask"
-    return _table(leaf.leaf) or Unknown(f"no documented layer calls its weight {leaf.leaf!r}")
+    if names.is_called_table(leaf.leaf):
+        return _table(leaf.leaf)
+    return Unknown(f"no documented layer calls its weight {leaf.leaf!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nmjax.layouts.axes import Shape
-from nmjax.layouts.names import Leaf, in_optimizer_state
+from nmjax.layouts.names import Leaf
 
 
 class Siblings:
@@ -16,7 +16,7 @@ class Siblings:
         self._above_vectors = {
             leaf.module[:depth]
             for leaf, shape in leaves.items()
-            if len(shape) == 1 and not in_optimizer_state(leaf)
+            if len(shape) == 1
             for depth in range(len(leaf.module) + 1)
         }
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from nmjax.layouts.attention import attention_projection
-from nmjax.layouts.axes import Axes, Shape, Unknown
+from nmjax.layouts.axes import Axes, Shape, Unknown, size_along
 from nmjax.layouts.gpt2 import gpt2_layouts
 from nmjax.layouts.layers import Judgment, judge_in_out, judge_out_in
 from nmjax.layouts.names import IN_OUT, OUT_IN, Leaf, parse_name
+from nmjax.layouts.optimizer_states import optimizer_leaves
 from nmjax.layouts.readings import Outcome
 from nmjax.layouts.reasons import why_dense
 from nmjax.layouts.siblings import Siblings
@@ -29,7 +29,8 @@ def layouts(
     Args:
       shapes: shapes of all leaves by name. Biases and other siblings show which layer a leaf
         belongs to.
-      classes: name of a layer -> its class in `equinox.nn`, where the layers are known.
+      classes: name of an Equinox module -> its class in `equinox.nn`; empty for a class from
+        elsewhere, which may keep its axes in any order.
 
     Returns:
       For each leaf its axes, or the reason why it stays dense, or `Unknown` with a reason: the
@@ -40,9 +41,11 @@ def layouts(
     >>> layouts({"fc.weight": (10, 64), "fc.bias": (10,)})["fc.weight"]
     Axes(reduction=(-1,), output=(-2,), taps=())
     """
-    leaves = {name: parse_name(name) for name in shapes}
-    siblings = Siblings({leaf: tuple(shapes[name]) for name, leaf in leaves.items()})
-    gpt2 = gpt2_layouts({leaf: tuple(shapes[name]) for name, leaf in leaves.items()}, siblings)
+    states = optimizer_leaves(shapes)
+    leaves = {name: parse_name(name) for name in shapes if name not in states}
+    by_leaf = {leaf: tuple(shapes[name]) for name, leaf in leaves.items()}
+    siblings = Siblings(by_leaf)
+    gpt2 = gpt2_layouts(by_leaf, siblings)
     judgments = {
         name: _judge(name, leaf, tuple(shapes[name]), siblings, classes or {}, gpt2)
         for name, leaf in leaves.items()
@@ -54,29 +57,13 @@ def layouts(
         for name, judgment in judgments.items()
         if judgment.contradicts
     }
-    return {
+    found = {
         name: judgment.outcome
         if judgment.corroborated or leaves[name].leaf not in contradictions or judgment.contradicts
         else _doubted(*contradictions[leaves[name].leaf])
         for name, judgment in judgments.items()
     }
-
-
-def layout(name: str, shapes: Mapping[str, Shape]) -> Axes | str:
-    """The axes of the leaf `name`, or the reason why it stays dense or is unknown.
-
-    >>> layout("Conv_0/kernel", {"Conv_0/kernel": (3, 3, 64, 128), "Conv_0/bias": (128,)})
-    Axes(reduction=(-2,), output=(-1,), taps=(-4, -3))
-    """
-    found = _cached(tuple((name, tuple(shape)) for name, shape in shapes.items()))[name]
-    if isinstance(found, Unknown):
-        return f'unknown axes; pass axes={{"{name}$": ...}}: {found.reason}'
-    return found
-
-
-@functools.lru_cache(maxsize=4)
-def _cached(shapes: tuple[tuple[str, Shape], ...]) -> dict[str, Outcome]:
-    return layouts(dict(shapes))
+    return {name: found.get(name, "optimizer state") for name in shapes}
 
 
 def _judge(
@@ -87,7 +74,24 @@ def _judge(
     classes: Mapping[str, str],
     gpt2: Mapping[Leaf, Axes | Unknown],
 ) -> Judgment:
-    layer = classes.get(name.rpartition("/")[0])
+    in_module = classes.get(name.rpartition("/")[0])
+    judgment = _judge_documented(leaf, shape, siblings, in_module or None, gpt2)
+    axes = judgment.outcome
+    if in_module != "" or not isinstance(axes, Axes):
+        return judgment
+    if _is_settled_by_bias(shape, siblings.bias(leaf), axes):
+        return judgment
+    reason = "an Equinox module of your own may keep its axes in any order, and no bias shows which"
+    return Judgment(Unknown(reason))
+
+
+def _judge_documented(
+    leaf: Leaf,
+    shape: Shape,
+    siblings: Siblings,
+    layer: str | None,
+    gpt2: Mapping[Leaf, Axes | Unknown],
+) -> Judgment:
     outcome: Outcome | None = why_dense(leaf, shape, siblings, layer)
     if outcome is None and layer is None:
         outcome = gpt2.get(leaf)
@@ -99,6 +103,13 @@ def _judge(
         return judge_out_in(leaf, shape, siblings, layer)
     # `why_dense` lets no others through than the matrices of attention and recurrent layers.
     return Judgment(Axes((-1,), (-2,)), corroborated=True)
+
+
+def _is_settled_by_bias(shape: Shape, bias: Shape, axes: Axes) -> bool:
+    """Whether the bias alone shows the axes of a matrix: it has the length of the outputs only."""
+    is_square = size_along(shape, axes.reduction) == size_along(shape, axes.output)
+    fits = bias[-1:] == (shape[axes.output[-1]],)
+    return fits and not is_square and axes.taps == ()
 
 
 def _doubted(name: str, shape: Shape) -> Unknown:

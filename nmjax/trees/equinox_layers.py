@@ -1,4 +1,4 @@
-"""Finds the layers of Equinox models by class, without importing Equinox."""
+"""Finds the modules of Equinox models by class, without importing Equinox."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nmjax.trees.leaves import leaf_name
 
 
 def layer_classes(tree: Any) -> dict[str, str]:
-    """Finds the layers of `equinox.nn` in a tree: name of the layer -> name of its class.
+    """Finds the Equinox modules in a tree: name of the module -> name of its class.
 
-    Works for models with shapes in place of arrays, too. Subclasses that users define do not count,
-    because they may store their weights differently.
+    The class is empty for modules outside `equinox.nn`, subclasses of its layers included, because
+    they may store their weights differently. Works for models with shapes in place of arrays, too.
 
     >>> layer_classes({"dense": {"kernel": 1.0}})
     {}
@@ -25,15 +25,20 @@ def layer_classes(tree: Any) -> dict[str, str]:
 
 
 def _collect(tree: Any, above: KeyPath, found: dict[str, str]) -> None:
-    # Layers contain layers: an MLP has several Linear.
-    inner = jax.tree.leaves_with_path(tree, is_leaf=lambda x: x is not tree and _is_layer(x))
-    if _is_layer(tree):
-        found[leaf_name(above)] = type(tree).__name__
+    # Modules contain modules: an MLP has several Linear.
+    inner = jax.tree.leaves_with_path(tree, is_leaf=lambda x: x is not tree and _is_module(x))
+    if _is_module(tree):
+        found[leaf_name(above)] = type(tree).__name__ if _is_from(type(tree), "nn") else ""
     for path, node in inner:
-        if _is_layer(node):
+        if _is_module(node):
             _collect(node, (*above, *path), found)
 
 
-def _is_layer(node: Any) -> bool:
-    module: str = type(node).__module__
-    return module == "equinox.nn" or module.startswith("equinox.nn.")
+def _is_module(node: Any) -> bool:
+    return any(
+        base.__name__ == "Module" and _is_from(base, "_module") for base in type(node).__mro__
+    )
+
+
+def _is_from(kind: type, submodule: str) -> bool:
+    return f"{kind.__module__}.".startswith(f"equinox.{submodule}.")

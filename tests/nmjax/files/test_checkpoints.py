@@ -160,6 +160,8 @@ OPTIMIZER = optax.adam(1e-3).init(PARAMS)
             "params",
         ),
         ([{"params": PARAMS}, OPTIMIZER], "0/params"),
+        ({"params": {"params": PARAMS}, "opt": optax.adam(1).init({"params": PARAMS})}, "params"),
+        ({"params": PARAMS, "optimizer": optax.sgd(1, momentum=0.9).init(PARAMS)}, "params"),
         # Here is nothing to leave out.
         ({"params": PARAMS}, ""),
         ({"params": {"params": PARAMS}}, ""),
@@ -188,6 +190,9 @@ def test_only_the_params_of_a_training_state(tmp_path, state, where):
         ),
         ({"net": PARAMS, "opt_state": OPTIMIZER}, "no subtree called params"),
         ([PARAMS, OPTIMIZER], "no subtree called params.* it has 0, 1"),
+        (OPTIMIZER, "no subtree called params"),
+        (optax.adam(1).init({"params": PARAMS}), "no subtree called params"),
+        ({"net": PARAMS, "param_states": OPTIMIZER}, "no subtree called params"),
     ],
 )
 def test_training_states_that_need_a_choice(tmp_path, state, words):

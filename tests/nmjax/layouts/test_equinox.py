@@ -165,8 +165,71 @@ def test_classes_are_found_in_nested_layers_and_in_shapes():
     assert layer_classes(model[0].layers[0]) == {"": "Linear"}
 
 
-def test_subclasses_may_store_their_weights_differently():
-    class Own(eqx.nn.Linear):
-        pass
+class Own(eqx.Module):
+    """A layer of a user, who may store its weight in any order."""
 
-    assert layer_classes({"own": Own(3, 4, key=KEY)}) == {}
+    weight: jax.Array
+    bias: jax.Array | None = None
+
+
+class OwnLinear(eqx.nn.Linear):
+    pass
+
+
+def test_modules_of_users_are_found_without_a_class():
+    model = Own({"inner": eqx.nn.Linear(3, 4, key=KEY), "more": [Own(jnp.ones((3, 4)))]})
+    expected = {"": "", "weight/inner": "Linear", "weight/more/0": ""}
+    assert layer_classes(model) == expected
+    assert layer_classes(eqx.filter_eval_shape(lambda: model)) == expected
+    assert layer_classes({"own": OwnLinear(3, 4, key=KEY)}) == {"own": ""}
+
+
+@pytest.mark.parametrize(
+    ("shape", "bias"),
+    [
+        ((8, 4), None),
+        ((4, 4), (4,)),
+        ((8, 4), (4,)),
+        ((8, 4, 3), (8,)),
+        ((12, 8, 4), None),
+        ((12, 4, 4), (12, 4)),
+    ],
+)
+@pytest.mark.parametrize("name", ["own", "conv"])
+def test_weights_in_modules_of_users_are_unknown(shape, bias, name):
+    own = Own(jnp.ones(shape), None if bias is None else jnp.ones(bias))
+    tree = {name: own, "linear": eqx.nn.Linear(4, 4, key=KEY)}
+    found = layouts(shapes_of(tree), layer_classes(tree))
+    assert isinstance(found[f"{name}/weight"], Unknown)
+    assert found["linear/weight"].reduction == (-1,)
+
+
+def test_a_bias_shows_the_outputs_of_a_module_of_a_user():
+    tree = {"own": OwnLinear(4, 8, key=KEY), "stack": Own(jnp.ones((12, 8, 4)), jnp.ones((12, 8)))}
+    found = layouts(shapes_of(tree), layer_classes(tree))
+    assert found["own/weight"] == found["stack/weight"] == ((-1,), (-2,), ())
+
+
+class Cell(eqx.Module):
+    kernel: jax.Array
+    weight_hh: jax.Array
+    w: jax.Array
+    bias: jax.Array | None = None
+
+
+def test_other_leaves_in_modules_of_users():
+    tree = {"embed": Own(jnp.ones((8, 4))), "norm": Own(jnp.ones(4), jnp.ones(4))}
+    assert layouts(shapes_of(tree), layer_classes(tree)) == {
+        "embed/weight": "embedding",
+        "norm/weight": "1-D",
+        "norm/bias": "bias",
+    }
+    cell = Cell(*jnp.ones((3, 8, 4)))
+    found = layouts(shapes_of(cell), layer_classes(cell))
+    assert {name: type(outcome) for name, outcome in found.items()} == dict.fromkeys(
+        ("kernel", "weight_hh", "w"), Unknown
+    )
+    assert not any(isinstance(outcome, Unknown) for outcome in layouts(shapes_of(cell)).values())
+    with_bias = Cell(*jnp.ones((3, 8, 4)), jnp.ones(5))
+    found = layouts(shapes_of(with_bias), layer_classes(with_bias))
+    assert isinstance(found["weight_hh"], Unknown)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nmjax.layouts import Axes, Unknown, layout, layouts
+from nmjax.layouts import Axes, Unknown, layouts
 
 DENSE = Axes((-2,), (-1,))
 LINEAR = Axes((-1,), (-2,))
@@ -50,6 +50,20 @@ def is_unknown(outcome, *words):
         ("position_bias/weight", (32, 8), "embedding"),
         ("user_table.weight", (100, 8), "embedding"),
         ("vq.codebook.weight", (100, 8), "embedding"),
+        ("tok/weight", (100, 8), "embedding"),
+        ("token_type.weight", (100, 8), "embedding"),
+        ("word/weight", (100, 8), "embedding"),
+        ("src_vocab/weight", (100, 8), "embedding"),
+        ("user/weight", (100, 8), "embedding"),
+        ("item_id.weight", (100, 8), "embedding"),
+        ("codes/weight", (100, 8), "embedding"),
+        ("rel/weight", (100, 8), "embedding"),
+        ("model/E/weight", (100, 8), "embedding"),
+        ("pe/weight", (100, 8), "embedding"),
+        ("table/weight", (100, 8), "embedding"),
+        ("lookup/weight", (100, 8), "embedding"),
+        ("vq.codebook_1.weight", (100, 8), "embedding"),
+        ("positions/weight", (100, 8), "embedding"),
         ("cls_token", (1, 1, 8), "1-D"),
         ("gain", (8, 1, 1), "1-D"),
         ("attn/relative_position_index", (49, 49), "indices or mask"),
@@ -94,6 +108,12 @@ def test_matrices_of_flax_and_haiku(name, shape):
         ("time_embed/0/weight", (8,)),
         ("time_embed/weight", (8,)),
         ("q_proj.base_layer.weight", None),
+        ("position_wise.weight", None),
+        ("positionwise/weight", None),
+        ("decode/weight", None),
+        ("word_proj.weight", None),
+        ("model/we/weight", None),
+        ("user/weight", (8,)),
     ],
 )
 def test_matrices_of_pytorch(name, bias):
@@ -159,6 +179,10 @@ def test_names_that_do_not_say_convolution(name, leaf):
         ("embed_out.weight", (100, 16), ["look-up"]),
         ("pos_proj.weight", (16, 16), ["look-up"]),
         ("embed_tokens.0.weight", (100, 16), ["look-up"]),
+        ("users.0.weight", (100, 16), ["look-up"]),
+        ("E", (100, 16), ["'E'"]),
+        ("user", (100, 16), ["'user'"]),
+        ("ssm/B", (16, 64), ["'B'"]),
         ("rnn.weight_ih", (3, 16, 4), ["stack"]),
         ("fc.weight_v", (4, 16), ["derived"]),
         ("fc.weight_orig", (4, 16), ["parametrization"]),
@@ -331,12 +355,3 @@ def test_depthwise_convolutions_of_keras_do_not_contradict():
         "dw/bias": "bias",
         "top/kernel": DENSE,
     }
-
-
-def test_one_leaf_alone():
-    shapes = {"conv/weight": (8, 4, 3), "norm/scale": (8,)}
-    assert layout("norm/scale", shapes) == "normalization"
-    assert layout("conv/weight", {"conv/weight": (8, 4)}) == LINEAR
-    text = layout("a/weight", {"a/weight": (8, 4, 3)})
-    assert 'axes={"a/weight$": ...}' in text
-    assert "unknown axes" in text
