@@ -8,7 +8,7 @@ import pytest
 import nmjax
 from nmjax.kernels.operands import Window, as_window
 
-SHAPES = {"dense": (16, 32), "line": (3, 16, 32), "conv": (3, 3, 16, 32)}
+SHAPES = {"dense": (16, 32), "conv_line": (3, 16, 32), "conv": (3, 3, 16, 32)}
 PATTERNS = ["2:4", "2:4/kernel", "1x16@0.5", "1x16@0.5/layer"]
 
 

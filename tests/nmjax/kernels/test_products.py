@@ -35,7 +35,8 @@ DTYPES = [jnp.float32, jnp.bfloat16]
 def packed_weight(shape, pattern, dtype=jnp.float32, seed=0):
     w = np.random.default_rng(seed).normal(size=shape)
     params = {"layer": {"kernel": jnp.asarray(w, dtype)}}
-    plan = nmjax.make_plan(params, pattern)
+    axes = nmjax.Axes((-2,), (-1,), tuple(range(-len(shape), -2)))
+    plan = nmjax.make_plan(params, pattern, axes={"kernel": axes})
     assert plan, plan.dense
     return nmjax.pack(params, plan)["layer"]["kernel"]
 
@@ -171,8 +172,8 @@ def test_padding_as_xla_names_it(pattern, padding):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_conv_in_one_dimension(implementation):
     w = numbers((5, 6, 8))
-    params = {"layer": {"kernel": w, "bias": jnp.zeros(8)}}
-    packed = nmjax.pack(params, nmjax.make_plan(params, "1x4@0.5"))["layer"]["kernel"]
+    params = {"conv": {"kernel": w, "bias": jnp.zeros(8)}}
+    packed = nmjax.pack(params, nmjax.make_plan(params, "1x4@0.5"))["conv"]["kernel"]
     x = numbers((3, 11, 6))
     y = nmjax.packed_conv(
         x, packed, strides=2, padding=((2, 1),), dilation=2, implementation=implementation
@@ -246,7 +247,7 @@ def test_vmap_over_the_batch_and_over_a_stack(implementation, pattern):
     assert_near(jax.vmap(product, (0, None))(x, packed), expected, jnp.float32)
     moved = jax.vmap(product, (2, None), 1)(jnp.moveaxis(x, 0, 2), packed)
     assert_near(moved, exact(expected).swapaxes(0, 1), jnp.float32)
-    stack = packed_weight((3, 8, 16), pattern) if pattern == "2:4" else stacked(pattern)
+    stack = stacked(pattern)
     y = jax.jit(jax.vmap(product))(x, stack)
     assert_near(y, np.einsum("lbi,lio->lbo", exact(x), exact(nmjax.unpack(stack))), jnp.float32)
 

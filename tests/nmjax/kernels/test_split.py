@@ -23,7 +23,9 @@ def numbers(shape, seed=1):
 
 def packed_weight(shape, pattern):
     params = {"layer": {"kernel": numbers(shape, 0)}}
-    return nmjax.pack(params, nmjax.make_plan(params, pattern))["layer"]["kernel"]
+    axes = nmjax.Axes((-2,), (-1,), tuple(range(-len(shape), -2)))
+    plan = nmjax.make_plan(params, pattern, axes={"kernel": axes})
+    return nmjax.pack(params, plan)["layer"]["kernel"]
 
 
 def make_mesh(axis_type=AxisType.Auto):

@@ -16,7 +16,8 @@ from nmjax.patterns import NM
 
 def packed_leaf(pattern="2:4", shape=(32, 16), dtype=jnp.bfloat16):
     params = {"kernel": jnp.ones(shape, dtype)}
-    return nmjax.pack(params, nmjax.make_plan(params, pattern))["kernel"]
+    axes = nmjax.Axes((-2,), (-1,), tuple(range(-len(shape), -2)))
+    return nmjax.pack(params, nmjax.make_plan(params, pattern, axes={"kernel": axes}))["kernel"]
 
 
 @given(st.integers(1, 8), st.sampled_from([1, 2, 4, 8, 12, 16]), st.integers(0, 2**32 - 1))
