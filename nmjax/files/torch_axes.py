@@ -85,7 +85,7 @@ class Layouts:
                     flip = first_match(unflipped, name) is None
                     found[name] = self._transposed(name, shapes, flip)
                 else:
-                    found[name] = self._plain(name, shapes[name], known[name])
+                    found[name] = self._plain(name, shapes, known[name])
             except ValueError as error:
                 complaints.append(f"  {name} of shape {shapes[name]}: {error}")
         if complaints:
@@ -97,20 +97,27 @@ class Layouts:
             )
         return found
 
-    def _plain(self, name: str, shape: Shape, known: Axes | str | Unknown) -> Conversion:
-        leaf = name.rpartition("/")[-1]
+    def _plain(
+        self, name: str, shapes: Mapping[str, Shape], known: Axes | str | Unknown
+    ) -> Conversion:
+        shape, leaf = shapes[name], name.rpartition("/")[-1]
         every = tuple(range(-len(shape), 0))
         given = first_match(self.axes, name) is not None
         if leaf == "bias" and every and not given:
             return Conversion([every])
+        is_unclear = self.transposed is None and _MAYBE_TRANSPOSED.search(name)
         if (leaf not in ("kernel", "w") or len(shape) < 2) and not given:
+            if is_unclear and _may_be_of_equinox(name, shapes):
+                raise ValueError(
+                    "may be a transposed convolution of Equinox, which PyTorch stores differently; "
+                    "if it is already in PyTorch's order, pass transposed=()"
+                )
             return Conversion([(axis,) for axis in every])
         axes = self._given(name, shape) or _certain(known, shape)
         # PyTorch's order: outputs, inputs, spatial axes. Heads and head size become one axis.
         conversion = _conversion(shape, axes.output, axes.reduction, axes.taps)
         # Other names count: where inputs and outputs differ, PyTorch would refuse the shape of a
         # transposed convolution, and where they do not, the axes of an unclear name are unknown.
-        is_unclear = self.transposed is None and _MAYBE_TRANSPOSED.search(name)
         # Only transposed convolutions have their inputs last.
         if axes.taps and (is_unclear or (axes.reduction == (-1,) and not given)):
             raise ValueError("may be a transposed convolution, which PyTorch stores differently")
@@ -166,6 +173,13 @@ def _certain(known: Axes | str | Unknown, shape: Shape) -> Axes:
 def _is_kernel(name: str, shapes: Mapping[str, Shape]) -> bool:
     """Whether a leaf can be the kernel of a transposed convolution."""
     return name.rpartition("/")[-1] in ("kernel", "w", "weight") and len(shapes[name]) > 2
+
+
+def _may_be_of_equinox(name: str, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a weight may be a convolution's in Equinox, whose bias has an axis for each tap."""
+    is_weight = name.rpartition("/")[-1] == "weight" and len(shapes[name]) > 2
+    bias = shapes.get(name.removesuffix("weight") + "bias")
+    return is_weight and (bias is None or len(bias) > 1)
 
 
 def _conversion(shape: Shape, first: Span, second: Span, taps: Span | None) -> Conversion:

@@ -127,6 +127,30 @@ def test_convolutions_that_may_be_transposed(name, outputs):
     assert to_torch(params, transposed=name)[f"{name}.weight"].shape == (8, outputs, 3, 3)
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("outputs", [6, 8])
+@pytest.mark.parametrize("name", ["up", "deconv", "decoder_up_1"])
+def test_weights_of_equinox_that_may_be_transposed(name, outputs, use_bias):
+    params = {name: {"weight": normal(outputs, 8, 3, 3)}}
+    if use_bias:
+        params[name]["bias"] = normal(outputs, 1, 1)
+    with pytest.raises(ValueError, match="may be a transposed convolution of Equinox") as error:
+        to_torch(params)
+    message = str(error.value)
+    assert f"{name}/weight of shape ({outputs}, 8, 3, 3)" in message
+    assert "transposed=" in message
+    assert to_torch(params, transposed=name)[f"{name}.weight"].shape == (8, outputs, 3, 3)
+    assert to_torch(params, transposed=())[f"{name}.weight"].shape == (outputs, 8, 3, 3)
+
+
+def test_a_weight_of_pytorch_keeps_its_order():
+    """Equinox's biases have an axis for each tap."""
+    params = {"up": {"weight": normal(8, 6, 3, 3), "bias": normal(6)}}
+    np.testing.assert_array_equal(to_torch(params)["up.weight"], params["up"]["weight"])
+    for name, shape in (("conv", (6, 8, 3, 3)), ("up", (6, 8))):
+        assert to_torch({name: {"weight": normal(*shape)}})[f"{name}.weight"].shape == shape
+
+
 def test_a_transposed_convolution_alone():
     params = nn.ConvTranspose(6, (3, 3)).init(jax.random.key(0), jnp.ones((1, 4, 4, 8)))["params"]
     with pytest.raises(ValueError, match=TRANSPOSED):
