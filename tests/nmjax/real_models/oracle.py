@@ -28,8 +28,9 @@ ZERO = 1e-6  # Gradients this much smaller than the largest one are rounding err
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
 }
+if jax.__version_info__ < (0, 11):  # The newest XLA does not know this option.
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 SMALL = 1e-4  # Singular values this much smaller than the largest one do not count.
 
 

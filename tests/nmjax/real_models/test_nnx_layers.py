@@ -95,7 +95,7 @@ def test_layers_stacked_by_vmap_and_scan():
     def make(rngs):
         return nnx.Linear(16, 16, rngs=rngs)
 
-    layers = make(nnx.Rngs(0).fork(split=2))
+    layers = make(nnx.Rngs(0).split(2))
 
     @nnx.scan(in_axes=(nnx.Carry, 1), out_axes=nnx.Carry)
     def run(x, layer):
