@@ -35,7 +35,9 @@ def gather_matmul(
     """Gathers the inputs of every row of blocks, then multiplies once: for small batches."""
     dtype = packed.result_dtype(x)
     inputs = jnp.take(x, packed.indices.astype(jnp.int32), axis=1, mode="clip")
-    y = jnp.einsum("brk,rkn->brn", inputs, packed.values, preferred_element_type=sum_dtype(dtype))
+    # Some CPUs have no batched product of bfloat16 that sums in float32.
+    inputs, values = (a.astype(sum_dtype(dtype)) for a in (inputs, packed.values))
+    y = jnp.einsum("brk,rkn->brn", inputs, values)
     return finish(y.reshape(x.shape[0], packed.outputs), bias, activation, dtype)
 
 

@@ -222,7 +222,7 @@ def test_other_platforms_get_the_unpacked_product():
 
 
 def test_weights_without_a_fast_product_are_unpacked_once(monkeypatch):
-    params = {"w": jax.random.normal(jax.random.key(0), (32, 16)), "b": jnp.ones(3)}
+    params = {"w": jax.random.normal(jax.random.key(0), (32, 16)), "scale": jnp.ones(3)}
     slow = nmjax.pack(params, nmjax.make_plan(params, "3:4"))
     ready = nmjax.unpack_slow(slow)
     np.testing.assert_array_equal(ready["w"], nmjax.unpack(slow)["w"])

@@ -100,7 +100,7 @@ def straight_through(params, x):
 
 
 def sharded(params, x):
-    mesh = jax.sharding.AbstractMesh((2,), ("model",))
+    mesh = jax.sharding.AbstractMesh((2,), ("model",), (jax.sharding.AxisType.Auto,))
     spec = jax.P("model")
     product = jax.shard_map(
         lambda w, x: lax.psum(x @ w.reshape(-1, 2, 4).reshape(-1, 8), "model"),
