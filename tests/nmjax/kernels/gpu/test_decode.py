@@ -20,7 +20,8 @@ def loaded(monkeypatch):
 
 def packed_leaf(pattern="2:4", shape=(32, 16), dtype=jnp.bfloat16):
     params = {"kernel": jnp.ones(shape, dtype)}
-    return nmjax.pack(params, nmjax.make_plan(params, pattern))["kernel"]
+    axes = nmjax.Axes((-2,), (-1,), tuple(range(-len(shape), -2)))
+    return nmjax.pack(params, nmjax.make_plan(params, pattern, axes={"kernel": axes}))["kernel"]
 
 
 def cuda_text(function, *arguments):
