@@ -96,7 +96,9 @@ def numbers(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Milliseconds of each side, and the ratio to the faster dense one."""
     params = {"layer": {"kernel": case.w}}
-    packed = nmjax.pack(params, nmjax.make_plan(params, case.pattern))["layer"]["kernel"]
+    axes = nmjax.Axes((-2,), (-1,), tuple(range(-case.w.ndim, -2)))
+    plan = nmjax.make_plan(params, case.pattern, axes={"kernel": axes})
+    packed = nmjax.pack(params, plan)["layer"]["kernel"]
     functions = dense_functions(case)
     sparse = jax.jit(
         partial(nmjax.packed_conv, strides=case.stride, implementation="ffi")
