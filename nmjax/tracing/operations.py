@@ -170,9 +170,9 @@ def gathered(equation: core.JaxprEqn, view: View) -> View | None:
 
 
 def picked_axes(equation: core.JaxprEqn) -> tuple[int, ...]:
-    """The axes along which a gather or a dynamic slice picks entries."""
+    """The axes along which a gather or a dynamic slice picks single entries, as a look-up does."""
     shape, sizes = shape_of(equation.invars[0]), equation.params["slice_sizes"]
-    return tuple(axis for axis, size in enumerate(sizes) if size < shape[axis])
+    return tuple(axis for axis, size in enumerate(sizes) if size == 1 < shape[axis])
 
 
 def number_of_picks(equation: core.JaxprEqn) -> int:

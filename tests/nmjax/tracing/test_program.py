@@ -253,6 +253,12 @@ FOLLOWED = {
         (X, TOKENS),
         {"w": DENSE},
     ),
+    "inputs that the input picks": (
+        lambda p, x, i: x @ lax.dynamic_slice(p["w"], (i, 0), (16, 8)),
+        {"w": (64, 8)},
+        (X, jax.ShapeDtypeStruct((), jnp.int32)),
+        {"w": DENSE},
+    ),
     "ragged experts": (
         lambda p, x: lax.ragged_dot(x.reshape(6, 16), p["w"], jnp.array([2, 4])),
         {"w": (2, 16, 5)},
