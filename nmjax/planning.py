@@ -46,7 +46,7 @@ def make_plan(
 
     With `forward`, the axes of a leaf are those that its product in the traced program sums over,
     and a leaf in no product stays dense. Without it, they are those of the layers of Flax, Equinox,
-    Haiku, and PyTorch, wherever names and shapes leave no doubt.
+    Haiku, and PyTorch, wherever names and shapes are unambiguous.
 
     Path rules are regular expressions that match anywhere in a leaf's name (`"a/b/kernel"`).
     Biases, normalizations, embeddings, and depthwise convolutions stay dense by default.
@@ -176,7 +176,7 @@ def _read_uses(forward: Callable[..., Any], params: Any, inputs: Sequence[Any]) 
     if not any(map(is_array, jax.tree.leaves(tuple(map(described, inputs))))):
         raise ValueError(
             "the network's inputs are needed to distinguish activations from weights: pass them as "
-            "arguments, and not by closing over them"
+            "arguments, as in inputs=(x,), instead of closing over them"
         )
     return read_program(forward, params, *inputs).uses
 
@@ -241,7 +241,7 @@ def _check_known(planned: Mapping[str, PlannedLeaf], *, traced: bool) -> None:
     raise ValueError(
         "these leaves have unknown axes:\n"
         + _lines(unknown).replace("unknown axes: ", "")
-        + f"\nTo go on, {read}give their reduction axes in axes={{regular expression: axes}}, or "
+        + f"\nTo fix this, {read}give their reduction axes in axes={{path rule: axes}}, or "
         'list them in exclude= to leave them dense. on_unknown="dense" leaves all of them dense.'
     )
 

@@ -59,11 +59,14 @@ class Selection:
                 return DenseLeaf(shape, f"dtype {leaf.dtype}")
             return DenseLeaf(shape, f"unknown axes: {axes.reason}", is_unknown=True)
         if pattern.needs_taps and axes.taps is None:
+            rule = first_match(self.axes, name)
+            # The first rule that matches wins, so another one for this leaf would have no effect.
+            instead = "" if rule is None else f" instead of {{{rule!r}: {self.axes[rule]!r}}}"
             raise ValueError(
                 f"{name} of shape {shape} cannot take {pattern}: the shape does not determine "
                 "which axes are outputs, which are the taps of a filter, and which are a stack of "
                 f"layers. Pass axes={{{name + '$'!r}: nmjax.Axes(reduction=..., output=..., "
-                "taps=...)}, exclude the leaf, or give it another pattern in rules="
+                f"taps=...)}}{instead}, exclude the leaf, or give it another pattern in rules="
             )
         reduction, output, taps = pattern.place(axes)
         return LeafPlan(pattern, reduction, output, shape, taps or (), source)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from nmjax.layouts.axes import Shape, Unknown
-from nmjax.layouts.names import Leaf, is_called_conv
+from nmjax.layouts.names import Leaf, is_called_conv, is_named_by_flax
 from nmjax.layouts.readings import (
     CONV,
     DENSE,
@@ -29,11 +29,15 @@ class Judgment(NamedTuple):
       outcome: axes, reason to stay dense, or `Unknown`.
       corroborated: whether a bias, a class, or a name says which axis is the input.
       contradicts: whether the bias fits no documented layer.
+      by_name: whether only a name that a user chose says that a convolution is not transposed.
+      is_transposed: whether the bias says that a convolution is transposed.
     """
 
     outcome: Outcome
     corroborated: bool = False
     contradicts: bool = False
+    by_name: bool = False
+    is_transposed: bool = False
 
 
 def judge_in_out(
@@ -58,7 +62,7 @@ def judge_in_out(
             return Judgment(Unknown("could be a look-up table or a matrix"))
         return Judgment(decide(readings, shape))
     if is_called_conv(leaf):
-        return _in_out_conv(shape)
+        return _in_out_conv(shape)._replace(by_name=not is_named_by_flax(leaf))
     if "depthwise" in layer and 1 in shape[-2:]:
         return Judgment(ONE_INPUT, corroborated=True)
     return Judgment(_no_bias(readings))
@@ -85,7 +89,7 @@ def judge_out_in(leaf: Leaf, shape: Shape, siblings: Siblings, layer: str | None
     is_conv = layer is not None or is_called_conv(leaf)
     counted = layer is not None and layer[-2:-1].isdigit()
     if unstacked and is_conv and (counted or siblings.is_beside_a_vector(leaf)):
-        return Judgment(decide(unstacked, shape), corroborated=True)
+        return Judgment(decide(unstacked, shape), corroborated=True, by_name=layer is None)
     return Judgment(_no_bias(readings))
 
 
@@ -101,19 +105,20 @@ def _is_of_class(reading: Reading, layer: str) -> bool:
 def _by_bias(readings: list[Reading], leaf: Leaf, shape: Shape, bias: Shape) -> Judgment:
     fitting = [reading for reading in readings if reading.fits(shape, bias)]
     if not fitting:
-        return Judgment(
-            Unknown(f"a bias of shape {bias} fits no documented layer"), contradicts=True
-        )
+        return Judgment(Unknown(f"a bias of shape {bias} fits no known layer"), contradicts=True)
     kinds: tuple[str, ...] = ()
     if is_called_conv(leaf):
         kinds = (CONV,)
     elif "depthwise" in leaf.own_name:
         kinds = (CONV, TRANSPOSED, DEPTHWISE)
     named = [reading for reading in fitting if reading.layer in kinds]
+    transposed = [reading for reading in fitting if reading.layer == TRANSPOSED]
     fitting = named or fitting
     return Judgment(
         decide(fitting, shape),
         corroborated=bool(named) or all(reading.is_corroborated(shape) for reading in fitting),
+        by_name=bool(named and transposed) and not is_named_by_flax(leaf),
+        is_transposed=len(transposed) == len(fitting) and not named,
     )
 
 
@@ -133,4 +138,4 @@ def _no_bias(readings: Iterable[Reading]) -> Unknown:
         if "s" not in reading.roles:
             by_reduction.setdefault(reading.axes().reduction, str(reading))
     examples = [*list(by_reduction.values())[:4], "a stack of layers"]
-    return Unknown(f"no bias says which axes are inputs; could be {' or '.join(examples)}")
+    return Unknown(f"ambiguous without a bias; could be {' or '.join(examples)}")

@@ -39,6 +39,7 @@ _NO_TABLE = re.compile(
 _CONV_MODULE = re.compile(r"conv|downsample")
 _NO_CONV = re.compile(
     r"trans|deconv|depth|dw|sep|local|einsum|(^|[_\d])up|up(conv|sampl)|linear|dense"
+    r"|inv|dconv|t_?conv|conv_?tr?($|[_\d])"
 )
 
 
@@ -122,6 +123,11 @@ def is_table_layer(name: str) -> bool:
 def is_called_matrix(name: str) -> bool:
     """Whether a layer or a leaf is called like something that multiplies."""
     return _NO_TABLE.search(name.lower()) is not None
+
+
+def is_named_by_flax(leaf: Leaf) -> bool:
+    """Whether linen named the leaf's layer after its class, a convolution."""
+    return bool(leaf.module) and re.fullmatch(r"Conv_\d+", leaf.module[-1]) is not None
 
 
 def is_called_conv(leaf: Leaf) -> bool:

@@ -107,4 +107,4 @@ def _other(leaf: Leaf, shape: Shape) -> str | Unknown:
         return "indices or mask"
     if names.is_called_table(leaf.leaf):
         return _table(leaf.leaf)
-    return Unknown(f"no documented layer calls its weight {leaf.leaf!r}")
+    return Unknown(f"no known layer has a weight named {leaf.leaf!r}")

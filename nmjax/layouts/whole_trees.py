@@ -63,6 +63,13 @@ def layouts(
         else _doubted(*contradictions[leaves[name].leaf])
         for name, judgment in judgments.items()
     }
+    transposed = [name for name, judgment in judgments.items() if judgment.is_transposed]
+    for name, judgment in judgments.items():
+        if judgment.by_name and transposed:
+            found[name] = Unknown(
+                f"{transposed[0]} is a transposed convolution, and only its name says that this "
+                "layer is not"
+            )
     return {name: found.get(name, "optimizer state") for name in shapes}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,13 @@ def make_plan(
     >>> plan["kernel"].reduction_axes, plan["kernel"].source
     ((-2,), 'program')
     """
+    unknown = selection.keys() - inspect.signature(planning.make_plan).parameters.keys()
+    if unknown or {"forward", "inputs"} & selection.keys():
+        raise TypeError(
+            "linen.make_plan takes the module's inputs as arguments, as in make_plan(module, "
+            '"2:4", x), and keyword arguments of its __call__ in call=, such as '
+            f'call={{"train": False}}; got {sorted(selection)}'
+        )
     run, params, arrays = forward_pass(module, inputs, call or {})
     return planning.make_plan(params, pattern, forward=run, inputs=(arrays,), **selection)
 

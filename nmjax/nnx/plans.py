@@ -46,6 +46,11 @@ def make_plan(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"expected an NNX module, got {type(model).__name__}")
+    if not isinstance(inputs, tuple | list):
+        raise TypeError(
+            "inputs= must be a tuple of the arguments of the module's __call__, such as "
+            f"inputs=(x,); got {type(inputs).__name__}"
+        )
     # Caches hold what earlier inputs left behind. Other states, such as running statistics and
     # masks, do not depend on the input: as inputs they would count as activations.
     graph, *states = nnx.split(model, nnx.Param, (nnx.Cache, nnx.RngState), ...)

@@ -164,8 +164,8 @@ def test_names_that_do_not_say_convolution(name, leaf):
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        ("q_proj/w", (64, 8, 16), ["no bias"]),
-        ("o_proj/kernel", (8, 16, 64), ["no bias", "(in, in, out)"]),
+        ("q_proj/w", (64, 8, 16), ["without a bias"]),
+        ("o_proj/kernel", (8, 16, 64), ["without a bias", "(in, in, out)"]),
         ("attn_vec_einsum/w", (8, 16, 64), ["einsum"]),
         ("layers/Dense_0/kernel", (16, 8, 16), ["a stack of layers"]),
         ("wi_0/kernel", (16, 8, 16), []),
@@ -195,7 +195,7 @@ def test_what_stays_open_without_a_bias(name, shape, words):
 
 
 def test_a_bias_that_fits_nothing():
-    assert is_unknown(found("a/kernel", (8, 4), a__bias=(8,)), "(8,)", "fits no documented layer")
+    assert is_unknown(found("a/kernel", (8, 4), a__bias=(8,)), "(8,)", "fits no known layer")
     assert is_unknown(found("a/weight", (8, 4), a__bias=(4,)), "(4,)")
     assert is_unknown(found("a/kernel", (3, 3, 8, 4), a__bias=(5,)), "(5,)")
 
@@ -214,7 +214,7 @@ def test_parametrizations_of_leaves_that_pytorch_does_not_have(leaf):
 def test_a_norm_that_follows_but_does_not_fit_says_nothing():
     shapes = {"b.0.weight": (8, 4, 3, 3), "b.1.weight": (5,), "b.1.bias": (5,), "c.weight": (8, 8)}
     outcomes = layouts(shapes)
-    assert is_unknown(outcomes["b.0.weight"], "no bias")
+    assert is_unknown(outcomes["b.0.weight"], "without a bias")
     assert outcomes["c.weight"] == LINEAR
 
 
@@ -237,7 +237,7 @@ def test_a_contradiction_leaves_all_leaves_open_that_nothing_corroborates(leaf):
         f"no_bias/{leaf}": inputs,
     }
     outcomes = layouts(shapes)
-    assert is_unknown(outcomes[f"odd/{leaf}"], "fits no documented layer")
+    assert is_unknown(outcomes[f"odd/{leaf}"], "fits no known layer")
     assert is_unknown(outcomes[f"square/{leaf}"], f"odd/{leaf}", "contradicts")
     assert is_unknown(outcomes[f"no_bias/{leaf}"], f"odd/{leaf}")
     assert outcomes[f"plain/{leaf}"] == (DENSE if leaf == "kernel" else LINEAR)
@@ -355,3 +355,23 @@ def test_depthwise_convolutions_of_keras_do_not_contradict():
         "dw/bias": "bias",
         "top/kernel": DENSE,
     }
+
+
+@pytest.mark.parametrize("leaf", ["weight", "kernel"])
+def test_a_transposed_convolution_in_the_tree_makes_names_doubtful(leaf):
+    """A user who calls one of them conv1 may call the next one conv2."""
+    square = (3, 3, 8, 8) if leaf == "kernel" else (8, 8, 3, 3)
+    transposed = (3, 3, 8, 16) if leaf == "kernel" else (16, 8, 3, 3)
+    tree = {f"conv1/{leaf}": transposed, "conv1/bias": (8,), f"conv2/{leaf}": square}
+    outcome = layouts({**tree, "conv2/bias": (8,)})[f"conv2/{leaf}"]
+    assert is_unknown(outcome, f"conv1/{leaf} is a transposed convolution")
+    alone = layouts({f"conv2/{leaf}": square, "conv2/bias": (8,)})[f"conv2/{leaf}"]
+    assert isinstance(alone, Axes)
+
+
+@pytest.mark.parametrize(
+    "name", ["conv_t", "convt", "convtr", "tconv", "t_conv", "dconv", "inv_conv"]
+)
+def test_names_of_transposed_convolutions_are_ambiguous(name):
+    outcome = layouts({f"{name}.weight": (8, 8, 3, 3), f"{name}.bias": (8,)})[f"{name}.weight"]
+    assert is_unknown(outcome, "transposed")
