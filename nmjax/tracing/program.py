@@ -212,6 +212,10 @@ class _WeightReader(Reader[Value]):
             for leaf in weights:
                 self.uses[leaf].derived_from |= weights
         elif times is not None:
+            is_convolution = not product.sides[0].is_followed
+            if is_convolution and pair[1].weights:
+                # Which operand is the kernel is certain, whatever the image is.
+                self._record_product(product.sides[1], pair[1], pair[0])
             for value, shape in zip(pair, shapes, strict=False):
                 if value.is_matrix(shape):
                     for leaf in value.weights:

@@ -73,7 +73,8 @@ def test_two_processes_train_as_one(tmp_path, layout, read):
     assert "epoch 4/4" in out
     assert "epoch" not in quiet  # One prints for all.
     for share, error in zip(read, (said, other_said), strict=True):
-        assert f"{4 * share} test examples read" in error
+        # One more example shows the shapes of a batch, from which the plan is made.
+        assert f"{4 * share + 1} test examples read" in error
     assert_same_training(tmp_path / "two", tmp_path / "one")
     ours, theirs = (JsonLines(tmp_path / name / "metrics.jsonl").read() for name in ("two", "one"))
     assert [line["sad_epoch"] for line in ours] == [line["sad_epoch"] for line in theirs]

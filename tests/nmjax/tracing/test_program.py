@@ -202,6 +202,12 @@ FOLLOWED = {
         (IMAGE,),
         {"kernel": Axes((-2,), (-1,), (-4, -3))},
     ),
+    "convolution of a constant image": (
+        lambda p, x: x + conv()(p, jnp.zeros((1, 4, 4, 8))),
+        {"kernel": (3, 3, 8, 16)},
+        (weight(1, 4, 4, 16),),
+        {"kernel": Axes((-2,), (-1,), (-4, -3))},
+    ),
     "depthwise convolution": (
         conv(feature_group_count=8),
         {"kernel": (3, 3, 1, 16)},
