@@ -12,7 +12,7 @@ from nmjax.layouts import Axes, GivenAxes
 _OPTIONS = {
     r"pass forward= and inputs= to read the axes off your program, ": "",
     r"Pass forward= and inputs=, or axes=, to make_plan": "Pass --axes 'RULE=AXES'",
-    r"\baxes=\{regular expression: axes\}": "--axes 'RULE=AXES'",
+    r"\baxes=\{path rule: axes\}": "--axes 'RULE=AXES'",
     r"\baxes=\{(['\"])(.+?)\1: nmjax\.Axes\(reduction=\.\.\., output=\.\.\., taps=\.\.\.\)\}": (
         r"--axes '\2=REDUCTION/OUTPUT/TAPS'"
     ),

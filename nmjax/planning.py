@@ -142,6 +142,7 @@ def check_axes(plan: Plan, forward: Callable[..., Any], params: Any, *inputs: An
     Raises:
       ValueError: a planned leaf takes part in products along other axes, or in none (the error
         lists all such leaves); the plan names a leaf that `params` does not have; no inputs.
+      TypeError: `plan` is not a plan; the inputs are the sizes of one shape.
 
     >>> params = {"kernel": jnp.zeros((16, 8))}  # stored as (out, in)
     >>> forward = lambda params, x: x @ params["kernel"].T

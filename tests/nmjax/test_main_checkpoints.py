@@ -84,6 +84,7 @@ def test_experts_are_not_left_dense_silently(tmp_path, capsys):
     assert "layers/0/experts/gate_up_proj (8, 32, 64)" in err
     assert "layers/0/experts/down_proj (8, 32, 32)" in err
     assert "q_proj" not in err
+    assert "give their reduction axes in --axes 'RULE=AXES'" in err
     assert {"--axes", "--exclude", "--on-unknown"} <= set(re.findall("--[a-z-]+", err))
     assert not re.search("[a-z_]+=", err.replace("--axes 'REGEX=-2'", ""))
     run(capsys, *command, "--axes", "experts=-2")
