@@ -41,8 +41,10 @@ def good(tmp_path_factory):
     rules = {"conv": "1x2@0.5", "dense": "1x2@0.5/layer", "odd": "2:3"}
     path = tmp_path_factory.mktemp("good") / "x"
     axes = {"out/kernel": (-3, -2)}
+    plan = nmjax.make_plan(params, "4:8", rules=rules, axes=axes)
     nmjax.save_packed(
-        path, nmjax.pack(params, nmjax.make_plan(params, "4:8", rules=rules, axes=axes))
+        path,
+        {**nmjax.pack(params, plan), "rng": jax.random.key(0), "rate": 0.5},
     )
     return path.read_bytes()
 
