@@ -189,6 +189,10 @@ def packed_matmul(
     return y.reshape(*batch, *packed.output_shape)
 
 
+# `x @ packed`, of a floor below.
+Packed.product = staticmethod(packed_matmul)
+
+
 def packed_conv(
     x: jax.Array,
     packed: Packed,

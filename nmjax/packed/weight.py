@@ -21,6 +21,7 @@ import numpy as np
 
 from nmjax.layouts.axes import Shape
 from nmjax.packed.bits import check_dtype
+from nmjax.packed.operators import MatrixOperators
 from nmjax.patterns.pattern import LeafPlan, Pattern
 from nmjax.trees.spans import Span, stack_axes
 
@@ -30,7 +31,7 @@ _HOW_TO_CAST = (
 )
 
 
-class Packed(abc.ABC):
+class Packed(MatrixOperators):
     """A weight stored as its kept values and where they were.
 
     Subclasses are frozen dataclasses, registered as pytree nodes whose only static field is
