@@ -13,7 +13,8 @@ from flax.core import meta
 from jax import lax
 
 from nmjax.kernels.cpu.depthwise import depthwise_conv
-from nmjax.kernels.matmul import Implementation, packed_conv, packed_matmul
+from nmjax.kernels.layer_products import packed_conv_general, packed_dot_general
+from nmjax.kernels.matmul import Implementation
 from nmjax.kernels.operands import as_window
 from nmjax.packed.weight import Packed, is_packed
 
@@ -54,7 +55,7 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
     >>> model = nn.Dense(16)
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
     >>> plan = nmjax.make_plan(params, "2:4")
-    >>> variables = {"params": nmjax.pack(params, plan)}
+    >>> variables = {"params": nmjax.pack(nmjax.prune(params, plan), plan)}
     >>> jax.jit(packed_apply(model))(variables, jnp.ones((1, 8))).shape
     (1, 16)
     """
@@ -97,12 +98,14 @@ def _multiply_packed(
         # A subclass's method. It reaches Flax's own `__call__` through super(), or later.
         return run(*args, **kwargs)
     kernel = own["kernel"]
+    multiply = partial(packed_dot_general, implementation=implementation)
+    convolve = partial(packed_conv_general, implementation=implementation)
     product: dict[str, Any] = (
         {"conv_general_dilated": _grouped_conv}
         if not packed
-        else {"dot_general": partial(_dot_general, kernel, implementation)}
+        else {"dot_general": _with_packed(multiply, kernel)}
         if isinstance(layer, _DENSE)
-        else {"conv_general_dilated": partial(_conv, kernel, implementation)}
+        else {"conv_general_dilated": _with_packed(convolve, kernel)}
     )
     copy = layer.clone(parent=None, **product)
     # Flax checks the kernel's shape and dtype, so the copy gets it unpacked. No product reads it.
@@ -137,68 +140,14 @@ def _unboxed(leaf: Any) -> Any:
     return meta.unbox(leaf)
 
 
-def _dot_general(
-    packed: Packed,
-    implementation: Implementation,
-    x: jax.Array,
-    w: jax.Array,
-    dimension_numbers: Any,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    **settings: Any,
-) -> jax.Array:
-    """`lax.dot_general` with the packed weight instead of `w`, which has its shape and dtype."""
-    (x_axes, w_axes), (x_batch, _) = dimension_numbers
-    plan = packed.leaf_plan
-    summed = {axis - w.ndim: x_axis for axis, x_axis in zip(w_axes, x_axes, strict=True)}
-    outputs = tuple(axis for axis in range(-w.ndim, 0) if axis not in summed)
-    # The plan may have packed the kernel along other axes than those that Flax contracts here.
-    # Then `w`, the unpacked kernel, gives the right product.
-    if x_batch or set(summed) != set(plan.reduction_axes) or outputs != plan.output_axes:
-        return lax.dot_general(
-            x, w, dimension_numbers, precision, preferred_element_type, **settings
-        )
-    # packed_matmul wants the summed axes of x last, in the order of the plan's reduction axes.
-    last = [summed[axis] for axis in plan.reduction_axes]
-    x = x.transpose(*(axis for axis in range(x.ndim) if axis not in last), *last)
-    # Flax casts kernel and input to its compute dtype before the product; only `w` got the cast.
-    y = packed_matmul(x, _cast(packed, w), implementation=implementation)
-    return y.astype(preferred_element_type or y.dtype)
+def _with_packed(product: Callable[..., jax.Array], packed: Packed) -> Callable[..., jax.Array]:
+    """A product function for Flax, which multiplies by the packed weight instead of its own."""
 
+    def multiply(x: jax.Array, w: jax.Array, *args: Any, **settings: Any) -> jax.Array:
+        # Flax casts kernel and input to its compute dtype first; only `w` got the cast.
+        return product(x, packed.with_values(packed.values.astype(w.dtype)), *args, **settings)
 
-def _conv(
-    packed: Packed,
-    implementation: Implementation,
-    x: jax.Array,
-    w: jax.Array,
-    strides: Any,
-    padding: Any,
-    *,
-    lhs_dilation: Any = None,
-    rhs_dilation: Any = None,
-    feature_group_count: int = 1,
-    preferred_element_type: Any = None,
-    **settings: Any,
-) -> jax.Array:
-    """`lax.conv_general_dilated`, channels last, with the packed weight instead of `w`."""
-    plain = feature_group_count == 1 and all(d == 1 for d in lhs_dilation or ())
-    if not plain or len(packed.kernel_taps) != w.ndim - 2:
-        settings |= {
-            "lhs_dilation": lhs_dilation,
-            "rhs_dilation": rhs_dilation,
-            "feature_group_count": feature_group_count,
-            "preferred_element_type": preferred_element_type,
-        }
-        return lax.conv_general_dilated(x, w, strides, padding, **settings)
-    y = packed_conv(
-        x,
-        _cast(packed, w),
-        strides=strides,
-        padding=padding,
-        dilation=rhs_dilation or 1,
-        implementation=implementation,
-    )
-    return y.astype(preferred_element_type or y.dtype)
+    return multiply
 
 
 def _grouped_conv(
@@ -224,8 +173,3 @@ def _grouped_conv(
         return depthwise_conv(x, w, window).astype(dtype)
 
     return lax.platform_dependent(x, w, cpu=shifted, default=convolve)
-
-
-def _cast(packed: Packed, w: jax.Array) -> Packed:
-    """The packed weight in the dtype that Flax computes in."""
-    return packed.with_values(packed.values.astype(w.dtype))
