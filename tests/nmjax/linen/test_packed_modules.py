@@ -34,7 +34,7 @@ def pruned_and_packed(module, x, pattern, **selection):
     plan = make_plan(module, pattern, x, **selection)
     rest = {name: tree for name, tree in variables.items() if name != "params"}
     pruned = {**rest, "params": nmjax.prune(variables["params"], plan)}
-    return pruned, {**rest, "params": nmjax.pack(variables["params"], plan)}
+    return pruned, {**rest, "params": nmjax.pack(pruned["params"], plan)}
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
@@ -130,7 +130,7 @@ def test_a_subclass_runs_once_and_where_it_stands():
     counts = {"calls": 0}
     settings = {"rngs": rngs, "mutable": ["counts", "intermediates"]}
     pruned = {"params": nmjax.prune(params, plan), "counts": counts}
-    packed = {"params": nmjax.pack(params, plan), "counts": counts}
+    packed = {"params": nmjax.pack(pruned["params"], plan), "counts": counts}
     expected, _ = model.apply(pruned, X, **settings)
     y, changed = packed_apply(model)(packed, X, **settings)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
