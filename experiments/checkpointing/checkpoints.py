@@ -24,6 +24,7 @@ from experiments.checkpointing.reading import (
     read_alone,
 )
 from experiments.checkpointing.stored_state import checksums, from_stored, split_alike, to_stored
+from experiments.distributed.barriers import client, shared_barrier
 from experiments.distributed.placement import HERE, Placement
 from experiments.distributed.processes import is_first, together
 from experiments.distributed.stopping import noted
@@ -71,6 +72,7 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy([newest, best]),
                 cleanup_tmp_directories=True,
                 single_host_load_and_broadcast=True,  # All processes see the same checkpoints.
+                async_options=_async_options(),
             ),
             item_names=("state", "about"),
         )
@@ -228,6 +230,16 @@ class Checkpoints:
                 f"of steps {', '.join(map(str, whole)) or 'none'} are whole; make room, then "
                 "continue with --resume"
             ) from error
+
+
+def _async_options() -> ocp.AsyncOptions | None:
+    if (connection := client()) is None:
+        return None
+    # A folder that one process fails to create in the background would keep the others waiting.
+    return ocp.AsyncOptions(
+        barrier_sync_fn=shared_barrier(connection, jax.process_index()),
+        create_directories_asynchronously=False,
+    )
 
 
 def _check(names: list[str], sums: jax.Array, expected: Any) -> None:

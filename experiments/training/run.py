@@ -154,8 +154,8 @@ class Run:
         for report in reports:
             steps, is_last = report.epoch * per_epoch, report.epoch == epochs
             # The line comes first, so that an epoch with a checkpoint always has its line.
-            if is_first():
-                log.append({**epoch_numbers(report), "step": steps, "seconds": report.seconds})
+            line = {**epoch_numbers(report), "step": steps, "seconds": report.seconds}
+            together(partial(log.append, line) if is_first() else lambda: None)
             if must_stop or is_last or report.epoch % flags.checkpoint_every == 0:
                 save(steps, report.state, score=_score(task, report))
             _say(epoch_line(report, epochs))

@@ -14,7 +14,8 @@ import jax
 from jax import lax
 
 from nmjax.kernels.cpu.depthwise import depthwise_conv
-from nmjax.kernels.matmul import Implementation, packed_conv, packed_matmul
+from nmjax.kernels.layer_products import packed_conv_general, packed_dot_general
+from nmjax.kernels.matmul import Implementation
 from nmjax.kernels.operands import as_window
 from nmjax.linen.obstacles import (
     check_layer,
@@ -120,11 +121,25 @@ def _multiply_packed(
         except flax.errors.ScopeParamShapeError as error:
             raise reads_kernel(layer, error) from error
     kernel = own["kernel"]
+<<<<<<< HEAD
     if packed:
         check_layer(layer, kernel)
     copy = layer.clone(parent=None, **_product(layer, base, kernel, implementation))
     # Flax checks the kernel's shape and dtype, so the copy gets it unpacked. No product reads it,
     # except the layer's own.
+=======
+    multiply = partial(packed_dot_general, implementation=implementation)
+    convolve = partial(packed_conv_general, implementation=implementation)
+    product: dict[str, Any] = (
+        {"conv_general_dilated": _grouped_conv}
+        if not packed
+        else {"dot_general": _with_packed(multiply, kernel)}
+        if isinstance(layer, _DENSE)
+        else {"conv_general_dilated": _with_packed(convolve, kernel)}
+    )
+    copy = layer.clone(parent=None, **product)
+    # Flax checks the kernel's shape and dtype, so the copy gets it unpacked. No product reads it.
+>>>>>>> main
     params = {**own, "kernel": kernel.unpack() if packed else kernel}
     return copy.apply({"params": params}, *args, method=base.__call__, **kwargs)
 
@@ -152,6 +167,7 @@ def _is_grouped(layer: nn.Module) -> bool:
     )
 
 
+<<<<<<< HEAD
 def _dot_general(
     packed: Packed,
     implementation: Implementation,
@@ -182,8 +198,34 @@ def _dot_general(
     with jax.default_matmul_precision(name) if name else nullcontext():
         y = packed_matmul(x, _cast(packed, w), implementation=implementation)
     return y.astype(preferred_element_type or y.dtype)
+=======
+def _own_params(module: nn.Module) -> dict[str, Any]:
+    """The module's own leaves, unboxed."""
+    if module.scope is None:
+        return {}
+    variables = module.scope.variables().get("params", {})
+    leaves = {name: _unboxed(leaf) for name, leaf in variables.items()}
+    # Mappings are the parameters of submodules.
+    return {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Mapping)}
 
 
+def _unboxed(leaf: Any) -> Any:
+    """Takes a leaf out of its box."""
+    # `meta.unbox` would apply the sharding of `nn.Partitioned`, which fits only the dense shape.
+    if isinstance(leaf, meta.Partitioned) and is_packed(leaf.value):
+        return leaf.value
+    return meta.unbox(leaf)
+
+
+def _with_packed(product: Callable[..., jax.Array], packed: Packed) -> Callable[..., jax.Array]:
+    """A product function for Flax, which multiplies by the packed weight instead of its own."""
+>>>>>>> main
+
+    def multiply(x: jax.Array, w: jax.Array, *args: Any, **settings: Any) -> jax.Array:
+        # Flax casts kernel and input to its compute dtype first; only `w` got the cast.
+        return product(x, packed.with_values(packed.values.astype(w.dtype)), *args, **settings)
+
+<<<<<<< HEAD
 def _conv(
     packed: Packed,
     implementation: Implementation,
@@ -221,6 +263,9 @@ def _conv(
             implementation=implementation,
         )
     return y.astype(preferred_element_type or y.dtype)
+=======
+    return multiply
+>>>>>>> main
 
 
 def _grouped_conv(
@@ -246,6 +291,7 @@ def _grouped_conv(
         return depthwise_conv(x, w, window).astype(dtype)
 
     return lax.platform_dependent(x, w, cpu=shifted, default=convolve)
+<<<<<<< HEAD
 
 
 def _cast(packed: Packed, w: jax.Array) -> Packed:
@@ -269,3 +315,5 @@ def _precision_name(precision: Any) -> str | None:
         return lax.Precision(first).name.lower()
     except ValueError:
         return None
+=======
+>>>>>>> main
