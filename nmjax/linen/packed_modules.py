@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -121,25 +120,11 @@ def _multiply_packed(
         except flax.errors.ScopeParamShapeError as error:
             raise reads_kernel(layer, error) from error
     kernel = own["kernel"]
-<<<<<<< HEAD
     if packed:
         check_layer(layer, kernel)
     copy = layer.clone(parent=None, **_product(layer, base, kernel, implementation))
     # Flax checks the kernel's shape and dtype, so the copy gets it unpacked. No product reads it,
     # except the layer's own.
-=======
-    multiply = partial(packed_dot_general, implementation=implementation)
-    convolve = partial(packed_conv_general, implementation=implementation)
-    product: dict[str, Any] = (
-        {"conv_general_dilated": _grouped_conv}
-        if not packed
-        else {"dot_general": _with_packed(multiply, kernel)}
-        if isinstance(layer, _DENSE)
-        else {"conv_general_dilated": _with_packed(convolve, kernel)}
-    )
-    copy = layer.clone(parent=None, **product)
-    # Flax checks the kernel's shape and dtype, so the copy gets it unpacked. No product reads it.
->>>>>>> main
     params = {**own, "kernel": kernel.unpack() if packed else kernel}
     return copy.apply({"params": params}, *args, method=base.__call__, **kwargs)
 
@@ -153,8 +138,10 @@ def _product(
     if has_own_product(layer, base):
         return {}
     if issubclass(base, _DENSE):
-        return {"dot_general": partial(_dot_general, kernel, implementation)}
-    return {"conv_general_dilated": partial(_conv, kernel, implementation)}
+        multiply = partial(packed_dot_general, implementation=implementation)
+        return {"dot_general": _with_packed(multiply, kernel)}
+    convolve = partial(packed_conv_general, implementation=implementation)
+    return {"conv_general_dilated": _with_packed(convolve, kernel)}
 
 
 def _is_grouped(layer: nn.Module) -> bool:
@@ -167,105 +154,14 @@ def _is_grouped(layer: nn.Module) -> bool:
     )
 
 
-<<<<<<< HEAD
-def _dot_general(
-    packed: Packed,
-    implementation: Implementation,
-    x: jax.Array,
-    w: jax.Array,
-    dimension_numbers: Any,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    **settings: Any,
-) -> jax.Array:
-    """`lax.dot_general` with the packed weight instead of `w`, which has its shape and dtype."""
-    (x_axes, w_axes), (x_batch, _) = dimension_numbers
-    plan = packed.leaf_plan
-    summed = {axis - w.ndim: x_axis for axis, x_axis in zip(w_axes, x_axes, strict=True)}
-    outputs = tuple(axis for axis in range(-w.ndim, 0) if axis not in summed)
-    # The plan may have packed the kernel along other axes than those that Flax contracts here.
-    # Then `w`, the unpacked kernel, gives the right product.
-    fits = not x_batch and set(summed) == set(plan.reduction_axes) and outputs == plan.output_axes
-    name = _precision_name(precision)
-    if not fits or name is None:
-        return lax.dot_general(
-            x, w, dimension_numbers, precision, preferred_element_type, **settings
-        )
-    # packed_matmul wants the summed axes of x last, in the order of the plan's reduction axes.
-    last = [summed[axis] for axis in plan.reduction_axes]
-    x = x.transpose(*(axis for axis in range(x.ndim) if axis not in last), *last)
-    # Flax casts kernel and input to its compute dtype before the product; only `w` got the cast.
-    with jax.default_matmul_precision(name) if name else nullcontext():
-        y = packed_matmul(x, _cast(packed, w), implementation=implementation)
-    return y.astype(preferred_element_type or y.dtype)
-=======
-def _own_params(module: nn.Module) -> dict[str, Any]:
-    """The module's own leaves, unboxed."""
-    if module.scope is None:
-        return {}
-    variables = module.scope.variables().get("params", {})
-    leaves = {name: _unboxed(leaf) for name, leaf in variables.items()}
-    # Mappings are the parameters of submodules.
-    return {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Mapping)}
-
-
-def _unboxed(leaf: Any) -> Any:
-    """Takes a leaf out of its box."""
-    # `meta.unbox` would apply the sharding of `nn.Partitioned`, which fits only the dense shape.
-    if isinstance(leaf, meta.Partitioned) and is_packed(leaf.value):
-        return leaf.value
-    return meta.unbox(leaf)
-
-
 def _with_packed(product: Callable[..., jax.Array], packed: Packed) -> Callable[..., jax.Array]:
     """A product function for Flax, which multiplies by the packed weight instead of its own."""
->>>>>>> main
 
     def multiply(x: jax.Array, w: jax.Array, *args: Any, **settings: Any) -> jax.Array:
         # Flax casts kernel and input to its compute dtype first; only `w` got the cast.
         return product(x, packed.with_values(packed.values.astype(w.dtype)), *args, **settings)
 
-<<<<<<< HEAD
-def _conv(
-    packed: Packed,
-    implementation: Implementation,
-    x: jax.Array,
-    w: jax.Array,
-    strides: Any,
-    padding: Any,
-    *,
-    lhs_dilation: Any = None,
-    rhs_dilation: Any = None,
-    feature_group_count: int = 1,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    **settings: Any,
-) -> jax.Array:
-    """`lax.conv_general_dilated`, channels last, with the packed weight instead of `w`."""
-    plain = feature_group_count == 1 and all(d == 1 for d in lhs_dilation or ())
-    name = _precision_name(precision)
-    if not plain or name is None or len(packed.kernel_taps) != w.ndim - 2:
-        settings |= {
-            "precision": precision,
-            "lhs_dilation": lhs_dilation,
-            "rhs_dilation": rhs_dilation,
-            "feature_group_count": feature_group_count,
-            "preferred_element_type": preferred_element_type,
-        }
-        return lax.conv_general_dilated(x, w, strides, padding, **settings)
-    with jax.default_matmul_precision(name) if name else nullcontext():
-        y = packed_conv(
-            x,
-            _cast(packed, w),
-            strides=strides,
-            padding=padding,
-            dilation=rhs_dilation or 1,
-            implementation=implementation,
-        )
-    return y.astype(preferred_element_type or y.dtype)
-=======
     return multiply
->>>>>>> main
 
 
 def _grouped_conv(
@@ -291,29 +187,3 @@ def _grouped_conv(
         return depthwise_conv(x, w, window).astype(dtype)
 
     return lax.platform_dependent(x, w, cpu=shifted, default=convolve)
-<<<<<<< HEAD
-
-
-def _cast(packed: Packed, w: jax.Array) -> Packed:
-    """The packed weight in the dtype that Flax computes in."""
-    return packed.with_values(packed.values.astype(w.dtype))
-
-
-def _precision_name(precision: Any) -> str | None:
-    """A layer's precision as the name of a default; empty if it has none.
-
-    None for a precision that no default can express, such as one for each operand.
-    """
-    if precision is None:
-        return ""
-    first, *others = precision if isinstance(precision, tuple) else (precision,)
-    if any(other != first for other in others):
-        return None
-    if isinstance(first, lax.DotAlgorithmPreset):
-        return first.name
-    try:
-        return lax.Precision(first).name.lower()
-    except ValueError:
-        return None
-=======
->>>>>>> main
