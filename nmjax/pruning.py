@@ -17,6 +17,7 @@ from nmjax.masks.scores import Score
 from nmjax.plans import LeafPlan, Plan, check_plan
 from nmjax.ste import apply_mask, check_mask, prune_sr_ste, prune_ste
 from nmjax.trees.leaves import IsLeaf, map_named, named_leaves
+from nmjax.trees.nnx_modules import check_not_nnx
 
 if TYPE_CHECKING:
     import chex
@@ -109,10 +110,11 @@ def planned_leaves(
 
     Raises:
       ValueError: a planned leaf is missing or has another shape; the error lists all such leaves.
-      TypeError: `plan` is not a plan; a planned leaf does not have a real floating dtype (the
-        error lists all of them).
+      TypeError: `plan` is not a plan; `params` is an NNX module; a planned leaf does not have a
+        real floating dtype (the error lists all of them).
     """
     check_plan(plan)
+    check_not_nnx(params)
     leaves = named_leaves(params, is_leaf=is_hidden)
     hidden = [name for name, leaf in leaves.items() if is_hidden is not None and is_hidden(leaf)]
     visible = [name for name in plan if not any(_is_below(name, node) for node in hidden)]

@@ -119,7 +119,15 @@ def _as_data(name: str, leaf: Any) -> tuple[str, Any]:
 def _from_data(name: str, array: Any) -> tuple[str, Any]:
     """The inverse of `_as_data`."""
     name, mark, implementation = name.partition(_KEY)
-    return name, jax.random.wrap_key_data(array, impl=implementation) if mark else array
+    if not mark:
+        return name, array
+    try:
+        return name, jax.random.wrap_key_data(array, impl=implementation)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} of {array.dtype}{array.shape} is not the data of a random key of "
+            f"{implementation[:20]!r}"
+        ) from error
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> None:
