@@ -64,7 +64,7 @@ def differences(now: Any, expected: Any) -> str:
 def read_json(path: Path) -> Any:
     """Reads a file; raises a ValueError that names it if it does not hold JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -72,7 +72,7 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any, **style: Any) -> None:
     """Writes a file whole or not at all; `style` goes to `json.dumps`."""
     text = json.dumps(value, **style) + "\n"
-    write_whole(path, lambda part: part.write_text(text))
+    write_whole(path, lambda part: part.write_text(text, "utf-8"))
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,18 @@ class JsonLines:
         """All lines, except a last one that was cut off while it was written."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text().splitlines(keepends=True)
+        lines = self.path.read_text("utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def append(self, entry: Numbers) -> None:
         """Adds a line."""
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(entry)) + "\n")
 
     def keep(self, wanted: Callable[[Numbers], bool]) -> None:
         """Drops all other lines."""
         text = "".join(json.dumps(line) + "\n" for line in self.read() if wanted(line))
-        write_whole(self.path, lambda part: part.write_text(text))
+        write_whole(self.path, lambda part: part.write_text(text, "utf-8"))
 
 
 def _differences(now: Any, expected: Any, name: str) -> Iterator[str]:
@@ -111,5 +111,6 @@ def _differences(now: Any, expected: Any, name: str) -> Iterator[str]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")  # `platform.processor` often finds nothing on Linux.
-    found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else None
+    text = info.read_text("utf-8", "replace") if info.exists() else ""
+    found = re.search(r"^model name\s*: (.*)$", text, re.M)
     return found[1] if found else platform.processor() or platform.machine()

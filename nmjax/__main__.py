@@ -183,13 +183,16 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(_positive, text.split(",")))
+    numbers = tuple(map(_positive, text.split(",")))
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} names a number twice")
+    return numbers
 
 
 def _read(arguments: argparse.Namespace) -> Any:

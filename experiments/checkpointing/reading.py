@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import orbax.checkpoint as ocp
 
 # What a machine may lack for reading; MemoryError and PermissionError have classes.
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+# Tensorstore raises ValueErrors, whose text has the number, such as "[os_error_code='24']".
+_TOLD = {*_LACKING, errno.EACCES, errno.EPERM}
+_TOLD_BY_TENSORSTORE = re.compile(rf"os_error_code='({'|'.join(map(str, sorted(_TOLD)))})'")
 
 
 class DamagedError(Exception):
@@ -48,8 +52,10 @@ def _is_lack(error: BaseException) -> bool:
     # JAX only sees numbers that have been read, so its errors are never about the file.
     if isinstance(error, MemoryError | PermissionError | jax.errors.JaxRuntimeError):
         return True
+    if getattr(error, "errno", None) in _LACKING or _TOLD_BY_TENSORSTORE.search(str(error)):
+        return True
     behind = error.__cause__ or error.__context__
-    return getattr(error, "errno", None) in _LACKING or (behind is not None and _is_lack(behind))
+    return behind is not None and _is_lack(behind)
 
 
 def first_line(error: BaseException) -> str:

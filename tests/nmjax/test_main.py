@@ -267,6 +267,8 @@ def test_errors_are_one_message(files, capsys, arguments):
         ("bench x --batch 0", "'0' is not a positive integer"),
         ("bench x --side -1", "--side"),
         ("bench x --threads 1,two", "'two' is not a positive integer"),
+        ("bench x --threads 1,2,1", "'1,2,1' names a number twice"),
+        ("bench x --batch １", "'１' is not a positive integer"),
     ],
 )
 def test_unknown_commands_exit_with_usage(capsys, arguments, words):

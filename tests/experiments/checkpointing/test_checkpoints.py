@@ -269,6 +269,20 @@ def test_numbers_that_changed_on_disk_are_noticed(tmp_path, capsys, monkeypatch)
     assert "2 is damaged: params/layer/kernel is not what was written" in capsys.readouterr().err
 
 
+def test_what_tensorstore_cannot_find_is_damage(tmp_path, capsys, monkeypatch):
+    saved_twice(tmp_path)
+    restore = checkpoints.ocp.Checkpointer.restore
+
+    def lose(self, path, **kwargs):
+        if path == tmp_path / "2" / "state":
+            raise ValueError("NOT_FOUND: Failed to open [os_error_code='2' source locations='x']")
+        return restore(self, path, **kwargs)
+
+    monkeypatch.setattr(checkpoints.ocp.Checkpointer, "restore", lose)
+    assert Checkpoints(tmp_path).restore(LIKE)[0] == 1
+    assert "2 is damaged: NOT_FOUND" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("step", ["files", "checksums"])
 def test_what_another_process_cannot_read_is_not_used(tmp_path, capsys, monkeypatch, step):
     saved_twice(tmp_path)
@@ -304,6 +318,9 @@ def test_no_whole_checkpoint_is_an_error_and_all_stay(tmp_path):
         OSError(errno.ESTALE, "Stale file handle"),
         OSError(errno.EMFILE, "Too many open files"),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        # Tensorstore's own kind of error, while it reads.
+        ValueError("NOT_FOUND: Failed to open [os_error_code='24' source locations='x']"),
+        ValueError("PERMISSION_DENIED: Failed to open [os_error_code='13']"),
     ],
     ids=lambda error: type(error).__name__,
 )
