@@ -163,7 +163,8 @@ def packed_matmul(
 
     >>> import nmjax
     >>> params = {"kernel": jnp.array([[1.0, 5.0], [2.0, 6.0], [3.0, 7.0], [4.0, 8.0]])}
-    >>> packed = nmjax.pack(params, nmjax.make_plan(params, "2:4"))
+    >>> plan = nmjax.make_plan(params, "2:4")
+    >>> packed = nmjax.pack(nmjax.prune(params, plan), plan)
     >>> packed_matmul(jnp.ones((1, 4)), packed["kernel"]).tolist()
     [[7.0, 15.0]]
     """

@@ -54,7 +54,7 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
     >>> model = nn.Dense(16)
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
     >>> plan = nmjax.make_plan(params, "2:4")
-    >>> variables = {"params": nmjax.pack(params, plan)}
+    >>> variables = {"params": nmjax.pack(nmjax.prune(params, plan), plan)}
     >>> jax.jit(packed_apply(model))(variables, jnp.ones((1, 8))).shape
     (1, 16)
     """

@@ -235,6 +235,7 @@ def test_a_method_says_how_often_it_is_refreshed(every, expected):
             "count": state["count"] + 1,
         },
         apply=lambda params, state: params,
+        export=lambda params, state: params,
     )
     method = Method(sparsifier, lambda lambda_w: optax.identity(), refresh_every=every)
     report = last(train(Job(task, plan_of(task, "2:4"), method)))
