@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -100,6 +101,22 @@ def test_resuming_a_complete_run_does_nothing(whole, capsys):
     assert main([*DIGITS, "--runs-dir", str(whole.parent), "--name", "whole", "--resume"]) == 0
     assert "4 of 4 epochs done" in capsys.readouterr().out
     assert metrics(whole) == before
+
+
+def test_damaged_lines_and_scores_do_not_stop_a_run(whole, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "whole")
+    before = metrics(folder)
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"epoch": 2', '{"epoch: 2'))
+    damaged = path.read_bytes()
+    (folder / "checkpoints" / "80" / "metrics" / "metrics").write_text("{")
+    assert main([*DIGITS, "--runs-dir", str(tmp_path), "--name", "whole", "--resume"]) == 0
+    said = capsys.readouterr()
+    assert "4 of 4 epochs done" in said.out
+    assert f"the score of the checkpoint {folder}/checkpoints/80 is damaged" in said.err
+    assert f"warning: {path} is damaged in line 2; it is now damaged-metrics.jsonl" in said.err
+    assert metrics(folder) == [line for line in before if line["epoch"] != 2]
+    assert (folder / "damaged-metrics.jsonl").read_bytes() == damaged
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(whole, capsys):
