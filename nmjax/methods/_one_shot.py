@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nmjax.methods.sparsifier import Sparsifier
+from nmjax.methods.sparsifier import Sparsifier, export_masked
 from nmjax.plans import Plan
 from nmjax.pruning import Masks, check_masks, compute_masks, planned_leaves, prune
 
@@ -55,6 +55,13 @@ def one_shot(plan: Plan, *, at_step: int = 0, masks: Masks | None = None) -> Spa
             "of the two arguments"
         )
 
+    unfinished = (
+        "The given masks= keep more than the plan does."
+        if masks is not None
+        else f"one_shot prunes in the first refresh at or after at_step={at_step}: call "
+        "state = sparsifier.refresh(state, params, step) there, and export the state it returns."
+    )
+
     def init(params: chex.ArrayTree, key: chex.PRNGKey) -> OneShotState:
         del key
         leaves = planned_leaves(params, plan)
@@ -82,4 +89,7 @@ def one_shot(plan: Plan, *, at_step: int = 0, masks: Masks | None = None) -> Spa
     def apply(params: chex.ArrayTree, state: OneShotState) -> chex.ArrayTree:
         return prune(params, plan, state.masks)
 
-    return Sparsifier(init, refresh, apply)
+    def export(params: chex.ArrayTree, state: OneShotState) -> chex.ArrayTree:
+        return export_masked(params, plan, state.masks, unfinished)
+
+    return Sparsifier(init, refresh, apply, export)

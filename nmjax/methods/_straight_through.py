@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from nmjax.methods.sparsifier import Sparsifier, stateless
 from nmjax.plans import Plan
-from nmjax.pruning import sparsify
+from nmjax.pruning import prune, sparsify
 
 if TYPE_CHECKING:
     import chex
@@ -23,4 +23,7 @@ def straight_through(plan: Plan, *, lambda_w: chex.Numeric | None = None) -> Spa
     Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From
     Scratch", ICLR 2021.
     """
-    return stateless(lambda params: sparsify(params, plan, lambda_w=lambda_w))
+    return stateless(
+        lambda params: sparsify(params, plan, lambda_w=lambda_w),
+        lambda params: prune(params, plan),
+    )
