@@ -59,6 +59,7 @@ def use_packed_products(layer: Any) -> None:
 
 def check_layers(model: nnx.Module, plans: Mapping[str, LeafPlan]) -> None:
     """Raises TypeError unless the layers of all planned parameters can multiply by them packed."""
+    _check_not_quantized(model)
     variables = named_variables(nnx.state(model, nnx.Param))
     rewriting = _rewritten_by(model)
     obstacles: dict[str, str] = {}
@@ -92,6 +93,17 @@ def holders(model: nnx.Module, names: Collection[str]) -> list[tuple[Any, str, s
         for attribute, value in vars(node).items()
         if id(value) in named
     ]
+
+
+def _check_not_quantized(model: nnx.Module) -> None:
+    """Raises TypeError if qwix has replaced the products of a module."""
+    for _, node in nnx.iter_graph(model):
+        # qwix gives the modules that it quantizes a new class, with the old one as an attribute.
+        if hasattr(type(node), "_unquantized_type"):
+            raise TypeError(
+                f"{type(node).__name__} is quantized by qwix, and packed products would not be: "
+                "pack the module before qwix.quantize_model, or leave the quantized one pruned"
+            )
 
 
 def _obstacle(layer: Any, name: str, leaf_plan: LeafPlan) -> str:
