@@ -32,7 +32,7 @@ from nmjax.packed.storage import sizes
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.planning import make_plan
 from nmjax.plans import DenseLeaf, Plan
-from nmjax.pruning import prune
+from nmjax.pruning import compute_masks, prune
 from nmjax.tables import printable, text_table
 from nmjax.trees.leaves import named_leaves, nest
 
@@ -338,7 +338,7 @@ def _packed(params: Any, plan: Plan) -> Any:
     with warnings.catch_warnings():
         # The commands print this warning themselves, because it names arguments of functions.
         warnings.filterwarnings("ignore", message=re.escape(plan.warning or "WARNING"))
-        return pack(params, plan)
+        return pack(params, plan, compute_masks(params, plan))
 
 
 def _unknown_axes(plan: Plan) -> str:

@@ -98,7 +98,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     params = {"layer": {"kernel": case.w}}
     axes = nmjax.Axes((-2,), (-1,), tuple(range(-case.w.ndim, -2)))
     plan = nmjax.make_plan(params, case.pattern, axes={"kernel": axes})
-    packed = nmjax.pack(params, plan)["layer"]["kernel"]
+    packed = nmjax.pack(nmjax.prune(params, plan), plan)["layer"]["kernel"]
     functions = dense_functions(case)
     sparse = jax.jit(
         partial(nmjax.packed_conv, strides=case.stride, implementation="ffi")

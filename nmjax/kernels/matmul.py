@@ -163,7 +163,8 @@ def packed_matmul(
 
     >>> import nmjax
     >>> params = {"kernel": jnp.array([[1.0, 5.0], [2.0, 6.0], [3.0, 7.0], [4.0, 8.0]])}
-    >>> packed = nmjax.pack(params, nmjax.make_plan(params, "2:4"))
+    >>> plan = nmjax.make_plan(params, "2:4")
+    >>> packed = nmjax.pack(nmjax.prune(params, plan), plan)
     >>> packed_matmul(jnp.ones((1, 4)), packed["kernel"]).tolist()
     [[7.0, 15.0]]
     """
@@ -187,6 +188,10 @@ def packed_matmul(
     way = _select(rows, packed, rows.shape[0], implementation)
     y = _multiply(way, activation, rows, packed, _flat_bias(bias, packed))
     return y.reshape(*batch, *packed.output_shape)
+
+
+# `x @ packed`, of a floor below.
+Packed.product = staticmethod(packed_matmul)
 
 
 def packed_conv(
@@ -353,7 +358,7 @@ def _check(packed: Any, activation: Any, implementation: Any) -> None:
         raise TypeError(
             f"expected a packed weight, a leaf of what nmjax.pack returns, got {type(packed)}"
         )
-    packed.check_shard()
+    packed.check_arrays()
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -364,8 +369,10 @@ def _check(packed: Any, activation: Any, implementation: Any) -> None:
 
 
 def _check_floating(x: jax.Array) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x must be floating, got {x.dtype}{x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+        raise TypeError(
+            f"x must be floating, of at least 16 bits, got {x.dtype}{x.shape}; cast it first"
+        )
 
 
 def _flat_bias(bias: jax.Array | None, packed: Packed) -> jax.Array | None:

@@ -25,7 +25,8 @@ def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
     >>> import jax.numpy as jnp
     >>> import nmjax
     >>> params = {"kernel": jnp.ones((8, 6))}
-    >>> packed = nmjax.pack(params, nmjax.make_plan(params, "7:8"))
+    >>> plan = nmjax.make_plan(params, "7:8")
+    >>> packed = nmjax.pack(nmjax.prune(params, plan), plan)
     >>> unpack_slow(packed)["kernel"].shape
     (8, 6)
     """

@@ -12,4 +12,4 @@ def dense() -> Sparsifier:
     >>> dense().apply(params, ()) is params
     True
     """
-    return stateless(lambda params: params)
+    return stateless(lambda params: params, lambda params: params)

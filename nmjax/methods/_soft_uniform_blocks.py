@@ -13,7 +13,7 @@ from nmjax.layouts.axes import Axes
 from nmjax.masks.blocks import keep_blocks, score_blocks, split_blocks, spread_blocks
 from nmjax.masks.scores import BlockScore, block_score, magnitude
 from nmjax.methods.schedules import Ramp
-from nmjax.methods.sparsifier import Sparsifier
+from nmjax.methods.sparsifier import Sparsifier, export_masked
 from nmjax.patterns import Block1xN, is_blocks
 from nmjax.plans import Plan
 from nmjax.pruning import planned_leaves, prune, sparsify
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 # which generator it belongs to, so the generator is fixed here.
 _GENERATOR = "threefry2x32"
 _ROUNDING = 1e-6  # A few float32 rounding errors.
+
+_UNFINISHED = (
+    "soft_uniform_blocks reaches the pattern in the first refresh at or after the end of the ramp. "
+    "Train until then, or end the ramp earlier."
+)
 
 
 class SoftBlocksState(NamedTuple):
@@ -147,7 +152,10 @@ def soft_uniform_blocks(
     def apply(params: chex.ArrayTree, state: SoftBlocksState) -> chex.ArrayTree:
         return (sparsify if soft else prune)(params, plan, state.masks)
 
-    return Sparsifier(init, refresh, apply)
+    def export(params: chex.ArrayTree, state: SoftBlocksState) -> chex.ArrayTree:
+        return export_masked(params, plan, state.masks, _UNFINISHED)
+
+    return Sparsifier(init, refresh, apply, export)
 
 
 class _Layer(NamedTuple):

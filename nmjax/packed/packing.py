@@ -20,7 +20,19 @@ from nmjax.trees.leaves import map_named, named_leaves
 
 
 def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
-    """Prunes and packs the planned leaves exactly: `unpack(pack(p, plan)) == prune(p, plan)`.
+    """Packs sparse weights exactly: `unpack(pack(p, plan)) == p`.
+
+    Pack the weights that the network was trained and evaluated with:
+
+    - `pack(sparsifier.export(params, state), plan)` after training with a `nmjax.Sparsifier`,
+    - `pack(prune(params, plan), plan)` after training with `nmjax.sparsify`,
+    - `pack(params, plan, masks)` for dense parameters and the masks they were trained with.
+
+    Prune before you cast: weights cast to bfloat16 have ties, so their masks differ from those of
+    training.
+
+    Weights that are not sparse are an error, because packing them would drop weights that the
+    network uses. Inside `jax.jit` the values are unknown, so `pack` keeps the largest weights.
 
     Outside `jax.jit`, every bit of a kept weight is copied. Inside, XLA's CPU compiler may quiet
     signaling NaNs and flush denormal bfloat16 numbers, as it does whenever it copies them.
@@ -29,23 +41,25 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
     It warns if the plan leaves most weights dense only because their axes are unknown.
 
     Args:
-      params: dense or pruned parameters that fit the plan. Leaves may have more axes in front than
-        planned.
+      params: pruned parameters that fit the plan, or dense ones with `masks`. Leaves may have more
+        axes in front than planned.
       plan: from `nmjax.make_plan`.
-      masks: leaf name -> boolean array, True = kept; computed from `params` by default.
+      masks: leaf name -> boolean array, True = kept. By default, the nonzero weights are kept.
 
     Returns:
       The same tree with a `PackedNM` or `PackedBlocks` for each planned leaf; others untouched.
 
     Raises:
-      ValueError: a planned leaf is already packed; `params` or `masks` do not fit the plan; a mask
-        keeps more than its pattern does. (Values of traced masks are unknown, so inside `jax.jit`
-        groups or rows that keep too many become NaN instead.)
+      ValueError: without masks, the weights are not sparse (the error lists all such leaves); a
+        planned leaf is already packed; `params` or `masks` do not fit the plan; a mask keeps more
+        than its pattern does. (Values of traced masks are unknown, so inside `jax.jit` groups or
+        rows that keep too many become NaN instead.)
       TypeError: a mask is not boolean; a weight's dtype does not fill whole bytes.
 
     >>> import nmjax
     >>> params = {"kernel": jnp.array([[4.0], [3.0], [-5.0], [1.0]])}
-    >>> packed = pack(params, nmjax.make_plan(params, "2:4"))
+    >>> plan = nmjax.make_plan(params, "2:4")
+    >>> packed = pack(nmjax.prune(params, plan), plan)
     >>> packed["kernel"].values.ravel().tolist(), packed["kernel"].positions().ravel().tolist()
     ([4.0, -5.0], [0, 2])
     >>> unpack(packed)["kernel"].ravel().tolist()
@@ -63,11 +77,14 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
     leaves = planned_leaves(params, plan)
     if masks is None:
         masks = compute_masks(params, plan)
+        _check_nothing_is_dropped(leaves, masks)
     else:
         check_masks(masks, leaves)
         # Values of traced masks are unknown; what keeps too many becomes NaN.
         visible = {n: mask for n, mask in masks.items() if not isinstance(mask, jax.core.Tracer)}
-        _check_misfits(visible, plan, "the masks keep more than the plan does")
+        # Inside `jax.jit`, operations on visible masks would be traced, too.
+        with jax.ensure_compile_time_eval():
+            _check_misfits(visible, plan, "the masks keep more than the plan does")
     return map_named(
         lambda name, leaf: _pack_leaf(leaf, masks[name], plan[name]) if name in masks else leaf,
         params,
@@ -96,14 +113,56 @@ def check_sparse(params: Any, plan: Plan) -> None:
     Raises:
       ValueError: a leaf has groups that keep too many weights (all such leaves are named, with
         counts); `params` do not fit the plan.
+      TypeError: inside `jax.jit`.
     """
+    check_pattern(params, plan, "these weights are not sparse yet; call nmjax.prune first")
+
+
+def check_pattern(params: Any, plan: Plan, complaint: str) -> None:
+    """`check_sparse` with another complaint in front of the list of leaves."""
     leaves = planned_leaves(params, plan)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
+        raise TypeError(
+            "whether weights are sparse depends on their values, which are unknown inside jax.jit "
+            "and other transformations; check or export them outside"
+        )
     nonzero = {name: jnp.asarray(leaf) != 0 for name, leaf in leaves.items()}
-    _check_misfits(nonzero, plan, "these weights are not sparse yet; call nmjax.prune first")
+    _check_misfits(nonzero, plan, complaint)
 
 
 def _pack_leaf(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Packed:
     return Packed.kind_for(leaf_plan.pattern).pack(jnp.asarray(w), jnp.asarray(mask), leaf_plan)
+
+
+def _check_nothing_is_dropped(leaves: Masks, masks: Masks) -> None:
+    """Raises ValueError if the masks drop nonzero weights whose values are known."""
+    dropped = {
+        name: _count_dropped(leaf, masks[name])
+        for name, leaf in leaves.items()
+        if not isinstance(leaf, jax.core.Tracer) and not isinstance(masks[name], jax.core.Tracer)
+    }
+    # One transfer for all leaves, after every count has been started.
+    counts = {name: int(count) for name, count in jax.device_get(dropped).items()}
+    if any(counts.values()):
+        raise ValueError(
+            "these weights are not sparse, and packing them would drop weights that the network "
+            "uses:\n"
+            + "\n".join(
+                f"  {name} {leaves[name].shape}: {count:,} of {leaves[name].size:,} weights would "
+                "be dropped"
+                for name, count in counts.items()
+                if count
+            )
+            + "\nPass the sparse weights of training: sparsifier.export(params, state), or "
+            "nmjax.prune(params, plan) if the masks follow the weights, as with nmjax.sparsify. Or "
+            "pass the masks of training in masks=."
+        )
+
+
+@jax.jit
+def _count_dropped(w: jax.Array, mask: jax.Array) -> jax.Array:
+    # NaN differs from zero, so it counts as a weight.
+    return jnp.sum((w != 0) & ~mask, dtype=jnp.int32)
 
 
 def _check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:

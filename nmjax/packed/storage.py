@@ -85,7 +85,8 @@ def sizes(packed: Any) -> Sizes:
     >>> import jax.numpy as jnp
     >>> import nmjax
     >>> params = {"kernel": jnp.ones((64, 64), jnp.bfloat16)}
-    >>> sizes(nmjax.pack(params, nmjax.make_plan(params, "2:4"))).total
+    >>> plan = nmjax.make_plan(params, "2:4")
+    >>> sizes(nmjax.pack(nmjax.prune(params, plan), plan)).total
     LeafSize(pattern='', dense=8192, packed=4608, least=4427)
     """
     leaves = named_leaves(packed, is_leaf=is_packed)

@@ -13,6 +13,7 @@ import nmjax
 from nmjax.__main__ import main
 from nmjax.files.tensor_files import write_tensors
 from nmjax.trees.leaves import named_leaves
+from tests.nmjax.packed_weights import prune_and_pack
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -99,7 +100,7 @@ def test_plan_says_what_and_why_not(files, capsys):
     assert "bias" in rows["body/bias"]
     plan = nmjax.make_plan(PARAMS, "2:4", on_indivisible="dense")
     assert str(plan) in text
-    assert str(nmjax.sizes(nmjax.pack(PARAMS, plan))) in text
+    assert str(nmjax.sizes(prune_and_pack(PARAMS, plan))) in text
     products = text.split("because")[1].splitlines()
     assert {line.split()[0] for line in products if "/kernel" in line} == set(plan)
     assert "nmjax bench" in products[-1]
@@ -220,7 +221,7 @@ def test_a_stack_of_layers_is_multiplied_as_its_layers_are(tmp_path, capsys, pat
     for stack in ((), (4,)):
         params = {"kernel": jnp.ones((*stack, 16, 32)), "bias": jnp.ones((*stack, 32))}
         out = str(tmp_path / "packed.safetensors")
-        nmjax.save_packed(out, nmjax.pack(params, nmjax.make_plan(params, pattern)))
+        nmjax.save_packed(out, prune_and_pack(params, nmjax.make_plan(params, pattern)))
         text, _ = run(capsys, "info", out)
         lines.append([line for line in text.splitlines() if line.startswith("kernel")][-1])
     assert lines[0].split() == lines[1].split()

@@ -1,5 +1,7 @@
 """The training loop: seeds, repetition, compilation, continuing, stopping."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -207,6 +209,16 @@ def test_what_a_report_measures_of_blocks(method, seeds):
     assert report.density == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize(("said", "found"), [(STEPS - 1, "more"), (STEPS + 2, STEPS)])
+def test_a_task_that_miscounts_its_batches_is_refused(said, found):
+    """Its mean loss and its schedules would be wrong."""
+    task = dataclasses.replace(tiny_task(epochs=2), steps_per_epoch=said)
+    job = make_job("ste", epochs=2)._replace(task=task)
+    message = f"says steps_per_epoch={said}, but epoch 1 has {found} batches"
+    with pytest.raises(ValueError, match=message):
+        last(train(job))
+
+
 def test_methods_without_block_masks_report_no_blocks():
     assert last(train(make_job("one_shot", epochs=2))).blocks == {}
     assert last(train(make_job("sr_ste", epochs=1))).blocks == {}
@@ -223,6 +235,7 @@ def test_a_method_says_how_often_it_is_refreshed(every, expected):
             "count": state["count"] + 1,
         },
         apply=lambda params, state: params,
+        export=lambda params, state: params,
     )
     method = Method(sparsifier, lambda lambda_w: optax.identity(), refresh_every=every)
     report = last(train(Job(task, plan_of(task, "2:4"), method)))

@@ -229,6 +229,7 @@ def test_a_method_from_outside_plugs_in():
             "times": state["times"] + 1,
         },
         apply=lambda params, state: nmjax.sparsify(params, plan, state["masks"]),
+        export=lambda params, state: nmjax.prune(params, plan, state["masks"]),
     )
     method = Method(sparsifier, lambda lambda_w: optax.scale(0.5))
     *_, report = train(Job(task, plan, method), seeds=(0, 1))

@@ -7,6 +7,7 @@ import pytest
 import nmjax
 from nmjax.__main__ import main
 from nmjax.analysis import layer_times
+from tests.nmjax.packed_weights import prune_and_pack
 
 SHAPES = {"dense": (32, 16), "conv_line": (4, 8, 16), "conv": (3, 3, 16, 16)}
 
@@ -19,7 +20,7 @@ def packed_layers(pattern):
         }
         for name, shape in SHAPES.items()
     }
-    return nmjax.pack(params, nmjax.make_plan(params, pattern))
+    return prune_and_pack(params, nmjax.make_plan(params, pattern))
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
@@ -52,7 +53,7 @@ def test_what_is_multiplied_dense_takes_as_long_as_that(tmp_path):
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5", "1x4@0.5/layer"])
 def test_of_a_stack_one_layer_is_measured(tmp_path, pattern):
     params = {"kernel": jnp.ones((3, 32, 16)), "bias": jnp.zeros((3, 16))}
-    packed = nmjax.pack(params, nmjax.make_plan(params, pattern))
+    packed = prune_and_pack(params, nmjax.make_plan(params, pattern))
     nmjax.save_packed(tmp_path / "a.safetensors", packed)
     [row] = layer_times.measure(tmp_path / "a.safetensors", 2, 5)
     assert row["layer"][2] == "matmul 2x32 by 32x16"

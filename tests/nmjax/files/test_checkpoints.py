@@ -14,6 +14,7 @@ from nmjax.files.checkpoints import read_checkpoint, read_params
 from nmjax.files.tensor_files import write_tensors
 from nmjax.files.torch_layout import save_torch
 from nmjax.trees.leaves import named_leaves
+from tests.nmjax.packed_weights import prune_and_pack
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -214,7 +215,7 @@ def test_a_parameter_list_of_torch_called_params_is_no_training_state(tmp_path):
 
 
 def test_packed_files(tmp_path):
-    nmjax.save_packed(tmp_path / "x", nmjax.pack(PARAMS, nmjax.make_plan(PARAMS, "2:4")))
+    nmjax.save_packed(tmp_path / "x", prune_and_pack(PARAMS, nmjax.make_plan(PARAMS, "2:4")))
     with pytest.raises(ValueError, match="already contains packed parameters"):
         read_checkpoint(tmp_path / "x")
 

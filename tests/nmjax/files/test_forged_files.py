@@ -13,6 +13,7 @@ import pytest
 
 import nmjax
 from nmjax import PackedBlocks, PackedNM
+from tests.nmjax.packed_weights import prune_and_pack
 
 FILES = 12_000
 RNG_SEED = 20261121
@@ -44,7 +45,7 @@ def good(tmp_path_factory):
     plan = nmjax.make_plan(params, "4:8", rules=rules, axes=axes)
     nmjax.save_packed(
         path,
-        {**nmjax.pack(params, plan), "rng": jax.random.key(0), "rate": 0.5},
+        {**prune_and_pack(params, plan), "rng": jax.random.key(0), "rate": 0.5},
     )
     return path.read_bytes()
 
@@ -232,6 +233,6 @@ def test_forged_files(good, tmp_path):
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:16", "1x16@0.5", "1x16@0.5/layer"])
 def test_memory_is_a_small_multiple_of_the_file(tmp_path, pattern):
     params = {"kernel": jnp.ones((512, 1024), jnp.bfloat16)}
-    nmjax.save_packed(tmp_path / "x", nmjax.pack(params, nmjax.make_plan(params, pattern)))
+    nmjax.save_packed(tmp_path / "x", prune_and_pack(params, nmjax.make_plan(params, pattern)))
     _, peak = load(tmp_path / "x")
     assert peak < 8 * (tmp_path / "x").stat().st_size

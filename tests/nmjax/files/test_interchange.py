@@ -9,6 +9,7 @@ import scipy.sparse
 
 import nmjax
 from nmjax.files.interchange import to_bsr, to_semi_structured
+from tests.nmjax.packed_weights import prune_and_pack
 
 try:
     import torch
@@ -35,7 +36,7 @@ def packed_of(w, pattern, **options):
     params = {"kernel": w}
     if w.ndim == 4:
         options["axes"] = {"kernel": nmjax.Axes((-2,), (-1,), (-4, -3))}
-    return nmjax.pack(params, nmjax.make_plan(params, pattern, **options))["kernel"]
+    return prune_and_pack(params, nmjax.make_plan(params, pattern, **options))["kernel"]
 
 
 def out_in(packed):
@@ -175,7 +176,7 @@ def test_a_stack_is_no_matrix():
     stack = normal((3, 8, 4))
     for pattern in ("1x2@0.5", "1x2@0.5/layer"):
         plan = nmjax.make_plan({"kernel": stack[0]}, pattern)
-        packed = nmjax.pack({"kernel": stack}, plan)["kernel"]
+        packed = prune_and_pack({"kernel": stack}, plan)["kernel"]
         with pytest.raises(ValueError, match=r"a stack of shape \(3, 8, 4\)"):
             to_bsr(packed)
         assert to_bsr(jax.tree.map(lambda x: x[1], packed)).shape == (4, 8)
@@ -186,7 +187,7 @@ def test_a_layer_computes_the_same_with_scipy():
     x = normal((5, 24))
     params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
     plan = nmjax.make_plan(params, "1x8@0.5")
-    bsr = to_bsr(nmjax.pack(params, plan)["kernel"])
+    bsr = to_bsr(prune_and_pack(params, plan)["kernel"])
     matrix = scipy.sparse.bsr_matrix((bsr.data, bsr.indices, bsr.indptr), bsr.shape)
     y = layer.apply({"params": nmjax.prune(params, plan)}, x)
     np.testing.assert_allclose((matrix @ np.asarray(x).T).T, y, rtol=1e-5, atol=1e-5)
@@ -196,7 +197,7 @@ def test_a_layer_computes_the_same_with_scipy():
 def test_what_is_not_packed_that_way(convert):
     other = {to_semi_structured: "1x4@0.5", to_bsr: "2:4"}[convert]
     params = {"kernel": jnp.ones((32, 32), jnp.bfloat16)}
-    packed = nmjax.pack(params, nmjax.make_plan(params, other))
+    packed = prune_and_pack(params, nmjax.make_plan(params, other))
     for weight in (packed["kernel"], params["kernel"]):
         with pytest.raises(TypeError, match="expected a Packed"):
             convert(weight)

@@ -16,6 +16,7 @@ from nmjax import load_packed, save_packed
 from nmjax.files.tensor_files import read_tensors, write_tensors
 from nmjax.trees.leaves import named_leaves
 from tests.nmjax.float_bits import DTYPES, any_bits, bits_of
+from tests.nmjax.packed_weights import prune_and_pack
 
 RNG = np.random.default_rng(0)
 SHAPES = {
@@ -32,7 +33,7 @@ def make_packed(dtype="float32"):
     params = jax.tree.map(
         lambda shape: any_bits(RNG, shape, dtype), SHAPES, is_leaf=lambda x: isinstance(x, tuple)
     )
-    return nmjax.pack(params, nmjax.make_plan(params, "4:8", rules=RULES))
+    return prune_and_pack(params, nmjax.make_plan(params, "4:8", rules=RULES))
 
 
 PACKED = make_packed()
@@ -57,14 +58,14 @@ def test_stacked_layers(tmp_path):
     stack = nmjax.unpack(PACKED)
     stack = jax.tree.map(lambda x: jnp.stack([x, -x, x]), stack)
     plan = nmjax.make_plan(nmjax.unpack(PACKED), "4:8", rules=RULES)
-    packed = nmjax.pack(stack, plan)
+    packed = prune_and_pack(stack, plan)
     save_packed(tmp_path / "x", packed)
     assert_same_bits(load_packed(tmp_path / "x"), packed)
 
 
 def test_the_file_is_little_more_than_the_bytes(tmp_path):
     params = {"kernel": jnp.ones((256, 256), jnp.bfloat16)}
-    save_packed(tmp_path / "x", nmjax.pack(params, nmjax.make_plan(params, "2:4")))
+    save_packed(tmp_path / "x", prune_and_pack(params, nmjax.make_plan(params, "2:4")))
     assert (tmp_path / "x").stat().st_size <= 0.5626 * 256 * 256 * 2 + 512
     tensors, _ = read_tensors(tmp_path / "x")
     assert sum(x.nbytes for x in tensors.values()) <= 0.5626 * 256 * 256 * 2

@@ -11,6 +11,7 @@ from jax import lax
 import nmjax
 from nmjax.files.torch_layout import from_torch, masks_from_torch, save_torch, to_torch
 from nmjax.trees.leaves import named_leaves
+from tests.nmjax.packed_weights import prune_and_pack
 
 try:
     import torch
@@ -264,7 +265,7 @@ def test_axes_of_a_plan(tmp_path):
     masks = masks_from_torch({"mlp.weight_mask": np.ones((12, 8))}, OUT_IN, plan)
     assert masks["mlp/kernel"].shape == (12, 8)
     pruned = to_torch(nmjax.prune(OUT_IN, plan), plan=plan)
-    packed = nmjax.pack(OUT_IN, plan)
+    packed = prune_and_pack(OUT_IN, plan)
     for name, array in to_torch(packed).items():  # A packed leaf contains its plan.
         np.testing.assert_array_equal(array, pruned[name])
     save_torch(tmp_path / "x", OUT_IN, axes={"mlp/kernel": -1})
@@ -273,7 +274,7 @@ def test_axes_of_a_plan(tmp_path):
 def test_groups_over_taps_do_not_hide_the_taps():
     params = {"Conv_0": {"kernel": normal(3, 3, 8, 8), "bias": normal(8)}}
     plan = nmjax.make_plan(params, "2:4/kernel")
-    for state in (to_torch(params, plan=plan), to_torch(nmjax.pack(params, plan))):
+    for state in (to_torch(params, plan=plan), to_torch(prune_and_pack(params, plan))):
         assert state["Conv_0.weight"].shape == (8, 8, 3, 3)
 
 

@@ -13,6 +13,7 @@ import nmjax
 from nmjax.files.tensor_files import read_tensors
 from nmjax.files.torch_layout import from_torch, masks_from_torch, save_torch, to_torch, torch_name
 from nmjax.trees.leaves import map_named
+from tests.nmjax.packed_weights import prune_and_pack
 
 try:
     import safetensors.torch
@@ -112,7 +113,7 @@ def test_equinox_and_other_names_stay():
 
 
 def test_packed_leaves_are_dense_zeros():
-    state = to_torch(nmjax.pack(PARAMS, PLAN), transposed=())
+    state = to_torch(prune_and_pack(PARAMS, PLAN), transposed=())
     pruned = to_torch(nmjax.prune(PARAMS, PLAN), transposed=())
     assert state.keys() == pruned.keys()
     for name in state:
@@ -120,7 +121,7 @@ def test_packed_leaves_are_dense_zeros():
 
 
 def test_files_that_anything_reads(tmp_path):
-    save_torch(tmp_path / "x", nmjax.pack(PARAMS, PLAN), transposed=())
+    save_torch(tmp_path / "x", prune_and_pack(PARAMS, PLAN), transposed=())
     expected = to_torch(nmjax.prune(PARAMS, PLAN), transposed=())
     loaded = safetensors.numpy.load_file(tmp_path / "x")
     assert loaded.keys() == expected.keys()
@@ -351,7 +352,7 @@ def test_torch_reads_the_file(tmp_path):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     save_torch(
         tmp_path / "x",
-        nmjax.pack(params, nmjax.make_plan(params, "2:4", include="head")),
+        prune_and_pack(params, nmjax.make_plan(params, "2:4", include="head")),
         transposed=(),
     )
     state = safetensors.torch.load_file(tmp_path / "x")

@@ -12,6 +12,7 @@ import nmjax
 from nmjax.kernels import matmul
 from nmjax.kernels.cpu import compiled
 from nmjax.kernels.cpu.library import Library
+from tests.nmjax.packed_weights import prune_and_pack
 
 PARAMS = {
     "dense": {"kernel": jnp.ones((16, 32))},
@@ -20,7 +21,7 @@ PARAMS = {
 
 
 def pack(pattern):
-    packed = nmjax.pack(PARAMS, nmjax.make_plan(PARAMS, pattern))
+    packed = prune_and_pack(PARAMS, nmjax.make_plan(PARAMS, pattern))
     return packed["dense"]["kernel"], packed["conv"]["kernel"]
 
 
@@ -66,7 +67,7 @@ def test_bad_input(call, error, words):
 def test_a_stack_of_layers_is_no_operand(implementation, pattern):
     stacks = jax.tree.map(lambda w: jnp.ones((3, *w.shape)), PARAMS)
     plan = nmjax.make_plan(PARAMS, pattern)
-    packed = nmjax.pack(stacks, plan)
+    packed = prune_and_pack(stacks, plan)
     with pytest.raises(ValueError, match=r"\(3, 16, 32\) is not one matrix.*vmap"):
         nmjax.packed_matmul(X, packed["dense"]["kernel"], implementation=implementation)
     with pytest.raises(ValueError, match=r"\(3, 3, 3, 16, 32\) is not one kernel.*vmap"):
@@ -76,7 +77,7 @@ def test_a_stack_of_layers_is_no_operand(implementation, pattern):
 @pytest.mark.parametrize(("pattern", "words"), [("1x2@0.75", "multiple of 4"), ("1:64", "2 to 32")])
 def test_what_kernels_cannot_take_is_said(pattern, words):
     params = {"kernel": jnp.ones((64, 32))}
-    packed = nmjax.pack(params, nmjax.make_plan(params, pattern))["kernel"]
+    packed = prune_and_pack(params, nmjax.make_plan(params, pattern))["kernel"]
     if nmjax.backends()["ffi"].startswith("ready"):
         with pytest.raises(NotImplementedError, match=words):
             nmjax.packed_matmul(jnp.ones((1, 64)), packed, implementation="ffi")
@@ -88,7 +89,7 @@ def test_what_kernels_cannot_take_is_said(pattern, words):
 def chosen(monkeypatch, library, pattern, batch, dtype=jnp.float32):
     monkeypatch.setattr(compiled, "load_library", lambda: library)
     params = {"kernel": jnp.ones((64, 128), dtype)}
-    packed = nmjax.pack(params, nmjax.make_plan(params, pattern))["kernel"]
+    packed = prune_and_pack(params, nmjax.make_plan(params, pattern))["kernel"]
     return matmul.choose(jnp.dtype(dtype), packed, batch)
 
 
@@ -121,7 +122,7 @@ def expected_speedup(monkeypatch, shape, pattern, dtype):
     params = {"kernel": jax.ShapeDtypeStruct(shape, dtype)}
     axes = nmjax.Axes((-2,), (-1,), tuple(range(-len(shape), -2)))
     plan = nmjax.make_plan(params, pattern, axes={"kernel": axes})
-    packed = jax.eval_shape(lambda params: nmjax.pack(params, plan), params)["kernel"]
+    packed = jax.eval_shape(lambda params: prune_and_pack(params, plan), params)["kernel"]
     return matmul.expected_speedup(jnp.dtype(dtype), packed)
 
 
@@ -161,7 +162,7 @@ def test_no_speedup_is_promised_that_was_not_measured(monkeypatch, pattern, shap
 def test_the_dense_product_is_as_fast_as_itself(monkeypatch):
     assert expected_speedup(monkeypatch, (320, 128), "1x16@0.1", jnp.float32) == 1.0
     params = {"kernel": jnp.ones((320, 128))}
-    packed = nmjax.pack(params, nmjax.make_plan(params, "1:16"))["kernel"]
+    packed = prune_and_pack(params, nmjax.make_plan(params, "1:16"))["kernel"]
     monkeypatch.setattr(compiled, "load_library", lambda: NONE)
     assert matmul.expected_speedup(jnp.dtype(jnp.float32), packed) == 1.0
 
@@ -175,7 +176,7 @@ def test_the_reason_is_in_words(monkeypatch):
 @pytest.mark.parametrize("implementation", ["gather", "row_by_row", "xla"])
 def test_every_way_in_plain_xla_is_the_same_product(implementation):
     params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 128)), jnp.float32)}
-    packed = nmjax.pack(params, nmjax.make_plan(params, "1x16@0.75"))["kernel"]
+    packed = prune_and_pack(params, nmjax.make_plan(params, "1x16@0.75"))["kernel"]
     x = jnp.asarray(np.random.default_rng(1).normal(size=(9, 64)), jnp.float32)
     y = nmjax.packed_matmul(
         x, packed, jnp.ones(128), activation="relu", implementation=implementation
@@ -223,10 +224,10 @@ def test_other_platforms_get_the_unpacked_product():
 
 def test_weights_without_a_fast_product_are_unpacked_once(monkeypatch):
     params = {"w": jax.random.normal(jax.random.key(0), (32, 16)), "scale": jnp.ones(3)}
-    slow = nmjax.pack(params, nmjax.make_plan(params, "3:4"))
+    slow = prune_and_pack(params, nmjax.make_plan(params, "3:4"))
     ready = nmjax.unpack_slow(slow)
     np.testing.assert_array_equal(ready["w"], nmjax.unpack(slow)["w"])
-    fast = nmjax.pack(params, nmjax.make_plan(params, "1x16@0.9"))
+    fast = prune_and_pack(params, nmjax.make_plan(params, "1x16@0.9"))
     if nmjax.backends()["ffi"].startswith("ready: avx"):
         assert nmjax.unpack_slow(fast)["w"] is fast["w"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -237,6 +238,6 @@ def test_a_stack_is_unpacked_if_its_layers_are_slow(monkeypatch):
     monkeypatch.setattr(compiled, "load_library", lambda: FAST)
     stacks = jax.tree.map(lambda w: jnp.ones((3, *w.shape)), PARAMS)
     for pattern in ("2:4", "1x16@0.5", "1x16@0.5/layer"):
-        ready = nmjax.unpack_slow(nmjax.pack(stacks, nmjax.make_plan(PARAMS, pattern)))
+        ready = nmjax.unpack_slow(prune_and_pack(stacks, nmjax.make_plan(PARAMS, pattern)))
         assert not isinstance(ready["dense"]["kernel"], jax.Array)
         assert isinstance(ready["conv"]["kernel"], jax.Array) == (pattern == "2:4")

@@ -7,6 +7,7 @@ import pytest
 
 import nmjax
 from nmjax.kernels.operands import Window, as_window
+from tests.nmjax.packed_weights import prune_and_pack
 
 SHAPES = {"dense": (16, 32), "conv_line": (3, 16, 32), "conv": (3, 3, 16, 32)}
 PATTERNS = ["2:4", "2:4/kernel", "1x16@0.5", "1x16@0.5/layer"]
@@ -30,7 +31,7 @@ def layers_of(count):
 def test_a_stack_is_told_from_taps(pattern, planned):
     stacks = layers_of(4)
     plan = nmjax.make_plan(stacks if planned == "stacked" else layers_of(None), pattern)
-    packed = nmjax.pack(stacks, plan)
+    packed = prune_and_pack(stacks, plan)
     dense = nmjax.unpack(packed)
     for name, shape in SHAPES.items():
         leaf = packed[name]["kernel"]

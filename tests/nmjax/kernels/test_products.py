@@ -17,6 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 import nmjax
 from nmjax.kernels import build, matmul
 from nmjax.kernels.cpu.library import load_library
+from tests.nmjax.packed_weights import prune_and_pack
 
 KERNELS = pytest.mark.skipif(
     load_library().instruction_set is None, reason=f"no kernels: {load_library().reason}"
@@ -38,7 +39,7 @@ def packed_weight(shape, pattern, dtype=jnp.float32, seed=0):
     axes = nmjax.Axes((-2,), (-1,), tuple(range(-len(shape), -2)))
     plan = nmjax.make_plan(params, pattern, axes={"kernel": axes})
     assert plan, plan.dense
-    return nmjax.pack(params, plan)["layer"]["kernel"]
+    return prune_and_pack(params, plan)["layer"]["kernel"]
 
 
 def numbers(shape, dtype=jnp.float32, seed=1):
@@ -173,7 +174,7 @@ def test_padding_as_xla_names_it(pattern, padding):
 def test_conv_in_one_dimension(implementation):
     w = numbers((5, 6, 8))
     params = {"conv": {"kernel": w, "bias": jnp.zeros(8)}}
-    packed = nmjax.pack(params, nmjax.make_plan(params, "1x4@0.5"))["conv"]["kernel"]
+    packed = prune_and_pack(params, nmjax.make_plan(params, "1x4@0.5"))["conv"]["kernel"]
     x = numbers((3, 11, 6))
     y = nmjax.packed_conv(
         x, packed, strides=2, padding=((2, 1),), dilation=2, implementation=implementation
@@ -192,7 +193,7 @@ def test_attention_projections_keep_their_axes(implementation, pattern):
         "value": {"kernel": numbers((16, 4, 8))},
         "out": {"kernel": numbers((4, 8, 16))},
     }
-    packed = nmjax.pack(heads, nmjax.make_plan(heads, pattern))
+    packed = prune_and_pack(heads, nmjax.make_plan(heads, pattern))
     dense = nmjax.unpack(packed)
     x, bias = numbers((2, 3, 16)), numbers((4, 8))
     into = packed["query"]["kernel"]
@@ -255,7 +256,7 @@ def test_vmap_over_the_batch_and_over_a_stack(implementation, pattern):
 def stacked(pattern):
     one = {"layer": {"kernel": numbers((8, 16))}}
     plan = nmjax.make_plan(one, pattern)
-    return nmjax.pack({"layer": {"kernel": numbers((3, 8, 16))}}, plan)["layer"]["kernel"]
+    return prune_and_pack({"layer": {"kernel": numbers((3, 8, 16))}}, plan)["layer"]["kernel"]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

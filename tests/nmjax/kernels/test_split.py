@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import nmjax
 from nmjax.kernels.cpu.library import load_library
+from tests.nmjax.packed_weights import prune_and_pack
 
 pytestmark = pytest.mark.skipif(
     load_library().instruction_set is None, reason=f"no kernels: {load_library().reason}"
@@ -25,7 +26,7 @@ def packed_weight(shape, pattern):
     params = {"layer": {"kernel": numbers(shape, 0)}}
     axes = nmjax.Axes((-2,), (-1,), tuple(range(-len(shape), -2)))
     plan = nmjax.make_plan(params, pattern, axes={"kernel": axes})
-    return nmjax.pack(params, plan)["layer"]["kernel"]
+    return prune_and_pack(params, plan)["layer"]["kernel"]
 
 
 def make_mesh(axis_type=AxisType.Auto):

@@ -10,6 +10,7 @@ import pytest
 
 import nmjax
 from nmjax.linen import fold_batch_norm, make_plan, packed_apply
+from tests.nmjax.packed_weights import prune_and_pack
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 16)), jnp.float32)
 evaluated = partial(nn.BatchNorm, use_running_average=True)
@@ -146,6 +147,6 @@ def test_what_cannot_be_folded():
         fold_batch_norm(nn.Dense(4), nn.Dense(4).init(jax.random.key(0), X), X)
     with pytest.raises(TypeError, match="linen module"):
         fold_batch_norm(lambda x: x, variables, X)
-    packed = nmjax.pack(variables["params"], make_plan(network, "2:4", X))
+    packed = prune_and_pack(variables["params"], make_plan(network, "2:4", X))
     with pytest.raises(TypeError, match="call fold_batch_norm before"):
         fold_batch_norm(network, {**variables, "params": packed}, X)

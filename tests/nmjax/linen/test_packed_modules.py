@@ -11,6 +11,7 @@ import pytest
 
 import nmjax
 from nmjax.linen import make_plan, packed_apply
+from tests.nmjax.packed_weights import prune_and_pack
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 16)), jnp.float32)
 
@@ -34,7 +35,7 @@ def pruned_and_packed(module, x, pattern, **selection):
     plan = make_plan(module, pattern, x, **selection)
     rest = {name: tree for name, tree in variables.items() if name != "params"}
     pruned = {**rest, "params": nmjax.prune(variables["params"], plan)}
-    return pruned, {**rest, "params": nmjax.pack(variables["params"], plan)}
+    return pruned, {**rest, "params": prune_and_pack(variables["params"], plan)}
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
@@ -130,7 +131,7 @@ def test_a_subclass_runs_once_and_where_it_stands():
     counts = {"calls": 0}
     settings = {"rngs": rngs, "mutable": ["counts", "intermediates"]}
     pruned = {"params": nmjax.prune(params, plan), "counts": counts}
-    packed = {"params": nmjax.pack(params, plan), "counts": counts}
+    packed = {"params": prune_and_pack(params, plan), "counts": counts}
     expected, _ = model.apply(pruned, X, **settings)
     y, changed = packed_apply(model)(packed, X, **settings)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)

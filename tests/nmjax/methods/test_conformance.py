@@ -171,6 +171,22 @@ def test_weights_have_the_pattern_once_the_method_prunes(row, sparsifier):
     assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, sparse, PARAMS)))
 
 
+def test_what_was_trained_is_exported_and_packed(row, sparsifier):
+    """After the masks were made the weights drift, so that masks made from them would differ."""
+    state = sparsifier.refresh(sparsifier.init(PARAMS, KEY), PARAMS, 3)
+    params = drift(PARAMS, 5)
+    trained = sparsifier.apply(params, state)
+    if isinstance(state, (methods.OneShotState, methods.SoftBlocksState)) and row.plan is None:
+        with pytest.raises(ValueError, match=r"a/kernel \(.*blocks are more than"):
+            sparsifier.export(params, state)
+        return
+    exported = sparsifier.export(params, state)
+    chex.assert_trees_all_equal(exported, trained)
+    if row.plan is not None:
+        packed = nmjax.pack(exported, row.plan)
+        chex.assert_trees_all_equal(nmjax.unpack(packed), trained)
+
+
 def test_every_method_has_a_row():
     made_by = {name.split()[0] for name in METHODS}
     constructors = set(methods.__all__) - {"Sparsifier", "OneShotState", "SoftBlocksState"}

@@ -13,6 +13,7 @@ from flax import nnx, serialization
 import nmjax
 from nmjax import PackedBlocks, PackedNM
 from tests.nmjax.float_bits import DTYPES, any_bits, bits_of
+from tests.nmjax.packed_weights import prune_and_pack
 
 RNG = np.random.default_rng(0)
 SHAPES = {
@@ -67,7 +68,7 @@ def test_unpack_of_pack_is_prune(pattern, dtype):
         bits = bits_of(leaf)
         return np.where(masks[name], bits, 0) if name in masks else bits
 
-    out = nmjax.unpack(nmjax.pack(params, plan))
+    out = nmjax.unpack(nmjax.pack(params, plan, masks))
     assert jax.tree.structure(out) == jax.tree.structure(params)
     for name, leaf in nmjax.trees.leaves.named_leaves(out).items():
         assert leaf.dtype == dtype
@@ -80,12 +81,12 @@ def test_unpack_of_pack_is_prune_inside_jit(pattern):
     plan = nmjax.make_plan(PARAMS, pattern)
     packed = jax.jit(nmjax.pack)(PARAMS, plan)
     assert_same_bits(jax.jit(nmjax.unpack)(packed), nmjax.prune(PARAMS, plan))
-    assert_same_bits(packed, nmjax.pack(PARAMS, plan))
-    assert_same_bits(nmjax.pack(nmjax.prune(PARAMS, plan), plan), packed)
+    assert_same_bits(packed, nmjax.pack(PARAMS, plan, nmjax.compute_masks(PARAMS, plan)))
+    assert_same_bits(packed, prune_and_pack(PARAMS, plan))
 
 
 def test_planned_leaves_are_packed_and_others_untouched():
-    packed = nmjax.pack(PARAMS, PLAN)
+    packed = prune_and_pack(PARAMS, PLAN)
     assert isinstance(packed["conv"]["kernel"], PackedNM)
     assert isinstance(packed["dense"]["kernel"], PackedBlocks)
     assert packed["conv"]["bias"] is PARAMS["conv"]["bias"]
@@ -101,18 +102,18 @@ def test_given_masks_win():
 
 
 def test_packed_leaves_are_not_packed_again():
-    packed = nmjax.pack(PARAMS, PLAN)
+    packed = prune_and_pack(PARAMS, PLAN)
     with pytest.raises(ValueError, match=r"packed already: .*dense/kernel.*nmjax.unpack"):
         nmjax.pack(packed, PLAN)
     rest = nmjax.make_plan(PARAMS, "2:4", include="attention")
     part = nmjax.make_plan(PARAMS, "2:4", include="dense")
-    both = nmjax.pack(nmjax.pack(PARAMS, rest), part)
+    both = nmjax.pack(prune_and_pack(nmjax.prune(PARAMS, part), rest), part)
     assert isinstance(both["attention"]["out"]["kernel"], PackedNM)
     assert isinstance(both["dense"]["kernel"], PackedNM)
 
 
 def test_numpy_parameters():
-    packed = nmjax.pack(jax.tree.map(np.asarray, PARAMS), PLAN)
+    packed = nmjax.pack(jax.tree.map(np.asarray, nmjax.prune(PARAMS, PLAN)), PLAN)
     assert_same_bits(nmjax.unpack(packed), nmjax.prune(PARAMS, PLAN))
 
 
@@ -141,7 +142,7 @@ TREES = {
 def test_every_kind_of_tree_keeps_its_kind(kind, pattern):
     params = TREES[kind](PARAMS["dense"]["kernel"], jnp.ones(4))
     plan = nmjax.make_plan(params, pattern)
-    packed = nmjax.pack(params, plan)
+    packed = prune_and_pack(params, plan)
     assert jax.tree.structure(packed, is_leaf=nmjax.packed.weight.is_packed) == jax.tree.structure(
         params
     )
@@ -151,7 +152,7 @@ def test_every_kind_of_tree_keeps_its_kind(kind, pattern):
 def test_nnx_states():
     state = nnx.state(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), nnx.Param)
     plan = nmjax.make_plan(state, "2:4")
-    packed = nmjax.pack(state, plan)
+    packed = prune_and_pack(state, plan)
     assert list(nmjax.sizes(packed).leaves) == ["bias", "kernel"]
     assert_same_bits(nmjax.unpack(packed), nmjax.prune(state, plan))
 
@@ -159,7 +160,7 @@ def test_nnx_states():
 def test_stacked_layers_are_packed_mapped_and_scanned():
     layers = [normal_params() for _ in range(3)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    packed = nmjax.pack(stack, PLAN)
+    packed = prune_and_pack(stack, PLAN)
     assert_same_bits(nmjax.unpack(packed), nmjax.prune(stack, PLAN))
     assert_same_bits(jax.vmap(lambda p: nmjax.pack(p, PLAN))(stack), packed)
     second = jax.tree.map(lambda x: x[1], packed)
@@ -169,7 +170,7 @@ def test_stacked_layers_are_packed_mapped_and_scanned():
 
 
 def test_a_packed_tree_goes_where_trees_go():
-    packed = nmjax.pack(PARAMS, PLAN)
+    packed = prune_and_pack(PARAMS, PLAN)
     pruned = nmjax.prune(PARAMS, PLAN)
     leaves, structure = jax.tree.flatten(packed)
     stored = [np.asarray(leaf) for leaf in leaves]  # A checkpoint by flattening.
@@ -183,7 +184,7 @@ def test_a_packed_tree_goes_where_trees_go():
 
 
 def test_flax_serialization_of_the_arrays():
-    packed = nmjax.pack(PARAMS, PLAN)
+    packed = prune_and_pack(PARAMS, PLAN)
     leaves, structure = jax.tree.flatten(packed)
     restored = serialization.from_bytes(leaves, serialization.to_bytes(leaves))
     assert_same_bits(jax.tree.unflatten(structure, restored), packed)
@@ -193,7 +194,7 @@ def test_flax_serialization_of_the_arrays():
 def test_gradients_reach_the_kept_values(pattern):
     """The gradient is a packed tree: the dense one at the kept weights."""
     plan = nmjax.make_plan(PARAMS, pattern)
-    packed = nmjax.pack(PARAMS, plan)
+    packed = prune_and_pack(PARAMS, plan)
     weight = jax.tree.map(jnp.cos, PARAMS)
 
     def loss(params):
@@ -231,6 +232,46 @@ def test_masks_that_keep_too_much():
     assert jnp.isnan(poisoned["dense"]["kernel"]).sum() == 16
 
 
+def test_weights_that_are_not_sparse_are_not_packed():
+    spoilt = jax.tree.map(jnp.array, nmjax.prune(PARAMS, PLAN))
+    kernel = spoilt["attention"]["out"]["kernel"]
+    spoilt["attention"]["out"]["kernel"] = kernel.at[0, :, 5].set(jnp.nan)
+    with pytest.raises(ValueError, match=r"export.*prune\(params.*masks=") as error:
+        nmjax.pack(spoilt, PLAN)
+    assert "attention/out/kernel (2, 4, 8): 2 of 64 weights would be dropped" in str(error.value)
+    assert "conv" not in str(error.value)
+    with pytest.raises(ValueError, match="drop weights") as error:
+        nmjax.pack(jax.tree.map(np.asarray, PARAMS), PLAN)
+    assert "conv/kernel (3, 3, 8, 4): 144 of 288" in str(error.value)
+    assert "dense/kernel (8, 4): 16 of 32" in str(error.value)
+
+
+def test_zeros_and_nans_among_the_kept_weights_are_packed():
+    pruned = jax.tree.map(jnp.array, nmjax.prune(PARAMS, PLAN))
+    pruned["conv"]["kernel"] = jnp.zeros_like(pruned["conv"]["kernel"]).at[0, 0, 2, 1].set(jnp.nan)
+    pruned["dense"]["kernel"] = pruned["dense"]["kernel"].at[3].set(0)
+    assert_same_bits(nmjax.unpack(nmjax.pack(pruned, PLAN)), pruned)
+
+
+def test_a_mask_that_disagrees_with_the_zeros_is_not_used():
+    """A plan's own score may rank zeros above weights."""
+    plan = nmjax.make_plan({"w": PARAMS["dense"]["kernel"]}, "2:4", score=lambda w: -jnp.abs(w))
+    pruned = nmjax.prune({"w": PARAMS["dense"]["kernel"]}, plan)
+    with pytest.raises(ValueError, match="16 of 32 weights would be dropped"):
+        nmjax.pack(pruned, plan)
+    packed = nmjax.pack(pruned, plan, {"w": pruned["w"] != 0})
+    assert_same_bits(nmjax.unpack(packed), pruned)
+
+
+def test_what_jit_closes_over():
+    """`pack` does not look at values there, whether they are known or not."""
+    masks = nmjax.compute_masks(PARAMS, PLAN)
+    expected = nmjax.prune(PARAMS, PLAN)
+    assert_same_bits(nmjax.unpack(jax.jit(lambda: nmjax.pack(PARAMS, PLAN))()), expected)
+    packed = jax.jit(lambda params: nmjax.pack(params, PLAN, masks))(PARAMS)
+    assert_same_bits(nmjax.unpack(packed), expected)
+
+
 def test_masks_and_params_that_do_not_fit():
     masks = nmjax.compute_masks(PARAMS, PLAN)
     with pytest.raises(
@@ -264,4 +305,4 @@ def test_pruning_a_packed_tree_says_so():
     params = {"layer": {"kernel": jnp.ones((8, 4))}}
     plan = nmjax.make_plan(params, "2:4")
     with pytest.raises(ValueError, match=r"layer/kernel.*packed weight, call nmjax\.unpack"):
-        nmjax.prune(nmjax.pack(params, plan), plan)
+        nmjax.prune(prune_and_pack(params, plan), plan)

@@ -13,6 +13,7 @@ import pytest
 import nmjax
 from nmjax.packed.weight import Packed
 from nmjax.patterns import Pattern, Whole
+from tests.nmjax.packed_weights import prune_and_pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def test_masks_training_and_the_optimizer(plan):
 def test_packing_files_and_sizes(plan, tmp_path):
     with pytest.raises(ValueError, match="4 of 4 pairs keep more than every second"):
         nmjax.check_sparse(PARAMS, plan)
-    packed = nmjax.pack(PARAMS, plan)
+    packed = prune_and_pack(PARAMS, plan)
     leaf = packed["layer"]["kernel"]
     assert type(leaf) is PackedEverySecond
     assert (leaf.shape, leaf.inputs, leaf.outputs, leaf.density) == ((8, 16), 8, 16, 0.5)
@@ -150,7 +151,7 @@ def test_packing_files_and_sizes(plan, tmp_path):
 
 
 def test_products(plan):
-    packed = nmjax.pack(PARAMS, plan)["layer"]["kernel"]
+    packed = prune_and_pack(PARAMS, plan)["layer"]["kernel"]
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 8)), jnp.float32)
     expected = np.maximum(np.asarray(x, np.float64) @ by_hand(W) + 1, 0)
     for implementation in (None, "xla"):
@@ -179,4 +180,4 @@ def test_a_pattern_without_a_packed_form_says_so():
 
     plan = nmjax.make_plan(PARAMS, Unpackable())
     with pytest.raises(TypeError, match="have no packed form"):
-        nmjax.pack(PARAMS, plan)
+        prune_and_pack(PARAMS, plan)

@@ -85,7 +85,7 @@ def with_cusparselt(w, x):
 
 def with_decode(w, x):
     plan = nmjax.make_plan({"w": w}, "2:4")
-    packed = nmjax.pack({"w": w}, plan)["w"]
+    packed = nmjax.pack(nmjax.prune({"w": w}, plan), plan)["w"]
     w = quantized.quantize(packed)
     return decode.matmul(x, packed), decode.matmul(x, w.packed, scales=w.scales)
 

@@ -12,6 +12,7 @@ from nmjax.kernels.gpu import cusparselt
 from nmjax.kernels.gpu.algorithms import Algorithm
 from nmjax.kernels.gpu.cusparselt_library import CusparseLt
 from nmjax.kernels.gpu.cusparselt_limits import RESULTS, compressed_bytes
+from tests.nmjax.packed_weights import prune_and_pack
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def loaded(monkeypatch):
 def packed_leaf(pattern="2:4", shape=(32, 16), dtype=jnp.bfloat16):
     params = {"kernel": jnp.ones(shape, dtype)}
     axes = nmjax.Axes((-2,), (-1,), tuple(range(-len(shape), -2)))
-    return nmjax.pack(params, nmjax.make_plan(params, pattern, axes={"kernel": axes}))["kernel"]
+    return prune_and_pack(params, nmjax.make_plan(params, pattern, axes={"kernel": axes}))["kernel"]
 
 
 def compressed_like(shape=(32, 16), transposed=False, dtype="bfloat16"):

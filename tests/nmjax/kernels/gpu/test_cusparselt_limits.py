@@ -12,12 +12,13 @@ import nmjax
 from nmjax.kernels.gpu import cusparselt_limits as limits
 from nmjax.kernels.gpu.cusparselt import check_semi_structured
 from nmjax.patterns import NM
+from tests.nmjax.packed_weights import prune_and_pack
 
 
 def packed_leaf(pattern="2:4", shape=(32, 16), dtype=jnp.bfloat16):
     params = {"kernel": jnp.ones(shape, dtype)}
     axes = nmjax.Axes((-2,), (-1,), tuple(range(-len(shape), -2)))
-    return nmjax.pack(params, nmjax.make_plan(params, pattern, axes={"kernel": axes}))["kernel"]
+    return prune_and_pack(params, nmjax.make_plan(params, pattern, axes={"kernel": axes}))["kernel"]
 
 
 @given(st.integers(1, 8), st.sampled_from([1, 2, 4, 8, 12, 16]), st.integers(0, 2**32 - 1))

@@ -10,6 +10,7 @@ import nmjax
 from nmjax.kernels.gpu import decode
 from nmjax.kernels.gpu.decode_library import load_decode
 from nmjax.kernels.quantized import QuantizedNM, quantize
+from tests.nmjax.packed_weights import prune_and_pack
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def loaded(monkeypatch):
 def packed_leaf(pattern="2:4", shape=(32, 16), dtype=jnp.bfloat16):
     params = {"kernel": jnp.ones(shape, dtype)}
     axes = nmjax.Axes((-2,), (-1,), tuple(range(-len(shape), -2)))
-    return nmjax.pack(params, nmjax.make_plan(params, pattern, axes={"kernel": axes}))["kernel"]
+    return prune_and_pack(params, nmjax.make_plan(params, pattern, axes={"kernel": axes}))["kernel"]
 
 
 def cuda_text(function, *arguments):

@@ -19,6 +19,7 @@ import nmjax
 from nmjax.kernels import build, quantized, reference
 from nmjax.kernels.gpu import decode as decode_module
 from nmjax.kernels.quantized import QuantizedNM, dequantize
+from tests.nmjax.packed_weights import prune_and_pack
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def integers(shape, seed):
 def packed_and_pruned(w):
     params = {"kernel": w}
     plan = nmjax.make_plan(params, "2:4")
-    return nmjax.pack(params, plan)["kernel"], nmjax.prune(params, plan)["kernel"]
+    return prune_and_pack(params, plan)["kernel"], nmjax.prune(params, plan)["kernel"]
 
 
 VARIANTS = pytest.mark.parametrize(
