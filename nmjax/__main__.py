@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -43,6 +44,10 @@ _PIPE_CLOSED, _INTERRUPTED = 141, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # Names may exceed the terminal's letters.
     try:
         with jax.enable_x64(True):  # Otherwise JAX would narrow 64-bit arrays of the checkpoint.
             arguments.run(arguments)
