@@ -18,7 +18,8 @@ from nmjax.patterns.pattern import Pattern, Whole
 
 Flatten = Literal["channel", "kernel"]
 
-_TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:/\s*(kernel|channel))?\s*")
+# ASCII digits only, and no line breaks.
+_TEXT = re.compile(r" *([0-9]+) *: *([0-9]+) *(?:/ *(kernel|channel))? *")
 
 
 @dataclass(frozen=True)
