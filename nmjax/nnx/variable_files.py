@@ -16,8 +16,7 @@ from flax import nnx
 
 from nmjax.files.packed_files import load_packed, save_packed
 from nmjax.nnx.forward_pass import check_module
-from nmjax.nnx.packed_layers import PackedParam, use_packed_products
-from nmjax.nnx.packed_modules import check_layers, holders
+from nmjax.nnx.packed_layers import PackedParam, check_layers, holders, use_packed_products
 from nmjax.packed.weight import is_packed
 from nmjax.trees.leaves import map_named, named_leaves, nest
 
@@ -119,7 +118,15 @@ def _as_data(name: str, leaf: Any) -> tuple[str, Any]:
 def _from_data(name: str, array: Any) -> tuple[str, Any]:
     """The inverse of `_as_data`."""
     name, mark, implementation = name.partition(_KEY)
-    return name, jax.random.wrap_key_data(array, impl=implementation) if mark else array
+    if not mark:
+        return name, array
+    try:
+        return name, jax.random.wrap_key_data(array, impl=implementation)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} of {array.dtype}{array.shape} is not the data of a random key of "
+            f"{implementation[:20]!r}"
+        ) from error
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> None:
