@@ -173,27 +173,36 @@ def _info(arguments: argparse.Namespace) -> None:
         # Each leaf is read, which checks it, but only its shapes are kept.
         leaves = {
             name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)
-            for name, leaf in open_packed(arguments.file).read()
+            for name, leaf in open_packed(file).read()
         }
         packed = nest(leaves)
         print(f"{sizes(packed)}\n\n{_products(packed)}")
     else:
         header = ("tensor", "shape", "dtype", "bytes", "zeros")
-        print(text_table(header, [_tensor_row(file, name) for name in file.tensors], right=(3, 4)))
+        print(text_table(header, _tensor_rows(file), right=(3, 4)))
     for key, text in file.metadata.items():
         if key != NOTE:
             print(f"{printable(key)}: {printable(text)}")
     print(f"\n{arguments.file}: {arguments.file.stat().st_size:,} bytes")
 
 
-def _tensor_row(file: TensorFile, name: str) -> tuple[str, str, str, str, str]:
-    tensor = file.tensors[name]
-    zeros = "?"
-    if tensor.dtype is not None:
-        ((_, array),) = file.read([name])
-        zeros = f"{1 - np.count_nonzero(array) / max(array.size, 1):.1%}"
-    sizes = "x".join(map(str, tensor.shape))
-    return name, sizes, str(tensor.dtype or tensor.code), f"{tensor.nbytes:,}", zeros
+def _tensor_rows(file: TensorFile) -> list[tuple[str, str, str, str, str]]:
+    readable = [name for name, tensor in file.tensors.items() if tensor.dtype is not None]
+    # One tensor at a time is in memory.
+    zeros = {
+        name: f"{1 - np.count_nonzero(array) / max(array.size, 1):.1%}"
+        for name, array in file.read(readable)
+    }
+    return [
+        (
+            name,
+            "x".join(map(str, x.shape)),
+            str(x.dtype or x.code),
+            f"{x.nbytes:,}",
+            zeros.get(name, "?"),
+        )
+        for name, x in file.tensors.items()
+    ]
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -113,7 +113,7 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
     >>> [layer["kernel"].shape for layer in nmjax.load_packed(file, like=layers)]
     [(8, 4), (4, 4)]
     """
-    file = open_packed(path)
+    file = open_packed(open_tensors(path))
     try:
         leaves = {name: file.on_device(name, leaf) for name, leaf in file.read()}
         if like is not None:
@@ -180,14 +180,12 @@ class PackedFile:
             raise ValueError(f"{printable(name)} is not a random key: {error}") from error
 
 
-def open_packed(path: str | os.PathLike[str]) -> PackedFile:
-    """Reads and checks the header of a packed file.
+def open_packed(file: TensorFile) -> PackedFile:
+    """Checks what the header of a packed file says.
 
     Raises:
       ValueError: as in `load_packed`.
-      ImportError: safetensors is not installed.
     """
-    file = open_tensors(path)
     try:
         manifest = read_manifest(file.metadata)
         dense = dict.fromkeys(file.tensors)
@@ -209,7 +207,7 @@ def open_packed(path: str | os.PathLike[str]) -> PackedFile:
                 raise ValueError(f"{name[:80]!r} ... has more than {DEEPEST} levels")
         nest(dict.fromkeys(names))
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} cannot be loaded: {error}") from error
+        raise ValueError(f"{file.path} cannot be loaded: {error}") from error
     return PackedFile(file, manifest, list(dense))
 
 
