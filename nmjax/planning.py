@@ -23,7 +23,7 @@ from nmjax.tracing.program import described, is_array, read_program
 from nmjax.tracing.uses import Uses
 from nmjax.trees.equinox_layers import layer_classes
 from nmjax.trees.leaves import named_leaves
-from nmjax.trees.nnx_modules import check_not_nnx
+from nmjax.trees.modules import check_no_module
 from nmjax.trees.path_rules import PathRules, as_rules, check_rules
 
 Choice = Literal["error", "dense"]
@@ -100,7 +100,7 @@ def make_plan(
     for argument, value in (("on_indivisible", on_indivisible), ("on_unknown", on_unknown)):
         if value not in ("error", "dense"):
             raise ValueError(f'{argument} must be "error" or "dense", got {value!r}')
-    check_not_nnx(params)
+    check_no_module(params)
     leaves = named_leaves(params)
     if not leaves:
         raise ValueError("the parameter tree has no leaves to plan")
