@@ -43,9 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     arguments = make_parser(_COMMANDS).parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # Names may exceed the terminal's letters.
+        # Names may have letters that the terminal lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with jax.enable_x64(True):  # Otherwise JAX would narrow 64-bit arrays of the checkpoint.
             arguments.run(arguments)
@@ -74,12 +73,16 @@ def _info(arguments: argparse.Namespace) -> None:
     file = open_tensors(arguments.file)
     if read_note(file.metadata).get("format") == FORMAT:
         # Each leaf is read, which checks it, but only its shapes are kept.
+        opened = open_packed(file)
         leaves = {
             name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)
-            for name, leaf in open_packed(file).read()
+            for name, leaf in opened.read()
         }
         packed = nest(leaves)
         print(f"{sizes(packed)}\n\n{_products(packed)}")
+        if opened.manifest.left_out:
+            names = ", ".join(map(printable, opened.manifest.left_out))
+            print(f"Not stored, because they are not arrays: {names}")
     else:
         header = ("tensor", "shape", "dtype", "bytes", "zeros")
         print(text_table(header, _tensor_rows(file), right=(3, 4)))

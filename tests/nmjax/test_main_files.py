@@ -170,6 +170,14 @@ def test_names_beyond_the_letters_of_the_terminal(tmp_path):
     assert r"gr\xf6\xdfe/kernel" in done.stdout
 
 
+def test_info_names_what_is_not_stored(tmp_path, capsys):
+    tree = {"a": jnp.ones(2), "rng": jax.random.key(0), "act": jax.nn.relu, "rate": 0.5}
+    nmjax.save_packed(tmp_path / "x", tree)
+    text, _ = run(capsys, "info", tmp_path / "x")
+    assert "Not stored, because they are not arrays: act, rate" in text
+    assert [line.split()[0] for line in text.splitlines()[2:5]] == ["a", "rng", "total"]
+
+
 # Where the output goes
 
 
