@@ -33,7 +33,7 @@ class StoredArray:
 
 @dataclass(frozen=True)
 class NpzFile:
-    """An `.npz` file, of which only the headers have been read.
+    """The headers of an `.npz` file; `read` reads its arrays.
 
     Attributes:
       path: the file.

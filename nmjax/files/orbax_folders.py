@@ -15,12 +15,12 @@ from nmjax.files.file_kinds import READ, check_folder
 
 @dataclass(frozen=True)
 class OrbaxFolder:
-    """A checkpoint of Orbax, of which only the metadata has been read.
+    """The metadata of an Orbax checkpoint; `read` reads its arrays.
 
     Attributes:
       path: the folder that contains `_METADATA`.
-      tree: the saved tree, as dicts and lists. Leaves have a `shape` and a `dtype`, and None stands
-        for what is not an array.
+      tree: the saved tree, as dicts and lists. Arrays have a `shape` and a `dtype`; other leaves
+        are None.
     """
 
     path: Path

@@ -132,7 +132,7 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class PackedFile:
-    """A packed file, of which only the header has been read and checked.
+    """The checked header of a packed file; `read` reads its leaves.
 
     Attributes:
       file: the tensors.

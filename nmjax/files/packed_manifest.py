@@ -16,7 +16,7 @@ from nmjax.patterns import parse_pattern
 from nmjax.patterns.pattern import LeafPlan
 from nmjax.tables import printable
 
-# Files of packed and dense leaves alone have the first version, which older nmjax reads.
+# Older nmjax reads the first version. Only random keys and left out leaves need the second.
 FORMAT, VERSIONS = "packed", (1, 2)
 
 _AXES = ("reduction_axes", "output_axes", "tap_axes")

@@ -75,7 +75,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file, of which only the header has been read.
+    """The header of a safetensors file; `read` reads its tensors.
 
     Attributes:
       path: the file.
@@ -91,7 +91,7 @@ class TensorFile:
         """Reads tensors one after the other.
 
         Raises:
-          ValueError: there is no such dtype, or the file has changed or holds impossible numbers.
+          ValueError: NumPy lacks the dtype, or the file has changed or holds impossible numbers.
         """
         with self.path.open("rb") as file:
             for name in names:
