@@ -246,6 +246,13 @@ def packed_conv(
     images = x.reshape(math.prod(batch), *spatial, inputs)
     pixels = images.shape[0] * math.prod(window.output(spatial, taps))
     way = _select(images, packed, pixels, implementation)
+    if window.has_wide_gaps(spatial, taps) and way.name != "xla":
+        if implementation is not None:
+            raise NotImplementedError(
+                f'implementation="{implementation}" cannot convolve with dilation {dilation}: the '
+                f"kernel reaches far beyond the image {spatial}"
+            )
+        way = Choice("xla", "the dilated kernel reaches far beyond the image")
     if IMPLEMENTATIONS[way.name].conv is None:
         raise NotImplementedError(f'implementation="{way.name}" multiplies matrices only')
     y = _convolve(way, window, activation, images, packed, _flat_bias(bias, packed))
@@ -322,7 +329,7 @@ def _multiply_forward(way: Choice, activation: Activation, *operands: Any) -> tu
 
 def _multiply_backward(way: Choice, activation: Activation, saved: Any, g: jax.Array) -> Any:
     del way
-    return _backward(reference.matmul, activation, saved, g)
+    return _backward(None, activation, saved, g)
 
 
 def _convolve_forward(
@@ -336,16 +343,21 @@ def _convolve_backward(
     way: Choice, window: Window, activation: Activation, saved: Any, g: jax.Array
 ) -> Any:
     del way
-    return _backward(partial(reference.conv, window=window), activation, saved, g)
+    return _backward(window, activation, saved, g)
 
 
-def _backward(linear: Any, activation: Activation, saved: Any, g: jax.Array) -> Any:
-    """Through the definition, which is linear: XLA drops its forward product."""
+def _backward(window: Window | None, activation: Activation, saved: Any, g: jax.Array) -> Any:
+    """Through the dense product, which is linear: XLA drops its forward product."""
     (x, packed, bias), y = saved
     if activation == "relu":
         # From the output, so that no backend has to save its sums.
         g = jnp.where(y > 0, g, jnp.zeros_like(g))
-    _, pull = jax.vjp(lambda x, packed, bias: linear(x, packed, bias=bias), x, packed, bias)
+
+    def linear(x: jax.Array, packed: Packed, bias: jax.Array | None) -> jax.Array:
+        y = reference.dense_product(x, packed, window)
+        return reference.finish(y, bias, None, packed.result_dtype(x))
+
+    _, pull = jax.vjp(linear, x, packed, bias)
     return pull(g)
 
 
