@@ -70,7 +70,7 @@ constexpr double kMostGaps = 64;
 // Why a window cannot be used, or null.
 const char* misfit(ffi::Span<const int64_t> window, const int64_t (&input)[2],
                    const int64_t (&output)[2]) {
-  double area = 1, pixels[2] = {1, 1};
+  double area = 1, reached = 1, pixels[2] = {1, 1};
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t taps = window[axis], stride = window[2 + axis], before = window[4 + axis],
                   dilation = window[6 + axis];
@@ -78,10 +78,12 @@ const char* misfit(ffi::Span<const int64_t> window, const int64_t (&input)[2],
       return "taps, strides and dilation start at 1, and padding at 0";
     }
     if (std::max({taps, stride, dilation, before}) > kLargest) return "the window is too large";
+    reached *= taps;
     area *= output[axis] + static_cast<double>((taps - 1) * dilation / stride);
     pixels[0] *= input[axis];
     pixels[1] *= output[axis];
   }
+  if (reached > kLargest) return "the window is too large";
   const bool fits = area <= kMostGaps * (pixels[0] + pixels[1] + 4096);
   return fits ? nullptr : "the dilated window is far larger than the image";
 }
