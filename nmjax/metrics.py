@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from nmjax.masks.blocks import split_blocks
 from nmjax.patterns import is_blocks
-from nmjax.plans import Plan
-from nmjax.pruning import Masks, check_masks, fits
+from nmjax.plans import Plan, check_plan
+from nmjax.pruning import Masks, check_are_masks, check_masks, fits
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float32, Int32
@@ -64,7 +64,7 @@ def total_sad(masks_a: Masks, masks_b: Masks) -> Int32[Array, ""]:
     An int32 holds up to 2**31 - 1 changes. If more are possible, sum the counts of `sad` as Python
     integers.
     """
-    return jnp.sum(jnp.stack(list(sad(masks_a, masks_b).values())), dtype=jnp.int32)
+    return jnp.sum(_stacked(sad(masks_a, masks_b)), dtype=jnp.int32)
 
 
 def flip_rate(masks_a: Masks, masks_b: Masks) -> Float32[Array, ""]:
@@ -137,10 +137,14 @@ def blocks_regrown(before: Masks, after: Masks, plan: Plan) -> dict[str, Int32[A
 
 def _blocks(masks: Masks, plan: Plan) -> dict[str, Bool[Array, "*_stack _rows _inputs"]]:
     """Which blocks are kept, for the leaves that have blocks."""
+    check_plan(plan)
+    check_are_masks(masks)
     patterns = {n: p for n, leaf in plan.items() if is_blocks(p := leaf.pattern)}
     missing = patterns.keys() - masks.keys()
     if missing:
         raise ValueError(f"masks are missing for the planned leaves {sorted(missing)}")
+    given = {name: masks[name] for name in patterns}
+    check_masks(given, given)
     misfits = [name for name in patterns if not fits(jnp.shape(masks[name]), plan[name])]
     if misfits:
         raise ValueError(
@@ -150,8 +154,6 @@ def _blocks(masks: Masks, plan: Plan) -> dict[str, Bool[Array, "*_stack _rows _i
                 for name in misfits
             )
         )
-    given = {name: masks[name] for name in patterns}
-    check_masks(given, given)
     return {
         name: jnp.any(split_blocks(jnp.asarray(masks[name]), pattern.n, plan[name].axes), axis=-1)
         for name, pattern in patterns.items()
@@ -162,4 +164,10 @@ def _fraction(counts: Mapping[str, Int32[Array, ""]], masks: Masks) -> Float32[A
     """The sum of the counts as a fraction of all mask entries."""
     # Summed in float32: the total of a large model does not fit into an int32.
     entries = sum(mask.size for mask in masks.values())
-    return jnp.sum(jnp.stack(list(counts.values())), dtype=jnp.float32) / float(entries)
+    return jnp.sum(_stacked(counts), dtype=jnp.float32) / float(entries)
+
+
+def _stacked(counts: Mapping[str, Int32[Array, ""]]) -> Int32[Array, " _leaves"]:
+    if not counts:
+        raise ValueError("there are no masks to measure; got an empty mapping")
+    return jnp.stack(list(counts.values()))

@@ -23,6 +23,7 @@ from nmjax.tracing.program import described, is_array, read_program
 from nmjax.tracing.uses import Uses
 from nmjax.trees.equinox_layers import layer_classes
 from nmjax.trees.leaves import named_leaves
+from nmjax.trees.modules import check_no_module
 from nmjax.trees.path_rules import PathRules, as_rules, check_rules
 
 Choice = Literal["error", "dense"]
@@ -77,7 +78,7 @@ def make_plan(
 
     Raises:
       TypeError: a leaf to become sparse does not have a floating dtype; a pattern, path rule, or
-        axis has the wrong type; `inputs` is not a tuple.
+        axis has the wrong type; `inputs` is not a tuple; `params` is an NNX module.
       ValueError: the tree has no leaves; a pattern does not parse; a path rule is not a regular
         expression or matches no leaf; a rule in `rules` has no effect; a leaf does not have the
         given axes, or its pattern needs axes that the shape does not determine; leaves have unknown
@@ -99,6 +100,7 @@ def make_plan(
     for argument, value in (("on_indivisible", on_indivisible), ("on_unknown", on_unknown)):
         if value not in ("error", "dense"):
             raise ValueError(f'{argument} must be "error" or "dense", got {value!r}')
+    check_no_module(params)
     leaves = named_leaves(params)
     if not leaves:
         raise ValueError("the parameter tree has no leaves to plan")

@@ -30,11 +30,18 @@ class DenseLeaf:
       shape: of the leaf.
       reason: why it stays dense.
       is_unknown: whether it might be a weight whose axes nobody gave.
+      is_array: whether it holds parameters. Equinox modules have other leaves, such as functions.
     """
 
     shape: Shape
     reason: str
     is_unknown: bool = False
+    is_array: bool = True
+
+    @property
+    def weights(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.shape) if self.is_array else 0
 
 
 # Static, so that jit keys its cache by the plan's value: an equal plan does not recompile.
@@ -67,9 +74,9 @@ class Plan(Mapping[str, LeafPlan]):
     @property
     def warning(self) -> str:
         """Says so if most weights are dense only because their axes are unknown; else empty."""
-        total = sum(math.prod(leaf.shape) for _, leaf in self.leaves)
-        unknown = [leaf for _, leaf in self.leaves if isinstance(leaf, DenseLeaf)]
-        weights = sum(math.prod(leaf.shape) for leaf in unknown if leaf.is_unknown)
+        total = sum(leaf.weights for _, leaf in self.leaves)
+        dense = [leaf for _, leaf in self.leaves if isinstance(leaf, DenseLeaf)]
+        weights = sum(leaf.weights for leaf in dense if leaf.is_unknown)
         if 2 * weights <= total:
             return ""
         return (
@@ -98,7 +105,7 @@ class Plan(Mapping[str, LeafPlan]):
         return [_row(name, leaf) for name, leaf in self.leaves]
 
     def _summary(self) -> str:
-        total = sum(math.prod(leaf.shape) for _, leaf in self.leaves)
+        total = sum(leaf.weights for _, leaf in self.leaves)
         planned = sum(leaf.weights for leaf in self.values())
         kept = total - planned + sum(leaf.kept for leaf in self.values())
         return (
@@ -112,15 +119,15 @@ def check_plan(plan: object) -> None:
     if not isinstance(plan, Plan):
         got = plan if isinstance(plan, str) else type(plan).__name__
         raise TypeError(
-            f"expected a plan, got {got!r}; make one from parameters and a pattern: "
-            "nmjax.make_plan(params, pattern)"
+            f"expected a plan, got {got!r}; make one from parameters and a pattern, such as "
+            'nmjax.make_plan(params, "2:4"), and pass it as in nmjax.prune(params, plan)'
         )
 
 
 def _row(name: str, leaf: LeafPlan | DenseLeaf) -> Row:
     shape = "x".join(map(str, leaf.shape)) or "scalar"
-    weights = math.prod(leaf.shape)
+    weights = f"{leaf.weights:,}"
     if isinstance(leaf, DenseLeaf):
-        return (name, shape, "dense", "", "", f"{weights:,}", f"{weights:,}", leaf.reason)
-    pattern, kept = str(leaf.pattern), f"{leaf.kept:,}"
-    return (name, shape, pattern, leaf.span, leaf.source, f"{weights:,}", kept, "")
+        shape = shape if leaf.is_array else ""
+        return (name, shape, "dense", "", "", weights, weights, leaf.reason)
+    return (name, shape, str(leaf.pattern), leaf.span, leaf.source, weights, f"{leaf.kept:,}", "")

@@ -7,7 +7,7 @@ more than reading the weights, and within one jitted training step the forward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -17,6 +17,7 @@ from nmjax.masks.scores import Score
 from nmjax.plans import LeafPlan, Plan, check_plan
 from nmjax.ste import apply_mask, check_mask, prune_sr_ste, prune_ste
 from nmjax.trees.leaves import IsLeaf, map_named, named_leaves
+from nmjax.trees.modules import check_no_module
 
 if TYPE_CHECKING:
     import chex
@@ -27,6 +28,8 @@ Params = TypeVar("Params")
 
 def compute_masks(params: chex.ArrayTree, plan: Plan) -> dict[str, jax.Array]:
     """Computes the masks of the planned leaves from their weights.
+
+    Compute masks before you cast: weights cast to bfloat16 have ties, so their masks differ.
 
     Args:
       params: parameters that fit the plan. Leaves may have additional leading axes.
@@ -54,7 +57,8 @@ def sparsify(
     Call it inside the function that you differentiate. The gradient with respect to a sparse weight
     reaches every dense weight, including pruned ones (STE). SR-STE also pulls the pruned weights
     toward zero: put `nmjax.add_sparse_refined` in the optimizer, or pass `lambda_w` here if you
-    cannot change the optimizer. Doing both pulls twice.
+    cannot change the optimizer. Doing both pulls twice. With loss scaling use the optimizer: the
+    term of `lambda_w` is not scaled with the loss, so it shrinks when the gradients are unscaled.
 
     Args:
       params: dense parameters that fit the plan.
@@ -86,6 +90,11 @@ def sparsify(
 def prune(params: Params, plan: Plan, masks: Masks | None = None) -> Params:
     """Sparse parameters for evaluation and export; pruned weights get no gradient.
 
+    After training with a `nmjax.Sparsifier`, use its `export`, which knows the masks of training.
+
+    Prune before you cast: weights cast to bfloat16 have ties, so their masks differ from those of
+    training.
+
     Args, Returns, and Raises are those of `sparsify`.
     """
     return _apply_plan(apply_mask, params, plan, masks)
@@ -109,13 +118,26 @@ def planned_leaves(
 
     Raises:
       ValueError: a planned leaf is missing or has another shape; the error lists all such leaves.
-      TypeError: `plan` is not a plan; a planned leaf does not have a real floating dtype (the
-        error lists all of them).
+      TypeError: `plan` is not a plan; `params` is an NNX module; a planned leaf does not have a
+        real floating dtype (the error lists all of them).
     """
+    if isinstance(params, Plan) and not isinstance(plan, Plan):
+        raise TypeError(
+            f"expected parameters and then a plan, got a plan and then {type(plan).__name__}; swap "
+            "the two arguments"
+        )
     check_plan(plan)
+    check_no_module(params)
     leaves = named_leaves(params, is_leaf=is_hidden)
     hidden = [name for name, leaf in leaves.items() if is_hidden is not None and is_hidden(leaf)]
-    visible = [name for name in plan if not any(_is_below(name, node) for node in hidden)]
+    visible = [name for name in plan if not any(is_below(name, node) for node in hidden)]
+    found = {name: leaves[name] for name in visible if name in leaves}
+    strange = {n: x for n, x in found.items() if not hasattr(x, "shape") or not hasattr(x, "dtype")}
+    if strange:
+        raise TypeError(
+            "planned leaves must be arrays, but "
+            + ", ".join(f"{name} is of type {type(x).__name__}" for name, x in strange.items())
+        )
     # Collect every complaint before raising, so that one error shows all that is wrong.
     complaints = [
         f"  {name}: planned as {plan[name].shape}, "
@@ -127,8 +149,8 @@ def planned_leaves(
         raise ValueError(
             "the parameters do not fit the plan:\n"
             + "\n".join(complaints)
-            + "\nMake the plan from these parameters, or pass the tree that it was made from (not "
-            "flattened)."
+            + "\n"
+            + _way_out(visible, leaves)
         )
     wrong = [name for name in visible if not jnp.issubdtype(leaves[name].dtype, jnp.floating)]
     if wrong:
@@ -139,13 +161,26 @@ def planned_leaves(
     return {name: leaves[name] for name in visible}
 
 
+def _way_out(planned: list[str], leaves: Mapping[str, Any]) -> str:
+    for key in ("params", "model"):
+        if all(f"{key}/{name}" in leaves for name in planned):
+            return f"The plan is for the tree below {key!r}: pass params[{key!r}]."
+        if all(name.removeprefix(f"{key}/") in leaves for name in planned):
+            return f"The plan is for a tree with {key!r} at the top: pass {{{key!r}: params}}."
+    return (
+        "Make the plan from these parameters, or pass the tree that it was made from (not "
+        "flattened)."
+    )
+
+
 def _describe_missing(name: str, leaves: Mapping[str, Any]) -> str:
-    if any(_is_below(leaf, name) for leaf in leaves):
+    if any(is_below(leaf, name) for leaf in leaves):
         return "got a subtree; if it is a packed weight, call nmjax.unpack first"
     return "not in the tree"
 
 
-def _is_below(name: str, node: str) -> bool:
+def is_below(name: str, node: str) -> bool:
+    """Whether a leaf is the node of that name, or in its subtree."""
     return node in ("", name) or name.startswith(f"{node}/")
 
 
@@ -157,20 +192,34 @@ def fits(shape: tuple[int, ...], leaf: LeafPlan) -> bool:
 
 def check_masks(masks: Masks, leaves: Mapping[str, jax.Array]) -> None:
     """Raises ValueError or TypeError unless every leaf has a mask that fits, and no other has."""
-    nested = [name for name, mask in masks.items() if isinstance(mask, Mapping)]
-    if nested:
-        raise TypeError(
-            "masks map the name of a leaf to a boolean array, as nmjax.compute_masks returns them; "
-            f"got a tree below {', '.join(map(repr, nested))}"
-        )
+    check_are_masks(masks)
+    check_are_masks(leaves)
     missing, extra = leaves.keys() - masks.keys(), masks.keys() - leaves.keys()
     if missing or extra:
         raise ValueError(
             "the keys of the masks must be exactly the planned leaves; "
-            f"missing: {sorted(missing) or 'none'}, not planned: {sorted(extra) or 'none'}"
+            f"missing: {_listed(missing)}, not planned: {_listed(extra)}"
         )
     for name, leaf in leaves.items():
         check_mask(leaf, masks[name], name)
+
+
+def check_are_masks(masks: Any) -> None:
+    """Raises TypeError unless `masks` is a flat mapping; parameters are an easy mistake."""
+    got = f"got {type(masks).__name__}"
+    if isinstance(masks, Mapping) and not isinstance(masks, Plan):
+        nested = [repr(name) for name, mask in masks.items() if isinstance(mask, Mapping)]
+        if not nested:
+            return
+        got = f"got a tree below {', '.join(nested)}"
+    raise TypeError(
+        "masks map the name of a leaf to a boolean array, as nmjax.compute_masks(params, plan) "
+        f"returns them; {got}"
+    )
+
+
+def _listed(names: Collection[Any]) -> list[str] | str:
+    return sorted(map(str, names)) or "none"
 
 
 def _apply_plan(

@@ -39,7 +39,7 @@ class Selection:
         """The plan of one leaf, or why it stays dense."""
         shape = tuple(getattr(leaf, "shape", ()))
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            return DenseLeaf(shape, "not an array")
+            return DenseLeaf(shape, "not an array", is_array=False)
         axes, source = self._given(name, shape) or found
         # The layer's reason comes first: a bias is listed as a bias even if a rule excludes it.
         if isinstance(axes, str):

@@ -5,6 +5,7 @@ Both functions treat the mask as a constant: no gradient flows to it.
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING
 
 import jax
@@ -35,7 +36,7 @@ def prune_ste(
 
     Raises:
       ValueError: `mask` has another shape than `w`.
-      TypeError: `mask` is not boolean.
+      TypeError: `w` does not have a real floating dtype; `mask` is not boolean.
 
     Source: the straight-through estimator of Zhou et al., "Learning N:M Fine-grained Structured
     Sparse Neural Networks From Scratch", ICLR 2021.
@@ -44,6 +45,7 @@ def prune_ste(
     >>> jax.grad(lambda w: prune_ste(w, mask).sum())(w).tolist()
     [1.0, 1.0]
     """
+    check_weight(w)
     check_mask(w, mask)
     return _prune_ste(w, mask)
 
@@ -55,9 +57,15 @@ def prune_sr_ste(
 
     Forward `w * mask`, backward `g -> g + lambda_w * ~mask * w`.
 
-    The backward pass adds the term once per replica if every replica computes its own gradient, so
-    average the gradients over replicas; a sum would multiply the term. Alternatively use
-    `nmjax.add_sparse_refined`, which adds the same term once, in the optimizer. Do not use both.
+    The term joins the gradient in the backward pass, so everything that happens to the gradient
+    there happens to the term:
+
+    - It is added once for each use of a shared layer that is pruned in every call.
+    - It does not grow with the loss. With loss scaling it shrinks when the gradients are unscaled.
+    - Every replica adds it, so average the gradients over replicas; a sum would multiply it.
+
+    `nmjax.add_sparse_refined` adds the same term once, in the optimizer, and avoids all three. Do
+    not use both.
 
     Args:
       w: weights, floating dtype.
@@ -69,8 +77,9 @@ def prune_sr_ste(
       The pruned weights, as from `prune_ste`.
 
     Raises:
-      ValueError: `mask` has another shape than `w`, or `lambda_w` is not a scalar.
-      TypeError: `mask` is not boolean.
+      ValueError: `mask` has another shape than `w`; `lambda_w` is not a scalar or not finite.
+      TypeError: `w` does not have a real floating dtype; `mask` is not boolean; `lambda_w` is not
+        a number.
 
     Source: SR-STE, Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From
     Scratch", ICLR 2021.
@@ -79,6 +88,7 @@ def prune_sr_ste(
     >>> jax.grad(lambda w: prune_sr_ste(w, mask, 0.5).sum())(w).tolist()
     [1.0, 0.5]
     """
+    check_weight(w)
     check_mask(w, mask)
     check_lambda(lambda_w)
     return _prune_sr_ste(w, mask, jnp.asarray(lambda_w, dtype=jnp.result_type(w)))
@@ -105,6 +115,11 @@ def apply_mask(
 
 def check_mask(w: chex.Array, mask: chex.Array, name: str = "the weight") -> None:
     """Raises ValueError or TypeError unless `mask` is boolean and has the shape of `w`."""
+    if not hasattr(mask, "shape") or not hasattr(mask, "dtype"):
+        raise TypeError(
+            f"the mask of {name} must be a boolean array with True = kept, got "
+            f"{type(mask).__name__}"
+        )
     if jnp.shape(mask) != jnp.shape(w):
         raise ValueError(
             f"the mask of {name} has shape {jnp.shape(mask)}, but the weight has shape "
@@ -118,10 +133,29 @@ def check_mask(w: chex.Array, mask: chex.Array, name: str = "the weight") -> Non
 
 
 def check_lambda(lambda_w: chex.Numeric) -> None:
-    """Raises ValueError unless `lambda_w` is a scalar."""
+    """Raises TypeError or ValueError unless `lambda_w` is a finite scalar."""
+    is_array = hasattr(lambda_w, "shape") and hasattr(lambda_w, "dtype")
+    if isinstance(lambda_w, bool) or not (is_array or isinstance(lambda_w, numbers.Real)):
+        raise TypeError(
+            f"lambda_w must be a number or a scalar array, such as 2e-4; got {lambda_w!r} of type "
+            f"{type(lambda_w).__name__}"
+        )
     # An array would broadcast over the weights without an error.
     if np.ndim(lambda_w) != 0:
         raise ValueError(f"lambda_w must be a scalar, got an array of shape {np.shape(lambda_w)}")
+    if is_array and not jnp.issubdtype(lambda_w.dtype, jnp.number):
+        raise TypeError(f"lambda_w must be a real number, got an array of {lambda_w.dtype}")
+    # Arrays of JAX are not read: that would wait for the device in every step.
+    if not isinstance(lambda_w, jax.Array) and not np.isfinite(lambda_w):
+        raise ValueError(f"lambda_w must be finite, got {lambda_w}")
+
+
+def check_weight(w: chex.Array) -> None:
+    """Raises TypeError unless `w` is an array of a real floating dtype."""
+    if not hasattr(w, "shape") or not hasattr(w, "dtype"):
+        raise TypeError(f"expected an array of weights, got {type(w).__name__}")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"weights must have a real floating dtype, got {w.dtype}")
 
 
 @jax.custom_vjp

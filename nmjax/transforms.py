@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from nmjax.optax_chains import runs_after_flipped_sign
 from nmjax.plans import Plan, check_plan
-from nmjax.pruning import Masks, check_masks, leaf_mask, planned_leaves
+from nmjax.pruning import Masks, check_masks, is_below, leaf_mask, planned_leaves
 from nmjax.ste import check_lambda, sparse_refined_term
-from nmjax.trees.leaves import map_named
+from nmjax.trees.leaves import map_named, named_leaves
 
 if TYPE_CHECKING:
     import chex
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 _NO_PARAMS = (
     "You are using a transformation that requires the current value of parameters, but you are "
     "not passing `params` when calling `update`."
+)
+_FLIPPED = (
+    "nmjax.add_sparse_refined comes after the learning rate in this optax.chain. The sign of the "
+    "updates has been flipped there, so the term pushes pruned weights away from zero. Put it "
+    "first: optax.chain(nmjax.add_sparse_refined(plan), optax.sgd(learning_rate))"
 )
 
 
@@ -39,6 +46,13 @@ def add_sparse_refined(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds SR-STE's term `lambda_w * ~mask * w` to the gradients of the planned leaves.
 
+    Put it before the learning rate, where updates still point along the gradient:
+
+        optax.chain(nmjax.add_sparse_refined(plan, 2e-4), optax.sgd(0.1, momentum=0.9))
+
+    After `optax.sgd` or another whole optimizer, the sign has been flipped already, and the term
+    would push pruned weights away from zero. `update` warns if it sees that in its `optax.chain`.
+
     First in the chain, this is SR-STE as published, the same as `prune_sr_ste` in the loss. After
     `optax.scale_by_adam` it is decoupled, like AdamW's weight decay: a step shrinks a pruned weight
     by the fraction `learning_rate * lambda_w`. Before Adam the term is normalized with the
@@ -48,8 +62,8 @@ def add_sparse_refined(
 
     Args:
       plan: from `nmjax.make_plan`.
-      lambda_w: strength, a number or a schedule of the update count. The paper uses 2e-4 with SGD
-        at learning rate 0.1. A negative value pushes pruned weights away from zero.
+      lambda_w: strength, a finite number or a schedule of the update count. The paper uses 2e-4
+        with SGD at learning rate 0.1. A negative value pushes pruned weights away from zero.
 
     Returns:
       A transformation with state `optax.EmptyState`, or `AddSparseRefinedState` for a schedule.
@@ -57,9 +71,10 @@ def add_sparse_refined(
       name -> boolean array). Leaves hidden by `optax.masked` or `optax.partition` are skipped.
 
     Raises:
-      ValueError: from `update`: no `params`, parameters or masks that do not fit the plan, or a
-        `lambda_w` that is not a scalar.
-      TypeError: from `update`: a mask is not boolean.
+      ValueError: `lambda_w` is not a scalar or not finite; from `update`: no `params`, or
+        parameters, updates or masks that do not fit the plan.
+      TypeError: `plan` is not a plan; `lambda_w` is not a number; from `update`: a mask is not
+        boolean.
 
     Source: Zhou et al., ICLR 2021; modeled on `optax.add_decayed_weights`.
 
@@ -71,6 +86,8 @@ def add_sparse_refined(
     [0.0, 0.0, 0.125, 0.0625]
     """
     check_plan(plan)
+    if not callable(lambda_w):
+        check_lambda(lambda_w)
 
     def init(params: chex.ArrayTree) -> optax.EmptyState | AddSparseRefinedState:
         del params
@@ -95,6 +112,10 @@ def add_sparse_refined(
         check_lambda(strength)
         planned = planned_leaves(params, plan, is_hidden=_is_masked_node)
 
+        _check_updates(updates, planned)
+        if isinstance(lambda_w, int | float) and lambda_w > 0 and runs_after_flipped_sign():
+            warnings.warn(_FLIPPED, stacklevel=2)
+
         def add(name: str, g: Any, w: Any) -> Any:
             if name not in planned or g is None:
                 return g
@@ -112,6 +133,29 @@ def add_sparse_refined(
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_updates(updates: chex.ArrayTree, planned: Mapping[str, Any]) -> None:
+    """Raises ValueError or TypeError unless every planned leaf has an update or None."""
+    found = named_leaves(updates, is_leaf=lambda x: x is None or _is_masked_node(x))
+    # None may stand for a whole subtree without gradients.
+    empty = [name for name, leaf in found.items() if leaf is None]
+    missing = [
+        name
+        for name in planned
+        if name not in found and not any(is_below(name, node) for node in empty)
+    ]
+    if missing:
+        raise ValueError(
+            "the updates must have the tree of the parameters, but they have no leaf named "
+            + ", ".join(missing)
+        )
+    wrong = [n for n in planned if found.get(n) is not None and not hasattr(found[n], "dtype")]
+    if wrong:
+        raise TypeError(
+            "updates must be arrays, but "
+            + ", ".join(f"{name} is of type {type(found[name]).__name__}" for name in wrong)
+        )
 
 
 def _is_masked_node(leaf: Any) -> bool:

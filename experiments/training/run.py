@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -14,13 +15,16 @@ from functools import partial
 import jax
 
 from experiments.checkpointing.checkpoints import Checkpoints
+from experiments.checkpointing.reading import unused
 from experiments.checkpointing.run_folder import open_folder
 from experiments.distributed.processes import is_first, together
 from experiments.distributed.stopping import preemption
 from experiments.json_files import JsonLines
 from experiments.tasks.task import Task
+from experiments.training.finite import check_finite
 from experiments.training.flags import Flags, make_job, make_run_placement, strength
 from experiments.training.loop import EpochReport, begin, train
+from experiments.training.packing import check_packed, write_packed
 from experiments.training.results import epoch_numbers
 from experiments.training.run_lines import epoch_line, opening, progress_line
 from experiments.training.settings import check_alike, deciding, settings_of
@@ -37,7 +41,8 @@ class Run:
     """A run in its folder, new or as an earlier process left it.
 
     Attributes:
-      state: to continue from, `steps_done` optimizer steps after the start.
+      state: to continue from, `steps_done` optimizer steps after the start; the last one after
+        `finish`.
       release: releases the folder.
     """
 
@@ -51,6 +56,7 @@ class Run:
             folder. An error in one process ends all.
         """
         self.flags = flags
+        together(partial(check_packed, flags))
         self.job = job = together(partial(make_job, flags))
         self.lambda_w = strength(flags, job.task.recipe)
         self.placement = placement = together(partial(make_run_placement, flags, job))
@@ -98,14 +104,19 @@ class Run:
           `COMPLETE`, `INTERRUPTED` by Ctrl-C, or `PREEMPTED` by SIGTERM.
 
         Raises:
-          FloatingPointError: the loss is not finite.
-          OSError: a checkpoint or a line cannot be written.
+          FloatingPointError: the loss or a variable is not finite.
+          ValueError: the weights are not sparse enough for `--packed`.
+          OSError: a checkpoint, a line or the packed file cannot be written.
         """
-        _say(opening(self.flags, self.job, self.lambda_w, self.steps_done))
+        flags = self.flags
+        _say(opening(flags, self.job, self.lambda_w, self.steps_done))
         status = COMPLETE
         try:
             with closing(self.checkpoints), preemption() as is_told, self.placement.active():
                 self._train(is_told)
+                if flags.packed is not None:
+                    self.checkpoints.wait()
+                    write_packed(flags.packed, self.job, self.state.train)
         except KeyboardInterrupt:
             status = INTERRUPTED
         except _Preempted:
@@ -122,9 +133,7 @@ class Run:
         flags, task, save = self.flags, self.job.task, self.checkpoints.save
         per_epoch, epochs = task.steps_per_epoch, task.recipe.epochs
         log = JsonLines(flags.folder / "metrics.jsonl")
-        if is_first():
-            # Later epochs will be trained again.
-            log.keep(lambda line: line["epoch"] <= self.steps_done // per_epoch)
+        together(partial(self._keep_lines, log, self.steps_done // per_epoch))
         must_stop = False
 
         def on_step(steps: int, state: RunState) -> None:
@@ -136,6 +145,8 @@ class Run:
                 # This waits for the device, which also keeps batches from piling up there.
                 _say(progress_line(task, steps, state, steps - counted_from, began))
             if must_stop or (flags.checkpoint_steps and steps % flags.checkpoint_steps == 0):
+                # A state that is not finite must not push out a good one.
+                check_finite(*self.programs.bad(state.train), state.train, flags.seeds, per_epoch)
                 save(steps, state)
             if must_stop:
                 raise _Preempted
@@ -162,6 +173,21 @@ class Run:
             if must_stop and not is_last:
                 raise _Preempted
             began, counted_from = time.perf_counter(), steps
+            self.state = report.state
+
+    def _keep_lines(self, log: JsonLines, epochs: int) -> None:
+        """Drops the lines of later epochs, which will be trained again, and damaged lines."""
+        if not is_first():
+            return
+        before = log.path.read_bytes() if log.path.exists() else b""
+        if damaged := log.keep(lambda line: line["epoch"] <= epochs):
+            aside = unused(log.path.with_name("damaged-metrics.jsonl"))
+            aside.write_bytes(before)
+            print(
+                f"warning: {log.path} is damaged in line {', '.join(map(str, damaged))}; it is now "
+                f"{aside.name}, and the other lines are kept",
+                file=sys.stderr,
+            )
 
 
 def _say(text: str) -> None:

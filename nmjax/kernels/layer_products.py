@@ -7,6 +7,7 @@ They unpack the weight if its packed form has no product that does what the argu
 from __future__ import annotations
 
 import string
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,8 @@ def packed_dot_general(
         and tuple(axis - ndim for axis in outputs) == plan.output_axes
         and tuple(w_batch) == tuple(range(len(packed.leading)))
     )
-    if not fits or _is_asked(settings):
+    default = _default_precision(precision)
+    if not fits or default is None or _is_asked(settings):
         settings |= {"precision": precision, "preferred_element_type": preferred_element_type}
         return lax.dot_general(x, packed.unpack(), dimension_numbers, **settings)
     # packed_matmul wants the summed axes of x last, in the order of the plan's reduction axes.
@@ -52,7 +54,8 @@ def packed_dot_general(
     for _ in w_batch:
         multiply = jax.vmap(multiply)
     x, packed = _widened(x.transpose(*x_batch, *rows, *last), packed, preferred_element_type)
-    y = multiply(x, packed)
+    with default:
+        y = multiply(x, packed)
     return y.astype(preferred_element_type or y.dtype)
 
 
@@ -74,7 +77,9 @@ def packed_conv_general(
     """`lax.conv_general_dilated`, channels last, with a packed kernel."""
     ndim = len(packed.shape)
     plain = feature_group_count == 1 and all(d == 1 for d in lhs_dilation or ())
-    if not plain or len(packed.kernel_taps) != ndim - 2 or _is_asked(settings):
+    fits = plain and len(packed.kernel_taps) == ndim - 2
+    default = _default_precision(precision)
+    if not fits or default is None or _is_asked(settings):
         return lax.conv_general_dilated(
             x,
             packed.unpack(),
@@ -89,14 +94,15 @@ def packed_conv_general(
             **settings,
         )
     x, packed = _widened(x, packed, preferred_element_type)
-    y = packed_conv(
-        x,
-        packed,
-        strides=strides,
-        padding=padding,
-        dilation=rhs_dilation or 1,
-        implementation=implementation,
-    )
+    with default:
+        y = packed_conv(
+            x,
+            packed,
+            strides=strides,
+            padding=padding,
+            dilation=rhs_dilation or 1,
+            implementation=implementation,
+        )
     return y.astype(preferred_element_type or y.dtype)
 
 
@@ -163,9 +169,29 @@ def _is_asked(settings: dict[str, Any]) -> bool:
     return any(value is not None for value in settings.values())
 
 
+def _default_precision(precision: Any) -> AbstractContextManager[Any] | None:
+    """A context in which products without a precision of their own have this one.
+
+    None if no default can express it, as with a precision for each operand.
+    """
+    if precision is None:
+        return nullcontext()
+    first, *others = precision if isinstance(precision, tuple) else (precision,)
+    if any(other != first for other in others):
+        return None
+    if isinstance(first, lax.DotAlgorithmPreset):
+        return jax.default_matmul_precision(first.name)
+    try:
+        return jax.default_matmul_precision(lax.Precision(first).name.lower())
+    except ValueError:
+        return None
+
+
 def _widened(x: jax.Array, packed: Packed, dtype: Any) -> tuple[jax.Array, Packed]:
     """The operands in a dtype that the result must have, if that dtype is wider."""
     # XLA sums in the wider dtype. A cast of the result alone would keep the rounding.
-    if dtype is None or jnp.promote_types(packed.result_dtype(x), dtype) != dtype:
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return x, packed
+    if jnp.finfo(dtype).bits <= jnp.finfo(packed.result_dtype(x)).bits:
         return x, packed
     return x.astype(dtype), packed.with_values(packed.values.astype(dtype))

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
-from flax.core import meta
 from jax import lax
 
 from nmjax.kernels.cpu.depthwise import depthwise_conv
 from nmjax.kernels.layer_products import packed_conv_general, packed_dot_general
 from nmjax.kernels.matmul import Implementation
 from nmjax.kernels.operands import as_window
+from nmjax.linen.obstacles import (
+    check_layer,
+    check_stacks,
+    check_unchanged,
+    has_own_product,
+    is_shared,
+    no_product,
+    own_params,
+    reads_kernel,
+)
 from nmjax.packed.weight import Packed, is_packed
 
 # Layers whose product can be replaced. Attention is made of DenseGeneral layers.
@@ -29,6 +39,9 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
     `Dense`, `DenseGeneral` (and so attention) and `Conv` multiply by their packed kernels. Flax
     still handles everything else in these layers, such as biases, padding and dtypes. Layers
     without a packed kernel run as before, except that depthwise convolutions are faster on CPUs.
+
+    A layer with its own `dot_general`, `conv_general_dilated`, `promote_dtype` or `mask` keeps it:
+    it multiplies by the unpacked kernel, which is as slow as a dense layer.
 
     Use it under `jax.jit`. Each layer unpacks its kernel, but only for its shape and dtype. The
     compiler removes that work; outside `jax.jit` it costs time.
@@ -48,7 +61,11 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
 
     Raises:
       TypeError: `module` is not a linen module. The returned function raises TypeError if a module
-        of another class reads a packed leaf.
+        of another class reads a packed leaf, if a layer makes its product from a class
+        (`dot_general_cls`), or if something changes the weights first: `nn.WeightNorm`,
+        `nn.SpectralNorm`, `nn.map_variables` or qwix.
+      ValueError: from the returned function: a packed leaf holds layers along an axis that is not
+        in front.
 
     >>> import jax.numpy as jnp
     >>> import nmjax
@@ -63,6 +80,7 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
         raise TypeError(f"expected a linen module instance such as nn.Dense(4), got {module!r}")
 
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        check_stacks(variables)
         with nn.intercept_methods(partial(_multiply_packed, implementation)):
             return module.apply(variables, *args, **kwargs)
 
@@ -81,36 +99,49 @@ def _multiply_packed(
     The copy has its own product function and reads an unpacked kernel, so Flax's code stays as is.
     """
     layer = context.module
-    own = _own_params(layer)
+    if context.method_name == "setup":  # It may share the scope of a layer only later.
+        return run(*args, **kwargs)
+    check_unchanged(layer)
+    own = own_params(layer)
     packed = {name: leaf for name, leaf in own.items() if is_packed(leaf)}
     if not packed and not (_is_grouped(layer) and "kernel" in own):
         return run(*args, **kwargs)
     # A subclass of one of these layers runs its own code, and then the layer's.
     base = next((base for base in _LAYERS if isinstance(layer, base)), None)
+    if base is None and packed.keys() == {"kernel"} and is_shared(layer, _LAYERS):
+        return run(*args, **kwargs)
     if base is None or packed.keys() - {"kernel"}:
-        raise TypeError(
-            f"{type(layer).__name__} at {'/'.join(layer.path) or 'the root'} has packed leaves "
-            f"{sorted(packed)}, but only the kernels of nn.Dense, nn.DenseGeneral and nn.Conv can "
-            "be packed. Leave these leaves out of the plan (exclude=), or unpack them"
-        )
+        raise no_product(layer, sorted(packed))
     call = inspect.unwrap(base.__call__)
     if getattr(context.orig_method, "func", None) is not call:
         # A subclass's method. It reaches Flax's own `__call__` through super(), or later.
-        return run(*args, **kwargs)
+        try:
+            return run(*args, **kwargs)
+        except flax.errors.ScopeParamShapeError as error:
+            raise reads_kernel(layer, error) from error
     kernel = own["kernel"]
-    multiply = partial(packed_dot_general, implementation=implementation)
-    convolve = partial(packed_conv_general, implementation=implementation)
-    product: dict[str, Any] = (
-        {"conv_general_dilated": _grouped_conv}
-        if not packed
-        else {"dot_general": _with_packed(multiply, kernel)}
-        if isinstance(layer, _DENSE)
-        else {"conv_general_dilated": _with_packed(convolve, kernel)}
-    )
-    copy = layer.clone(parent=None, **product)
-    # Flax checks the kernel's shape and dtype, so the copy gets it unpacked. No product reads it.
+    if packed:
+        check_layer(layer, kernel)
+    copy = layer.clone(parent=None, **_product(layer, base, kernel, implementation))
+    # Flax checks the kernel's shape and dtype, so the copy gets it unpacked. No product reads it,
+    # except the layer's own.
     params = {**own, "kernel": kernel.unpack() if packed else kernel}
     return copy.apply({"params": params}, *args, method=base.__call__, **kwargs)
+
+
+def _product(
+    layer: nn.Module, base: type[nn.Module], kernel: Any, implementation: Implementation
+) -> dict[str, Any]:
+    """The field that replaces a layer's product; nothing if the layer has its own."""
+    if not is_packed(kernel):
+        return {"conv_general_dilated": _grouped_conv}
+    if has_own_product(layer, base):
+        return {}
+    if issubclass(base, _DENSE):
+        multiply = partial(packed_dot_general, implementation=implementation)
+        return {"dot_general": _with_packed(multiply, kernel)}
+    convolve = partial(packed_conv_general, implementation=implementation)
+    return {"conv_general_dilated": _with_packed(convolve, kernel)}
 
 
 def _is_grouped(layer: nn.Module) -> bool:
@@ -119,25 +150,8 @@ def _is_grouped(layer: nn.Module) -> bool:
         isinstance(layer, nn.Conv)
         and layer.feature_group_count > 1
         and layer.conv_general_dilated is None
+        and layer.conv_general_dilated_cls is None
     )
-
-
-def _own_params(module: nn.Module) -> dict[str, Any]:
-    """The module's own leaves, unboxed."""
-    if module.scope is None:
-        return {}
-    variables = module.scope.variables().get("params", {})
-    leaves = {name: _unboxed(leaf) for name, leaf in variables.items()}
-    # Mappings are the parameters of submodules.
-    return {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Mapping)}
-
-
-def _unboxed(leaf: Any) -> Any:
-    """Takes a leaf out of its box."""
-    # `meta.unbox` would apply the sharding of `nn.Partitioned`, which fits only the dense shape.
-    if isinstance(leaf, meta.Partitioned) and is_packed(leaf.value):
-        return leaf.value
-    return meta.unbox(leaf)
 
 
 def _with_packed(product: Callable[..., jax.Array], packed: Packed) -> Callable[..., jax.Array]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nmjax.methods.sparsifier import Sparsifier, export_masked
-from nmjax.plans import Plan
-from nmjax.pruning import Masks, check_masks, compute_masks, planned_leaves, prune
+from nmjax.masks.arguments import is_integer
+from nmjax.methods.sparsifier import Sparsifier, export_masked, masks_of
+from nmjax.plans import Plan, check_plan
+from nmjax.pruning import Masks, check_are_masks, check_masks, compute_masks, planned_leaves, prune
 
 if TYPE_CHECKING:
     import chex
@@ -42,13 +43,21 @@ def one_shot(plan: Plan, *, at_step: int = 0, masks: Masks | None = None) -> Spa
       masks: leaf name -> boolean array for every planned leaf; True = kept.
 
     Raises:
+      TypeError: `plan` is not a plan; `at_step` is not an integer; `masks` is not a mapping.
       ValueError: `at_step` is negative or comes with `masks`; from `init`, `masks` do not fit the
         parameters.
 
     Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (ASP).
     """
+    check_plan(plan)
+    if isinstance(at_step, bool) or not is_integer(at_step):
+        raise TypeError(
+            f"at_step must be a Python integer, got {at_step!r} of type {type(at_step).__name__}"
+        )
     if at_step < 0:
         raise ValueError(f"at_step counts optimizer steps from 0, got {at_step}")
+    if masks is not None:
+        check_are_masks(masks)
     if masks is not None and at_step:
         raise ValueError(
             f"given masks apply from the first step, so at_step={at_step} has no effect; drop one "
@@ -77,6 +86,7 @@ def one_shot(plan: Plan, *, at_step: int = 0, masks: Masks | None = None) -> Spa
         return OneShotState(all_kept, jnp.array(False))
 
     def refresh(state: OneShotState, params: chex.ArrayTree, step: chex.Numeric) -> OneShotState:
+        masks_of(state, OneShotState)
         if at_step == 0:
             return state
         # `taken` and not `step == at_step`: a loop that refreshes once per epoch may skip the step.
@@ -87,9 +97,9 @@ def one_shot(plan: Plan, *, at_step: int = 0, masks: Masks | None = None) -> Spa
         )
 
     def apply(params: chex.ArrayTree, state: OneShotState) -> chex.ArrayTree:
-        return prune(params, plan, state.masks)
+        return prune(params, plan, masks_of(state, OneShotState))
 
     def export(params: chex.ArrayTree, state: OneShotState) -> chex.ArrayTree:
-        return export_masked(params, plan, state.masks, unfinished)
+        return export_masked(params, plan, masks_of(state, OneShotState), unfinished)
 
     return Sparsifier(init, refresh, apply, export)

@@ -8,7 +8,7 @@ from the weights have an empty state.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from nmjax.packed.packing import check_pattern
 from nmjax.plans import Plan
@@ -59,6 +59,16 @@ def stateless(
         apply=lambda params, state: apply(params),
         export=lambda params, state: export(params),
     )
+
+
+def masks_of(state: Any, kind: type[tuple[Any, ...]]) -> Masks:
+    """The masks of a method's state; raises TypeError if it is not one."""
+    if not all(hasattr(state, field) for field in cast(Any, kind)._fields):
+        raise TypeError(
+            f"expected a state of type {kind.__name__}, as sparsifier.init(params, key) and "
+            f"sparsifier.refresh(state, params, step) return it; got {type(state).__name__}"
+        )
+    return cast(Masks, state.masks)
 
 
 def export_masked(

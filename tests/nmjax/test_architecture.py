@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # the files have floors too: there is no cycle of imports anywhere.
 FLOORS = {
     "nmjax": (
-        ("_version", "trees", "tables", "layouts", "ste"),
+        ("_version", "trees", "tables", "layouts", "ste", "optax_chains"),
         ("masks", "tracing", "options"),
         ("patterns",),
         ("plans",),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nmjax
@@ -290,12 +291,46 @@ def test_weights_that_are_no_real_floats_are_named(dtype):
         lambda params: nmjax.sparsify(params, "2:4"),
         lambda params: nmjax.pack(params, "2:4"),
         lambda params: nmjax.add_sparse_refined("2:4"),
-        lambda params: nmjax.prune(nmjax.make_plan(params, "2:4"), params),
+        lambda params: nmjax.straight_through("2:4"),
+        lambda params: nmjax.one_shot("2:4"),
+        lambda params: nmjax.prune(params, params),
     ],
 )
 def test_what_is_not_a_plan_is_named(call):
     with pytest.raises(TypeError, match=r"expected a plan, got '(2:4|dict)'; make one"):
         call({"kernel": jnp.ones((8, 4))})
+
+
+def test_swapped_arguments_are_named():
+    params = {"kernel": jnp.ones((8, 4))}
+    with pytest.raises(TypeError, match="a plan and then dict; swap the two"):
+        nmjax.prune(nmjax.make_plan(params, "2:4"), params)
+
+
+def test_a_plan_for_the_variables_says_so():
+    params = {"layer": {"kernel": jnp.ones((8, 4))}}
+    inner, outer = (nmjax.make_plan(tree, "2:4") for tree in (params, {"params": params}))
+    with pytest.raises(ValueError, match=r"'params' at the top: pass \{'params': params\}"):
+        nmjax.prune(params, outer)
+    with pytest.raises(ValueError, match=r"below 'params': pass params\['params'\]"):
+        nmjax.prune({"params": params}, inner)
+    with pytest.raises(ValueError, match="Make the plan from these parameters"):
+        nmjax.prune({"other": params}, inner)
+
+
+def test_planned_leaves_are_arrays():
+    plan = nmjax.make_plan({"a": jnp.ones((8, 4)), "w": jnp.ones((8, 4))}, "2:4", axes={"a": -2})
+    with pytest.raises(TypeError, match="must be arrays, but a is of type str"):
+        nmjax.sparsify({"a": "text", "w": jnp.ones((8, 4))}, plan)
+
+
+@pytest.mark.parametrize("function", [nmjax.prune, nmjax.sparsify, nmjax.pack, nmjax.make_plan])
+def test_flax_modules_are_sent_to_their_edge(function):
+    plan = "2:4" if function is nmjax.make_plan else nmjax.make_plan({"w": jnp.ones((8, 4))}, "2:4")
+    with pytest.raises(TypeError, match=r"linen module Dense.*nmjax\.linen\.make_plan\(module"):
+        function(nn.Dense(4), plan)
+    with pytest.raises(TypeError, match=r"NNX module Linear.*nmjax\.nnx\.make_plan\(model"):
+        function(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), plan)
 
 
 def test_a_tree_of_masks_is_refused():

@@ -1,5 +1,7 @@
 """What the transformations compute, against the formulas; how they fit optax is tested apart."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -199,3 +201,75 @@ def test_errors_come_at_trace_time_too():
     tx = nmjax.add_sparse_refined(PLAN, 0.3)
     with pytest.raises(ValueError, match="b/kernel"):
         jax.jit(tx.update)(GRADS, tx.init(PARAMS), {"a": PARAMS["a"], "b": {"kernel": jnp.ones(3)}})
+
+
+# The order of a chain
+
+SGD = optax.sgd(RATE)
+PULL = nmjax.add_sparse_refined(PLAN, LAMBDA)
+FLIP = optax.scale(-1.0)
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, RATE, 2, 9)
+WRONG_ORDER = {
+    "sgd": optax.chain(SGD, PULL),
+    "sgd with momentum": optax.chain(optax.sgd(RATE, 0.9), PULL),
+    "schedule": optax.chain(optax.sgd(SCHEDULE), PULL),
+    "adamw": optax.chain(optax.clip(1.0), optax.adamw(RATE), PULL),
+    "scale": optax.chain(optax.scale_by_adam(), optax.scale(-RATE), PULL),
+    "nested": optax.chain(optax.clip(1.0), SGD, optax.chain(PULL, optax.clip(1.0))),
+    "masked": optax.chain(SGD, optax.masked(PULL, {"a": True, "b": False})),
+    "MultiSteps": optax.MultiSteps(optax.chain(SGD, PULL), 1),
+}
+RIGHT_ORDER = {
+    "alone": PULL,
+    "sgd": optax.chain(PULL, SGD),
+    "adam": optax.chain(optax.scale_by_adam(), PULL, optax.scale_by_learning_rate(RATE)),
+    "schedule": optax.chain(PULL, optax.sgd(SCHEDULE)),
+    "signs that cancel": optax.chain(FLIP, FLIP, PULL),
+    "sign flipped back": optax.chain(FLIP, PULL, SGD),
+    "flipped back outside": optax.chain(optax.chain(FLIP, PULL), SGD),
+    "negative lambda": optax.chain(SGD, nmjax.add_sparse_refined(PLAN, -RATE * LAMBDA)),
+    "unknown parts": optax.chain(optax.stateless(lambda u, p: u), PULL),
+    "MultiSteps": optax.MultiSteps(optax.chain(PULL, SGD), 2),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ORDER)
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_term_after_the_learning_rate_is_reported(name, jit):
+    tx = WRONG_ORDER[name]
+    update = jax.jit(tx.update) if jit else tx.update
+    with pytest.warns(UserWarning, match=r"after the learning rate.*optax\.chain\(nmjax\.add"):
+        update(GRADS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("name", RIGHT_ORDER)
+def test_there_is_no_false_alarm(name):
+    tx = RIGHT_ORDER[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("wrong", ["0.1", None, [0.1], True, 1j])
+def test_lambda_is_a_number_from_the_start(wrong):
+    with pytest.raises(TypeError, match=r"lambda_w must be a number .* such as 2e-4; got"):
+        nmjax.add_sparse_refined(PLAN, wrong)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), np.float32("nan"), np.ones(2)])
+def test_lambda_is_a_finite_scalar_from_the_start(wrong):
+    with pytest.raises(ValueError, match=r"lambda_w must be (finite|a scalar)"):
+        nmjax.add_sparse_refined(PLAN, wrong)
+
+
+def test_updates_have_the_tree_of_the_parameters():
+    state = PULL.init(PARAMS)
+    with pytest.raises(ValueError, match="no leaf named a/kernel, b/kernel"):
+        PULL.update({"params": GRADS}, state, PARAMS)
+    with pytest.raises(TypeError, match="a/kernel is of type str"):
+        PULL.update({**GRADS, "a": {"kernel": "text", "bias": None}}, state, PARAMS)
+    updates, _ = PULL.update({**GRADS, "a": None}, state, PARAMS)
+    assert updates["a"] is None

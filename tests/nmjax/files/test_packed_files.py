@@ -96,8 +96,11 @@ def test_equal_trees_make_equal_files(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "error", "complaint"),
     [
-        ({"a": "text"}, TypeError, "a is a str, not an array"),
-        ({"a": 1.0}, TypeError, "a is a float, not an array"),
+        ({"a": "text", "b": 1.0}, TypeError, r"no leaf is an array: \['a', 'b'\]"),
+        ({"a": np.array([None])}, TypeError, "a cannot be saved: it has no numbers"),
+        ({"a": {"b": jax.ShapeDtypeStruct((2,), "float32")}}, TypeError, "a/b cannot be saved"),
+        (jax.eval_shape(lambda: PACKED), TypeError, "conv/bias cannot be saved"),
+        ({"a": jax.eval_shape(lambda: jax.random.key(0))}, TypeError, "a cannot be saved"),
         ({"a": jnp.ones(2), "a/b": jnp.ones(2)}, ValueError, "'a/b' is below another leaf"),
         ({"a/b": jnp.ones(2), "a": jnp.ones(2)}, ValueError, "is below another leaf"),
         (
@@ -110,6 +113,16 @@ def test_equal_trees_make_equal_files(tmp_path):
 def test_trees_that_cannot_be_saved(tmp_path, tree, error, complaint):
     with pytest.raises(error, match=complaint):
         save_packed(tmp_path / "x", tree)
+    assert not list(tmp_path.iterdir())
+
+
+def test_leaves_without_values_are_named(tmp_path):
+    donated = jnp.ones(3)
+    donated.delete()
+    with pytest.raises(TypeError, match=r"a/b cannot be saved: .*deleted"):
+        save_packed(tmp_path / "x", {"a": {"b": donated}})
+    with pytest.raises(TypeError, match=r"kernel cannot be saved: .*traced|Tracer"):
+        jax.jit(lambda x: save_packed(tmp_path / "x", {"kernel": x}))(jnp.ones(3))
     assert not list(tmp_path.iterdir())
 
 
@@ -154,7 +167,8 @@ def test_an_unchanged_file_loads(parts):
 @pytest.mark.parametrize(
     ("key", "value", "complaint"),
     [
-        ("version", 2, "version 2, but this nmjax reads version 1"),
+        ("version", 3, "version 3, but this nmjax reads version 2"),
+        ("version", 2, r"should have the keys .*'keys', 'left_out'"),
         ("version", "1", "the version is a str"),
         ("version", True, "the version is a bool"),
         ("format", "dense", "has no packed parameters"),
@@ -281,12 +295,24 @@ def test_other_safetensors_files(tmp_path):
     assert str(tmp_path / "x") in str(error.value)
 
 
-def test_64_bit_numbers(tmp_path):
-    save_packed(tmp_path / "x", {"step": np.int64(2**40)})
-    with pytest.raises(ValueError, match="jax_enable_x64"):
+@pytest.mark.parametrize("number", [np.int64(2**40), np.uint64(2**32), np.float64(1)])
+def test_64_bit_numbers(tmp_path, number):
+    save_packed(tmp_path / "x", {"a": {"step": number}})
+    with pytest.raises(ValueError, match=f"a/step contains {number.dtype}.*jax_enable_x64"):
         load_packed(tmp_path / "x")
     with jax.enable_x64(True):
-        assert load_packed(tmp_path / "x")["step"] == 2**40
+        loaded = load_packed(tmp_path / "x")["a"]["step"]
+        assert loaded == number
+        assert loaded.dtype == number.dtype
+
+
+@pytest.mark.parametrize("number", [2**31 - 1, -(2**31), 0])
+def test_64_bit_counters_that_fit_are_kept(tmp_path, number):
+    save_packed(tmp_path / "x", {"a": np.array([number, 7]), "b": np.uint64(2**32 - 1)})
+    loaded = load_packed(tmp_path / "x")
+    assert loaded["a"].tolist() == [number, 7]
+    assert (loaded["a"].dtype, loaded["b"].dtype) == (jnp.int32, jnp.uint32)
+    assert loaded["b"].tolist() == 2**32 - 1
 
 
 def test_loading_needs_no_pickle(tmp_path):
