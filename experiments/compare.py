@@ -8,6 +8,7 @@ two cores. `--task` picks another task, with that task's own default comparison.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -130,7 +131,15 @@ class Comparison:
             epochs=flags.epochs,
             lambda_w=flags.lambda_w,
             lambda_decoupled=flags.lambda_decoupled,
+            seeds=(0,) if flags.seeds is None else flags.seeds,
+            evaluate_every=1 if flags.evaluate_every is None else flags.evaluate_every,
+            name=flags.name,
+            runs_dir=flags.runs_dir,
         )
+        if not all(map(math.isfinite, flags.sweep or ())):
+            raise ValueError(f"sweep must be finite numbers, got {flags.sweep}")
+        if flags.patterns == ():
+            raise ValueError("patterns must name at least one pattern, such as 2:4")
         self.model = given.model_name
         self.task: Task = make_task(given)
         self.compared = _changed(self.task.compared, flags)

@@ -64,7 +64,7 @@ def differences(now: Any, expected: Any) -> str:
 def read_json(path: Path) -> Any:
     """Reads a file; raises a ValueError that names it if it does not hold JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -72,7 +72,7 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any, **style: Any) -> None:
     """Writes a file whole or not at all; `style` goes to `json.dumps`."""
     text = json.dumps(value, **style) + "\n"
-    write_whole(path, lambda part: part.write_text(text))
+    write_whole(path, lambda part: part.write_text(text, "utf-8"))
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,55 @@ class JsonLines:
     path: Path
 
     def read(self) -> list[Numbers]:
-        """All lines, except a last one that was cut off while it was written."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """All lines, except a last one that was cut off while it was written.
+
+        Raises:
+          ValueError: a line is damaged.
+        """
+        entries = self._entries()
+        if damaged := [number for number, entry in entries.items() if entry is None]:
+            raise ValueError(f"{self.path} is damaged: line {damaged[0]} is not a JSON object")
+        return [entry for entry in entries.values() if entry is not None]
 
     def append(self, entry: Numbers) -> None:
         """Adds a line."""
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(entry)) + "\n")
 
-    def keep(self, wanted: Callable[[Numbers], bool]) -> None:
-        """Drops all other lines."""
-        text = "".join(json.dumps(line) + "\n" for line in self.read() if wanted(line))
-        write_whole(self.path, lambda part: part.write_text(text))
+    def keep(self, wanted: Callable[[Numbers], bool]) -> list[int]:
+        """Drops all other lines, and damaged ones.
+
+        Args:
+          wanted: whether to keep a line. A line for which it raises KeyError or TypeError is
+            damaged.
+
+        Returns:
+          The numbers of the damaged lines, from 1.
+        """
+        damaged, text = [], ""
+        for number, entry in self._entries().items():
+            try:
+                text += json.dumps(entry) + "\n" if wanted(entry or {}) else ""
+            except (KeyError, TypeError):
+                damaged.append(number)
+        write_whole(self.path, lambda part: part.write_text(text, "utf-8"))
+        return damaged
+
+    def _entries(self) -> dict[int, Numbers | None]:
+        """The whole lines by number, from 1; None where a line is damaged."""
+        if not self.path.exists():
+            return {}
+        # Only "\n" ends a line: damage may look like other line ends.
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        return {number: _parsed(line) for number, line in enumerate(lines, 1)}
+
+
+def _parsed(line: bytes) -> Numbers | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def _differences(now: Any, expected: Any, name: str) -> Iterator[str]:
@@ -111,5 +145,6 @@ def _differences(now: Any, expected: Any, name: str) -> Iterator[str]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")  # `platform.processor` often finds nothing on Linux.
-    found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else None
+    text = info.read_text("utf-8", "replace") if info.exists() else ""
+    found = re.search(r"^model name\s*: (.*)$", text, re.M)
     return found[1] if found else platform.processor() or platform.machine()

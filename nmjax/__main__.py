@@ -1,13 +1,16 @@
-"""Inspect, plan, pack and time sparse weights: `nmjax info | plan | pack | bench`."""
+"""Inspect, plan, prune, pack and time weights: `nmjax info | plan | prune | pack | bench`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ import numpy as np
 
 from nmjax._version import __version__
 from nmjax.analysis.layer_times import layer_times
-from nmjax.files.checkpoints import read_checkpoint, read_params
-from nmjax.files.packed_files import FORMAT, load_packed, save_packed
-from nmjax.files.tensor_files import NOTE, read_note, read_tensors
+from nmjax.files.checkpoints import Checkpoint, open_checkpoint
+from nmjax.files.packed_files import open_packed, save_packed
+from nmjax.files.packed_manifest import FORMAT
+from nmjax.files.tensor_files import NOTE, TensorFile, open_tensors, read_note, write_tensors
+from nmjax.files.whole_files import check_target
 from nmjax.kernels.gpu.cusparselt import check_semi_structured
 from nmjax.kernels.matmul import choose, expected_speedup
 from nmjax.options import as_options, parse_axes, split_rules
@@ -27,9 +32,12 @@ from nmjax.packed.storage import sizes
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.planning import make_plan
 from nmjax.plans import DenseLeaf, Plan
-from nmjax.pruning import compute_masks
-from nmjax.tables import text_table
-from nmjax.trees.leaves import named_leaves
+from nmjax.pruning import compute_masks, prune
+from nmjax.tables import printable, text_table
+from nmjax.trees.leaves import named_leaves, nest
+
+# What shells report for a program that a closed pipe, or Ctrl-C, has ended.
+_PIPE_CLOSED, _INTERRUPTED = 141, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,34 +46,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with jax.enable_x64(True):  # Otherwise JAX would narrow 64-bit arrays of the checkpoint.
             arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # The reader, such as `head`, has enough.
+        # Otherwise Python complains when it flushes the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except MemoryError as error:
+        return _fail(f"there is not enough memory. {error}")
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        print(f"error: {as_options(str(error))}", file=sys.stderr)
-        return 1
+        return _fail(as_options(str(error)))
     return 0
+
+
+def _fail(message: str) -> int:
+    # Messages quote names from files. Line breaks are the messages' own.
+    print("error:", "\n".join(map(printable, message.split("\n"))), file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nmjax", description="Inspect, plan, pack and time sparse weights."
+        prog="nmjax", description="Inspect, plan, prune, pack and time weights."
     )
     parser.add_argument("--version", action="version", version=f"nmjax {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="info | plan | pack | bench")
+    commands = parser.add_subparsers(required=True, metavar="info | plan | prune | pack | bench")
     info = _add_command(commands, "info", _info, "Show what a packed or safetensors file contains.")
     info.add_argument("file", type=Path, help="a .safetensors file")
     plan = _add_command(commands, "plan", _plan, "Show what a pattern does to each layer.")
     _add_plan(plan, on_unknown="dense")
-    packing = _add_command(commands, "pack", _pack, "Pack the weights of a checkpoint.")
-    _add_plan(packing, on_unknown="error")
-    packing.add_argument(
-        "--out", type=Path, required=True, help="the .safetensors file to write", metavar="FILE"
+    pruning = _add_command(
+        commands,
+        "prune",
+        _prune,
+        "Prune the weights of a checkpoint by magnitude, and write them dense, under their names.",
     )
+    packing = _add_command(commands, "pack", _pack, "Pack the weights of a checkpoint.")
+    for command in (pruning, packing):
+        _add_plan(command, on_unknown="error")
+        _add_output(command)
     packing.add_argument(
         "--prune", action="store_true", help="prune the weights by magnitude before packing them"
-    )
-    packing.add_argument(
-        "--dense-if-indivisible",
-        action="store_true",
-        help="keep layers dense if the pattern does not divide their size (plan always does this)",
     )
     bench = _add_command(commands, "bench", _bench, "Time packed layers against dense ones.")
     bench.add_argument("file", type=Path, help="a file that `nmjax pack` wrote")
@@ -133,48 +156,102 @@ def _add_plan(parser: argparse.ArgumentParser, *, on_unknown: str) -> None:
     )
 
 
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the .safetensors file to write", metavar="FILE"
+    )
+    parser.add_argument(
+        "--dense-if-indivisible",
+        action="store_true",
+        help="keep layers dense if the pattern does not divide their size (plan always does this)",
+    )
+
+
 def _info(arguments: argparse.Namespace) -> None:
-    tensors, metadata = read_tensors(arguments.file)
-    if read_note(metadata).get("format") == FORMAT:
-        packed = load_packed(arguments.file)
+    file = open_tensors(arguments.file)
+    if read_note(file.metadata).get("format") == FORMAT:
+        # Each leaf is read, which checks it, but only its shapes are kept.
+        leaves = {
+            name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)
+            for name, leaf in open_packed(arguments.file).read()
+        }
+        packed = nest(leaves)
         print(f"{sizes(packed)}\n\n{_products(packed)}")
     else:
-        rows = [
-            (name, "x".join(map(str, x.shape)), str(x.dtype), f"{x.nbytes:,}", f"{_zeros(x):.1%}")
-            for name, x in sorted(tensors.items())
-        ]
-        print(text_table(("tensor", "shape", "dtype", "bytes", "zeros"), rows, right=(3, 4)))
-    for key, text in metadata.items():
+        header = ("tensor", "shape", "dtype", "bytes", "zeros")
+        print(text_table(header, [_tensor_row(file, name) for name in file.tensors], right=(3, 4)))
+    for key, text in file.metadata.items():
         if key != NOTE:
-            print(f"{key}: {text}")
+            print(f"{printable(key)}: {printable(text)}")
     print(f"\n{arguments.file}: {arguments.file.stat().st_size:,} bytes")
 
 
+def _tensor_row(file: TensorFile, name: str) -> tuple[str, str, str, str, str]:
+    tensor = file.tensors[name]
+    zeros = "?"
+    if tensor.dtype is not None:
+        ((_, array),) = file.read([name])
+        zeros = f"{1 - np.count_nonzero(array) / max(array.size, 1):.1%}"
+    sizes = "x".join(map(str, tensor.shape))
+    return name, sizes, str(tensor.dtype or tensor.code), f"{tensor.nbytes:,}", zeros
+
+
 def _plan(arguments: argparse.Namespace) -> None:
-    params = _read(arguments)
-    # A table that says why a layer stays dense is more useful here than an error.
-    plan = _make_plan(params, arguments, on_indivisible="dense")
+    checkpoint = _open(arguments)
+    shapes = checkpoint.shapes
+    with _slashes_noted(checkpoint):
+        # A table that says why a layer stays dense is more useful here than an error.
+        plan = _make_plan(shapes, arguments, on_indivisible="dense")
     print(as_options(str(plan)))
     if not plan.warning:  # Otherwise the table ends with it.
         print(_unknown_axes(plan), end="")
-    # Sizes and products follow from shapes, so nothing is packed here.
-    packed = jax.eval_shape(lambda params: _packed(params, plan), params)
+    # Sizes and products follow from shapes, so nothing is read or packed here.
+    packed = jax.eval_shape(lambda params: _packed(params, plan), shapes)
     print(f"\n{sizes(packed)}\n\n{_products(packed)}")
 
 
+def _prune(arguments: argparse.Namespace) -> None:
+    check_target(arguments.out)
+    checkpoint = _open(arguments)
+    with _slashes_noted(checkpoint):
+        plan = _plan_output(checkpoint, arguments)
+        pruned = named_leaves(prune(checkpoint.read(), plan))
+    stored = named_leaves(checkpoint.tree)
+    # What came from a file keeps the name that it had there.
+    names = {name: x.key if isinstance(x.key, str) else name for name, x in stored.items()}
+    patterns = {names[name]: str(leaf.pattern) for name, leaf in plan.items()}
+    note = {"format": "dense", "version": 1, "patterns": patterns}
+    tensors = {names[name]: leaf for name, leaf in pruned.items()}
+    write_tensors(arguments.out, tensors, {**checkpoint.metadata, NOTE: json.dumps(note)})
+    print(as_options(str(plan)))
+    _print_output(arguments, plan)
+
+
 def _pack(arguments: argparse.Namespace) -> None:
-    params = _read(arguments)
-    dense = "dense" if arguments.dense_if_indivisible else "error"
-    plan = _make_plan(params, arguments, on_indivisible=dense)
-    # `pack` itself keeps the largest weights and would prune silently.
-    if not arguments.prune:
-        try:
-            check_sparse(params, plan)
-        except ValueError as error:
-            raise ValueError(f"{error}\nPass --prune to prune them by magnitude.") from error
-    packed = _packed(params, plan)
+    check_target(arguments.out)
+    checkpoint = _open(arguments)
+    with _slashes_noted(checkpoint):
+        plan = _plan_output(checkpoint, arguments)
+        params = checkpoint.read()
+        if arguments.prune:
+            params = prune(params, plan)
+        else:
+            try:
+                check_sparse(params, plan)
+            except ValueError as error:
+                raise ValueError(f"{error}\nPass --prune to prune them by magnitude.") from error
+        packed = _packed(params, plan)
     save_packed(arguments.out, packed)
     print(sizes(packed))
+    _print_output(arguments, plan)
+
+
+def _plan_output(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Plan:
+    dense = "dense" if arguments.dense_if_indivisible else "error"
+    return _make_plan(checkpoint.shapes, arguments, on_indivisible=dense)
+
+
+def _print_output(arguments: argparse.Namespace, plan: Plan) -> None:
     print(_unknown_axes(plan), end="")
     print(f"\n{arguments.out}: {arguments.out.stat().st_size:,} bytes")
 
@@ -184,25 +261,47 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    # `isdecimal` accepts the digits of every script.
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(_positive, text.split(",")))
+    numbers = tuple(map(_positive, text.split(",")))
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} has a number twice")
+    return numbers
 
 
-def _read(arguments: argparse.Namespace) -> Any:
+def _open(arguments: argparse.Namespace) -> Checkpoint:
+    """Reads the names and shapes of a checkpoint, and says what is left out of it."""
+    checkpoint = open_checkpoint(arguments.checkpoint)
     if arguments.subtree is not None:
-        return read_checkpoint(arguments.checkpoint, arguments.subtree)
-    params, subtree = read_params(arguments.checkpoint)
-    if subtree:
-        print(
-            f"Only {subtree} is read; the rest of the checkpoint is left out. Pass --subtree to "
-            "choose another part.\n"
-        )
-    return params
+        checkpoint = checkpoint.part(arguments.subtree)
+    else:
+        checkpoint = checkpoint.params()
+        if checkpoint.where:
+            print(
+                f"Only {printable(checkpoint.where)} is read; the rest of the checkpoint is left "
+                "out. Pass --subtree to choose another part.\n"
+            )
+    for name, code in checkpoint.left_out.items():
+        print(f"WARNING: {printable(name)} is left out, because NumPy and JAX have no {code}.\n")
+    return checkpoint
+
+
+@contextmanager
+def _slashes_noted(checkpoint: Checkpoint) -> Iterator[None]:
+    """Adds to errors that the names in them have slashes for PyTorch's dots."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if not checkpoint.from_torch:
+            raise
+        note = "The names are PyTorch's, with slashes in place of dots."
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{error}\n{note}") from error
 
 
 def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: Any) -> Plan:
@@ -275,10 +374,6 @@ def _is_semi_structured(layer: Packed) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def _zeros(x: np.ndarray) -> float:
-    return 1 - np.count_nonzero(x) / max(x.size, 1)
 
 
 if __name__ == "__main__":

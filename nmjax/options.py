@@ -47,7 +47,8 @@ def parse_axes(text: str) -> GivenAxes:
     """
     try:
         reduction, *others = (
-            tuple(int(axis) for axis in span.split(",") if axis.strip()) for span in text.split("/")
+            tuple(_integer(axis) for axis in span.split(",") if axis.strip())
+            for span in text.split("/")
         )
         return Axes(reduction, *others) if others else reduction
     except (TypeError, ValueError):  # Text that is not a number, or more than three spans.
@@ -55,6 +56,12 @@ def parse_axes(text: str) -> GivenAxes:
             "--axes must be RULE=AXES with AXES such as -2, -3,-2 or -2/-1/-4,-3 "
             f"(REDUCTION/OUTPUT/TAPS), got {text!r}"
         ) from None
+
+
+def _integer(text: str) -> int:
+    if not text.isascii():  # `int` reads the digits of every script.
+        raise ValueError(f"{text!r} has digits other than 0 to 9")
+    return int(text)
 
 
 def as_options(text: str) -> str:

@@ -22,8 +22,8 @@ from nmjax.selection import FoundAxes, PlannedLeaf, Selection, by_rule
 from nmjax.tracing.program import described, is_array, read_program
 from nmjax.tracing.uses import Uses
 from nmjax.trees.equinox_layers import layer_classes
+from nmjax.trees.flax_modules import check_no_module
 from nmjax.trees.leaves import named_leaves
-from nmjax.trees.modules import check_no_module
 from nmjax.trees.path_rules import PathRules, as_rules, check_rules
 
 Choice = Literal["error", "dense"]
@@ -78,7 +78,7 @@ def make_plan(
 
     Raises:
       TypeError: a leaf to become sparse does not have a floating dtype; a pattern, path rule, or
-        axis has the wrong type; `inputs` is not a tuple.
+        axis has the wrong type; `inputs` is not a tuple; `params` is a Flax module.
       ValueError: the tree has no leaves; a pattern does not parse; a path rule is not a regular
         expression or matches no leaf; a rule in `rules` has no effect; a leaf does not have the
         given axes, or its pattern needs axes that the shape does not determine; leaves have unknown

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from nmjax.masks.scores import Score
 from nmjax.plans import LeafPlan, Plan, check_plan
 from nmjax.ste import apply_mask, check_mask, prune_sr_ste, prune_ste
+from nmjax.trees.flax_modules import check_no_module
 from nmjax.trees.leaves import IsLeaf, map_named, named_leaves
-from nmjax.trees.modules import check_no_module
 
 if TYPE_CHECKING:
     import chex
@@ -118,8 +118,8 @@ def planned_leaves(
 
     Raises:
       ValueError: a planned leaf is missing or has another shape; the error lists all such leaves.
-      TypeError: `plan` is not a plan; a planned leaf does not have a real floating dtype (the
-        error lists all of them).
+      TypeError: `plan` is not a plan; `params` is a Flax module; a planned leaf does not have a
+        real floating dtype (the error lists all of them).
     """
     if isinstance(params, Plan) and not isinstance(plan, Plan):
         raise TypeError(

@@ -8,8 +8,21 @@ from collections.abc import Sequence
 Row = Sequence[str]
 
 
+def printable(text: str) -> str:
+    r"""Escapes what would change how a line looks: control characters, and reversed text.
+
+    Names that come from files may contain them.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def text_table(header: Row, rows: Sequence[Row], *, right: Sequence[int] = ()) -> str:
-    """Formats a table in aligned columns.
+    """Formats a table in aligned columns, with control characters escaped.
 
     Args:
       header: column titles.
@@ -22,6 +35,7 @@ def text_table(header: Row, rows: Sequence[Row], *, right: Sequence[int] = ()) -
     kernel       64
     bias          8
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Row) -> str:

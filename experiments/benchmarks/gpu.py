@@ -250,7 +250,7 @@ def main() -> None:
             results["seconds"][name] = round(time.monotonic() - start, 1)
             print(f"{name}: {results['seconds'][name]} s, {str(results[name])[:300]}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     print(f"written to {path}")
     # True exits with status 1.
     sys.exit('"failed": ' in json.dumps(results))

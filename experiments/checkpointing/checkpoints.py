@@ -22,8 +22,13 @@ from experiments.checkpointing.reading import (
     UnreadableError,
     first_line,
     read_alone,
+    read_score,
+    signed,
+    unsigned,
+    unused,
 )
 from experiments.checkpointing.stored_state import checksums, from_stored, split_alike, to_stored
+from experiments.distributed.barriers import client, shared_barrier
 from experiments.distributed.placement import HERE, Placement
 from experiments.distributed.processes import is_first, together
 from experiments.distributed.stopping import noted
@@ -62,8 +67,11 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._about = dict(about or {})
         self._placement = placement
-        score = itemgetter("score")
-        newest, best = policies.LatestN(n=keep), policies.BestN(get_metric_fn=score, n=keep_best)
+        together(self._put_scores_aside)
+        score, newest = itemgetter("score"), policies.LatestN(n=keep)
+        best = policies.BestN(
+            get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False
+        )
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -71,6 +79,7 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy([newest, best]),
                 cleanup_tmp_directories=True,
                 single_host_load_and_broadcast=True,  # All processes see the same checkpoints.
+                async_options=_async_options(),
             ),
             item_names=("state", "about"),
         )
@@ -98,7 +107,7 @@ class Checkpoints:
         stored = self._to_stored(state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(stored),
-            about=ocp.args.JsonSave(self._about_state(stored["state"])),
+            about=ocp.args.JsonSave(signed(self._about_state(stored["state"]))),
         )
         # When Ctrl-C interrupts a save, orbax may raise something else instead.
         with noted(signal.SIGINT) as pressed, self._naming_what_is_left():
@@ -162,7 +171,9 @@ class Checkpoints:
         return unpack(stored["state"])
 
     def _read_shards(self, path: Path, target: Any) -> Any:
-        about = read_alone(path / "about", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+        about = unsigned(
+            read_alone(path / "about", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+        )
         if different := differences(about, self._about_state(target["state"])):
             raise ValueError(
                 f"the checkpoint {path} does not fit this run: {different}. Give the flags it was "
@@ -199,13 +210,25 @@ class Checkpoints:
             function = jax.sharding.auto_axes(function, out_sharding=shardings)
         return jax.jit(function, out_shardings=shardings)
 
+    def _put_scores_aside(self) -> None:
+        """Renames damaged scores, which orbax reads when it opens the folder."""
+        for scores in self.folder.glob("*/metrics") if is_first() else ():
+            try:
+                read_score(scores / "metrics")
+            except DamagedError as error:
+                aside = unused(self.folder / f"damaged-metrics-{scores.parent.name}")
+                scores.rename(aside)
+                print(
+                    f"warning: the score of the checkpoint {scores.parent} is damaged: {error}; it "
+                    f"is now {aside.name}, and the state is used without it",
+                    file=sys.stderr,
+                )
+
     def _put_aside(self, steps: int, cause: str) -> None:
         def rename() -> None:
             if not is_first():
                 return
-            path, aside = self.folder / str(steps), self.folder / f"damaged-{steps}"
-            while aside.exists():
-                aside = aside.with_name(f"{aside.name}-again")
+            path, aside = self.folder / str(steps), unused(self.folder / f"damaged-{steps}")
             path.rename(aside)
             print(
                 f"warning: the checkpoint {path} is damaged: {cause}; it is now {aside.name}, and "
@@ -228,6 +251,16 @@ class Checkpoints:
                 f"of steps {', '.join(map(str, whole)) or 'none'} are whole; make room, then "
                 "continue with --resume"
             ) from error
+
+
+def _async_options() -> ocp.AsyncOptions | None:
+    if (connection := client()) is None:
+        return None
+    # A folder that one process fails to create in the background would keep the others waiting.
+    return ocp.AsyncOptions(
+        barrier_sync_fn=shared_barrier(connection, jax.process_index()),
+        create_directories_asynchronously=False,
+    )
 
 
 def _check(names: list[str], sums: jax.Array, expected: Any) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,9 @@ import orbax.checkpoint as ocp
 
 # What a machine may lack for reading; MemoryError and PermissionError have classes.
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+# Tensorstore raises ValueErrors, whose text has the number, such as "[os_error_code='24']".
+_TOLD = {*_LACKING, errno.EACCES, errno.EPERM}
+_TOLD_BY_TENSORSTORE = re.compile(rf"os_error_code='({'|'.join(map(str, sorted(_TOLD)))})'")
 
 
 class DamagedError(Exception):
@@ -48,8 +55,48 @@ def _is_lack(error: BaseException) -> bool:
     # JAX only sees numbers that have been read, so its errors are never about the file.
     if isinstance(error, MemoryError | PermissionError | jax.errors.JaxRuntimeError):
         return True
+    if getattr(error, "errno", None) in _LACKING or _TOLD_BY_TENSORSTORE.search(str(error)):
+        return True
     behind = error.__cause__ or error.__context__
-    return getattr(error, "errno", None) in _LACKING or (behind is not None and _is_lack(behind))
+    return behind is not None and _is_lack(behind)
+
+
+def read_score(path: Path) -> float:
+    """Reads the score that orbax wrote for a checkpoint; raises DamagedError."""
+    try:
+        score = json.loads(path.read_bytes())["score"]
+        return float(score)
+    except FileNotFoundError:
+        return -math.inf
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def signed(about: dict[str, Any]) -> dict[str, Any]:
+    """Adds a checksum to what describes a checkpoint: flipped bits may still be valid JSON."""
+    return {**about, "checksum": _checksum(about)}
+
+
+def unsigned(about: Any) -> dict[str, Any]:
+    """Removes the checksum; raises DamagedError if it does not fit."""
+    if not isinstance(about, dict):
+        raise DamagedError(f"about is a {type(about).__name__}, not an object")
+    rest = {name: value for name, value in about.items() if name != "checksum"}
+    # Checkpoints of earlier versions have none.
+    if "checksum" in about and about["checksum"] != _checksum(rest):
+        raise DamagedError("about is not what was written")
+    return rest
+
+
+def _checksum(about: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
+
+
+def unused(path: Path) -> Path:
+    """Returns the path, or a longer one that does not exist yet."""
+    while path.exists():
+        path = path.with_name(f"{path.name}-again")
+    return path
 
 
 def first_line(error: BaseException) -> str:

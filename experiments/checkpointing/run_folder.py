@@ -53,7 +53,7 @@ def open_folder(
             _check_earlier(path, settings, earlier, deciding)
             write_json(path / _SETTINGS, settings, indent=2)
             for name, text in texts.items():
-                (path / name).write_text(f"{text}\n")
+                (path / name).write_text(f"{text}\n", "utf-8")
 
     lock = together(lambda: take(path) if is_first() else None)
     release = (lambda: None) if lock is None else lock.close
@@ -74,13 +74,13 @@ def take(path: Path) -> IO[str]:
     """
     path.mkdir(parents=True, exist_ok=True)
     # "a+" and not "w": the file must keep the owner's name until we have the lock.
-    lock = (path / _LOCK).open("a+")
+    lock = (path / _LOCK).open("a+", encoding="utf-8")
     try:
         # The lock belongs to the open file, so the system takes it back from a dead process.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        owner = (path / _LOCK).read_text().strip() or "another process"
+        owner = (path / _LOCK).read_text("utf-8").strip() or "another process"
         raise ValueError(
             f"{path} is in use by {owner}: wait for that run to end, or give another --name"
         ) from error
@@ -94,7 +94,7 @@ def check_shared(path: Path, owner: str) -> None:
     """Raises ValueError if this process does not see within seconds that `owner` has the folder."""
     for seconds in (0, 0.5, 1, 2, 2):  # A network disk may show old content for a while.
         time.sleep(seconds)
-        if (path / _LOCK).exists() and (path / _LOCK).read_text().strip() == owner:
+        if (path / _LOCK).exists() and (path / _LOCK).read_text("utf-8").strip() == owner:
             return
     raise ValueError(
         f"{path.absolute()} on {platform.node()} is not the folder that {owner} created: put "
@@ -113,7 +113,7 @@ def _check_earlier(
             f"{folder} already holds a run: give --resume to continue it, or another --name"
         )
     try:
-        before = deciding(json.loads(path.read_text()))
+        before = deciding(json.loads(path.read_text("utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold the settings of a run: {error!r}. If you have no copy, delete "

@@ -89,7 +89,7 @@ def open_chairs(folder: Path, split: Literal["train", "validation"]) -> FlowPair
         raise MissingFlowError(
             f"{places[0]} is missing: download the official split from where FlyingChairs.zip is"
         )
-    marks = found[0].read_text().split()
+    marks = found[0].read_text("utf-8").split()
     if len(marks) != len(flows):
         raise ValueError(f"{found[0]} has {len(marks)} lines, but there are {len(flows)} examples")
     chosen = [

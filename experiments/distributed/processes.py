@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from experiments.distributed.barriers import wait_for_others
+
 T = TypeVar("T")
 
 # What JAX reads where it is not told the coordinator.
@@ -52,12 +54,13 @@ def is_first() -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process at once, and JAX then ends the others.
+    """Ends this process within seconds, and JAX then ends the others.
 
     Python's own exit would wait minutes for them, and they may be waiting for this one.
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    wait_for_others()
     os._exit(status)
 
 

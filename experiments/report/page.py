@@ -47,7 +47,7 @@ def write_report(data: Data, folder: Path) -> Path:
     for name, picture in pictures.items():
         (folder / f"{name}.svg").write_bytes(picture.svg)
     path = folder / "report.html"
-    path.write_text(_render(run, pictures))
+    path.write_text(_render(run, pictures), encoding="utf-8")
     return path
 
 
@@ -120,5 +120,5 @@ def _about(task: str) -> list[str]:
     path = Path(__file__).parents[1] / "tasks" / f"{task}.py"
     if not path.exists():  # The task is not one of this repository.
         return []
-    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     return [" ".join(p.split()) for p in text.split("\n\n") if not p.startswith("Run:")]

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.data.epochs import steps_per_epoch
 from experiments.models.images.small_resnet import SmallResNet
 from experiments.tasks.families.bfloat16 import in_bfloat16
 from experiments.tasks.families.classification import classification_task
@@ -138,7 +139,7 @@ def task(options: Options = DEFAULTS, *, widths: tuple[int, ...] = (16, 16, 32))
       widths: features of the ResNet's stages.
     """
     sizes = options.changed(SIZES)
-    steps = 10 * TRAIN_IMAGES_PER_CLASS // sizes.batch_size
+    steps = steps_per_epoch(range(10 * TRAIN_IMAGES_PER_CLASS), sizes.batch_size)
     recipe = options.changed(find_recipe(sizes.epochs, sizes.batch_size, steps))
     made = classification_task(
         name="digits",

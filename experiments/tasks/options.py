@@ -15,6 +15,7 @@ any other function with the same signature, so a task can live outside this repo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -25,6 +26,12 @@ import nmjax
 from experiments.data.epochs import Reading
 from experiments.tasks.task import Recipe, Task
 from nmjax.patterns import is_blocks
+
+_AT_LEAST_ONE = ("epochs", "batch_size")
+_AT_LEAST_ZERO = ("workers", "threads", "warmup_epochs", "clip", "weight_decay")
+# Momentum and betas of 1 would never forget, and smoothing of 1 would leave no label.
+_BELOW_ONE = ("momentum", "second_momentum", "label_smoothing")
+_FINITE = ("lambda_w", "lambda_decoupled")
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,23 @@ class Options:
     lambda_decoupled: float | None = None
     label_smoothing: float | None = None
     ramp: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        """Rejects numbers that make no sense."""
+        self._check(_AT_LEAST_ONE, "at least 1", lambda value: value >= 1)
+        self._check(_AT_LEAST_ZERO, "at least 0", lambda value: value >= 0)
+        self._check(_BELOW_ONE, "from 0 to below 1", lambda value: 0 <= value < 1)
+        self._check(_FINITE, "a finite number", lambda value: True)
+        self._check(("learning_rate",), "above 0", lambda value: value > 0)
+        if self.ramp is not None and not 0 <= self.ramp[0] < self.ramp[1] <= 1:
+            raise ValueError(f"ramp must be two rising fractions of the epochs, got {self.ramp}")
+
+    def _check(self, names: tuple[str, ...], wanted: str, is_fine: Callable[[Any], bool]) -> None:
+        for name in names:
+            value = getattr(self, name)
+            # None stands for the recipe's own number.
+            if value is not None and not (math.isfinite(value) and is_fine(value)):
+                raise ValueError(f"{name} must be {wanted}, got {value}")
 
     def changed(self, recipe: Recipe) -> Recipe:
         """The recipe with the options of the same names in place of its numbers."""

@@ -197,6 +197,14 @@ class Task:
     eval_rows: Callable[..., Iterator[Batch]] | None = None
     traceable: Callable[[Any, Variables, Batch], Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Rejects an epoch without steps."""
+        if self.steps_per_epoch < 1:
+            raise ValueError(
+                f"task {self.name}: steps_per_epoch must be at least 1, got "
+                f"{self.steps_per_epoch}; a batch has {self.recipe.batch_size} examples"
+            )
+
     def read(self, seed: int, epoch: int, first_step: int, rows: Rows) -> Iterator[Batch]:
         """The batches of an epoch from a step on, and of each the given rows."""
         if self.train_rows is not None:

@@ -52,7 +52,9 @@ def task_names() -> list[str]:
         module.name
         for module in pkgutil.iter_modules([str(folder)])
         if not module.ispkg
-        and re.search(r"^def task\(", (folder / f"{module.name}.py").read_text(), re.MULTILINE)
+        and re.search(
+            r"^def task\(", (folder / f"{module.name}.py").read_text("utf-8"), re.MULTILINE
+        )
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import jax
@@ -18,8 +18,9 @@ from experiments.training.finding import default_model, find_task
 from experiments.training.job import Job, assemble_job
 from experiments.training.methods import check_fits, find_row
 
-_AT_LEAST_ONE = ("epochs", "accumulate", "checkpoint_every", "keep_checkpoints", "evaluate_every")
-_AT_LEAST_ZERO = ("workers", "threads", "checkpoint_steps", "keep_best", "log_every")
+_AT_LEAST_ONE = ("accumulate", "checkpoint_every", "keep_checkpoints", "evaluate_every")
+_AT_LEAST_ZERO = ("checkpoint_steps", "keep_best", "log_every")
+_LAST_SEED = 2**31 - 1  # States hold int32.
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,21 @@ class Flags(Options):
 
     def __post_init__(self) -> None:
         """Rejects numbers that make no sense."""
-        for low, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
-            for name in names:
-                value = getattr(self, name)
-                # None stands for the recipe's own number.
-                if value is not None and value < low:
-                    raise ValueError(f"{name} must be at least {low}, got {value}")
-        if self.ramp is not None and not 0 <= self.ramp[0] < self.ramp[1] <= 1:
-            raise ValueError(f"ramp must be two rising fractions of the epochs, got {self.ramp}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds must be distinct non-negative integers, got {self.seeds}")
+        super().__post_init__()
+        self._check(_AT_LEAST_ONE, "at least 1", lambda value: value >= 1)
+        self._check(_AT_LEAST_ZERO, "at least 0", lambda value: value >= 0)
+        is_distinct = self.seeds and len(set(self.seeds)) == len(self.seeds)
+        if not is_distinct or min(self.seeds) < 0 or max(self.seeds) > _LAST_SEED:
+            raise ValueError(
+                f"seeds must be distinct integers from 0 to 2**31 - 1, got {self.seeds}"
+            )
+        if self.name:
+            parts = PurePath(self.name).parts
+            if not parts or ".." in parts or PurePath(self.name).is_absolute():
+                raise ValueError(
+                    f"name must be a folder within {self.runs_dir}, got {self.name!r}: give "
+                    "--runs-dir to write elsewhere"
+                )
 
     @property
     def model_name(self) -> str:

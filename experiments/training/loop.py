@@ -185,7 +185,10 @@ def _train_epoch(
     run, topology = state
     steps = job.task.steps_per_epoch
     every, refresh_every = min(watch_every, steps), job.method.refresh_every or steps
+    index = first - 1
     for index, batch in enumerate(batches, first):
+        if index == steps:
+            break
         done = epoch * steps + index
         # Before the refresh, in which the method chooses its masks.
         if programs.rearrange is not None and done == job.method.rearranges_at:
@@ -200,6 +203,13 @@ def _train_epoch(
         if is_watched:
             topology = programs.count_flips(topology, before, programs.masks(run.params))
         on_step(done + 1, RunState(run, topology))
+    if index + 1 != steps:
+        # The schedules and the mean loss count on it.
+        found = "more" if index == steps else index + 1
+        raise ValueError(
+            f"task {job.task.name} says steps_per_epoch={steps}, but epoch {epoch + 1} has "
+            f"{found} batches: correct the task"
+        )
     return RunState(run, topology)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -14,6 +15,7 @@ from functools import partial
 import jax
 
 from experiments.checkpointing.checkpoints import Checkpoints
+from experiments.checkpointing.reading import unused
 from experiments.checkpointing.run_folder import open_folder
 from experiments.distributed.processes import is_first, together
 from experiments.distributed.stopping import preemption
@@ -122,9 +124,7 @@ class Run:
         flags, task, save = self.flags, self.job.task, self.checkpoints.save
         per_epoch, epochs = task.steps_per_epoch, task.recipe.epochs
         log = JsonLines(flags.folder / "metrics.jsonl")
-        if is_first():
-            # Later epochs will be trained again.
-            log.keep(lambda line: line["epoch"] <= self.steps_done // per_epoch)
+        together(partial(self._keep_lines, log, self.steps_done // per_epoch))
         must_stop = False
 
         def on_step(steps: int, state: RunState) -> None:
@@ -154,14 +154,28 @@ class Run:
         for report in reports:
             steps, is_last = report.epoch * per_epoch, report.epoch == epochs
             # The line comes first, so that an epoch with a checkpoint always has its line.
-            if is_first():
-                log.append({**epoch_numbers(report), "step": steps, "seconds": report.seconds})
+            line = {**epoch_numbers(report), "step": steps, "seconds": report.seconds}
+            together(partial(log.append, line) if is_first() else lambda: None)
             if must_stop or is_last or report.epoch % flags.checkpoint_every == 0:
                 save(steps, report.state, score=_score(task, report))
             _say(epoch_line(report, epochs))
             if must_stop and not is_last:
                 raise _Preempted
             began, counted_from = time.perf_counter(), steps
+
+    def _keep_lines(self, log: JsonLines, epochs: int) -> None:
+        """Drops the lines of later epochs, which will be trained again, and damaged lines."""
+        if not is_first():
+            return
+        before = log.path.read_bytes() if log.path.exists() else b""
+        if damaged := log.keep(lambda line: line["epoch"] <= epochs):
+            aside = unused(log.path.with_name("damaged-metrics.jsonl"))
+            aside.write_bytes(before)
+            print(
+                f"warning: {log.path} is damaged in line {', '.join(map(str, damaged))}; it is now "
+                f"{aside.name}, and the other lines are kept",
+                file=sys.stderr,
+            )
 
 
 def _say(text: str) -> None:

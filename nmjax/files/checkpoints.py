@@ -9,34 +9,141 @@
 
 NNX states saved by Orbax have one more level, `a/b/kernel/value`. It is removed, so that leaves
 have the names of the live state.
+
+Names and shapes are read first, and arrays only when they are asked for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from nmjax.files.tensor_files import read_note, read_tensors
+from nmjax.files.npz_files import open_npz
+from nmjax.files.orbax_folders import open_orbax
+from nmjax.files.tensor_files import open_tensors, read_note
 from nmjax.layouts import optimizer_leaves
-from nmjax.trees.leaves import named_leaves, nest
+from nmjax.layouts.axes import Shape
+from nmjax.tables import printable
+from nmjax.trees.leaves import DEEPEST, named_leaves, nest
 
 # A module may be called `value`, as in attention. Only in an NNX state does a parameter contain it.
 _NNX_LEAF = re.compile(r"(^|/)(kernel|bias|scale|embedding)/value$")
 
 
-class _Tree(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An array on disk.
+
+    Attributes:
+      shape: sizes of its axes.
+      dtype: its dtype.
+      key: what it is called there.
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    key: Hashable
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, or a part of it, whose arrays have not been read.
+
+    Attributes:
+      path: the file or folder.
+      tree: nested dicts and lists of `Stored`.
+      where: the part that `tree` is, such as "state/params"; empty for everything.
+      from_torch: whether the layout is PyTorch's, and slashes replace the dots in the names.
+      metadata: the text in the header of a safetensors file.
+      left_out: name -> dtype of tensors that cannot be read.
+      read_all: reads arrays by their keys.
+    """
+
+    path: Path
     tree: Any
-    from_torch: bool
+    read_all: Callable[[Iterable[Any]], Iterator[tuple[Any, np.ndarray]]]
+    where: str = ""
+    from_torch: bool = False
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def shapes(self) -> Any:
+        """The tree with a `jax.ShapeDtypeStruct` for each array."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.tree)
+
+    def read(self) -> Any:
+        """Reads the arrays of the tree."""
+        leaves, structure = jax.tree.flatten(self.tree)
+        arrays = dict(self.read_all([leaf.key for leaf in leaves]))
+        return jax.tree.unflatten(structure, [arrays[leaf.key] for leaf in leaves])
+
+    def part(self, subtree: str) -> Checkpoint:
+        """A part, such as "params" or "state/params"; everything for an empty text.
+
+        Raises:
+          ValueError: there is no such part.
+        """
+        tree = self.tree
+        # The empty text splits into one empty key.
+        for key in filter(None, subtree.split("/")):
+            children = _children(tree)
+            if key not in children:
+                found = ", ".join(children) or "an array"
+                raise ValueError(
+                    f"{self.path} has no subtree {subtree!r}: expected {key!r}, found {found}"
+                )
+            tree = children[key]
+        return dataclasses.replace(self, tree=tree, where=subtree)
+
+    def params(self) -> Checkpoint:
+        """The subtree called `params`; everything if the checkpoint contains nothing else.
+
+        Raises:
+          ValueError: several subtrees are called `params`, or none is although there is an
+            optimizer state.
+        """
+        # A PyTorch module may have a ParameterList called `params`.
+        if self.from_torch:
+            return self
+        names = named_leaves(self.tree)
+        states = optimizer_leaves(names)
+        others = names.keys() - states
+        # The moments of variables contain a subtree called `params`, too.
+        found = {
+            where: params
+            for where, params in _find_params(self.tree, ())
+            if any(name.startswith(f"{where}/") for name in others)
+        }
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.path} has several subtrees called params; pass subtree= with one of them: "
+                f"{', '.join(found)}"
+            )
+        if states and not found:
+            raise ValueError(
+                f"{self.path} contains an optimizer state, but no subtree called params; pass "
+                "subtree= with the part that holds the parameters. At the top it has "
+                f"{', '.join(_children(self.tree))}"
+            )
+        where, params = next(iter(found.items()), ("", self.tree))
+        if len(named_leaves(params)) == len(names):
+            return self
+        return dataclasses.replace(self, tree=params, where=where)
 
 
 def read_checkpoint(path: str | os.PathLike[str], subtree: str = "") -> Any:
     """Reads a checkpoint, or a part of it.
+
+    It warns of tensors that it leaves out because NumPy and JAX have no such dtype.
 
     Args:
       path: a `.safetensors` or `.npz` file, or a folder that Orbax wrote.
@@ -47,15 +154,7 @@ def read_checkpoint(path: str | os.PathLike[str], subtree: str = "") -> Any:
       OSError: the file cannot be read.
       ImportError: safetensors, or Orbax for a folder, is not installed.
     """
-    tree = _read(Path(path)).tree
-    # The empty text splits into one empty key.
-    for key in filter(None, subtree.split("/")):
-        children = _children(tree)
-        if key not in children:
-            found = ", ".join(children) or "an array"
-            raise ValueError(f"{path} has no subtree {subtree!r}: expected {key!r}, found {found}")
-        tree = children[key]
-    return tree
+    return _warned(open_checkpoint(path).part(subtree)).read()
 
 
 def read_params(path: str | os.PathLike[str]) -> tuple[Any, str]:
@@ -72,30 +171,62 @@ def read_params(path: str | os.PathLike[str]) -> tuple[Any, str]:
       ValueError: as in `read_checkpoint`; several subtrees are called `params`, or none is although
         there is an optimizer state.
     """
-    tree, from_torch = _read(Path(path))
-    # A PyTorch module may have a ParameterList called `params`.
+    params = _warned(open_checkpoint(path).params())
+    return params.read(), params.where
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads names and shapes; raises what `read_checkpoint` raises."""
+    path = Path(path)
+    if path.is_dir():
+        folder = open_orbax(path)
+        tree = jax.tree.map_with_path(
+            lambda key, leaf: Stored(tuple(leaf.shape), np.dtype(leaf.dtype), key), folder.tree
+        )
+        return Checkpoint(path, _without_boxes(tree), folder.read)
+    if path.suffix == ".npz":
+        arrays = open_npz(path)
+        stored = {name: Stored(x.shape, x.dtype, name) for name, x in arrays.arrays.items()}
+        return _nested(Checkpoint(path, stored, arrays.read))
+    file = open_tensors(path)
+    if read_note(file.metadata).get("format") == "packed":
+        raise ValueError(f"{path} already contains packed parameters")
+    known = {n: Stored(x.shape, x.dtype, n) for n, x in file.tensors.items() if x.dtype is not None}
+    left_out = {n: x.code for n, x in file.tensors.items() if x.dtype is None}
+    return _nested(Checkpoint(path, known, file.read, metadata=file.metadata, left_out=left_out))
+
+
+def _nested(flat: Checkpoint) -> Checkpoint:
+    """Makes nested dicts of named arrays."""
+    names = flat.tree
+    # PyTorch separates names by dots. Files without the header are recognized by their names.
+    from_torch = flat.metadata.get("format") == "pt" or not any("/" in name for name in names)
     if from_torch:
-        return tree, ""
-    names = named_leaves(tree)
-    states = optimizer_leaves(names)
-    # The moments of variables contain a subtree called `params`, too.
-    found = {
-        where: params
-        for where, params in _find_params(tree, ())
-        if any(name.startswith(f"{where}/") for name in names.keys() - states)
-    }
-    if len(found) > 1:
-        raise ValueError(
-            f"{path} has several subtrees called params; pass subtree= with one of them: "
-            f"{', '.join(found)}"
+        names = {name.replace(".", "/"): array for name, array in names.items()}
+        if len(names) < len(flat.tree):
+            raise ValueError(f"{flat.path}: two names differ only in dots and slashes")
+    for name in names:
+        # A line break could forge a line of a message.
+        if "\n" in name or "\r" in name:
+            raise ValueError(f"{flat.path}: the name {printable(name)[:80]!r} has a line break")
+        if name.count("/") > DEEPEST:
+            raise ValueError(f"{flat.path}: {name[:80]!r} ... has more than {DEEPEST} levels")
+    try:
+        tree = nest(names)
+    except ValueError as error:
+        raise ValueError(f"{flat.path}: {error}") from error
+    return dataclasses.replace(flat, tree=_without_boxes(tree), from_torch=from_torch)
+
+
+def _warned(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.left_out:
+        names = ", ".join(f"{name} ({code})" for name, code in checkpoint.left_out.items())
+        warnings.warn(
+            f"{checkpoint.path}: these tensors are left out, because NumPy and JAX have no such "
+            f"dtypes: {names}",
+            stacklevel=3,
         )
-    if states and not found:
-        raise ValueError(
-            f"{path} contains an optimizer state, but no subtree called params; pass subtree= with "
-            f"the part that holds the parameters. At the top it has {', '.join(_children(tree))}"
-        )
-    where, params = next(iter(found.items()), ("", tree))
-    return (params, where) if len(named_leaves(params)) < len(names) else (tree, "")
+    return checkpoint
 
 
 def _find_params(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -114,23 +245,6 @@ def _children(tree: Any) -> dict[str, Any]:
     return {str(i): child for i, child in enumerate(tree)} if isinstance(tree, list) else {}
 
 
-def _read(path: Path) -> _Tree:
-    if path.is_dir():
-        return _Tree(_without_boxes(_read_orbax(path)), from_torch=False)
-    metadata: Mapping[str, str] = {}
-    if path.suffix == ".npz":
-        tensors = _read_npz(path)
-    else:
-        tensors, metadata = read_tensors(path)
-        if read_note(metadata).get("format") == "packed":
-            raise ValueError(f"{path} already contains packed parameters")
-    # PyTorch separates names by dots. Files without the header are recognized by their names.
-    from_torch = metadata.get("format") == "pt" or not any("/" in name for name in tensors)
-    if from_torch:
-        tensors = {name.replace(".", "/"): tensor for name, tensor in tensors.items()}
-    return _Tree(_without_boxes(nest(tensors)), from_torch)
-
-
 def _without_boxes(tree: Any) -> Any:
     """Replaces each dict of one `value` by that value, if the tree is an NNX state."""
     if not any(map(_NNX_LEAF.search, named_leaves(tree))):
@@ -140,42 +254,3 @@ def _without_boxes(tree: Any) -> Any:
         return isinstance(x, dict) and x.keys() == {"value"} and hasattr(x["value"], "shape")
 
     return jax.tree.map(lambda x: x["value"] if is_box(x) else x, tree, is_leaf=is_box)
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            tensors = {name: arrays[name] for name in arrays.files}
-    # A file that cannot be read is not a file of another format.
-    except OSError:
-        raise
-    except Exception as error:  # The zip and array readers raise many types.
-        raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
-    for name, tensor in tensors.items():
-        if tensor.dtype.kind == "V":  # What NumPy writes for dtypes that are not its own.
-            raise ValueError(
-                f"{path}: the dtype of {name} was lost. .npz files cannot store bfloat16; use "
-                "safetensors instead"
-            )
-    return tensors
-
-
-def _read_orbax(path: Path) -> Any:
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is a folder, and reading an Orbax checkpoint needs a package: "
-            "pip install orbax-checkpoint"
-        ) from error
-    checkpointer = ocp.PyTreeCheckpointer()
-    metadata = checkpointer.metadata(path.absolute())
-    if metadata is None or metadata.item_metadata is None:
-        raise ValueError(
-            f"{path} is not an Orbax checkpoint; pass the folder that contains _METADATA"
-        )
-    # NumPy arrays do not need the devices that the checkpoint was saved from.
-    as_numpy = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.item_metadata.tree
-    )
-    return checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))

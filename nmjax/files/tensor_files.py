@@ -1,21 +1,26 @@
 """Writes named arrays to safetensors files, and reads files that may be damaged or forged.
 
-The format is a JSON header and raw bytes, so nothing in a file is ever executed. All dtypes of
-whole bytes that JAX and safetensors share are supported.
+The format is a JSON header and raw bytes, so nothing in a file is ever executed. The header is read
+first, by the safetensors library, and arrays only when they are asked for. All dtypes of whole
+bytes that JAX and safetensors share are supported.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from nmjax.files.whole_files import write_whole
+from nmjax.files.file_kinds import check_file, foreign_kind
+from nmjax.files.whole_files import check_target, write_whole
+from nmjax.layouts.axes import Shape
+from nmjax.tables import printable
 
 # The header's key under which nmjax describes the contents of a file, as JSON.
 NOTE = "nmjax"
@@ -39,8 +44,68 @@ _DTYPES = {
         "C64": np.complex64,
         "F8_E4M3": jnp.float8_e4m3fn,
         "F8_E5M2": jnp.float8_e5m2,
+        "F8_E8M0": jnp.float8_e8m0fnu,
+        "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
     }.items()
 }
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header of a file says about a tensor.
+
+    Attributes:
+      shape: sizes of its axes.
+      code: the format's name of its dtype, such as "F32".
+      begin: the position of its first byte in the file.
+      nbytes: its number of bytes.
+    """
+
+    shape: Shape
+    code: str
+    begin: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """Its dtype; None if NumPy and JAX have no such dtype of whole bytes."""
+        return _DTYPES.get(self.code)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file, of which only the header has been read.
+
+    Attributes:
+      path: the file.
+      tensors: name -> what the header says, in the order of the names.
+      metadata: the text of the header.
+    """
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Reads tensors one after the other.
+
+        Raises:
+          ValueError: there is no such dtype, or the file has changed or holds impossible numbers.
+        """
+        with self.path.open("rb") as file:
+            for name in names:
+                tensor = self.tensors[name]
+                file.seek(tensor.begin)
+                data = np.empty(tensor.nbytes, np.uint8)
+                try:
+                    if file.readinto(data.data) != tensor.nbytes:
+                        raise ValueError("the file has become shorter")
+                    yield name, _array(tensor, data)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{self.path} cannot be read: {printable(name)[:80]}: {error}"
+                    ) from error
 
 
 def write_tensors(
@@ -48,7 +113,8 @@ def write_tensors(
 ) -> None:
     """Writes arrays and text to a safetensors file.
 
-    An existing file is replaced only after the new one is completely on disk.
+    An existing file is replaced only after the new one is completely on disk. Its permissions
+    follow the umask.
 
     Args:
       path: the file to write.
@@ -68,12 +134,36 @@ def write_tensors(
         if array.dtype not in _DTYPES.values():
             raise TypeError(f"{name} has dtype {array.dtype}, which safetensors does not support")
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: folder {path.parent} does not exist")
+    check_target(path)
     try:
         write_whole(path, lambda draft: save_file(arrays, draft, metadata=dict(metadata)))
     except safetensors.SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
+    """Reads the header of a safetensors file.
+
+    Raises:
+      ValueError: it is not a regular file, or not a safetensors file.
+      ImportError: safetensors is not installed.
+    """
+    safetensors, path = _safetensors(), Path(path)
+    check_file(path)
+    try:
+        # Checks all that the header says. The library's lazy reader does not give positions, and
+        # lacks dtypes, so the header is then parsed here.
+        with safetensors.safe_open(path, framework="np"):
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size), object_pairs_hook=_without_repeats)
+    except (safetensors.SafetensorError, ValueError) as error:
+        kind = foreign_kind(path)
+        raise ValueError(f"{path} is not a safetensors file{kind or f': {error}'}") from error
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {name: _stored(entry, 8 + size) for name, entry in sorted(header.items())}
+    return TensorFile(path, tensors, metadata)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -86,20 +176,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], d
       ValueError: it is not a safetensors file, or NumPy does not support one of its dtypes.
       ImportError: safetensors is not installed.
     """
-    safetensors = _safetensors()
-    data = Path(path).read_bytes()
-    try:
-        tensors = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    try:
-        arrays = {name: _array(tensor) for name, tensor in tensors}
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    # safetensors does not return the header's text. It has already checked what this line reads:
-    # 8 bytes with a length, and JSON of that length.
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return arrays, header.get("__metadata__") or {}
+    file = open_tensors(path)
+    return dict(file.read(file.tensors)), file.metadata
 
 
 def read_note(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -124,11 +202,16 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _array(tensor: Mapping[str, Any]) -> np.ndarray:
-    """Converts a tensor from safetensors, which has already checked its size."""
-    if tensor["dtype"] not in _DTYPES:
-        raise ValueError(f"the dtype {tensor['dtype']} is not supported")
-    array = np.ndarray(tensor["shape"], _DTYPES[tensor["dtype"]], tensor["data"])
+def _stored(entry: Mapping[str, Any], data: int) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    return StoredTensor(tuple(entry["shape"]), entry["dtype"], data + begin, end - begin)
+
+
+def _array(tensor: StoredTensor, data: np.ndarray) -> np.ndarray:
+    """Converts the bytes of a tensor, whose number safetensors has already checked."""
+    if tensor.dtype is None:
+        raise ValueError(f"the dtype {tensor.code} is not supported")
+    array = np.ndarray(tensor.shape, tensor.dtype, data)
     if array.dtype == bool and (array.view(np.uint8) > 1).any():
         raise ValueError("a boolean is neither 0 nor 1")
     return array

@@ -14,6 +14,8 @@ from nmjax.patterns.pattern import LeafPlan
 from nmjax.trees.path_rules import PathRules, as_rules, check_rules, first_match
 from nmjax.trees.spans import Span, merge, split, stack_axes
 
+# Flax's own name of a transposed convolution.
+_FLAX_TRANSPOSED = re.compile(r"(^|/)ConvTranspose_\d+/kernel$")
 # Names of layers that are or may be transposed convolutions. A layer without a name may be, too.
 _MAYBE_TRANSPOSED = re.compile(r"(^[^/]*|(trans|deconv|(^|[/_\d])up)[^/]*/[^/]*)$", re.IGNORECASE)
 
@@ -83,6 +85,9 @@ class Layouts:
             try:
                 if name in kernels and first_match(transposed, name) is not None:
                     flip = first_match(unflipped, name) is None
+                    found[name] = self._transposed(name, shapes, flip)
+                elif name in kernels and self.transposed is None and _outputs_shown(name, shapes):
+                    flip = _outputs_shown(name, shapes) == -1
                     found[name] = self._transposed(name, shapes, flip)
                 else:
                     found[name] = self._plain(name, shapes, known[name])
@@ -173,6 +178,15 @@ def _certain(known: Axes | str | Unknown, shape: Shape) -> Axes:
 def _is_kernel(name: str, shapes: Mapping[str, Shape]) -> bool:
     """Whether a leaf can be the kernel of a transposed convolution."""
     return name.rpartition("/")[-1] in ("kernel", "w", "weight") and len(shapes[name]) > 2
+
+
+def _outputs_shown(name: str, shapes: Mapping[str, Shape]) -> int | None:
+    """The axis of the outputs in a transposed convolution of Flax, if its name and bias show it."""
+    bias = shapes.get(name.removesuffix("kernel") + "bias")
+    *_, first, second = shapes[name]
+    if not _FLAX_TRANSPOSED.search(name) or bias not in ((first,), (second,)) or first == second:
+        return None
+    return -1 if bias == (second,) else -2
 
 
 def _may_be_of_equinox(name: str, shapes: Mapping[str, Shape]) -> bool:

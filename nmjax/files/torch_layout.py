@@ -12,17 +12,22 @@
 | `a/scale`, `a/embedding` | `a.weight` | the same | the same |
 | `a/mean`, `a/var` | `a.running_mean`, `a.running_var` | the same | the same |
 
-Other leaves keep their names and axes. A kernel is converted only if its axes are certain, and a
-convolution only if it is certain whether it is transposed: PyTorch stores transposed ones
-differently, and names and shapes do not distinguish them. All functions take what is missing:
+Other leaves keep their names and axes. In a tree of Flax's collections, such as
+`{"params": ..., "batch_stats": ...}`, the names of the collections are left out.
+
+A kernel is converted only if its axes are certain, and a convolution only if it is certain whether
+it is transposed: PyTorch stores transposed ones differently, and names and shapes do not
+distinguish them. All functions take what is missing:
 
 - `axes`: path rule -> axes of the leaves that match, as in `nmjax.make_plan`. Pass `nmjax.Axes` for
   kernels with more than two axes.
 - `plan`: from `nmjax.make_plan`. Its axes are used for leaves that `axes` does not match. Packed
   leaves contain their own.
+- `names`: JAX name -> PyTorch name, where the table above does not fit.
 - `transposed`: path rules of the kernels of transposed convolutions (`ConvTranspose` of Flax and
   Equinox, `Conv2DTranspose` of Haiku); `()` if there are none. Needed for convolutions whose name
-  suggests one, such as `up`, and for those without a name.
+  suggests one, such as `up`, and for those without a name. Flax's own name, `ConvTranspose_0`,
+  suffices if the bias shows which axis holds the outputs.
 - `transpose_kernel`: path rules of those for which Flax has `transpose_kernel=True`.
 
 For a Flax layer with `padding="VALID"`, PyTorch's layer has `padding=0`.
@@ -32,13 +37,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nmjax.files.narrowing import as_jax
 from nmjax.files.tensor_files import NOTE, write_tensors
 from nmjax.files.torch_axes import Layouts
 from nmjax.layouts import GivenAxes, Shape
@@ -56,6 +62,8 @@ _RENAMED = {
     "mean": "running_mean",
     "var": "running_var",
 }
+# Collections of Flax whose names are left out.
+_COLLECTIONS = {"params", "batch_stats"}
 # Entries of a PyTorch state dict that have no leaf in a JAX tree.
 _COUNTERS = r"num_batches_tracked$"
 
@@ -63,6 +71,7 @@ _COUNTERS = r"num_batches_tracked$"
 def to_torch(
     params: Any,
     *,
+    names: Callable[[str], str] | None = None,
     axes: Mapping[str, GivenAxes] | None = None,
     plan: Plan | None = None,
     transposed: PathRules | None = None,
@@ -72,6 +81,7 @@ def to_torch(
 
     Args:
       params: parameters, and batch statistics if any. Packed leaves are unpacked.
+      names: JAX name -> PyTorch name; by default those of the table above.
       axes: path rule -> axes of the leaves that match, where they are not certain.
       plan: where to find the axes of other leaves.
       transposed: path rules of transposed convolutions; `()` if there are none.
@@ -91,12 +101,12 @@ def to_torch(
     layouts = Layouts(axes or {}, known, transposed, transpose_kernel)
     conversions = layouts.conversions({name: np.shape(leaf) for name, leaf in leaves.items()})
     state: dict[str, np.ndarray] = {}
-    for name, leaf in leaves.items():
-        if torch_name(name) in state:
-            raise ValueError(f"{name} and another leaf would both become {torch_name(name)!r}")
-        tensor = conversions[name].to_torch(np.asarray(leaf))
+    for name, entry in _torch_names(leaves, names).items():
+        if entry in state:
+            raise ValueError(f"{name} and another leaf would both become {entry!r}")
+        tensor = conversions[name].to_torch(np.asarray(leaves[name]))
         # np.ascontiguousarray would give a scalar an axis.
-        state[torch_name(name)] = np.ascontiguousarray(tensor) if tensor.ndim else tensor
+        state[entry] = np.ascontiguousarray(tensor) if tensor.ndim else tensor
     return state
 
 
@@ -116,7 +126,7 @@ def from_torch(
     Args:
       state: PyTorch name -> array or detached tensor, as `state_dict()` returns them.
       params: a tree with the structure and shapes of the result: arrays or ShapeDtypeStructs.
-      names: JAX name -> PyTorch name; by default `nmjax.files.torch_layout.torch_name`.
+      names: as in `to_torch`.
       ignore: path rules for entries that no leaf uses. Batch counters are always ignored.
       axes: as in `to_torch`.
       plan: as in `to_torch`.
@@ -124,15 +134,17 @@ def from_torch(
       transpose_kernel: as in `to_torch`.
 
     Returns:
-      The tree with the arrays of the state, in the state's dtypes.
+      The tree with the arrays of the state, in the state's dtypes. Unless `jax_enable_x64` is on,
+      64-bit integers become 32-bit ones if all of them fit.
 
     Raises:
       ValueError: leaves have no entry, or one of another shape (the message lists all such leaves);
-        an entry has no leaf; the layout of kernels is unknown, as in `to_torch`.
+        an entry has no leaf; the layout of kernels is unknown, as in `to_torch`; JAX would narrow
+        an entry, such as one of float64.
     """
     leaves = named_leaves(params)
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    wanted = {name: (names or torch_name)(name) for name in leaves}
+    wanted = _torch_names(leaves, names)
     layouts = Layouts(axes or {}, plan or {}, transposed, transpose_kernel)
     found = _find(state, wanted, shapes, layouts)
     rules = (*as_rules(ignore), _COUNTERS)
@@ -143,7 +155,7 @@ def from_torch(
             f"no leaf uses these entries: {sorted(left)}. Map names to them (names=), or ignore "
             "them (ignore=)"
         )
-    return map_named(lambda name, _: jnp.asarray(found[name]), params)
+    return map_named(lambda name, _: as_jax(f"the entry {wanted[name]}", found[name]), params)
 
 
 def masks_from_torch(
@@ -177,7 +189,11 @@ def masks_from_torch(
         0 and 1; the layout of a planned leaf is unknown.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
-    wanted = {name: (names or torch_name)(name) + suffix for name in plan}
+    missing = sorted(plan.keys() - shapes.keys())
+    if missing:
+        raise ValueError(f"the plan names leaves that params does not have: {missing}")
+    entries = _torch_names(shapes, names)
+    wanted = {name: entries[name] + suffix for name in plan}
     layouts = Layouts(axes or {}, plan, transposed, transpose_kernel)
     found = _find(state, wanted, shapes, layouts)
     for name, mask in found.items():
@@ -190,6 +206,7 @@ def save_torch(
     path: str | os.PathLike[str],
     params: Any,
     *,
+    names: Callable[[str], str] | None = None,
     axes: Mapping[str, GivenAxes] | None = None,
     plan: Plan | None = None,
     transposed: PathRules | None = None,
@@ -203,6 +220,7 @@ def save_torch(
     Args:
       path: the file to write.
       params: parameters, packed or pruned.
+      names: as in `to_torch`.
       axes: as in `to_torch`.
       plan: as in `to_torch`.
       transposed: as in `to_torch`.
@@ -212,13 +230,18 @@ def save_torch(
       ValueError: as in `to_torch`.
       ImportError: safetensors is not installed.
     """
+    entries = _torch_names(named_leaves(params, is_leaf=is_packed), names)
     patterns = {
-        torch_name(name): str(leaf_plan.pattern)
-        for name, leaf_plan in _packed_plans(params).items()
+        entries[name]: str(leaf_plan.pattern) for name, leaf_plan in _packed_plans(params).items()
     }
     note = {"format": "dense", "version": 1, "patterns": patterns}
     state = to_torch(
-        params, axes=axes, plan=plan, transposed=transposed, transpose_kernel=transpose_kernel
+        params,
+        names=names,
+        axes=axes,
+        plan=plan,
+        transposed=transposed,
+        transpose_kernel=transpose_kernel,
     )
     write_tensors(path, state, {"format": "pt", NOTE: json.dumps(note)})
 
@@ -231,6 +254,19 @@ def torch_name(name: str) -> str:
     """
     *path, leaf = name.split("/")
     return ".".join([*path, _RENAMED.get(leaf, leaf)])
+
+
+def _torch_names(leaves: Iterable[str], names: Callable[[str], str] | None) -> dict[str, str]:
+    """Leaf name -> PyTorch name."""
+    if names is not None:
+        return {name: names(name) for name in leaves}
+    leaves = list(leaves)
+    tops = {name.partition("/")[0] for name in leaves}
+    # A tree with other keys beside `params` is not one of Flax's collections.
+    are_collections = "params" in tops and tops <= _COLLECTIONS and "params" not in leaves
+    return {
+        name: torch_name(name.partition("/")[2] if are_collections else name) for name in leaves
+    }
 
 
 def _packed_plans(params: Any) -> dict[str, LeafPlan]:
@@ -267,7 +303,11 @@ def _find(
 
 def _as_numpy(x: Any) -> np.ndarray:
     """Copies an array or a tensor."""
-    # Tensors go through JAX, because NumPy cannot read PyTorch's bfloat16.
     if isinstance(x, np.ndarray | jax.Array) or not hasattr(x, "__dlpack__"):
         return np.array(x)
-    return np.array(jnp.from_dlpack(x.contiguous() if hasattr(x, "contiguous") else x))
+    x = x.contiguous() if hasattr(x, "contiguous") else x
+    try:
+        return np.array(np.from_dlpack(x))
+    except (BufferError, RuntimeError):
+        # NumPy cannot read PyTorch's bfloat16. JAX can, but narrows 64-bit numbers.
+        return np.array(jnp.from_dlpack(x))

@@ -190,6 +190,10 @@ def packed_matmul(
     return y.reshape(*batch, *packed.output_shape)
 
 
+# `x @ packed`, of a floor below.
+Packed.product = staticmethod(packed_matmul)
+
+
 def packed_conv(
     x: jax.Array,
     packed: Packed,
@@ -354,7 +358,7 @@ def _check(packed: Any, activation: Any, implementation: Any) -> None:
         raise TypeError(
             f"expected a packed weight, a leaf of what nmjax.pack returns, got {type(packed)}"
         )
-    packed.check_shard()
+    packed.check_arrays()
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -365,8 +369,10 @@ def _check(packed: Any, activation: Any, implementation: Any) -> None:
 
 
 def _check_floating(x: jax.Array) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x must be floating, got {x.dtype}{x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+        raise TypeError(
+            f"x must be floating, of at least 16 bits, got {x.dtype}{x.shape}; cast it first"
+        )
 
 
 def _flat_bias(bias: jax.Array | None, packed: Packed) -> jax.Array | None:

@@ -20,9 +20,9 @@ def matmul(
 ) -> jax.Array:
     """Multiplies x (batch, inputs) by a packed weight: (batch, outputs)."""
     dtype = packed.result_dtype(x)
-    w = packed.dense_matrices()
+    w = packed.dense_matrices().astype(dtype)
     # Without it, XLA would round bfloat16 sums before the bias is added.
-    y = jnp.matmul(x, w, preferred_element_type=sum_dtype(dtype))
+    y = jnp.matmul(x.astype(dtype), w, preferred_element_type=sum_dtype(dtype))
     return finish(y, bias, activation, dtype)
 
 

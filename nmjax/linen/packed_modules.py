@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
-from flax.core import meta
 from jax import lax
 
 from nmjax.kernels.cpu.depthwise import depthwise_conv
-from nmjax.kernels.matmul import Implementation, packed_conv, packed_matmul
+from nmjax.kernels.layer_products import packed_conv_general, packed_dot_general
+from nmjax.kernels.matmul import Implementation
 from nmjax.kernels.operands import as_window
+from nmjax.linen.obstacles import (
+    check_layer,
+    check_stacks,
+    check_unchanged,
+    has_own_product,
+    is_shared,
+    no_product,
+    own_params,
+    reads_kernel,
+)
 from nmjax.packed.weight import Packed, is_packed
 
 # Layers whose product can be replaced. Attention is made of DenseGeneral layers.
@@ -28,6 +39,9 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
     `Dense`, `DenseGeneral` (and so attention) and `Conv` multiply by their packed kernels. Flax
     still handles everything else in these layers, such as biases, padding and dtypes. Layers
     without a packed kernel run as before, except that depthwise convolutions are faster on CPUs.
+
+    A layer with its own `dot_general`, `conv_general_dilated`, `promote_dtype` or `mask` keeps it:
+    it multiplies by the unpacked kernel, which is as slow as a dense layer.
 
     Use it under `jax.jit`. Each layer unpacks its kernel, but only for its shape and dtype. The
     compiler removes that work; outside `jax.jit` it costs time.
@@ -47,7 +61,11 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
 
     Raises:
       TypeError: `module` is not a linen module. The returned function raises TypeError if a module
-        of another class reads a packed leaf.
+        of another class reads a packed leaf, if a layer makes its product from a class
+        (`dot_general_cls`), or if something changes the weights first: `nn.WeightNorm`,
+        `nn.SpectralNorm`, `nn.map_variables` or qwix.
+      ValueError: from the returned function: a packed leaf holds layers along an axis that is not
+        in front.
 
     >>> import jax.numpy as jnp
     >>> import nmjax
@@ -62,6 +80,7 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
         raise TypeError(f"expected a linen module instance such as nn.Dense(4), got {module!r}")
 
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        check_stacks(variables)
         with nn.intercept_methods(partial(_multiply_packed, implementation)):
             return module.apply(variables, *args, **kwargs)
 
@@ -80,34 +99,49 @@ def _multiply_packed(
     The copy has its own product function and reads an unpacked kernel, so Flax's code stays as is.
     """
     layer = context.module
-    own = _own_params(layer)
+    if context.method_name == "setup":  # It may share the scope of a layer only later.
+        return run(*args, **kwargs)
+    check_unchanged(layer)
+    own = own_params(layer)
     packed = {name: leaf for name, leaf in own.items() if is_packed(leaf)}
     if not packed and not (_is_grouped(layer) and "kernel" in own):
         return run(*args, **kwargs)
     # A subclass of one of these layers runs its own code, and then the layer's.
     base = next((base for base in _LAYERS if isinstance(layer, base)), None)
+    if base is None and packed.keys() == {"kernel"} and is_shared(layer, _LAYERS):
+        return run(*args, **kwargs)
     if base is None or packed.keys() - {"kernel"}:
-        raise TypeError(
-            f"{type(layer).__name__} at {'/'.join(layer.path) or 'the root'} has packed leaves "
-            f"{sorted(packed)}, but only the kernels of nn.Dense, nn.DenseGeneral and nn.Conv can "
-            "be packed. Leave these leaves out of the plan (exclude=), or unpack them"
-        )
+        raise no_product(layer, sorted(packed))
     call = inspect.unwrap(base.__call__)
     if getattr(context.orig_method, "func", None) is not call:
         # A subclass's method. It reaches Flax's own `__call__` through super(), or later.
-        return run(*args, **kwargs)
+        try:
+            return run(*args, **kwargs)
+        except flax.errors.ScopeParamShapeError as error:
+            raise reads_kernel(layer, error) from error
     kernel = own["kernel"]
-    product: dict[str, Any] = (
-        {"conv_general_dilated": _grouped_conv}
-        if not packed
-        else {"dot_general": partial(_dot_general, kernel, implementation)}
-        if isinstance(layer, _DENSE)
-        else {"conv_general_dilated": partial(_conv, kernel, implementation)}
-    )
-    copy = layer.clone(parent=None, **product)
-    # Flax checks the kernel's shape and dtype, so the copy gets it unpacked. No product reads it.
+    if packed:
+        check_layer(layer, kernel)
+    copy = layer.clone(parent=None, **_product(layer, base, kernel, implementation))
+    # Flax checks the kernel's shape and dtype, so the copy gets it unpacked. No product reads it,
+    # except the layer's own.
     params = {**own, "kernel": kernel.unpack() if packed else kernel}
     return copy.apply({"params": params}, *args, method=base.__call__, **kwargs)
+
+
+def _product(
+    layer: nn.Module, base: type[nn.Module], kernel: Any, implementation: Implementation
+) -> dict[str, Any]:
+    """The field that replaces a layer's product; nothing if the layer has its own."""
+    if not is_packed(kernel):
+        return {"conv_general_dilated": _grouped_conv}
+    if has_own_product(layer, base):
+        return {}
+    if issubclass(base, _DENSE):
+        multiply = partial(packed_dot_general, implementation=implementation)
+        return {"dot_general": _with_packed(multiply, kernel)}
+    convolve = partial(packed_conv_general, implementation=implementation)
+    return {"conv_general_dilated": _with_packed(convolve, kernel)}
 
 
 def _is_grouped(layer: nn.Module) -> bool:
@@ -116,89 +150,18 @@ def _is_grouped(layer: nn.Module) -> bool:
         isinstance(layer, nn.Conv)
         and layer.feature_group_count > 1
         and layer.conv_general_dilated is None
+        and layer.conv_general_dilated_cls is None
     )
 
 
-def _own_params(module: nn.Module) -> dict[str, Any]:
-    """The module's own leaves, unboxed."""
-    if module.scope is None:
-        return {}
-    variables = module.scope.variables().get("params", {})
-    leaves = {name: _unboxed(leaf) for name, leaf in variables.items()}
-    # Mappings are the parameters of submodules.
-    return {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Mapping)}
+def _with_packed(product: Callable[..., jax.Array], packed: Packed) -> Callable[..., jax.Array]:
+    """A product function for Flax, which multiplies by the packed weight instead of its own."""
 
+    def multiply(x: jax.Array, w: jax.Array, *args: Any, **settings: Any) -> jax.Array:
+        # Flax casts kernel and input to its compute dtype first; only `w` got the cast.
+        return product(x, packed.with_values(packed.values.astype(w.dtype)), *args, **settings)
 
-def _unboxed(leaf: Any) -> Any:
-    """Takes a leaf out of its box."""
-    # `meta.unbox` would apply the sharding of `nn.Partitioned`, which fits only the dense shape.
-    if isinstance(leaf, meta.Partitioned) and is_packed(leaf.value):
-        return leaf.value
-    return meta.unbox(leaf)
-
-
-def _dot_general(
-    packed: Packed,
-    implementation: Implementation,
-    x: jax.Array,
-    w: jax.Array,
-    dimension_numbers: Any,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    **settings: Any,
-) -> jax.Array:
-    """`lax.dot_general` with the packed weight instead of `w`, which has its shape and dtype."""
-    (x_axes, w_axes), (x_batch, _) = dimension_numbers
-    plan = packed.leaf_plan
-    summed = {axis - w.ndim: x_axis for axis, x_axis in zip(w_axes, x_axes, strict=True)}
-    outputs = tuple(axis for axis in range(-w.ndim, 0) if axis not in summed)
-    # The plan may have packed the kernel along other axes than those that Flax contracts here.
-    # Then `w`, the unpacked kernel, gives the right product.
-    if x_batch or set(summed) != set(plan.reduction_axes) or outputs != plan.output_axes:
-        return lax.dot_general(
-            x, w, dimension_numbers, precision, preferred_element_type, **settings
-        )
-    # packed_matmul wants the summed axes of x last, in the order of the plan's reduction axes.
-    last = [summed[axis] for axis in plan.reduction_axes]
-    x = x.transpose(*(axis for axis in range(x.ndim) if axis not in last), *last)
-    # Flax casts kernel and input to its compute dtype before the product; only `w` got the cast.
-    y = packed_matmul(x, _cast(packed, w), implementation=implementation)
-    return y.astype(preferred_element_type or y.dtype)
-
-
-def _conv(
-    packed: Packed,
-    implementation: Implementation,
-    x: jax.Array,
-    w: jax.Array,
-    strides: Any,
-    padding: Any,
-    *,
-    lhs_dilation: Any = None,
-    rhs_dilation: Any = None,
-    feature_group_count: int = 1,
-    preferred_element_type: Any = None,
-    **settings: Any,
-) -> jax.Array:
-    """`lax.conv_general_dilated`, channels last, with the packed weight instead of `w`."""
-    plain = feature_group_count == 1 and all(d == 1 for d in lhs_dilation or ())
-    if not plain or len(packed.kernel_taps) != w.ndim - 2:
-        settings |= {
-            "lhs_dilation": lhs_dilation,
-            "rhs_dilation": rhs_dilation,
-            "feature_group_count": feature_group_count,
-            "preferred_element_type": preferred_element_type,
-        }
-        return lax.conv_general_dilated(x, w, strides, padding, **settings)
-    y = packed_conv(
-        x,
-        _cast(packed, w),
-        strides=strides,
-        padding=padding,
-        dilation=rhs_dilation or 1,
-        implementation=implementation,
-    )
-    return y.astype(preferred_element_type or y.dtype)
+    return multiply
 
 
 def _grouped_conv(
@@ -224,8 +187,3 @@ def _grouped_conv(
         return depthwise_conv(x, w, window).astype(dtype)
 
     return lax.platform_dependent(x, w, cpu=shifted, default=convolve)
-
-
-def _cast(packed: Packed, w: jax.Array) -> Packed:
-    """The packed weight in the dtype that Flax computes in."""
-    return packed.with_values(packed.values.astype(w.dtype))

@@ -14,9 +14,11 @@ from jax.typing import ArrayLike
 from nmjax import planning
 from nmjax.linen.call_plans import call_key, check_call, plan_call
 from nmjax.linen.forward_pass import check_module, fields_of, forward_pass_of_call, unbound
+from nmjax.packed.weight import is_packed
 from nmjax.patterns import Pattern, parse_pattern
 from nmjax.plans import Plan
 from nmjax.pruning import sparsify as sparsify_params
+from nmjax.trees.leaves import named_leaves
 
 
 def sparsify(
@@ -107,6 +109,7 @@ def _sparse_methods(
         return {**variables, "params": sparsify_params(params, plan, lambda_w=lambda_w)}
 
     def sparse_method(name: str, module: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any]:
+        _check_dense(dense_class, module.variables.get("params", {}))
         dense = unbound(module, dense_class)
         key = call_key(dense, name, module.variables, args, kwargs)
         if key in known:
@@ -128,6 +131,15 @@ def _sparse_methods(
         return method
 
     return sparse_method
+
+
+def _check_dense(dense_class: type[nn.Module], params: Any) -> None:
+    packed = [n for n, leaf in named_leaves(params, is_leaf=is_packed).items() if is_packed(leaf)]
+    if packed:
+        raise TypeError(
+            f"{', '.join(packed)}: a module that linen.sparsify made trains dense weights, but "
+            f"these are packed; run packed_apply on the {dense_class.__name__} itself"
+        )
 
 
 def _dense_in_init(

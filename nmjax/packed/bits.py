@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+
+def check_dtype(dtype: Any, what: str) -> None:
+    """Raises TypeError unless packed weights can have a dtype: floating, whole bytes, with a zero.
+
+    >>> check_dtype(jnp.dtype(jnp.float8_e4m3fn), "the weights")
+    """
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{what} should be floating, got {dtype}")
+    bits = jnp.finfo(dtype).bits
+    if bits % 8:
+        raise TypeError(
+            f"{what} should fill whole bytes, got {dtype}, whose numbers have {bits} bits"
+        )
+    # Zeros stand for what was dropped, and float8_e8m0fnu has none.
+    if np.zeros((), dtype).astype(np.float32) != 0:
+        raise TypeError(f"{what} should have a dtype with a zero, got {dtype}")
+
+
+def nan_bits(dtype: np.dtype) -> np.ndarray:
+    """The bits of a NaN, made by NumPy: `jax_debug_nans` stops at those that JAX computes."""
+    return np.array(np.nan, dtype).view(f"uint{8 * dtype.itemsize}")
 
 
 def as_bits(w: jax.Array) -> jax.Array:
@@ -16,16 +39,8 @@ def as_bits(w: jax.Array) -> jax.Array:
     XLA's CPU compiler copies bfloat16 through float32, which quiets NaNs and flushes denormals. It
     leaves integers alone. Call this and `from_bits` outside `jax.jit`: within one computation the
     compiler turns the copies of integers back into copies of floats.
-
-    Raises:
-      TypeError: a number does not fill whole bytes.
     """
-    bits = jnp.finfo(w.dtype).bits
-    if bits % 8:
-        raise TypeError(
-            f"cannot pack weights of dtype {w.dtype}: {bits} bits do not fill whole bytes"
-        )
-    return lax.bitcast_convert_type(w, np.dtype(f"uint{bits}"))
+    return lax.bitcast_convert_type(w, np.dtype(f"uint{jnp.finfo(w.dtype).bits}"))
 
 
 def from_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:

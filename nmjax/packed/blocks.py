@@ -21,8 +21,8 @@ import numpy as np
 
 from nmjax.layouts.axes import Shape
 from nmjax.masks.blocks import split_blocks
-from nmjax.packed.bits import as_bits, exactly, from_bits, index_dtype
-from nmjax.packed.weight import Packed
+from nmjax.packed.bits import as_bits, check_dtype, exactly, from_bits, index_dtype, nan_bits
+from nmjax.packed.weight import Packed, cuts
 from nmjax.patterns.block1xn import Block1xN
 from nmjax.patterns.pattern import LeafPlan
 from nmjax.trees.spans import Span, split
@@ -66,16 +66,51 @@ class PackedBlocks(Packed, pattern=Block1xN):
         that keep too many blocks become NaN.
 
         Raises:
-          TypeError: the dtype does not fill whole bytes.
+          TypeError: packed weights cannot have that dtype.
         """
+        check_dtype(w.dtype, f"weights to pack as {leaf_plan.pattern}")
         # As integers, so that XLA copies kept NaNs and denormals bit for bit.
-        nan = as_bits(jnp.full((), jnp.nan, w.dtype))
-        values, indices, row_pointers = _pack(as_bits(w), mask, nan, leaf_plan)
+        values, indices, row_pointers = _pack(as_bits(w), mask, nan_bits(w.dtype), leaf_plan)
         return cls(from_bits(values, w.dtype), indices, row_pointers, leaf_plan)
 
     def unpack(self) -> jax.Array:
         """The weight, with zeros where nothing was kept. Its gradient reaches the values."""
+        self.check_arrays()
+        self.check_whole()
         return _unpack_weight(self)
+
+    def check_arrays(self) -> None:
+        """Checks the dtypes and shapes of the arrays against the plan.
+
+        Raises:
+          TypeError: a dtype that `pack` does not make.
+          ValueError: a shape that the plan does not allow; a shard, unless the rows are uniform.
+        """
+        super().check_arrays()
+        plan, pattern, shape = self.leaf_plan, self.pattern, np.shape(self.values)
+        parts, _, kept = _competition(plan)
+        block = math.prod(plan.shape[axis] for axis in plan.tap_axes) * pattern.n
+        if pattern.uniform:
+            fits = len(shape) >= 3 and cuts(shape[-3], parts) and shape[-2:] == (kept, block)
+            expected = f"(..., {parts}, {kept}, {block}), or equal parts of the rows"
+        else:
+            fits, expected = shape[-2:] == (kept, block), f"(..., {kept}, {block})"
+        if not fits:
+            raise ValueError(f"values of shape {shape} cannot hold {self}; expected {expected}")
+        self.check_array("indices", index_dtype(plan.inputs), shape[:-1])
+        if pattern.uniform:
+            if self.row_pointers is not None:
+                raise ValueError(f"{self} has row pointers, although its rows are uniform")
+            return
+        expected_pointers = (*shape[:-2], plan.outputs // pattern.n + 1)
+        pointers: Shape = getattr(self.row_pointers, "shape", ())
+        if pointers and pointers != expected_pointers:
+            raise ValueError(
+                f"this is a shard of {self}: {pointers[-1] - 1} row pointers for "
+                f"{expected_pointers[-1] - 1} rows of blocks, expected int32{expected_pointers}. "
+                "Only uniform rows can be cut by outputs; use a plan without /layer"
+            )
+        self.check_array("row_pointers", np.dtype(np.int32), expected_pointers)
 
     @classmethod
     def misfits(cls, kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
@@ -92,12 +127,7 @@ class PackedBlocks(Packed, pattern=Block1xN):
         rows, _, kept = _competition(plan)
         block = math.prod(self.taps) * pattern.n
         self.check_values((rows, kept, block) if pattern.uniform else (kept, block))
-        indices, dtype = self.indices, index_dtype(plan.inputs)
-        if indices.shape != self.values.shape[:-1] or indices.dtype != dtype:
-            raise ValueError(
-                f"indices are {indices.dtype}{indices.shape}, expected "
-                f"{dtype}{self.values.shape[:-1]}"
-            )
+        indices = self.indices
         if (indices >= plan.inputs).any():
             raise ValueError(f"indices reach beyond {plan.inputs} inputs")
         places = indices.astype(np.int64)
@@ -120,6 +150,7 @@ class PackedBlocks(Packed, pattern=Block1xN):
     @property
     def least_nbytes(self) -> int:
         """Bytes for the values, and log2 of the ways to choose the blocks."""
+        self.check_arrays()
         rows, size, kept = _competition(self.leaf_plan)
         bits = math.prod(self.leading) * rows * _log2_choices(size, kept)
         return self.values.size * self.dtype.itemsize + math.ceil(bits / 8)
@@ -138,15 +169,6 @@ class PackedBlocks(Packed, pattern=Block1xN):
     def outputs(self) -> int:
         """Number of outputs that the arrays hold."""
         return self._rows * self.pattern.n
-
-    def check_shard(self) -> None:
-        """Raises ValueError for a part of the rows of blocks that are not uniform."""
-        planned = self.leaf_plan.outputs // self.pattern.n
-        if self.row_pointers is not None and self._rows != planned:
-            raise ValueError(
-                f"this is a shard of {self.shape}: {self._rows} row pointers for {planned} rows of "
-                "blocks. Only uniform rows can be cut by outputs; use a plan without /layer"
-            )
 
     @property
     def _rows(self) -> int:
@@ -182,12 +204,6 @@ _unpack_weight.defvjp(_unpack_forward, _unpack_backward)
 def _row_of_each_block(packed: PackedBlocks) -> np.ndarray:
     """The row of each block, (*stack, kept), after checking the pointers."""
     pointers, *_, kept = np.asarray(packed.row_pointers), *packed.indices.shape
-    plan = packed.leaf_plan
-    shape = (*packed.indices.shape[:-1], plan.outputs // _pattern(plan).n + 1)
-    if pointers.shape != shape or pointers.dtype != np.int32:
-        raise ValueError(
-            f"row pointers are {pointers.dtype}{pointers.shape}, expected int32{shape}"
-        )
     counts = np.diff(pointers, axis=-1)
     if (counts < 0).any() or (pointers[..., 0] != 0).any() or (pointers[..., -1] != kept).any():
         raise ValueError(f"row pointers do not ascend from 0 to {kept}")

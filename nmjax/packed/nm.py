@@ -22,8 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.layouts.axes import Shape
-from nmjax.packed.bits import as_bits, exactly, from_bits, index_dtype, pack_bits, unpack_bits
-from nmjax.packed.weight import Packed
+from nmjax.packed.bits import (
+    as_bits,
+    check_dtype,
+    exactly,
+    from_bits,
+    index_dtype,
+    nan_bits,
+    pack_bits,
+    unpack_bits,
+)
+from nmjax.packed.weight import Packed, cuts
 from nmjax.patterns.nm import NM
 from nmjax.patterns.pattern import LeafPlan
 from nmjax.trees.spans import merge, split
@@ -54,16 +63,42 @@ class PackedNM(Packed, pattern=NM):
         """Packs the weights that a mask keeps, at most n in each group. There is no gradient.
 
         Raises:
-          TypeError: the dtype does not fill whole bytes.
+          TypeError: packed weights cannot have that dtype.
         """
+        check_dtype(w.dtype, f"weights to pack as {leaf_plan.pattern}")
         # As integers, so that XLA copies kept NaNs and denormals bit for bit.
-        nan = as_bits(jnp.full((), jnp.nan, w.dtype))
-        values, codes = _pack(as_bits(w), mask, nan, leaf_plan)
+        values, codes = _pack(as_bits(w), mask, nan_bits(w.dtype), leaf_plan)
         return cls(from_bits(values, w.dtype), codes, leaf_plan)
 
     def unpack(self) -> jax.Array:
         """The weight, with zeros where nothing was kept. Its gradient reaches the values."""
+        self.check_arrays()
+        self.check_whole()
         return _unpack_weight(self)
+
+    def check_arrays(self) -> None:
+        """Checks the dtypes and shapes of the arrays against the plan.
+
+        Raises:
+          TypeError: a dtype that `pack` does not make.
+          ValueError: a shape that the plan does not allow, even for a shard.
+        """
+        super().check_arrays()
+        plan, pattern, shape = self.leaf_plan, self.pattern, np.shape(self.values)
+        groups, n, outputs = shape[-3:] if len(shape) >= 3 else (0, 0, 0)
+        planned = plan.inputs // pattern.m
+        if n != pattern.n or not cuts(groups, planned) or not cuts(outputs, plan.outputs):
+            raise ValueError(
+                f"values of shape {shape} cannot hold {self}; expected (..., {planned}, "
+                f"{pattern.n}, {plan.outputs}), or equal parts of the groups or the outputs"
+            )
+        bits = groups * _codes_per_group(pattern) * _code_width(pattern)
+        if groups != planned and bits % 8:
+            raise ValueError(
+                f"a shard of {groups} of the {planned} groups of {self} cuts a byte of the codes; "
+                "shard the outputs instead"
+            )
+        self.check_array("codes", np.dtype(np.uint8), (*shape[:-3], math.ceil(bits / 8), outputs))
 
     @classmethod
     def misfits(cls, kept: jax.Array, leaf_plan: LeafPlan) -> tuple[int, int]:
@@ -76,11 +111,7 @@ class PackedNM(Packed, pattern=NM):
         plan, pattern, codes = self.leaf_plan, self.pattern, self.codes
         groups = plan.inputs // pattern.m
         self.check_values((groups, pattern.n, plan.outputs))
-        count = groups * _codes_per_group(pattern)
-        spare = -count * _code_width(pattern) % 8
-        shape = (*self.values.shape[:-3], (count * _code_width(pattern) + spare) // 8, plan.outputs)
-        if codes.shape != shape or codes.dtype != np.uint8:
-            raise ValueError(f"codes are {codes.dtype}{codes.shape}, expected uint8{shape}")
+        spare = -groups * _codes_per_group(pattern) * _code_width(pattern) % 8
         if spare and (codes[..., -1:, :] >> (8 - spare)).any():
             raise ValueError("unused bits of the codes are not zero")
         code = _unpack_codes(codes, groups, pattern, np)
@@ -102,6 +133,7 @@ class PackedNM(Packed, pattern=NM):
     @property
     def least_nbytes(self) -> int:
         """Bytes for the values, and log2 C(m, n) bits for each group's positions."""
+        self.check_arrays()
         bits = math.prod(self.shape) * self.pattern.index_bits
         return self.values.size * self.dtype.itemsize + math.ceil(bits / 8)
 
@@ -152,6 +184,7 @@ class PackedNM(Packed, pattern=NM):
 
     def positions(self) -> jax.Array:
         """Where in its group each value was: unsigned integers of `values`' shape, ascending."""
+        self.check_arrays()
         return _positions(self.codes, self.leaf_plan)
 
     @property

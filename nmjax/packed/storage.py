@@ -10,7 +10,7 @@ import numpy as np
 
 from nmjax.packed.packing import is_packed
 from nmjax.tables import Row, html_table, text_table
-from nmjax.trees.leaves import named_leaves
+from nmjax.trees.leaves import is_array, named_leaves
 
 _HEADER = ("leaf", "pattern", "dense bytes", "packed", "least", "packed / dense")
 _NUMBERS = (2, 3, 4, 5)
@@ -77,6 +77,7 @@ def sizes(packed: Any) -> Sizes:
     """Measures each leaf in bytes: dense, packed, and the least that any code of positions needs.
 
     For N:M that is log2(C(M, N)) bits per group, for blocks log2 of the ways to choose them.
+    Random keys and leaves that are not arrays are left out.
 
     Args:
       packed: a tree with packed leaves, of arrays or ShapeDtypeStructs.
@@ -88,14 +89,22 @@ def sizes(packed: Any) -> Sizes:
     >>> sizes(nmjax.pack(nmjax.prune(params, plan), plan)).total
     LeafSize(pattern='', dense=8192, packed=4608, least=4427)
     """
+    leaves = named_leaves(packed, is_leaf=is_packed)
     return Sizes(
-        {name: _leaf_size(leaf) for name, leaf in named_leaves(packed, is_leaf=is_packed).items()}
+        {
+            name: _leaf_size(name, leaf)
+            for name, leaf in leaves.items()
+            if is_packed(leaf) or is_array(leaf)
+        }
     )
 
 
-def _leaf_size(leaf: Any) -> LeafSize:
-    # Shapes and dtypes suffice, so that ShapeDtypeStructs have sizes too.
-    dense = math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize
-    if is_packed(leaf):
-        return LeafSize(str(leaf.leaf_plan.pattern), dense, leaf.nbytes, leaf.least_nbytes)
+def _leaf_size(name: str, leaf: Any) -> LeafSize:
+    try:
+        # Shapes and dtypes suffice, so that ShapeDtypeStructs have sizes too.
+        dense = math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize
+        if is_packed(leaf):
+            return LeafSize(str(leaf.leaf_plan.pattern), dense, leaf.nbytes, leaf.least_nbytes)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name} has no size in bytes: {error}") from error
     return LeafSize("dense", dense, dense, dense)

@@ -20,11 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.layouts.axes import Shape
+from nmjax.packed.bits import check_dtype
+from nmjax.packed.operators import MatrixOperators
 from nmjax.patterns.pattern import LeafPlan, Pattern
 from nmjax.trees.spans import Span, stack_axes
 
+_HOW_TO_CAST = (
+    "Cast packed weights with packed.astype(dtype), which changes the values alone; a tree with "
+    'jax.tree.map(lambda x: x.astype(dtype), tree, is_leaf=lambda x: hasattr(x, "astype"))'
+)
 
-class Packed(abc.ABC):
+
+class Packed(MatrixOperators):
     """A weight stored as its kept values and where they were.
 
     Subclasses are frozen dataclasses, registered as pytree nodes whose only static field is
@@ -75,7 +82,7 @@ class Packed(abc.ABC):
 
         Args:
           w: weights of `leaf_plan.shape`, or with more axes in front; a floating dtype of whole
-            bytes.
+            bytes that has a zero.
           mask: booleans of the same shape. Where it keeps fewer than the pattern, zeros fill
             the remaining places. Where it keeps more, the values become NaN, which shows the
             mistake even under `jax.jit`, where the values of the mask are unknown.
@@ -100,6 +107,45 @@ class Packed(abc.ABC):
     def check(self) -> None:
         """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
 
+    def check_arrays(self) -> None:
+        """Checks the dtypes and shapes of the arrays against the plan; tracers pass too.
+
+        Every product, `unpack` and every size calls it. Arrays may be those of one layer of a
+        stack, or the shard of one device where the pattern can be cut.
+
+        Raises:
+          TypeError: a dtype that `pack` does not make, as after casting all arrays of a tree.
+          ValueError: a shape that the plan does not allow.
+        """
+        dtype = getattr(self.values, "dtype", None)
+        # `nmjax.quantize` makes integers of one byte.
+        if dtype != np.int8:
+            check_dtype(dtype, f"the values of {self}")
+
+    def check_whole(self) -> None:
+        """Raises ValueError if the arrays are the shard of one device, which has no dense form."""
+        plan = self.leaf_plan
+        if (self.inputs, self.outputs) != (plan.inputs, plan.outputs):
+            raise ValueError(
+                f"these arrays are a shard of {self}, with {self.inputs} inputs and {self.outputs} "
+                "outputs: unpack outside jax.shard_map"
+            )
+
+    def check_array(self, name: str, dtype: Any, shape: Shape) -> None:
+        """Checks one of the arrays that say where the values are.
+
+        Raises:
+          TypeError, ValueError: as in `check_arrays`.
+        """
+        array = getattr(self, name)
+        found = getattr(array, "dtype", type(array).__name__)
+        if (found, np.shape(array)) == (dtype, shape):
+            return
+        text = f"the {name} of {self} are {found}{np.shape(array)}, expected {dtype}{shape}"
+        if found != dtype:
+            raise TypeError(f"{text}. {_HOW_TO_CAST}")
+        raise ValueError(text)
+
     def check_values(self, sizes: Sequence[int]) -> None:
         """Raises ValueError unless the plan is possible and the values have a shape that fits it.
 
@@ -114,9 +160,12 @@ class Packed(abc.ABC):
         expected = (*leading, *sizes)
         if self.values.shape[max(self.values.ndim - len(expected), 0) :] != expected:
             raise ValueError(
-                f"values of shape {self.values.shape} cannot hold {plan.pattern} of a weight of "
-                f"shape {plan.shape}; expected {expected}"
+                f"values of shape {self.values.shape} cannot hold {self}; expected {expected}"
             )
+        try:
+            self.check_arrays()
+        except TypeError as error:  # The dtypes of a file are part of what it says.
+            raise ValueError(str(error)) from error
 
     @property
     def pattern(self) -> Any:
@@ -163,6 +212,7 @@ class Packed(abc.ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
+        self.check_arrays()
         return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(self))
 
     @property
@@ -231,13 +281,32 @@ class Packed(abc.ABC):
         """The same weight with other values in the same places, such as a cast."""
         return dataclasses.replace(self, values=values)  # type: ignore[type-var]
 
-    def result_dtype(self, x: jax.Array) -> np.dtype:
-        """Dtype of a product with `x`: what JAX promotes both to."""
-        return jnp.promote_types(x.dtype, self.dtype)
+    def astype(self, dtype: Any) -> Self:
+        """The same weight with its values cast; where they are does not change.
 
-    def check_shard(self) -> None:
-        """Raises ValueError if the arrays are a shard that no product can use."""
-        del self  # Most packed weights can be cut.
+        Casting every array, as `jax.tree.map(lambda a: a.astype(dtype), packed)` does, would cast
+        the positions too.
+
+        Raises:
+          TypeError: packed weights cannot have that dtype.
+        """
+        self.check_arrays()
+        dtype = jnp.dtype(dtype)
+        check_dtype(dtype, f"the values of {self}")
+        return self.with_values(self.values.astype(dtype))
+
+    def result_dtype(self, x: jax.Array) -> np.dtype:
+        """Dtype of a product with `x`: what JAX promotes both to, or that of `x` for float8."""
+        # JAX promotes float8 to nothing else. Here it is storage, like int8 with scales.
+        return x.dtype if self.dtype.itemsize == 1 else jnp.promote_types(x.dtype, self.dtype)
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__} {self.leaf_plan.pattern} {self.leaf_plan.shape}"
+
+
+def cuts(part: int, whole: int) -> bool:
+    """Whether a mesh may cut an axis of size `whole` into parts of size `part`."""
+    return part == whole or (0 < part < whole and whole % part == 0)
 
 
 def is_packed(node: Any) -> TypeGuard[Packed]:

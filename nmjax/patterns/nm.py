@@ -18,6 +18,8 @@ from nmjax.patterns.pattern import Pattern, Whole
 
 Flatten = Literal["channel", "kernel"]
 
+# Binomial coefficients of larger groups are too long to compute: C(2e6, 1e6) has 600,000 digits.
+_EXACT = 1024
 _TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:/\s*(kernel|channel))?\s*")
 
 
@@ -80,7 +82,11 @@ class NM(Pattern):
     @property
     def index_bits(self) -> float:
         """Bits per weight that any encoding of the positions needs: log2(C(m, n)) / m."""
-        return math.log2(math.comb(self.m, self.n)) / self.m
+        if self.m <= _EXACT:
+            return math.log2(math.comb(self.m, self.n)) / self.m
+        n, m = self.n, self.m
+        natural = math.lgamma(m + 1) - math.lgamma(n + 1) - math.lgamma(m - n + 1)
+        return natural / math.log(2) / m
 
     def kept(self, inputs: int, outputs: int) -> int:
         """Number of weights kept in a matrix (inputs, outputs)."""

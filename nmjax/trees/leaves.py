@@ -17,6 +17,10 @@ from jax.tree_util import GetAttrKey, KeyPath, keystr
 IsLeaf = Callable[[Any], bool]
 Tree = TypeVar("Tree")
 
+# The most levels that a name from a file may have: JAX walks trees recursively, and a forged name
+# must not exhaust the stack.
+DEEPEST = 64
+
 
 def leaf_name(path: KeyPath) -> str:
     """The name of the leaf at `path`, such as `"a/b/kernel"`."""
@@ -81,3 +85,15 @@ def nest(leaves: Mapping[str, Any]) -> Any:
             raise ValueError(f"{name!r} is a leaf, but other leaves are below it")
         folder[key] = leaf
     return tree
+
+
+def is_random_key(leaf: Any) -> bool:
+    """Whether a leaf is a key of `jax.random.key`, or the shape of one."""
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jax.dtypes.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    )
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array of numbers, or the shape of one."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not is_random_key(leaf)

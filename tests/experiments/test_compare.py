@@ -223,6 +223,24 @@ def test_a_trial_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkey
     assert "not finite" in (given.folder / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seeds": ()}, "seeds must be distinct"),
+        ({"seeds": (2**31,)}, "seeds must be distinct integers from 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
+        ({"lambda_w": float("nan")}, "lambda_w must be a finite number, got nan"),
+        ({"sweep": (10.0, float("inf"))}, "sweep must be finite numbers"),
+        ({"patterns": ()}, "patterns must name at least one pattern"),
+        ({"name": ".."}, "name must be a folder within"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        Comparison(flags(tmp_path, **given))
+
+
 def test_unknown_methods_and_patterns_are_errors(tmp_path, capsys):
     assert main(["--methods", "magic", "--runs-dir", str(tmp_path)]) == 1
     assert "no method named 'magic'" in capsys.readouterr().err

@@ -70,7 +70,25 @@ def test_a_line_cut_off_while_it_was_written_is_left_out(tmp_path):
     assert log.read() == []
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
     assert [line["epoch"] for line in log.read()] == [1, 2]
-    log.keep(lambda line: line["epoch"] <= 1)
+    assert log.keep(lambda line: line["epoch"] <= 1) == []
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
     log.append({"epoch": 2, "loss": np.array([np.nan])})
     assert log.read()[-1] == {"epoch": 2, "loss": [None]}
+
+
+@pytest.mark.parametrize(
+    "damaged", [b'{"epoch": 2', b'{"epoci": 2}', b"[2]", b"\xff\x00", b"", b'{"epoch": "2"}']
+)
+def test_damaged_lines_are_counted_and_dropped(tmp_path, damaged):
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    lines = [b'{"epoch": 1}', damaged, b'{"epoch": 3}', b'{"epoch": 4}', b'{"epo']
+    log.path.write_bytes(b"\n".join(lines))
+    assert log.keep(lambda line: line["epoch"] <= 3) == [2]
+    assert log.path.read_text() == '{"epoch": 1}\n{"epoch": 3}\n'
+
+
+def test_reading_names_the_damaged_line(tmp_path):
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    log.path.write_text('{"epoch": 1}\n{"epoch"\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 2 is not a JSON object"):
+        log.read()

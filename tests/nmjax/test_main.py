@@ -157,6 +157,7 @@ def test_given_axes_of_blocks(tmp_path, capsys):
         ("mlp", "--axes must be RULE=AXES, such as 'head/kernel=-2', got 'mlp'"),
         ("mlp=in", "got 'in'"),
         ("mlp=-1/-2/-3/-4", "got '-1/-2/-3/-4'"),
+        ("mlp=-１", "got '-１'"),
         ("mlp/kernel=-3", "--axes 'mlp/kernel=-3' does not fit mlp/kernel of shape (8, 4)"),
         ("typo=-1", "match no leaf: 'typo'"),
     ],
@@ -261,13 +262,16 @@ def test_errors_are_one_message(files, capsys, arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("", "info | plan | pack | bench"),
+        ("", "info | plan | prune | pack | bench"),
         ("unpack", "unpack"),
         ("pack x --pattern 2:4", "--out"),
         ("plan x --pattern 2:4 --dense-if-indivisible", "--dense-if-indivisible"),
         ("bench x --batch 0", "'0' is not a positive integer"),
         ("bench x --side -1", "--side"),
         ("bench x --threads 1,two", "'two' is not a positive integer"),
+        ("bench x --threads 1,2,1", "'1,2,1' has a number twice"),
+        ("bench x --batch １", "'１' is not a positive integer"),
+        ("prune x --pattern 2:4", "--out"),
     ],
 )
 def test_unknown_commands_exit_with_usage(capsys, arguments, words):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
+from experiments.data.epochs import steps_per_epoch
 from experiments.data.sentence_pairs import EncodedPairs, evaluation_batches, training_batches
 from experiments.data.vocabulary import BEGIN, END, PADDING, Vocabulary
 from experiments.models.text.decoding import beam_search
@@ -116,7 +117,7 @@ def translation_task(
         train_rows=batches,
         eval_batches=tests,
         eval_rows=tests,
-        steps_per_epoch=len(train.source) // recipe.batch_size,
+        steps_per_epoch=steps_per_epoch(train.source, recipe.batch_size),
         recipe=recipe,
         metrics=metrics,
         predict=predict,

@@ -252,6 +252,47 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
     assert noticed >= 2
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b'{"score": 0.', b'{"scpre": 0.2}', b"[]", b"\xff", b'{"score": "x"}']
+)
+def test_a_damaged_score_is_named_and_the_state_is_used(tmp_path, capsys, content):
+    store = Checkpoints(tmp_path, keep_best=1)
+    for steps in (1, 2):
+        store.save(steps, make_state(step=steps), score=steps / 10)
+    store.close()
+    (tmp_path / "2" / "metrics" / "metrics").write_bytes(content)
+    store = Checkpoints(tmp_path, keep=1, keep_best=1)
+    steps, restored = store.restore(LIKE)
+    assert steps == 2
+    assert_identical(restored, make_state(step=2))
+    error = capsys.readouterr().err
+    assert f"warning: the score of the checkpoint {tmp_path}/2 is damaged: " in error
+    assert names(tmp_path) == ["1", "2", "damaged-metrics-2"]
+    # The best of those that have a score is kept; that without one goes.
+    store.save(3, make_state(step=3), score=0.05)
+    store.close()
+    assert names(tmp_path) == ["1", "3", "damaged-metrics-2"]
+
+
+def test_a_description_that_changed_on_disk_is_damage(tmp_path, capsys):
+    """Bits that flipped may still be valid JSON, which fits another run."""
+    about = {"model": "small"}
+    store = Checkpoints(tmp_path, about=about)
+    for steps in (1, 2):
+        store.save(steps, make_state(step=steps))
+    store.close()
+    path = tmp_path / "2" / "about" / "metadata"
+    path.write_text(path.read_text().replace("small", "smalk"))
+    assert Checkpoints(tmp_path, about=about).restore(LIKE)[0] == 1
+    error = capsys.readouterr().err
+    assert "2 is damaged: about is not what was written; it is now damaged-2" in error
+    # Checkpoints of earlier versions have no checksum.
+    path = tmp_path / "1" / "about" / "metadata"
+    path.write_text(re.sub(r', "checksum": \d+', "", path.read_text()))
+    assert "checksum" not in path.read_text()
+    assert Checkpoints(tmp_path, about=about).restore(LIKE)[0] == 1
+
+
 def test_numbers_that_changed_on_disk_are_noticed(tmp_path, capsys, monkeypatch):
     """What the file format itself does not notice: another number in place of one."""
     saved_twice(tmp_path)
@@ -267,6 +308,20 @@ def test_numbers_that_changed_on_disk_are_noticed(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(checkpoints, "read_alone", read_changed)
     assert store.restore(LIKE)[0] == 1
     assert "2 is damaged: params/layer/kernel is not what was written" in capsys.readouterr().err
+
+
+def test_what_tensorstore_cannot_find_is_damage(tmp_path, capsys, monkeypatch):
+    saved_twice(tmp_path)
+    restore = checkpoints.ocp.Checkpointer.restore
+
+    def lose(self, path, **kwargs):
+        if path == tmp_path / "2" / "state":
+            raise ValueError("NOT_FOUND: Failed to open [os_error_code='2' source locations='x']")
+        return restore(self, path, **kwargs)
+
+    monkeypatch.setattr(checkpoints.ocp.Checkpointer, "restore", lose)
+    assert Checkpoints(tmp_path).restore(LIKE)[0] == 1
+    assert "2 is damaged: NOT_FOUND" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("step", ["files", "checksums"])
@@ -304,6 +359,9 @@ def test_no_whole_checkpoint_is_an_error_and_all_stay(tmp_path):
         OSError(errno.ESTALE, "Stale file handle"),
         OSError(errno.EMFILE, "Too many open files"),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        # Tensorstore's own kind of error, while it reads.
+        ValueError("NOT_FOUND: Failed to open [os_error_code='24' source locations='x']"),
+        ValueError("PERMISSION_DENIED: Failed to open [os_error_code='13']"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -23,6 +23,11 @@ def test_a_metric_whose_best_value_is_zero_falls():
     assert metric.missing_title == "bits per byte"
 
 
+def test_an_epoch_without_steps_is_refused():
+    with pytest.raises(ValueError, match="task digits: steps_per_epoch must be at least 1, got 0"):
+        dataclasses.replace(tiny_task(), steps_per_epoch=0)
+
+
 @pytest.mark.parametrize("first_step", [0, 3, STEPS])
 @pytest.mark.parametrize("rows", [np.arange(BATCH), np.array([2, 3, 5])])
 def test_reading_from_the_middle_and_in_part(first_step, rows):

@@ -1,5 +1,7 @@
 """The training loop: seeds, repetition, compilation, continuing, stopping."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -205,6 +207,16 @@ def test_what_a_report_measures_of_blocks(method, seeds):
             assert kept.shape == (len(seeds), 4)
             np.testing.assert_array_equal(kept[0], after[name].sum(axis=1))
     assert report.density == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("said", "found"), [(STEPS - 1, "more"), (STEPS + 2, STEPS)])
+def test_a_task_that_miscounts_its_batches_is_refused(said, found):
+    """Its mean loss and its schedules would be wrong."""
+    task = dataclasses.replace(tiny_task(epochs=2), steps_per_epoch=said)
+    job = make_job("ste", epochs=2)._replace(task=task)
+    message = f"says steps_per_epoch={said}, but epoch 1 has {found} batches"
+    with pytest.raises(ValueError, match=message):
+        last(train(job))
 
 
 def test_methods_without_block_masks_report_no_blocks():

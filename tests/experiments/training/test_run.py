@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -100,6 +101,22 @@ def test_resuming_a_complete_run_does_nothing(whole, capsys):
     assert main([*DIGITS, "--runs-dir", str(whole.parent), "--name", "whole", "--resume"]) == 0
     assert "4 of 4 epochs done" in capsys.readouterr().out
     assert metrics(whole) == before
+
+
+def test_damaged_lines_and_scores_do_not_stop_a_run(whole, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "whole")
+    before = metrics(folder)
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"epoch": 2', '{"epoch: 2'))
+    damaged = path.read_bytes()
+    (folder / "checkpoints" / "80" / "metrics" / "metrics").write_text("{")
+    assert main([*DIGITS, "--runs-dir", str(tmp_path), "--name", "whole", "--resume"]) == 0
+    said = capsys.readouterr()
+    assert "4 of 4 epochs done" in said.out
+    assert f"the score of the checkpoint {folder}/checkpoints/80 is damaged" in said.err
+    assert f"warning: {path} is damaged in line 2; it is now damaged-metrics.jsonl" in said.err
+    assert metrics(folder) == [line for line in before if line["epoch"] != 2]
+    assert (folder / "damaged-metrics.jsonl").read_bytes() == damaged
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(whole, capsys):
@@ -209,6 +226,7 @@ def test_cifar10_from_disk(tmp_path, capsys):
         (["--mesh", "z=8", "--batch-size", "40", "--shard", "1/kernel=z,*"], "cuts groups of 4"),
         (["--mesh", "z=8", "--batch-size", "40", "--shard", "nothing=z"], "match no leaf"),
         (["--accumulate", "2"], "a batch of 25 does not split evenly into 2 parts"),
+        (["--batch-size", "801"], "batch_size must be from 1 to 800 examples, got 801"),
         (["--processes", "2"], "need --coordinator, --processes and --process together"),
         (["--keep-dense", "nothing"], "nothing"),
         (["--method", "subp"], "'subp' prunes blocks and cannot take 2:4"),
@@ -229,8 +247,29 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, capsys, flags, message):
     ("flags", "message"),
     [
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--batch-size", "-5"], "batch_size must be at least 1, got -5"),
         (["--ramp", "0.5", "0.1"], "ramp must be two rising fractions of the epochs"),
+        (["--ramp", "nan", "1"], "ramp must be two rising fractions of the epochs"),
         (["--seeds", "1", "1"], "seeds must be distinct"),
+        (["--seeds", "-1"], "seeds must be distinct integers from 0"),
+        (["--seeds", "2147483648"], "seeds must be distinct integers from 0"),
+        (["--learning-rate", "0"], "learning_rate must be above 0, got 0"),
+        (["--learning-rate", "nan"], "learning_rate must be above 0, got nan"),
+        (["--learning-rate", "inf"], "learning_rate must be above 0, got inf"),
+        (["--momentum", "1"], "momentum must be from 0 to below 1, got 1"),
+        (["--momentum", "-0.1"], "momentum must be from 0 to below 1, got -0.1"),
+        (["--second-momentum", "nan"], "second_momentum must be from 0 to below 1, got nan"),
+        (["--label-smoothing", "1"], "label_smoothing must be from 0 to below 1, got 1"),
+        (["--clip", "-1"], "clip must be at least 0, got -1"),
+        (["--weight-decay", "nan"], "weight_decay must be at least 0, got nan"),
+        (["--warmup-epochs", "-1"], "warmup_epochs must be at least 0, got -1"),
+        (["--lambda-w", "nan"], "lambda_w must be a finite number, got nan"),
+        (["--lambda-decoupled", "inf"], "lambda_decoupled must be a finite number, got inf"),
+        (["--name", ".."], "name must be a folder within runs, got '..'"),
+        (["--name", "a/../../b"], "name must be a folder within runs"),
+        (["--name", "."], "name must be a folder within runs"),
+        (["--name", "/tmp/run"], "name must be a folder within runs"),
         (["--lamda-w", "1"], "--lambda-w"),
     ],
 )
@@ -238,7 +277,14 @@ def test_flags_that_do_not_parse(capsys, flags, message):
     with pytest.raises(SystemExit) as error:
         main(flags)
     assert error.value.code == 2
-    assert message in capsys.readouterr().err
+    # tyro breaks lines and draws a box around them.
+    assert message in " ".join(re.sub("│", "", capsys.readouterr().err).split())
+
+
+def test_numbers_at_the_edge_of_what_makes_sense_are_taken():
+    flags = Flags(name="deep/er", seeds=(2**31 - 1,), momentum=0.0, clip=0.0, lambda_w=-0.1)
+    assert flags.folder.as_posix() == "runs/deep/er"
+    assert (flags.seeds, flags.lambda_w) == ((2**31 - 1,), -0.1)
 
 
 def test_help_explains_every_flag():

@@ -96,8 +96,8 @@ def test_equal_trees_make_equal_files(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "error", "complaint"),
     [
-        ({"a": "text"}, TypeError, "a is a str, not an array"),
-        ({"a": 1.0}, TypeError, "a is a float, not an array"),
+        ({"a": "text", "b": 1.0}, TypeError, r"no leaf is an array: \['a', 'b'\]"),
+        ({"a": np.array([None])}, TypeError, "a has dtype object"),
         ({"a": jnp.ones(2), "a/b": jnp.ones(2)}, ValueError, "'a/b' is below another leaf"),
         ({"a/b": jnp.ones(2), "a": jnp.ones(2)}, ValueError, "is below another leaf"),
         (
@@ -154,7 +154,8 @@ def test_an_unchanged_file_loads(parts):
 @pytest.mark.parametrize(
     ("key", "value", "complaint"),
     [
-        ("version", 2, "version 2, but this nmjax reads version 1"),
+        ("version", 3, "version 3, but this nmjax reads version 2"),
+        ("version", 2, r"should have the keys .*'keys', 'left_out'"),
         ("version", "1", "the version is a str"),
         ("version", True, "the version is a bool"),
         ("format", "dense", "has no packed parameters"),
@@ -281,12 +282,24 @@ def test_other_safetensors_files(tmp_path):
     assert str(tmp_path / "x") in str(error.value)
 
 
-def test_64_bit_numbers(tmp_path):
-    save_packed(tmp_path / "x", {"step": np.int64(2**40)})
-    with pytest.raises(ValueError, match="jax_enable_x64"):
+@pytest.mark.parametrize("number", [np.int64(2**40), np.uint64(2**32), np.float64(1)])
+def test_64_bit_numbers(tmp_path, number):
+    save_packed(tmp_path / "x", {"a": {"step": number}})
+    with pytest.raises(ValueError, match=f"a/step contains {number.dtype}.*jax_enable_x64"):
         load_packed(tmp_path / "x")
     with jax.enable_x64(True):
-        assert load_packed(tmp_path / "x")["step"] == 2**40
+        loaded = load_packed(tmp_path / "x")["a"]["step"]
+        assert loaded == number
+        assert loaded.dtype == number.dtype
+
+
+@pytest.mark.parametrize("number", [2**31 - 1, -(2**31), 0])
+def test_64_bit_counters_that_fit_are_kept(tmp_path, number):
+    save_packed(tmp_path / "x", {"a": np.array([number, 7]), "b": np.uint64(2**32 - 1)})
+    loaded = load_packed(tmp_path / "x")
+    assert loaded["a"].tolist() == [number, 7]
+    assert (loaded["a"].dtype, loaded["b"].dtype) == (jnp.int32, jnp.uint32)
+    assert loaded["b"].tolist() == 2**32 - 1
 
 
 def test_loading_needs_no_pickle(tmp_path):

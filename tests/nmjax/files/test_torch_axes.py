@@ -116,8 +116,13 @@ def test_masks_of_transposed_convolutions():
 TRANSPOSED = r"may be a transposed convolution|unknown axes: could be .* a transposed convolution"
 
 
-@pytest.mark.parametrize("outputs", [6, 8])
-@pytest.mark.parametrize("name", ["up", "deconv", "ConvTranspose_0", "decoder_up_1"])
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [
+        *((name, outputs) for name in ("up", "deconv", "decoder_up_1") for outputs in (6, 8)),
+        ("ConvTranspose_0", 8),
+    ],
+)
 def test_convolutions_that_may_be_transposed(name, outputs):
     params = {name: {"kernel": normal(3, 3, 8, outputs), "bias": normal(outputs)}}
     with pytest.raises(ValueError, match=TRANSPOSED) as error:
@@ -150,6 +155,30 @@ def test_a_weight_of_pytorch_keeps_its_order():
     np.testing.assert_array_equal(to_torch(params)["up.weight"], params["up"]["weight"])
     for name, shape in (("conv", (6, 8, 3, 3)), ("up", (6, 8))):
         assert to_torch({name: {"weight": normal(*shape)}})[f"{name}.weight"].shape == shape
+
+
+@needs_torch
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_the_name_by_flax_and_the_bias_show_a_transposed_convolution(transpose_kernel):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.ConvTranspose(
+                6, (3, 2), (2, 2), padding="VALID", transpose_kernel=transpose_kernel
+            )
+            return layer(x)
+
+    x = normal(2, 5, 5, 8)
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape), Net().init(jax.random.key(0), x))
+    state = to_torch(params)
+    weight_and_bias = {name.rpartition(".")[2]: array for name, array in state.items()}
+    assert state.keys() == {"ConvTranspose_0.weight", "ConvTranspose_0.bias"}
+    y = torch_transposed(weight_and_bias, x, 2)
+    np.testing.assert_allclose(y, Net().apply(params, x), rtol=1e-4, atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, from_torch(state, params), params)
+    del params["params"]["ConvTranspose_0"]["bias"]
+    with pytest.raises(ValueError, match="unknown axes: ambiguous without a bias"):
+        to_torch(params)
 
 
 def test_a_transposed_convolution_alone():

@@ -197,6 +197,74 @@ def test_other_names():
     jax.tree.map(np.testing.assert_array_equal, back, PARAMS)
 
 
+def test_other_names_both_ways(tmp_path):
+    def names(name):
+        return {"head/kernel": "classifier.weight"}.get(name, f"net.{torch_name(name)}")
+
+    packed = nmjax.pack(nmjax.prune(PARAMS, PLAN), PLAN)
+    state = to_torch(packed, names=names, transposed=())
+    plain = to_torch(packed, transposed=())
+    assert state.keys() == {
+        "classifier.weight" if name == "head.weight" else f"net.{name}" for name in plain
+    }
+    np.testing.assert_array_equal(state["classifier.weight"], plain["head.weight"])
+    back = from_torch(state, PARAMS, names=names, transposed=())
+    jax.tree.map(np.testing.assert_array_equal, back, nmjax.prune(PARAMS, PLAN))
+    save_torch(tmp_path / "x", packed, names=names, transposed=())
+    tensors, metadata = read_tensors(tmp_path / "x")
+    assert tensors.keys() == state.keys()
+    assert json.loads(metadata["nmjax"])["patterns"]["classifier.weight"] == "1x2@0.5"
+    with pytest.raises(ValueError, match="would both become 'x'"):
+        to_torch(PARAMS, names=lambda name: "x", transposed=())
+
+
+def test_collections_of_flax_have_no_prefix():
+    variables = {
+        "params": {"Dense_0": {"kernel": normal(8, 4)}, "BatchNorm_0": {"scale": normal(4)}},
+        "batch_stats": {"BatchNorm_0": {"mean": normal(4), "var": normal(4)}},
+    }
+    state = to_torch(variables)
+    assert state.keys() == {
+        "Dense_0.weight",
+        "BatchNorm_0.weight",
+        "BatchNorm_0.running_mean",
+        "BatchNorm_0.running_var",
+    }
+    jax.tree.map(np.testing.assert_array_equal, from_torch(state, variables), variables)
+    assert to_torch({"params": variables["params"]}).keys() < state.keys()
+    plan = nmjax.make_plan(variables, "2:4")
+    masks = masks_from_torch({"Dense_0.weight_mask": np.ones((4, 8))}, variables, plan)
+    assert masks.keys() == {"params/Dense_0/kernel"}
+    # Here `params` is a module beside others.
+    others = {"params": {"kernel": normal(8, 4)}, "head": {"kernel": normal(8, 4)}}
+    assert to_torch(others).keys() == {"params.weight", "head.weight"}
+    assert to_torch({"params": normal(3)}).keys() == {"params"}
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_numbers_that_jax_would_narrow(library):
+    convert = np.asarray if library == "numpy" else pytest.importorskip("torch").from_numpy
+    params = {"kernel": jnp.zeros((8, 4)), "steps": jnp.zeros((), jnp.int32)}
+    state = {"weight": convert(RNG.normal(size=(4, 8))), "steps": convert(np.array(7))}
+    with pytest.raises(ValueError, match=r"the entry weight contains float64 .*jax_enable_x64"):
+        from_torch(state, params)
+    with jax.enable_x64(True):
+        loaded = from_torch(state, params)
+        assert loaded["kernel"].dtype == jnp.float64
+        np.testing.assert_array_equal(loaded["kernel"], np.asarray(state["weight"]).T)
+        assert loaded["steps"].dtype == jnp.int64
+    state["weight"] = convert(np.asarray(state["weight"], np.float32))
+    assert from_torch(state, params)["steps"] == 7
+    state["steps"] = convert(np.array(2**40))
+    with pytest.raises(ValueError, match="the entry steps contains int64"):
+        from_torch(state, params)
+
+
+def test_a_plan_of_other_params_has_no_masks():
+    with pytest.raises(ValueError, match=r"the plan names leaves .*attention/key/kernel"):
+        masks_from_torch({}, {"head": PARAMS["head"]}, PLAN)
+
+
 def test_stacks_have_no_layout():
     stack = {"kernel": normal(3, 8, 4), "bias": normal(3, 4)}
     with pytest.raises(ValueError, match=r"kernel of shape \(3, 8, 4\): is a stack of layers"):

@@ -84,3 +84,32 @@ def test_what_is_not_a_module():
 def test_names_and_shapes_alone_are_not_enough():
     with pytest.raises(ValueError, match="unknown axes"):
         nmjax.make_plan(nnx.state(Network(nnx.Rngs(0)), nnx.Param), "2:4")
+
+
+@pytest.mark.parametrize("plan", ["2:4", "1x4@0.5", None])
+def test_cost_counts_the_multiply_adds(plan):
+    class Layers(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(8, 16, (3, 3), padding="VALID", rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.head = nnx.Linear(16, 8, rngs=rngs)
+
+        def __call__(self, x, scale=1.0):
+            return self.head(self.dropout(self.conv(x)).mean((1, 2))) * scale
+
+    model = Layers(nnx.Rngs(0))
+    table = nmjax.nnx.cost(model, plan, (1, 6, 6, 8), scale=2.0)
+    # 4 x 4 output pixels of 9 taps.
+    macs = {"conv/kernel": 16 * 9 * 8 * 16, "head/kernel": 16 * 8}
+    assert {name: leaf.macs for name, leaf in table.leaves.items() if leaf.macs} == macs
+    density = 1.0 if plan is None else 0.5
+    assert table.total.macs_kept == sum(macs.values()) * density
+    if plan:
+        made = nmjax.nnx.make_plan(model, plan, inputs=((1, 6, 6, 8),))
+        assert nmjax.nnx.cost(model, made, jnp.zeros((1, 6, 6, 8))) == table
+    assert int(model.dropout.rngs.count[...]) == 0
+
+
+def test_cost_of_what_is_not_a_module():
+    with pytest.raises(TypeError, match="expected an NNX module, got dict"):
+        nmjax.nnx.cost({}, "2:4", (1, 8))

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmjax.packed.bits import as_bits, exactly, from_bits, index_dtype, pack_bits, unpack_bits
+from nmjax.packed.bits import (
+    as_bits,
+    check_dtype,
+    exactly,
+    from_bits,
+    index_dtype,
+    nan_bits,
+    pack_bits,
+    unpack_bits,
+)
 from tests.nmjax.float_bits import DTYPES, any_bits, bits_of
 
 
@@ -19,9 +28,24 @@ def test_numbers_as_bits_and_back(dtype):
     np.testing.assert_array_equal(bits_of(from_bits(bits, w.dtype)), bits_of(w))
 
 
-def test_numbers_that_fill_no_byte():
-    with pytest.raises(TypeError, match="float4_e2m1fn: 4 bits do not fill whole bytes"):
-        as_bits(jnp.zeros(2, jnp.float4_e2m1fn))
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        ("float4_e2m1fn", "whole bytes, got float4_e2m1fn, whose numbers have 4 bits"),
+        ("float8_e8m0fnu", "a zero, got float8_e8m0fnu"),
+        ("int32", "floating, got int32"),
+        ("complex64", "floating, got complex64"),
+    ],
+)
+def test_dtypes_that_packed_weights_cannot_have(dtype, words):
+    with pytest.raises(TypeError, match=words):
+        check_dtype(jnp.dtype(dtype), "the weights")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float8_e4m3fn", "float8_e5m2fnuz", "float8_e3m4"])
+def test_nan_by_its_bits(dtype):
+    check_dtype(jnp.dtype(dtype), "the weights")
+    assert jnp.isnan(from_bits(jnp.asarray(nan_bits(jnp.dtype(dtype))), jnp.dtype(dtype)))
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])

@@ -1,0 +1,145 @@
+"""What the header of a packed file says about its leaves, as JSON: written, and read with doubt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.export
+
+from nmjax.files.tensor_files import read_note
+from nmjax.packed.blocks import PackedBlocks
+from nmjax.packed.nm import PackedNM
+from nmjax.packed.weight import Packed
+from nmjax.patterns import parse_pattern
+from nmjax.patterns.pattern import LeafPlan
+from nmjax.tables import printable
+
+# Files of packed and dense leaves alone have the first version, which older nmjax reads.
+FORMAT, VERSIONS = "packed", (1, 2)
+
+_AXES = ("reduction_axes", "output_axes", "tap_axes")
+_LARGEST = 2**31 - 1  # The largest size that XLA can index.
+
+
+class Manifest(NamedTuple):
+    """What a file says about its leaves.
+
+    Attributes:
+      packed: name of a packed leaf -> its plan and the name of its dtype.
+      keys: name of a random key -> its implementation, such as "threefry2x32".
+      left_out: names of leaves that are not stored, because they are not arrays.
+    """
+
+    packed: dict[str, tuple[LeafPlan, str]]
+    keys: dict[str, str]
+    left_out: list[str]
+
+
+def write_manifest(
+    packed: Mapping[str, Packed], keys: Mapping[str, str], left_out: list[str]
+) -> str:
+    """Describes leaves as JSON."""
+    more = {"keys": dict(keys), "left_out": left_out} if keys or left_out else {}
+    leaves = {
+        name: {**_describe(leaf.leaf_plan), "dtype": leaf.dtype.name}
+        for name, leaf in packed.items()
+    }
+    version = VERSIONS[1] if more else VERSIONS[0]
+    return json.dumps({"format": FORMAT, "version": version, "leaves": leaves, **more})
+
+
+def read_manifest(metadata: Mapping[str, str]) -> Manifest:
+    """Reads what `write_manifest` wrote, from the header of a file.
+
+    Raises:
+      ValueError: the text is something else, or from a newer version.
+    """
+    manifest = read_note(metadata)
+    if manifest.get("format") != FORMAT:
+        raise ValueError("it has no packed parameters (`python -m nmjax pack` writes such files)")
+    version = _typed(manifest.get("version"), int, "the version")
+    if version not in VERSIONS:
+        raise ValueError(
+            f"it has version {version}, but this nmjax reads version {VERSIONS[1]}; update nmjax"
+        )
+    # Unknown keys may change the meaning of known ones, so they are errors too.
+    more = ("keys", "left_out") if version == VERSIONS[1] else ()
+    _check_keys(manifest, ("format", "version", "leaves", *more), "the header")
+    leaves = _typed(manifest["leaves"], dict, "the leaves")
+    keys = _typed(manifest.get("keys", {}), dict, "the keys")
+    left_out = _typed(manifest.get("left_out", []), list, "left_out")
+    return Manifest(
+        {name: _read_leaf(name, description) for name, description in leaves.items()},
+        {name: _typed(kind, str, f"the kind of {printable(name)}") for name, kind in keys.items()},
+        [_typed(name, str, "a name in left_out") for name in left_out],
+    )
+
+
+def _describe(plan: LeafPlan) -> dict[str, Any]:
+    axes = {span: list(getattr(plan, span)) for span in _AXES}
+    return {"pattern": str(plan.pattern), "shape": list(plan.shape), **axes}
+
+
+def _read_leaf(name: str, description: Any) -> tuple[LeafPlan, str]:
+    shown = printable(name)[:80]
+    _check_keys(_typed(description, dict, shown), ("pattern", "shape", *_AXES, "dtype"), shown)
+    plan = _read_plan(shown, description)
+    return plan, _typed(description["dtype"], str, f"the dtype of {shown}")
+
+
+def _read_plan(name: str, description: Mapping[str, Any]) -> LeafPlan:
+    shape = _integers(description["shape"], f"the shape of {name}")
+    spans = {span: _integers(description[span], f"the {span} of {name}") for span in _AXES}
+    text = _typed(description["pattern"], str, f"the pattern of {name}")
+    pattern = parse_pattern(text[:100])  # A forged text may have megabytes of digits.
+    reduction, output, taps = (spans[span] for span in _AXES)
+    plan = LeafPlan(pattern, reduction, output, shape, taps)
+    named = [axis for span in spans.values() for axis in span]
+    # save_packed writes the canonical spelling; another one means that the file was forged.
+    if (
+        str(pattern) != text
+        or not plan.reduction_axes
+        or not all(-len(shape) <= axis < 0 for axis in named)
+        or len(set(named)) < len(named)
+        or pattern.place(plan.axes) != plan.axes
+    ):
+        raise ValueError(f"{name} of shape {shape} cannot have {text[:100]} along the axes {spans}")
+    if not all(1 <= size <= _LARGEST for size in (*shape, plan.inputs, plan.outputs)):
+        raise ValueError(f"{name} has an impossible shape: {shape}")
+    return plan
+
+
+def _plan_to_bytes(static: tuple[LeafPlan]) -> bytes:
+    return json.dumps(_describe(*static)).encode()
+
+
+def _plan_from_bytes(data: bytes) -> tuple[LeafPlan]:
+    return (_read_plan("a packed argument", json.loads(data)),)
+
+
+# So that programs from `jax.export` can take packed parameters as arguments.
+for _kind in (PackedNM, PackedBlocks):
+    jax.export.register_pytree_node_serialization(
+        _kind,
+        serialized_name=f"nmjax.{_kind.__name__}",
+        serialize_auxdata=_plan_to_bytes,
+        deserialize_auxdata=_plan_from_bytes,
+    )
+
+
+def _typed(value: Any, kind: type, what: str) -> Any:
+    """Returns the value if it has exactly that type: `isinstance` would accept True as an int."""
+    if type(value) is not kind:
+        raise ValueError(f"{what} is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _integers(values: Any, what: str) -> tuple[int, ...]:
+    return tuple(_typed(value, int, what) for value in _typed(values, list, what))
+
+
+def _check_keys(values: Mapping[str, Any], keys: tuple[str, ...], what: str) -> None:
+    if values.keys() != set(keys):
+        raise ValueError(f"{what} should have the keys {keys}, got {tuple(values)[:20]}")

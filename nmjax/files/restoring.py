@@ -1,0 +1,58 @@
+"""Puts named leaves from a file into a tree with a structure of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from nmjax.packed.weight import is_packed
+from nmjax.tables import printable
+from nmjax.trees.leaves import is_array, is_random_key, map_named, named_leaves
+
+Tree = TypeVar("Tree")
+
+_LISTED = 20  # Names in a message.
+
+
+def restore_like(like: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """Replaces the arrays of a tree by leaves of the same names and shapes.
+
+    Args:
+      like: a tree; leaves that are neither arrays nor random keys are kept.
+      leaves: by name, packed or not.
+
+    Raises:
+      ValueError: the names or shapes differ. The message lists them.
+    """
+    wanted = {
+        name: leaf
+        for name, leaf in named_leaves(like, is_leaf=is_packed).items()
+        if is_packed(leaf) or is_array(leaf) or is_random_key(leaf)
+    }
+    complaints = [
+        *(f"{name} is missing in the file" for name in wanted if name not in leaves),
+        *(f"{printable(name)} is only in the file" for name in leaves if name not in wanted),
+        *(
+            f"{name}: like= has {_described(wanted[name])}, the file has {_described(leaves[name])}"
+            for name in wanted.keys() & leaves.keys()
+            if _described(wanted[name]) != _described(leaves[name])
+        ),
+    ]
+    if complaints:
+        lines = sorted(complaints)[:_LISTED]
+        more = len(complaints) - len(lines)
+        raise ValueError(
+            "its leaves are not those of like=:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + (f"\n  and {more} more" if more else "")
+        )
+    return map_named(
+        lambda name, leaf: leaves[name] if name in wanted else leaf, like, is_leaf=is_packed
+    )
+
+
+def _described(leaf: Any) -> str:
+    kind = "a random key" if is_random_key(leaf) else "a leaf"
+    return f"{kind} of shape {tuple(np.shape(leaf))}"

@@ -1,0 +1,147 @@
+"""Layers of NNX that multiply by packed kernels, and reasons why others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jax import lax
+
+from nmjax.kernels.layer_products import (
+    packed_conv_general,
+    packed_dot_general,
+    packed_einsum,
+    summed_axes,
+)
+from nmjax.layouts.axes import Axes
+from nmjax.packed.weight import is_packed
+from nmjax.patterns.pattern import LeafPlan
+
+# Their kernels can be packed. nnx.MultiHeadAttention, the recurrent cells and nnx.LoRALinear are
+# made of these layers.
+LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.Einsum)
+
+# These compute a layer's weights from others, before each call.
+_REWRITING = (nnx.WeightNorm, nnx.SpectralNorm)
+
+
+class PackedParam(nnx.Param):
+    """A parameter that holds a packed weight, for the layers that can multiply by it."""
+
+    def get_value(self, *, index: Any = ...) -> Any:
+        """The packed weight. `kernel[...]` reads all of it, and parts cannot be read."""
+        if index is not ...:
+            raise TypeError(f"a packed weight cannot be indexed by {index!r}; unpack it first")
+        return super().get_value()
+
+    def __jax_array__(self) -> Any:
+        raise TypeError(
+            f"a packed weight of shape {self.shape} is not an array: only nnx.Linear, "
+            "nnx.LinearGeneral, nnx.Conv and nnx.Einsum multiply by it. "
+            "`parameter.get_value().unpack()` gives the array"
+        )
+
+
+def use_packed_products(layer: Any) -> None:
+    """Makes a layer multiply by a packed kernel; a dense kernel still works."""
+    layer.promote_dtype = promote_dtype
+    if isinstance(layer, nnx.Conv):
+        layer.conv_general_dilated = conv_general_dilated
+    elif isinstance(layer, nnx.Einsum):
+        layer.einsum_op = einsum
+    else:
+        layer.dot_general = dot_general
+
+
+def obstacle(layer: Any, name: str, leaf_plan: LeafPlan) -> str:
+    """Why a layer cannot multiply by its packed parameter; empty if it can."""
+    if not isinstance(layer, LAYERS) or name != "kernel":
+        return (
+            f"it is the {name!r} of {type(layer).__name__}, and only the kernels of nnx.Linear, "
+            "nnx.LinearGeneral, nnx.Conv and nnx.Einsum can be packed"
+        )
+    for argument, ordinary in _products(layer).items():
+        if getattr(layer, argument) not in ordinary:
+            return f"{type(layer).__name__} has its own {argument}, which packed weights ignore"
+    reduction = _reduction_axes(layer)
+    if reduction is None:
+        return ""
+    taps = tuple(range(-2 - len(layer.kernel_size), -2)) if isinstance(layer, nnx.Conv) else ()
+    placed = leaf_plan.pattern.place(Axes(reduction, leaf_plan.output_axes, taps)).reduction
+    if set(placed) != set(leaf_plan.reduction_axes):
+        return (
+            f"it is planned along {leaf_plan.reduction_axes}, but {type(layer).__name__} sums over "
+            f"{placed}; a stack of layers must be along the first axis"
+        )
+    return ""
+
+
+def rewritten_by(model: Any) -> dict[int, str]:
+    """Identity of each variable below a layer that computes weights -> name of that class."""
+    return {
+        id(variable): type(node).__name__
+        for _, node in nnx.iter_graph(model)
+        if isinstance(node, _REWRITING)
+        for _, variable in nnx.iter_graph(node)
+        if isinstance(variable, nnx.Param)
+    }
+
+
+# The functions below replace a layer's own. They are module-level functions, because NNX compares
+# a module's attributes to decide whether it must compile again.
+
+
+def promote_dtype(args: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+    """Flax's `promote_dtype`, which also casts the values of packed weights."""
+    arrays = tuple(x.values if is_packed(x) else x for x in args)
+    promoted = dtypes.promote_dtype(arrays, dtype=dtype, inexact=inexact)
+    return tuple(
+        x.with_values(array) if is_packed(x) else array
+        for x, array in zip(args, promoted, strict=True)
+    )
+
+
+def dot_general(x: Any, w: Any, *args: Any, **settings: Any) -> Any:
+    """`lax.dot_general`, which also takes a packed weight."""
+    product = packed_dot_general if is_packed(w) else lax.dot_general
+    return product(x, w, *args, **settings)
+
+
+def conv_general_dilated(x: Any, w: Any, *args: Any, **settings: Any) -> Any:
+    """`lax.conv_general_dilated`, which also takes a packed kernel."""
+    product = packed_conv_general if is_packed(w) else lax.conv_general_dilated
+    return product(x, w, *args, **settings)
+
+
+def einsum(subscripts: str, x: Any, w: Any, **settings: Any) -> Any:
+    """`jnp.einsum`, which also takes a packed weight."""
+    product = packed_einsum if is_packed(w) else jnp.einsum
+    return product(subscripts, x, w, **settings)
+
+
+def _products(layer: Any) -> dict[str, tuple[Any, ...]]:
+    """The layer's arguments that packed products replace -> the values that they stand for."""
+    both: dict[str, tuple[Any, ...]] = {"promote_dtype": (dtypes.promote_dtype, promote_dtype)}
+    if isinstance(layer, nnx.Conv):
+        # A mask is an array, which `in` would compare entry by entry.
+        own = "mask" if layer.mask is not None else "conv_general_dilated"
+        return both | {own: (lax.conv_general_dilated, conv_general_dilated)}
+    if isinstance(layer, nnx.Einsum):
+        return both | {"einsum_op": (jnp.einsum, einsum)}
+    ordinary: tuple[Callable[..., Any] | None, ...] = (lax.dot_general, dot_general)
+    if isinstance(layer, nnx.Linear):
+        return both | {"dot_general": ordinary}
+    return both | {"dot_general": (None, *ordinary), "dot_general_cls": (None,)}
+
+
+def _reduction_axes(layer: Any) -> tuple[int, ...] | None:
+    """The kernel's axes that a layer sums over; None if each call of the layer says so."""
+    if isinstance(layer, nnx.Einsum):
+        return None if layer.einsum_str is None else summed_axes(layer.einsum_str)
+    if isinstance(layer, nnx.LinearGeneral):
+        outputs = len(layer.out_features)
+        return tuple(range(-outputs - len(layer.in_features), -outputs))
+    return (-2,)

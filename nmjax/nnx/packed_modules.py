@@ -1,0 +1,99 @@
+"""NNX modules on packed parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+from flax import nnx
+
+from nmjax.nnx.forward_pass import check_module
+from nmjax.nnx.packed_layers import PackedParam, obstacle, rewritten_by, use_packed_products
+from nmjax.nnx.variables import named_variables, with_variables
+from nmjax.packed import packing
+from nmjax.patterns.pattern import LeafPlan
+from nmjax.plans import Plan, check_plan
+from nmjax.pruning import Masks
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def pack(model: Model, plan: Plan, masks: Masks | None = None) -> Model:
+    """Returns a copy of a pruned module that runs on packed weights.
+
+    `nnx.Linear`, `nnx.LinearGeneral` (and so attention), `nnx.Conv` and `nnx.Einsum` multiply by
+    their packed kernels, inside `nnx.scan` and `nnx.vmap` too if the stack is along the first axis.
+    Flax still does everything else in these layers. The copy shares nothing with `model`.
+
+    Weights rank differently after a cast: cast the values of packed weights, or cast before you
+    prune. A LoRA adapter stays dense beside its packed layer. A kernel into which an adapter was
+    merged is not sparse any more, so `pack` refuses it; prune it with the masks of the base.
+
+    Args:
+      model: an NNX module.
+      plan: from `nmjax.nnx.make_plan`.
+      masks: leaf name -> boolean array, which decides what is kept; by default the weights must be
+        sparse already (`nmjax.nnx.prune`).
+
+    Raises:
+      TypeError: `model` is not an NNX module; a layer cannot multiply by packed weights: a layer of
+        another class, or one with its own product, mask or `promote_dtype`. The error lists all.
+      ValueError: what `nmjax.pack` raises.
+
+    >>> from nmjax.nnx.plans import make_plan
+    >>> from nmjax.nnx.training import prune
+    >>> import jax.numpy as jnp
+    >>> model, x = nnx.Linear(8, 4, rngs=nnx.Rngs(0)), jnp.ones((1, 8))
+    >>> plan = make_plan(model, "2:4", inputs=(x,))
+    >>> prune(model, plan)
+    >>> packed = pack(model, plan)
+    >>> type(packed.kernel.get_value()).__name__, bool(jnp.allclose(packed(x), model(x)))
+    ('PackedNM', True)
+    """
+    check_module(model)
+    check_plan(plan)
+    params = nnx.state(model, nnx.Param)
+    check_layers(model, plan)
+    packed = named_variables(packing.pack(params, plan, masks))
+    new = {name: PackedParam(packed[name].get_value()) for name in plan}
+    copied = with_variables(model, new, copy=True)
+    for layer, _, _ in holders(copied, plan):
+        use_packed_products(layer)
+    return copied
+
+
+def check_layers(model: nnx.Module, plans: Mapping[str, LeafPlan]) -> None:
+    """Raises TypeError unless the layers of all planned parameters can multiply by them packed."""
+    variables = named_variables(nnx.state(model, nnx.Param))
+    rewriting = rewritten_by(model)
+    obstacles: dict[str, str] = {}
+    found = holders(model, plans)
+    held = {name for *_, name in found}
+    for name in plans.keys() & variables.keys():
+        if id(variables[name]) in rewriting:
+            obstacles[name] = (
+                f"{rewriting[id(variables[name])]} computes it from other variables in each call"
+            )
+        elif name not in held:
+            obstacles[name] = "it is not an attribute of a layer"
+    for layer, attribute, name in found:
+        if reason := obstacle(layer, attribute, plans[name]):
+            obstacles.setdefault(name, reason)
+    if obstacles:
+        raise TypeError(
+            "these parameters cannot be packed:\n"
+            + "\n".join(f"  {name}: {reason}" for name, reason in sorted(obstacles.items()))
+            + "\nLeave them out of the plan (exclude=)."
+        )
+
+
+def holders(model: nnx.Module, names: Collection[str]) -> list[tuple[Any, str, str]]:
+    """The modules that hold the named parameters: (module, attribute, name of the parameter)."""
+    named = {id(x): name for name, x in named_variables(nnx.state(model)).items() if name in names}
+    return [
+        (node, attribute, named[id(value)])
+        for _, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module)
+        for attribute, value in vars(node).items()
+        if id(value) in named
+    ]
