@@ -37,7 +37,7 @@ def named_leaves(tree: Any, *, is_leaf: IsLeaf | None = None) -> dict[str, Any]:
     {'a/kernel': 1, 'b/0': 2, 'b/1': 3}
     """
     leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf):
+    for path, leaf in _leaves_with_path(tree, is_leaf):
         name = leaf_name(path)
         if name in leaves:
             raise ValueError(
@@ -46,6 +46,18 @@ def named_leaves(tree: Any, *, is_leaf: IsLeaf | None = None) -> dict[str, Any]:
             )
         leaves[name] = leaf
     return leaves
+
+
+def _leaves_with_path(tree: Any, is_leaf: IsLeaf | None) -> list[tuple[KeyPath, Any]]:
+    try:
+        return jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
+    except ValueError as error:
+        if "sorting pytree dictionary keys" not in str(error):
+            raise
+        raise ValueError(
+            "a dict of the parameter tree has keys that cannot be sorted, such as 'kernel' and 1; "
+            "use strings for all keys"
+        ) from error
 
 
 def map_named(
