@@ -23,8 +23,8 @@ from nmjax.selection import FoundAxes, PlannedLeaf, Selection, by_rule
 from nmjax.tracing.program import described, is_array, read_program
 from nmjax.tracing.uses import Uses
 from nmjax.trees.equinox_layers import layer_classes
-from nmjax.trees.flax_modules import check_no_module
 from nmjax.trees.leaves import named_leaves
+from nmjax.trees.modules import check_no_module
 from nmjax.trees.path_rules import PathRules, as_rules, check_rules
 
 Choice = Literal["error", "dense"]

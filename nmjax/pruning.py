@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from nmjax.masks.scores import Score
 from nmjax.plans import LeafPlan, Plan, check_plan
 from nmjax.ste import apply_mask, check_mask, prune_sr_ste, prune_ste
-from nmjax.trees.flax_modules import check_no_module
 from nmjax.trees.leaves import IsLeaf, map_named, named_leaves
+from nmjax.trees.modules import check_no_module
 
 if TYPE_CHECKING:
     import chex

@@ -17,6 +17,7 @@ import numpy as np
 from experiments.distributed.placement import HERE, Placement
 from experiments.distributed.seeds import one_seed, stack
 from experiments.tasks.task import Batch, Rows, Task
+from experiments.training.finite import check_finite
 from experiments.training.step import Job, Programs, RunState, TrainState, make_programs
 
 
@@ -83,8 +84,10 @@ def train(
       One report an epoch.
 
     Raises:
-      FloatingPointError: the loss is not finite; the message names the seed and the step.
-      ValueError: `programs` does not fit the number of seeds.
+      FloatingPointError: the loss or a variable is not finite; the message names the seed, the
+        step and the first such variable.
+      ValueError: `programs` does not fit the number of seeds, or an epoch has other steps than the
+        task says.
     """
     task = job.task
     programs = programs or make_programs(job, over_seeds=jax.vmap if len(seeds) > 1 else None)
@@ -114,7 +117,8 @@ def train(
         measured = jax.device_get(measured)
         if not programs.seeds:
             measured = one_seed(measured)
-        _check_finite(measured.pop("bad_step"), seeds, epoch, task.steps_per_epoch)
+        bad = measured.pop("bad_step"), measured.pop("bad_leaf")
+        check_finite(*bad, state.train, seeds, task.steps_per_epoch)
         seconds = time.perf_counter() - began
         yield EpochReport(epoch=done, test=test, seconds=seconds, state=state, **measured)
 
@@ -221,15 +225,3 @@ def _batches(
     if len(streams) == 1:
         return streams[0]
     return map(stack, zip(*streams, strict=True))
-
-
-def _check_finite(
-    bad_steps: np.ndarray, seeds: Sequence[int], epoch: int, steps_per_epoch: int
-) -> None:
-    for seed, step in zip(seeds, bad_steps, strict=True):
-        if step >= 0:
-            raise FloatingPointError(
-                f"the loss of seed {seed} is not finite from step {step} on (epoch {epoch + 1}, "
-                f"{steps_per_epoch} steps each): training stopped. Try a lower learning rate, a "
-                "longer warm-up, or a smaller |lambda_w|"
-            )

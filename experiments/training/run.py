@@ -21,6 +21,7 @@ from experiments.distributed.processes import is_first, together
 from experiments.distributed.stopping import preemption
 from experiments.json_files import JsonLines
 from experiments.tasks.task import Task
+from experiments.training.finite import check_finite
 from experiments.training.flags import Flags, make_job, make_run_placement, strength
 from experiments.training.loop import EpochReport, begin, train
 from experiments.training.results import epoch_numbers
@@ -100,7 +101,7 @@ class Run:
           `COMPLETE`, `INTERRUPTED` by Ctrl-C, or `PREEMPTED` by SIGTERM.
 
         Raises:
-          FloatingPointError: the loss is not finite.
+          FloatingPointError: the loss or a variable is not finite.
           OSError: a checkpoint or a line cannot be written.
         """
         _say(opening(self.flags, self.job, self.lambda_w, self.steps_done))
@@ -136,6 +137,8 @@ class Run:
                 # This waits for the device, which also keeps batches from piling up there.
                 _say(progress_line(task, steps, state, steps - counted_from, began))
             if must_stop or (flags.checkpoint_steps and steps % flags.checkpoint_steps == 0):
+                # A state that is not finite must not push out a good one.
+                check_finite(*self.programs.bad(state.train), state.train, flags.seeds, per_epoch)
                 save(steps, state)
             if must_stop:
                 raise _Preempted

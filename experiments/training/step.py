@@ -19,6 +19,7 @@ import nmjax
 from experiments.distributed.layout import Layout
 from experiments.distributed.seeds import OverSeeds
 from experiments.tasks.task import Batch, Sums, Task, Variables
+from experiments.training.finite import first_bad_leaf
 from experiments.training.job import Job as Job
 from experiments.training.job import check_plan
 from experiments.training.job import plan_of as plan_of
@@ -109,6 +110,7 @@ class Programs(NamedTuple):
       masks: params -> masks.
       remember: (TrainState, masks of the initial weights) -> Topology.
       count_flips: (Topology, masks before a step, masks after it) -> Topology.
+      bad: TrainState -> (its `bad_step`, `first_bad_leaf` of its variables).
       close: (RunState, masks, parameters of the forward pass) -> (RunState, measurements), at the
         end of an epoch.
       seeds: whether the functions take a leading axis of seeds.
@@ -125,6 +127,7 @@ class Programs(NamedTuple):
     masks: Callable[..., Masks]
     remember: Callable[..., Topology]
     count_flips: Callable[..., Topology]
+    bad: Callable[..., tuple[jax.Array, jax.Array]]
     close: Callable[..., tuple[RunState, Measured]]
     seeds: bool
 
@@ -165,6 +168,7 @@ def make_programs(
         masks=jit(_masks, plan),
         remember=jit(_remember, job),
         count_flips=jit(_count_flips, plan),
+        bad=jit(_bad, None),
         close=jit(_close, job),
         seeds=over_seeds is not None,
     )
@@ -345,12 +349,18 @@ def _count_flips(plan: nmjax.Plan, topology: Topology, before: Masks, after: Mas
     return topology._replace(flips=flips, watched=topology.watched + 1)
 
 
+def _bad(fixed: None, state: TrainState) -> tuple[jax.Array, jax.Array]:
+    del fixed
+    return state.bad_step, first_bad_leaf(state.params, state.collections)
+
+
 def _close(job: Job, state: RunState, masks: Masks, forward: Any) -> tuple[RunState, Measured]:
     train, topology = state
     leaves = named_leaves(forward)
     measured = {
         "train_loss": train.loss_sum / job.task.steps_per_epoch,
         "bad_step": train.bad_step,
+        "bad_leaf": first_bad_leaf(train.params, train.collections),
         "sad_first": nmjax.sad(topology.first, masks),
         "sad_epoch": nmjax.total_sad(topology.epoch, masks),
         "flip_rate": topology.flips / jnp.maximum(topology.watched, 1),

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.analysis.timing import interleaved_times, output_on_cores
-from nmjax.files.packed_files import load_packed
+from nmjax.files.packed_files import open_packed
 from nmjax.kernels.matmul import choose, packed_conv, packed_matmul
-from nmjax.packed.weight import Packed, is_packed
+from nmjax.packed.weight import Packed
 from nmjax.tables import text_table
-from nmjax.trees.leaves import named_leaves
 
 _HEADER = (
     "leaf",
@@ -83,10 +82,10 @@ def measure(file: Path, batch: int, side: int) -> list[dict[str, Any]]:
 
 
 def _packed_leaves(file: Path) -> dict[str, Packed]:
-    leaves = named_leaves(load_packed(file), is_leaf=is_packed)
-    packed = {name: leaf for name, leaf in leaves.items() if is_packed(leaf)}
+    opened = open_packed(file)
+    packed = {name: opened.on_device(name, leaf) for name, leaf in opened.read_packed()}
     if not packed:
-        raise ValueError(f"{file}: none of its {len(leaves)} leaves is packed")
+        raise ValueError(f"{file}: none of its {len(opened.dense)} leaves is packed")
     return packed
 
 

@@ -31,7 +31,6 @@ from nmjax.files.orbax_folders import open_orbax
 from nmjax.files.tensor_files import open_tensors, read_note
 from nmjax.layouts import optimizer_leaves
 from nmjax.layouts.axes import Shape
-from nmjax.tables import printable
 from nmjax.trees.leaves import DEEPEST, named_leaves, nest
 
 # A module may be called `value`, as in attention. Only in an NNX state does a parameter contain it.
@@ -208,7 +207,7 @@ def _nested(flat: Checkpoint) -> Checkpoint:
     for name in names:
         # A line break could forge a line of a message.
         if "\n" in name or "\r" in name:
-            raise ValueError(f"{flat.path}: the name {printable(name)[:80]!r} has a line break")
+            raise ValueError(f"{flat.path}: the name {name[:80]!r} has a line break")
         if name.count("/") > DEEPEST:
             raise ValueError(f"{flat.path}: {name[:80]!r} ... has more than {DEEPEST} levels")
     try:

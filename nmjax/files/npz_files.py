@@ -66,9 +66,9 @@ def open_npz(path: Path) -> NpzFile:
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
             if name == info.filename:
-                raise ValueError(f"{printable(name)!r} is not an array (.npy)")
+                raise ValueError(f"{name!r} is not an array (.npy)")
             if name in arrays:
-                raise ValueError(f"two arrays are named {printable(name)!r}")
+                raise ValueError(f"two arrays are named {name!r}")
             with archive.open(info) as member:
                 arrays[name] = _read_header(name, member, info.file_size)
     return NpzFile(path, arrays)
@@ -77,10 +77,10 @@ def open_npz(path: Path) -> NpzFile:
 def _read_header(name: str, member: IO[bytes], size: int) -> StoredArray:
     version = np.lib.format.read_magic(member)
     if version not in _HEADERS:
-        raise ValueError(f"{printable(name)!r} has structured numbers")
+        raise ValueError(f"{name!r} has structured numbers")
     shape, _, dtype = _HEADERS[version](member)
     if dtype.hasobject:
-        raise ValueError(f"{printable(name)!r} holds Python objects, which would need pickle")
+        raise ValueError(f"{name!r} holds Python objects, which would need pickle")
     if dtype.kind == "V":  # What NumPy writes for dtypes that are not its own.
         raise ValueError(
             f"the dtype of {printable(name)} was lost. .npz files cannot store bfloat16; use "
@@ -88,7 +88,7 @@ def _read_header(name: str, member: IO[bytes], size: int) -> StoredArray:
         )
     # A forged header could ask for any memory.
     if math.prod(shape) * dtype.itemsize != size - member.tell():
-        raise ValueError(f"{printable(name)!r} has another size than its header says")
+        raise ValueError(f"{name!r} has another size than its header says")
     return StoredArray(tuple(shape), dtype)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from nmjax.kernels.layer_products import (
     summed_axes,
 )
 from nmjax.layouts.axes import Axes
+from nmjax.nnx.variables import named_variables
 from nmjax.packed.weight import is_packed
 from nmjax.patterns.pattern import LeafPlan
 
@@ -56,7 +57,56 @@ def use_packed_products(layer: Any) -> None:
         layer.dot_general = dot_general
 
 
-def obstacle(layer: Any, name: str, leaf_plan: LeafPlan) -> str:
+def check_layers(model: nnx.Module, plans: Mapping[str, LeafPlan]) -> None:
+    """Raises TypeError unless the layers of all planned parameters can multiply by them packed."""
+    _check_not_quantized(model)
+    variables = named_variables(nnx.state(model, nnx.Param))
+    rewriting = _rewritten_by(model)
+    obstacles: dict[str, str] = {}
+    found = holders(model, plans)
+    held = {name for *_, name in found}
+    for name in plans.keys() & variables.keys():
+        if id(variables[name]) in rewriting:
+            obstacles[name] = (
+                f"{rewriting[id(variables[name])]} computes it from other variables in each call"
+            )
+        elif name not in held:
+            obstacles[name] = "it is not an attribute of a layer"
+    for layer, attribute, name in found:
+        if reason := _obstacle(layer, attribute, plans[name]):
+            obstacles.setdefault(name, reason)
+    if obstacles:
+        raise TypeError(
+            "these parameters cannot be packed:\n"
+            + "\n".join(f"  {name}: {reason}" for name, reason in sorted(obstacles.items()))
+            + "\nLeave them out of the plan (exclude=)."
+        )
+
+
+def holders(model: nnx.Module, names: Collection[str]) -> list[tuple[Any, str, str]]:
+    """The modules that hold the named parameters: (module, attribute, name of the parameter)."""
+    named = {id(x): name for name, x in named_variables(nnx.state(model)).items() if name in names}
+    return [
+        (node, attribute, named[id(value)])
+        for _, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module)
+        for attribute, value in vars(node).items()
+        if id(value) in named
+    ]
+
+
+def _check_not_quantized(model: nnx.Module) -> None:
+    """Raises TypeError if qwix has replaced the products of a module."""
+    for _, node in nnx.iter_graph(model):
+        # qwix gives the modules that it quantizes a new class, with the old one as an attribute.
+        if hasattr(type(node), "_unquantized_type"):
+            raise TypeError(
+                f"{type(node).__name__} is quantized by qwix, and packed products would not be: "
+                "pack the module before qwix.quantize_model, or leave the quantized one pruned"
+            )
+
+
+def _obstacle(layer: Any, name: str, leaf_plan: LeafPlan) -> str:
     """Why a layer cannot multiply by its packed parameter; empty if it can."""
     if not isinstance(layer, LAYERS) or name != "kernel":
         return (
@@ -79,7 +129,7 @@ def obstacle(layer: Any, name: str, leaf_plan: LeafPlan) -> str:
     return ""
 
 
-def rewritten_by(model: Any) -> dict[int, str]:
+def _rewritten_by(model: Any) -> dict[int, str]:
     """Identity of each variable below a layer that computes weights -> name of that class."""
     return {
         id(variable): type(node).__name__

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from flax import nnx
 
 from nmjax.nnx.forward_pass import check_module
-from nmjax.nnx.packed_layers import PackedParam, obstacle, rewritten_by, use_packed_products
+from nmjax.nnx.packed_layers import PackedParam, check_layers, holders, use_packed_products
 from nmjax.nnx.variables import named_variables, with_variables
 from nmjax.packed import packing
-from nmjax.patterns.pattern import LeafPlan
 from nmjax.plans import Plan, check_plan
 from nmjax.pruning import Masks
 
@@ -60,40 +58,3 @@ def pack(model: Model, plan: Plan, masks: Masks | None = None) -> Model:
     for layer, _, _ in holders(copied, plan):
         use_packed_products(layer)
     return copied
-
-
-def check_layers(model: nnx.Module, plans: Mapping[str, LeafPlan]) -> None:
-    """Raises TypeError unless the layers of all planned parameters can multiply by them packed."""
-    variables = named_variables(nnx.state(model, nnx.Param))
-    rewriting = rewritten_by(model)
-    obstacles: dict[str, str] = {}
-    found = holders(model, plans)
-    held = {name for *_, name in found}
-    for name in plans.keys() & variables.keys():
-        if id(variables[name]) in rewriting:
-            obstacles[name] = (
-                f"{rewriting[id(variables[name])]} computes it from other variables in each call"
-            )
-        elif name not in held:
-            obstacles[name] = "it is not an attribute of a layer"
-    for layer, attribute, name in found:
-        if reason := obstacle(layer, attribute, plans[name]):
-            obstacles.setdefault(name, reason)
-    if obstacles:
-        raise TypeError(
-            "these parameters cannot be packed:\n"
-            + "\n".join(f"  {name}: {reason}" for name, reason in sorted(obstacles.items()))
-            + "\nLeave them out of the plan (exclude=)."
-        )
-
-
-def holders(model: nnx.Module, names: Collection[str]) -> list[tuple[Any, str, str]]:
-    """The modules that hold the named parameters: (module, attribute, name of the parameter)."""
-    named = {id(x): name for name, x in named_variables(nnx.state(model)).items() if name in names}
-    return [
-        (node, attribute, named[id(value)])
-        for _, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Module)
-        for attribute, value in vars(node).items()
-        if id(value) in named
-    ]

@@ -16,8 +16,7 @@ from flax import nnx
 
 from nmjax.files.packed_files import load_packed, save_packed
 from nmjax.nnx.forward_pass import check_module
-from nmjax.nnx.packed_layers import PackedParam, use_packed_products
-from nmjax.nnx.packed_modules import check_layers, holders
+from nmjax.nnx.packed_layers import PackedParam, check_layers, holders, use_packed_products
 from nmjax.packed.weight import is_packed
 from nmjax.trees.leaves import map_named, named_leaves, nest
 

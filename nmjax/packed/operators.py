@@ -10,8 +10,6 @@ from typing import Any, ClassVar, NoReturn, Self
 import jax
 import jax.numpy as jnp
 
-from nmjax.patterns.pattern import LeafPlan
-
 _WAYS_OUT = (
     "multiply it with x @ packed or nmjax.packed_matmul(x, packed), or make it dense with "
     "nmjax.unpack(packed)"
@@ -38,7 +36,7 @@ class MatrixOperators(metaclass=PackedType):
     # `nmjax.packed_matmul`, which sets itself: it lies on a floor above this one.
     product: ClassVar[Callable[[Any, Any], jax.Array]]
 
-    leaf_plan: LeafPlan
+    leaf_plan: Any
     shape: Any
 
     @property
