@@ -138,7 +138,7 @@ def make_plan(
         if misfits:
             advice += (
                 f"\n{choice.pattern} does not divide the sizes of these leaves: choose a pattern "
-                'with smaller groups or blocks, such as "2:4", or pad the layers.'
+                'with smaller groups or blocks, such as "1:2", or pad the layers.'
             )
         raise ValueError(f"no leaf becomes sparse:\n{_lines(planned)}{advice}")
     return Plan(tuple(planned.items()), score)

@@ -34,19 +34,19 @@ def magnitude(w: Float[chex.Array, "*shape"]) -> Float[Array, "*shape"]:
     >>> magnitude(jnp.array([-2.0, 0.5])).tolist()
     [2.0, 0.5]
     """
-    return jnp.abs(as_weights(w))
+    return jnp.abs(as_array(w))
 
 
-def as_weights(w: ArrayLike) -> jax.Array:
-    """An array of JAX; raises TypeError if `w` is not an array of numbers."""
-    if not hasattr(w, "dtype"):
+def as_array(x: ArrayLike, what: str = "weights") -> jax.Array:
+    """An array of JAX; raises TypeError if `x` is not an array of numbers."""
+    if not hasattr(x, "dtype"):
         try:
-            is_numeric = np.asarray(w).dtype.kind in "biufc"
+            is_numeric = np.asarray(x).dtype.kind in "biufc"
         except ValueError:  # Lists of different lengths.
             is_numeric = False
         if not is_numeric:
-            raise TypeError(f"expected an array of weights, got {type(w).__name__}")
-    return jnp.asarray(w)
+            raise TypeError(f"expected an array of {what}, got {type(x).__name__}")
+    return jnp.asarray(x)
 
 
 def check_score(score: Score) -> None:
