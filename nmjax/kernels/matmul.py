@@ -21,6 +21,7 @@ from nmjax.kernels.cpu.speedups import measured_speedup
 from nmjax.kernels.gpu import cusparselt, decode
 from nmjax.kernels.gpu.devices import check_gpu
 from nmjax.kernels.operands import Activation, Padding, Window, as_window
+from nmjax.masks.scores import as_array
 from nmjax.packed.weight import Packed, is_packed
 
 Implementation = Literal["ffi", "gather", "row_by_row", "xla", "decode", "cusparselt"] | None
@@ -170,7 +171,7 @@ def packed_matmul(
     """
     _check(packed, activation, implementation)
     inputs = packed.reduction_shape
-    x = jnp.asarray(x)
+    x = as_array(x, "inputs")
     _check_floating(x)
     if packed.taps or packed.stack:
         raise ValueError(
@@ -225,7 +226,7 @@ def packed_conv(
       TypeError, ValueError, NotImplementedError: as in `packed_matmul`.
     """
     _check(packed, activation, implementation)
-    x = jnp.asarray(x)
+    x = as_array(x, "inputs")
     _check_floating(x)
     taps = packed.kernel_taps
     if not taps:
