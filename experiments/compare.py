@@ -35,7 +35,10 @@ from rich.progress import (
 import nmjax
 from experiments.checkpointing.run_folder import Earlier, open_folder
 from experiments.distributed.seeds import fastest, stack, use_every_core
+from experiments.distributed.stopping import ending_at_the_second
 from experiments.json_files import Numbers
+from experiments.report.snapshots import block_masks, example_images, kernel_shapes, shown
+from experiments.report.step_times import step_times
 from experiments.tasks.task import Compared, Task
 from experiments.training.flags import Flags as TrainFlags
 from experiments.training.flags import make_task
@@ -49,9 +52,7 @@ from experiments.training.methods import (
     total_rate,
 )
 from experiments.training.results import Results, Trial, brief_epoch_numbers
-from experiments.training.snapshots import block_masks, example_images, kernel_shapes, shown
 from experiments.training.step import Programs, RunState, make_programs
-from experiments.training.step_times import step_times
 
 TIMED_STEPS = 40
 PAPER_LAMBDA_W = 2e-4
@@ -372,7 +373,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `python -m experiments.compare`."""
     flags = tyro.cli(Flags, args=argv, prog="python -m experiments.compare")
     try:
-        return compare(flags, Console())
+        with ending_at_the_second():
+            return compare(flags, Console())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -113,7 +113,7 @@ class Checkpoints:
         with noted(signal.SIGINT) as pressed, self._naming_what_is_left():
             self._manager.save(steps, args=items, metrics={"score": score})
         if pressed:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     def wait(self) -> None:
         """Returns when everything is written; raises what `save` raises."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,29 @@ def noted(number: int) -> Iterator[list[int]]:
     before = signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield came
+    finally:
+        signal.signal(number, before)
+
+
+@contextmanager
+def ending_at_the_second(number: int = signal.SIGINT, *, status: int = 130) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt once; pressed again, it ends the process at once.
+
+    A run saves its state after the first, which may take long.
+    """
+
+    def first(*_: object) -> None:
+        signal.signal(number, second)
+        raise KeyboardInterrupt
+
+    def second(*_: object) -> None:
+        # `print` fails here if the signal came within another one.
+        os.write(2, b"\nstopped at once; --resume continues from the last whole checkpoint\n")
+        os._exit(status)
+
+    before = signal.signal(number, first)
+    try:
+        yield
     finally:
         signal.signal(number, before)
 

@@ -69,6 +69,8 @@ class Flags(Options):
         test examples.
       evaluate_every: epochs between evaluations. The last epoch is always evaluated.
       log_every: steps between progress lines within an epoch; 0 for none.
+      packed: .safetensors file to write after the last epoch: the network with its sparse leaves
+        packed. With --resume, a finished run writes it without training.
     """
 
     task: str = "digits"
@@ -96,6 +98,7 @@ class Flags(Options):
     keep_best: int = 1
     evaluate_every: int = 1
     log_every: int = 100
+    packed: Path | None = None
 
     def __post_init__(self) -> None:
         """Rejects numbers that make no sense."""

@@ -41,6 +41,7 @@ class Method(NamedTuple):
         `experiments.training.rearranging` has it; None for never.
       masks: the sparsifier's state -> the masks that it remembers, which the optimizer also gets;
         None for methods that compute masks from the weights.
+      plan: of the trained network, to pack it; None if that is dense.
     """
 
     sparsifier: nmjax.Sparsifier
@@ -50,6 +51,7 @@ class Method(NamedTuple):
     refresh_every: int | None = None
     rearranges_at: int | None = None
     masks: Callable[[Any], Masks] | None = None
+    plan: nmjax.Plan | None = None
 
 
 Build = Callable[[nmjax.Plan, Recipe, int], Method]
@@ -100,6 +102,7 @@ def one_shot(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
         _nothing,
         restarts=(half,) if half else (),
         masks=_state_masks,
+        plan=plan,
     )
 
 
@@ -138,14 +141,16 @@ def subp_l1(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
 def straight_through(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
     """STE: masks from the weights at every step, gradient straight through to every weight."""
     del recipe, steps_per_epoch
-    return Method(nmjax.straight_through(plan), _nothing)
+    return Method(nmjax.straight_through(plan), _nothing, plan=plan)
 
 
 def sparse_refined(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
     """SR-STE: STE that also pulls pruned weights toward zero."""
     del recipe, steps_per_epoch
     return Method(
-        nmjax.straight_through(plan), lambda lambda_w: nmjax.add_sparse_refined(plan, lambda_w)
+        nmjax.straight_through(plan),
+        lambda lambda_w: nmjax.add_sparse_refined(plan, lambda_w),
+        plan=plan,
     )
 
 
@@ -307,6 +312,7 @@ def _soft_uniform(score: str, plan: nmjax.Plan, recipe: Recipe, steps_per_epoch:
         nmjax.soft_uniform_blocks(plan, nmjax.cubic_ramp(begin, end), score=score),
         lambda lambda_w: nmjax.add_sparse_refined(plan, lambda_w),
         masks=_state_masks,
+        plan=plan,
     )
 
 

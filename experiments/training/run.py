@@ -24,6 +24,7 @@ from experiments.tasks.task import Task
 from experiments.training.finite import check_finite
 from experiments.training.flags import Flags, make_job, make_run_placement, strength
 from experiments.training.loop import EpochReport, begin, train
+from experiments.training.packing import check_packed, write_packed
 from experiments.training.results import epoch_numbers
 from experiments.training.run_lines import epoch_line, opening, progress_line
 from experiments.training.settings import check_alike, deciding, settings_of
@@ -40,7 +41,8 @@ class Run:
     """A run in its folder, new or as an earlier process left it.
 
     Attributes:
-      state: to continue from, `steps_done` optimizer steps after the start.
+      state: to continue from, `steps_done` optimizer steps after the start; the last one after
+        `finish`.
       release: releases the folder.
     """
 
@@ -54,6 +56,7 @@ class Run:
             folder. An error in one process ends all.
         """
         self.flags = flags
+        together(partial(check_packed, flags))
         self.job = job = together(partial(make_job, flags))
         self.lambda_w = strength(flags, job.task.recipe)
         self.placement = placement = together(partial(make_run_placement, flags, job))
@@ -102,13 +105,18 @@ class Run:
 
         Raises:
           FloatingPointError: the loss or a variable is not finite.
-          OSError: a checkpoint or a line cannot be written.
+          ValueError: the weights are not sparse enough for `--packed`.
+          OSError: a checkpoint, a line or the packed file cannot be written.
         """
-        _say(opening(self.flags, self.job, self.lambda_w, self.steps_done))
+        flags = self.flags
+        _say(opening(flags, self.job, self.lambda_w, self.steps_done))
         status = COMPLETE
         try:
             with closing(self.checkpoints), preemption() as is_told, self.placement.active():
                 self._train(is_told)
+                if flags.packed is not None:
+                    self.checkpoints.wait()
+                    write_packed(flags.packed, self.job, self.state.train)
         except KeyboardInterrupt:
             status = INTERRUPTED
         except _Preempted:
@@ -165,6 +173,7 @@ class Run:
             if must_stop and not is_last:
                 raise _Preempted
             began, counted_from = time.perf_counter(), steps
+            self.state = report.state
 
     def _keep_lines(self, log: JsonLines, epochs: int) -> None:
         """Drops the lines of later epochs, which will be trained again, and damaged lines."""

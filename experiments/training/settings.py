@@ -17,7 +17,7 @@ _OWN |= {"data_dir", "workers", "threads", "runs_dir"}
 # Flags that change how fast a run goes and what it leaves, but not the result, except rounding.
 _FREE = {*_OWN, "devices", "mesh", "axis_types", "layout", "shard", "batch_axes", "remat"}
 _FREE |= {"name", "resume", "checkpoint_every", "checkpoint_steps", "keep_checkpoints"}
-_FREE |= {"keep_best", "evaluate_every", "log_every"}
+_FREE |= {"keep_best", "evaluate_every", "log_every", "packed"}
 
 
 def settings_of(flags: Flags, job: Job) -> Numbers:

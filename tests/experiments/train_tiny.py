@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 from functools import partial
 
@@ -43,5 +44,6 @@ if __name__ == "__main__":
     EXAMPLES = Examples(tiny_task())
     experiments.training.flags.find_task = lambda name: make_task
     status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # As `experiments.train` does.
     print(f"{len(EXAMPLES.read)} test examples read", file=sys.stderr)
     sys.exit(status)

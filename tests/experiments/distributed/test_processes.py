@@ -48,6 +48,15 @@ def assert_same_training(folder, other):
     assert masks > 2
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run of one process on eight devices, whatever their layout."""
+    runs = tmp_path_factory.mktemp("runs")
+    flags = [*FLAGS, "--mesh", "data=8", "--runs-dir", str(runs), "--name", "one"]
+    end(start(flags, devices=8))
+    return runs / "one"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "read"),
@@ -65,18 +74,17 @@ def assert_same_training(folder, other):
     ],
     ids=["data", "model", "fsdp", "strided"],
 )
-def test_two_processes_train_as_one(tmp_path, layout, read):
+def test_two_processes_train_as_one(one, tmp_path, layout, read):
     """And each reads only those of the test examples that its devices need."""
-    flags = [*FLAGS, *layout, "--runs-dir", str(tmp_path), "--name"]
-    end(start([*flags, "one"], devices=8))
-    (out, said), (quiet, other_said) = (end(process) for process in start_two([*flags, "two"]))
+    flags = [*FLAGS, *layout, "--runs-dir", str(tmp_path), "--name", "two"]
+    (out, said), (quiet, other_said) = (end(process) for process in start_two(flags))
     assert "epoch 4/4" in out
     assert "epoch" not in quiet  # One prints for all.
     for share, error in zip(read, (said, other_said), strict=True):
         # One more example shows the shapes of a batch, from which the plan is made.
         assert f"{4 * share + 1} test examples read" in error
-    assert_same_training(tmp_path / "two", tmp_path / "one")
-    ours, theirs = (JsonLines(tmp_path / name / "metrics.jsonl").read() for name in ("two", "one"))
+    assert_same_training(tmp_path / "two", one)
+    ours, theirs = (JsonLines(run / "metrics.jsonl").read() for run in (tmp_path / "two", one))
     assert [line["sad_epoch"] for line in ours] == [line["sad_epoch"] for line in theirs]
     assert [line["density"] for line in ours] == [line["density"] for line in theirs]
     for our, their in zip(ours, theirs, strict=True):
@@ -87,9 +95,9 @@ def test_two_processes_train_as_one(tmp_path, layout, read):
     assert settings["machine"]["device"].startswith("8 x cpu")
     # What two processes wrote, one goes on from.
     (tmp_path / "two" / "checkpoints" / "20").rename(tmp_path / "gone")
-    out, _ = end(start([*flags, "two", "--resume"], devices=8))
+    out, _ = end(start([*flags, "--resume"], devices=8))
     assert "3 of 4 epochs done" in out
-    assert_same_training(tmp_path / "two", tmp_path / "one")
+    assert_same_training(tmp_path / "two", one)
 
 
 @pytest.mark.slow

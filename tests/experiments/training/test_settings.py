@@ -51,7 +51,7 @@ def test_settings_stay_when_they_cannot_be_written_again(tmp_path, monkeypatch):
     claim(tmp_path, make_settings())
     before = (tmp_path / "settings.json").read_text()
 
-    def cut_off(path, text):
+    def cut_off(path, text, encoding):
         path.write_bytes(text.encode()[:9])
         raise OSError("disk full")
 

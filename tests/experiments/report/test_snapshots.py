@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from experiments.report.snapshots import block_masks, example_images, kernel_shapes
 from experiments.training.loop import train
 from experiments.training.methods import METHODS
-from experiments.training.snapshots import block_masks, example_images, kernel_shapes
 from experiments.training.step import Job, plan_of
 from tests.experiments.tiny import STEPS, tiny_task
 
