@@ -87,7 +87,7 @@ def _best(
     tiles: Float[Array, "*tiles size"], patterns: Bool[np.ndarray, "patterns size"]
 ) -> Int[Array, "*tiles"]:
     """Index of the pattern that keeps the highest sum of each tile; size is m * m."""
-    dtype = jnp.promote_types(tiles.dtype, jnp.float32)
+    dtype = tiles.dtype if tiles.dtype.itemsize >= 4 else jnp.float32
     # Clip before summing. A sum with an infinity is infinite whatever else is kept, and a sum with
     # a NaN is NaN, even if the pattern drops it: NaN * 0 is NaN.
     most = float(jnp.finfo(dtype).max) / patterns.shape[1]

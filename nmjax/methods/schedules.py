@@ -112,8 +112,8 @@ def remaining(ramp: Ramp, step: chex.Numeric, total: Fraction) -> Int32[Array, "
     """
     if isinstance(ramp, _Ramp):
         step = jnp.asarray(step)
-        if jnp.issubdtype(step.dtype, jnp.floating):
-            step = step.astype(jnp.promote_types(step.dtype, jnp.float32))
+        if jnp.issubdtype(step.dtype, jnp.floating) and step.dtype.itemsize < 4:
+            step = step.astype(jnp.float32)
         # The number that is left falls by one after each of these steps.
         return jnp.sum(step <= jnp.asarray(_last_steps(ramp, total, step.dtype)), dtype=jnp.int32)
     left = 1 - ramp(step)
