@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from nmjax._version import __version__
 from nmjax.analysis.layer_times import layer_times
 from nmjax.files.checkpoints import Checkpoint, open_checkpoint
 from nmjax.files.packed_files import open_packed, save_packed
@@ -26,7 +25,7 @@ from nmjax.files.tensor_files import NOTE, TensorFile, open_tensors, read_note, 
 from nmjax.files.whole_files import check_target
 from nmjax.kernels.gpu.cusparselt import check_semi_structured
 from nmjax.kernels.matmul import choose, expected_speedup
-from nmjax.options import as_options, parse_axes, split_rules
+from nmjax.options import as_options, make_parser, parse_axes, split_rules
 from nmjax.packed.packing import check_sparse, pack
 from nmjax.packed.storage import sizes
 from nmjax.packed.weight import Packed, is_packed
@@ -42,7 +41,11 @@ _PIPE_CLOSED, _INTERRUPTED = 141, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser(_COMMANDS).parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # Names may exceed the terminal's letters.
     try:
         with jax.enable_x64(True):  # Otherwise JAX would narrow 64-bit arrays of the checkpoint.
             arguments.run(arguments)
@@ -67,133 +70,42 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nmjax", description="Inspect, plan, prune, pack and time weights."
-    )
-    parser.add_argument("--version", action="version", version=f"nmjax {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="info | plan | prune | pack | bench")
-    info = _add_command(commands, "info", _info, "Show what a packed or safetensors file contains.")
-    info.add_argument("file", type=Path, help="a .safetensors file")
-    plan = _add_command(commands, "plan", _plan, "Show what a pattern does to each layer.")
-    _add_plan(plan, on_unknown="dense")
-    pruning = _add_command(
-        commands,
-        "prune",
-        _prune,
-        "Prune the weights of a checkpoint by magnitude, and write them dense, under their names.",
-    )
-    packing = _add_command(commands, "pack", _pack, "Pack the weights of a checkpoint.")
-    for command in (pruning, packing):
-        _add_plan(command, on_unknown="error")
-        _add_output(command)
-    packing.add_argument(
-        "--prune", action="store_true", help="prune the weights by magnitude before packing them"
-    )
-    bench = _add_command(commands, "bench", _bench, "Time packed layers against dense ones.")
-    bench.add_argument("file", type=Path, help="a file that `nmjax pack` wrote")
-    bench.add_argument("--batch", type=_positive, default=1, help="rows or images (default: 1)")
-    bench.add_argument(
-        "--side", type=_positive, default=14, help="height and width of images (default: 14)"
-    )
-    bench.add_argument(
-        "--threads", type=_numbers, default=(1,), help='thread counts, such as "1,2" (default: 1)'
-    )
-    return parser
-
-
-def _add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
-) -> argparse.ArgumentParser:
-    # argparse's own help lines begin in lower case and have no period.
-    parser = commands.add_parser(name, help=text[0].lower() + text[1:-1], description=text)
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_plan(parser: argparse.ArgumentParser, *, on_unknown: str) -> None:
-    parser.add_argument(
-        "checkpoint", type=Path, help="a .safetensors or .npz file, or an Orbax checkpoint folder"
-    )
-    parser.add_argument("--pattern", required=True, help='a pattern such as "2:4" or "1x16@0.9"')
-    parser.add_argument(
-        "--subtree",
-        help='read only this part of the checkpoint, such as "params"; "" for everything '
-        "(default: the subtree called params, if there is one)",
-    )
-    parser.add_argument(
-        "--exclude",
-        nargs="+",
-        default=(),
-        metavar="RULE",
-        help="keep leaves dense if one of these regular expressions matches their path",
-    )
-    parser.add_argument(
-        "--include", nargs="+", metavar="RULE", help="make only matching leaves sparse"
-    )
-    parser.add_argument(
-        "--rule",
-        action="append",
-        default=[],
-        metavar="RULE=PATTERN",
-        help='use another pattern, or "dense", for matching leaves; may be repeated',
-    )
-    parser.add_argument(
-        "--axes",
-        action="append",
-        default=[],
-        metavar="RULE=AXES",
-        help="axes that the product sums over, for matching leaves: -2, or -3,-2 for several; "
-        "REDUCTION/OUTPUT/TAPS, such as -2/-1/-4,-3, for blocks of weights with more than two "
-        "axes; may be repeated",
-    )
-    parser.add_argument(
-        "--on-unknown",
-        choices=("error", "dense"),
-        default=on_unknown,
-        help="what to do with leaves whose axes are neither given nor certain (default: "
-        "%(default)s)",
-    )
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, required=True, help="the .safetensors file to write", metavar="FILE"
-    )
-    parser.add_argument(
-        "--dense-if-indivisible",
-        action="store_true",
-        help="keep layers dense if the pattern does not divide their size (plan always does this)",
-    )
-
-
 def _info(arguments: argparse.Namespace) -> None:
     file = open_tensors(arguments.file)
     if read_note(file.metadata).get("format") == FORMAT:
         # Each leaf is read, which checks it, but only its shapes are kept.
         leaves = {
             name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)
-            for name, leaf in open_packed(arguments.file).read()
+            for name, leaf in open_packed(file).read()
         }
         packed = nest(leaves)
         print(f"{sizes(packed)}\n\n{_products(packed)}")
     else:
         header = ("tensor", "shape", "dtype", "bytes", "zeros")
-        print(text_table(header, [_tensor_row(file, name) for name in file.tensors], right=(3, 4)))
+        print(text_table(header, _tensor_rows(file), right=(3, 4)))
     for key, text in file.metadata.items():
         if key != NOTE:
             print(f"{printable(key)}: {printable(text)}")
     print(f"\n{arguments.file}: {arguments.file.stat().st_size:,} bytes")
 
 
-def _tensor_row(file: TensorFile, name: str) -> tuple[str, str, str, str, str]:
-    tensor = file.tensors[name]
-    zeros = "?"
-    if tensor.dtype is not None:
-        ((_, array),) = file.read([name])
-        zeros = f"{1 - np.count_nonzero(array) / max(array.size, 1):.1%}"
-    sizes = "x".join(map(str, tensor.shape))
-    return name, sizes, str(tensor.dtype or tensor.code), f"{tensor.nbytes:,}", zeros
+def _tensor_rows(file: TensorFile) -> list[tuple[str, str, str, str, str]]:
+    readable = [name for name, tensor in file.tensors.items() if tensor.dtype is not None]
+    # One tensor at a time is in memory.
+    zeros = {
+        name: f"{1 - np.count_nonzero(array) / max(array.size, 1):.1%}"
+        for name, array in file.read(readable)
+    }
+    return [
+        (
+            name,
+            "x".join(map(str, x.shape)),
+            str(x.dtype or x.code),
+            f"{x.nbytes:,}",
+            zeros.get(name, "?"),
+        )
+        for name, x in file.tensors.items()
+    ]
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -258,20 +170,6 @@ def _print_output(arguments: argparse.Namespace, plan: Plan) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     print(layer_times(arguments.file, arguments.batch, arguments.side, arguments.threads))
-
-
-def _positive(text: str) -> int:
-    # `isdecimal` accepts the digits of every script.
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(map(_positive, text.split(",")))
-    if len(set(numbers)) < len(numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} has a number twice")
-    return numbers
 
 
 def _open(arguments: argparse.Namespace) -> Checkpoint:
@@ -374,6 +272,9 @@ def _is_semi_structured(layer: Packed) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+_COMMANDS = {"info": _info, "plan": _plan, "prune": _prune, "pack": _pack, "bench": _bench}
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ everything, including norms and biases; lambda_w 2e-4; no label smoothing; rando
 224, horizontal flip, PCA lighting of 0.1; evaluation on the central 224 of 256. Sparse from the
 first step.
 
-Where ours differs from the released code:
-  * Groups run over input channels, which sparse hardware needs. The paper's tables were made
-    with groups over the flattened kernel. For 1x1 convolutions the two are the same.
+Where ours differs from the paper or from the released code:
+  * Groups run over input channels, which sparse hardware needs, as in the released code since
+    March 2021. The version before, which the paper's tables were made with, groups over the
+    flattened kernel: --pattern 2:4/kernel. For 1x1 convolutions the two are the same.
   * The stem is dense. It sums over three channels, and even its 3 * 7 * 7 = 147 weights per
     filter are not a multiple of four, so the released code's groups straddle filters there.
     The last layer is dense in the released code too. Later work keeps both dense.

@@ -16,6 +16,7 @@ import numpy as np
 
 from nmjax.analysis.timing import interleaved_times, output_on_cores
 from nmjax.files.packed_files import open_packed
+from nmjax.files.tensor_files import open_tensors
 from nmjax.kernels.matmul import choose, packed_conv, packed_matmul
 from nmjax.packed.weight import Packed
 from nmjax.tables import text_table
@@ -82,7 +83,7 @@ def measure(file: Path, batch: int, side: int) -> list[dict[str, Any]]:
 
 
 def _packed_leaves(file: Path) -> dict[str, Packed]:
-    opened = open_packed(file)
+    opened = open_packed(open_tensors(file))
     packed = {name: opened.on_device(name, leaf) for name, leaf in opened.read_packed()}
     if not packed:
         raise ValueError(f"{file}: none of its {len(opened.dense)} leaves is packed")

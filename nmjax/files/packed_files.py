@@ -47,7 +47,8 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
       packed: a tree from `nmjax.pack`.
 
     Raises:
-      TypeError: safetensors does not know the dtype of a leaf; no leaf is an array.
+      TypeError: safetensors does not know the dtype of a leaf; a leaf has no values, because it is
+        traced or has been donated; no leaf is an array.
       ValueError: two arrays would have the same name; a packed leaf is not what `nmjax.pack` makes.
       OSError: the file cannot be written.
       ImportError: safetensors is not installed.
@@ -60,15 +61,14 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
     left_out = []
     for name, leaf in leaves.items():
         if is_packed(leaf):
-            # On the host, where _check can read values without tracing or compiling anything.
-            sparse[name] = leaf = jax.tree.map(np.asarray, leaf)
+            sparse[name] = leaf = _on_host(name, leaf)
             _check(name, leaf)
             arrays = {f"{name}/{field}": array for field, array in _arrays(leaf).items()}
         elif is_random_key(leaf):
+            arrays = {name: _on_host(name, leaf)}
             keys[name] = _kind_of_key(name, leaf)
-            arrays = {name: np.asarray(jax.random.key_data(leaf))}
         elif is_array(leaf):
-            arrays = {name: np.asarray(leaf)}
+            arrays = {name: _on_host(name, leaf)}
         else:
             left_out.append(name)
             continue
@@ -113,7 +113,7 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
     >>> [layer["kernel"].shape for layer in nmjax.load_packed(file, like=layers)]
     [(8, 4), (4, 4)]
     """
-    file = open_packed(path)
+    file = open_packed(open_tensors(path))
     try:
         leaves = {name: file.on_device(name, leaf) for name, leaf in file.read()}
         if like is not None:
@@ -180,14 +180,12 @@ class PackedFile:
             raise ValueError(f"{printable(name)} is not a random key: {error}") from error
 
 
-def open_packed(path: str | os.PathLike[str]) -> PackedFile:
-    """Reads and checks the header of a packed file.
+def open_packed(file: TensorFile) -> PackedFile:
+    """Checks what the header of a packed file says.
 
     Raises:
       ValueError: as in `load_packed`.
-      ImportError: safetensors is not installed.
     """
-    file = open_tensors(path)
     try:
         manifest = read_manifest(file.metadata)
         dense = dict.fromkeys(file.tensors)
@@ -209,13 +207,25 @@ def open_packed(path: str | os.PathLike[str]) -> PackedFile:
                 raise ValueError(f"{name[:80]!r} ... has more than {DEEPEST} levels")
         nest(dict.fromkeys(names))
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} cannot be loaded: {error}") from error
+        raise ValueError(f"{file.path} cannot be loaded: {error}") from error
     return PackedFile(file, manifest, list(dense))
 
 
 def _arrays(leaf: Packed) -> dict[str, np.ndarray]:
     """The arrays of a packed leaf by field."""
     return {field: getattr(leaf, field) for field in leaf.array_names(leaf.leaf_plan)}
+
+
+def _on_host(name: str, leaf: Any) -> Any:
+    """Copies a leaf to NumPy, which reads values without tracing or compiling anything."""
+    try:
+        leaf = jax.random.key_data(leaf) if is_random_key(leaf) else leaf
+        host = jax.tree.map(np.asarray, leaf)
+    except Exception as error:  # JAX has a class for each of many reasons.
+        raise TypeError(f"{name} cannot be saved: {error}") from error
+    if any(array.dtype == object for array in jax.tree.leaves(host)):
+        raise TypeError(f"{name} cannot be saved: it has no numbers, such as a ShapeDtypeStruct")
+    return host
 
 
 def _kind_of_key(name: str, key: jax.Array) -> str:

@@ -190,6 +190,8 @@ def _default_precision(precision: Any) -> AbstractContextManager[Any] | None:
 def _widened(x: jax.Array, packed: Packed, dtype: Any) -> tuple[jax.Array, Packed]:
     """The operands in a dtype that the result must have, if that dtype is wider."""
     # XLA sums in the wider dtype. A cast of the result alone would keep the rounding.
-    if dtype is None or jnp.promote_types(packed.result_dtype(x), dtype) != dtype:
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return x, packed
+    if jnp.finfo(dtype).bits <= jnp.finfo(packed.result_dtype(x)).bits:
         return x, packed
     return x.astype(dtype), packed.with_values(packed.values.astype(dtype))

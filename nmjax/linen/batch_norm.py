@@ -82,7 +82,7 @@ def fold_batch_norm(
     for layer, norm in pairs.items():
         _fold(folded, layer, norm)
     run = jax.jit(lambda variables: module.apply(variables, *inputs, **kwargs))
-    _check_same(run(variables), run(folded), pairs)
+    _check_same(run(variables), run(folded), pairs, _coarsest(folded, pairs))
     return folded
 
 
@@ -116,8 +116,11 @@ def _fed_norms(
         return result
 
     def trace(variables: Any) -> Any:
-        with nn.intercept_methods(watch):
-            return module.apply(variables, *inputs, **kwargs)
+        try:
+            with nn.intercept_methods(watch):
+                return module.apply(variables, *inputs, **kwargs)
+        finally:
+            outputs.clear()  # Tracers must not outlive their trace.
 
     jax.eval_shape(trace, variables)  # Tracing is enough: only the wiring matters.
     return pairs
@@ -174,10 +177,20 @@ def _at(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     return tree
 
 
-def _check_same(before: Any, after: Any, pairs: dict[Path, _Norm]) -> None:
+def _coarsest(variables: dict[str, Any], pairs: dict[Path, _Norm]) -> float:
+    """The largest epsilon among the dtypes that folding rounds to."""
+    dtypes = [norm.dtype for norm in pairs.values()]
+    # Weights may be narrower than the input, whose dtype the module then computes in.
+    for layer, norm in pairs.items():
+        changed = (_at(variables["params"], layer), _at(variables["batch_stats"], norm.path))
+        dtypes += [leaf.dtype for leaf in jax.tree.leaves(changed)]
+    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+
+def _check_same(before: Any, after: Any, pairs: dict[Path, _Norm], epsilon: float) -> None:
     # Folding rounds differently, and rounding errors grow through the layers: hence the square
-    # root of epsilon, of the coarsest dtype. A layer that feeds something else is off by far more.
-    tolerance = max(float(jnp.finfo(norm.dtype).eps) ** 0.5 for norm in pairs.values())
+    # root of epsilon. A layer that feeds something else is off by far more.
+    tolerance = epsilon**0.5
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         old, new = np.asarray(old, np.float64), np.asarray(new, np.float64)
         largest = np.abs(old).max(initial=0.0)

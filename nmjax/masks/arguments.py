@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from fractions import Fraction
 
 
 def check_n_of_m(n: int, m: int) -> None:
@@ -42,8 +43,24 @@ def check_block(n: int, sparsity: float) -> None:
 
 
 def kept_blocks(sparsity: float, blocks: int) -> int:
-    """How many of these blocks are kept: all but `floor(sparsity * blocks)`, in float64."""
-    return blocks - math.floor(float(sparsity) * blocks)
+    """How many of these blocks are kept: all but `floor(sparsity * blocks)`, computed exactly.
+
+    >>> kept_blocks(0.29, 100)  # In floating point, 0.29 * 100 is 28.999999999999996.
+    71
+    """
+    return blocks - math.floor(as_fraction(sparsity) * blocks)
+
+
+def as_fraction(sparsity: float) -> Fraction:
+    """The fraction that was written as this float: a short one such as 1/3, or else the decimal.
+
+    >>> as_fraction(0.29), as_fraction(1 / 3), as_fraction(0.3333)
+    (Fraction(29, 100), Fraction(1, 3), Fraction(3333, 10000))
+    """
+    sparsity = float(sparsity)
+    # Two fractions with denominators this small are never the same float.
+    short = Fraction(sparsity).limit_denominator(10**6)
+    return short if float(short) == sparsity else Fraction(repr(sparsity))
 
 
 def is_integer(value: object) -> bool:

@@ -17,7 +17,7 @@ from jax import lax
 
 if TYPE_CHECKING:
     import chex
-    from jaxtyping import Array, Float, Shaped
+    from jaxtyping import Array, Bool, Float, Shaped
 
 Score = Callable[[jax.Array], jax.Array]
 BlockScore = Callable[[jax.Array], jax.Array]
@@ -70,7 +70,9 @@ def block_l2(blocks: Float[chex.Array, "*blocks block"]) -> Float[Array, "*block
 
 
 def block_angular_redundancy(
-    blocks: Float[chex.Array, "*rows inputs block"], alpha: chex.Numeric = 1.0
+    blocks: Float[chex.Array, "*rows inputs block"],
+    alpha: chex.Numeric = 1.0,
+    kept: Bool[chex.Array, "*rows inputs"] | None = None,
 ) -> Float[Array, "*rows inputs"]:
     """BPAR: blocks that are large and unlike the other blocks of their row score high.
 
@@ -84,6 +86,8 @@ def block_angular_redundancy(
     Args:
       blocks: (*stack, rows, inputs, block).
       alpha: weight of the redundancy; 1 in the paper's code.
+      kept: the blocks whose angles count, True = kept; all by default. The redundancy of the
+        others counts as the whole row's, as that of zeros.
 
     Source: Xiang et al., "SUBP: Soft Uniform Block Pruning", NeurIPS 2023, section 3.2, and
     `utils/prune_criterion.py` of JingyangXiang/SUBP.
@@ -94,6 +98,8 @@ def block_angular_redundancy(
     """
     blocks = _gathered(_wide(blocks))
     norm = block_l2(blocks)[..., None]
+    if kept is not None:
+        norm = jnp.where(_gathered(kept)[..., None], norm, 0)
     directions = jnp.where(norm > 0, blocks / jnp.where(norm > 0, norm, 1), 0)
     redundancy = _share(_similarity(directions))
     size = _share(block_l1(blocks))
@@ -153,7 +159,7 @@ def _wide(x: Float[chex.Array, "*shape"]) -> Float[chex.Array, "*shape"]:
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def _gathered(x: Float[chex.Array, "*shape"]) -> Float[chex.Array, "*shape"]:
+def _gathered(x: Shaped[chex.Array, "*shape"]) -> Shaped[chex.Array, "*shape"]:
     """Replicates `x` on a mesh with explicit axes."""
     # `lax.map` loops over rows, and explicit sharding does not allow a loop over a sharded axis.
     spec = jax.typeof(x).sharding.spec

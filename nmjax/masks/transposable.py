@@ -105,11 +105,15 @@ def _look_up(
     # Explicit sharding cannot follow a gather, so compare every tile's index with all indices and
     # sum. Each pattern is packed into one integer first, a bit for each entry: the sum then runs
     # over 90 integers per tile for 2:4, and not over 90 x 16 booleans.
-    bits = np.arange(patterns.shape[1])
+    bits = np.arange(patterns.shape[1], dtype=np.int32)
     codes = (patterns << bits).sum(axis=1).astype(np.int32)
-    chosen = at[..., None] == np.arange(len(codes))
-    code = jnp.sum(jnp.where(chosen, codes, 0), axis=-1, dtype=jnp.int32)
-    return (code[..., None] >> bits) & 1 == 1
+
+    def along_last(values: np.ndarray) -> np.ndarray:
+        return values.reshape((1,) * at.ndim + values.shape)
+
+    chosen = at[..., None] == along_last(np.arange(len(codes), dtype=at.dtype))
+    code = jnp.sum(jnp.where(chosen, along_last(codes), 0), axis=-1, dtype=jnp.int32)
+    return (code[..., None] >> along_last(bits)) & 1 == 1
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from nmjax.layouts.axes import Axes
+from nmjax.masks.arguments import as_fraction
 from nmjax.masks.blocks import keep_blocks, score_blocks, split_blocks, spread_blocks
-from nmjax.masks.scores import BlockScore, block_score, magnitude
-from nmjax.methods.schedules import Ramp
+from nmjax.masks.scores import BlockScore, block_angular_redundancy, block_score, magnitude
+from nmjax.methods.schedules import Ramp, remaining
 from nmjax.methods.sparsifier import Sparsifier, export_masked
 from nmjax.patterns import Block1xN, is_blocks
 from nmjax.plans import Plan
@@ -20,12 +22,11 @@ from nmjax.pruning import planned_leaves, prune, sparsify
 
 if TYPE_CHECKING:
     import chex
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, Bool, Float, Int32
 
 # The state holds raw key data, which every checkpoint format can store. Raw data does not say
 # which generator it belongs to, so the generator is fixed here.
 _GENERATOR = "threefry2x32"
-_ROUNDING = 1e-6  # A few float32 rounding errors.
 
 _UNFINISHED = (
     "soft_uniform_blocks reaches the pattern in the first refresh at or after the end of the ramp. "
@@ -81,7 +82,9 @@ def soft_uniform_blocks(
       temperature: temperature of the draw; the higher it is, the less the scores matter.
       variant: `"v2"`, the default of the released code, scores the masked weights: dropped blocks
         rank last and return only when drawn, so masks are fixed once the ramp ends. `"v1"` scores
-        the dense weights, and its masks keep following them.
+        the dense weights, and its masks keep following them. With `"bpar"`, `"v1"` takes only the
+        sizes from the dense weights, and the angles from the masked ones: a dropped block counts
+        as wholly redundant and seldom returns without being drawn.
       soft: True lets gradients pass straight through to dropped weights, as published; False stops
         them.
 
@@ -96,7 +99,8 @@ def soft_uniform_blocks(
     Source: Xiang et al., "SUBP: Soft Uniform Block Pruning for 1xN Sparse CNNs Multithreading
     Acceleration", NeurIPS 2023, section 3, and `models/conv_type/regrow_uniform_block*.py` of
     JingyangXiang/SUBP. Its V2 ranks dropped blocks by the score of zero weights, which is not
-    always the lowest; here they always rank last.
+    always the lowest; here they always rank last. Its counts of blocks are rounded in float64;
+    ours are exact.
     """
     score_of = block_score(score)
     layers = _layers(plan)
@@ -121,18 +125,20 @@ def soft_uniform_blocks(
         key: chex.PRNGKey,
         w: Float[chex.Array, "*shape"],
         mask: Bool[chex.Array, "*shape"],
-        remaining: Float[Array, ""],
+        step: chex.Numeric,
     ) -> Bool[Array, "*shape"]:
         pattern, axes = layer
-        scored = jnp.where(mask, w, 0) if variant == "v2" else w
-        scores = score_blocks(lax.stop_gradient(scored), pattern.n, axes, score_of)
-        rank = scores
-        if variant == "v2":
-            # A block is kept or dropped as a whole, so the mask of its first weight is enough.
-            # Zeros need not have the lowest score, so dropped blocks get -inf.
-            rank = jnp.where(split_blocks(mask, pattern.n, axes)[..., 0], scores, -jnp.inf)
+        # A block is kept or dropped as a whole, so the mask of its first weight is enough.
+        kept = split_blocks(mask, pattern.n, axes)[..., 0]
+        scored, score_kept = jnp.where(mask, w, 0) if variant == "v2" else w, score_of
+        if variant == "v1" and score_of is block_angular_redundancy:
+            score_kept = partial(block_angular_redundancy, kept=kept)
+        scores = score_blocks(lax.stop_gradient(scored), pattern.n, axes, score_kept)
+        # Zeros need not have the lowest score, so the blocks that V2 has dropped get -inf.
+        rank = jnp.where(kept, scores, -jnp.inf) if variant == "v2" else scores
         stay = keep_blocks(rank, pattern.kept_blocks(rank.shape[-1]))
-        drawn = _draw(key, _logits(scores, ~stay) / temperature, ~stay, pattern, remaining)
+        count = remaining(ramp, step, as_fraction(pattern.sparsity) * rank.shape[-1])
+        drawn = _draw(key, _logits(scores, ~stay) / temperature, ~stay, count)
         # `&` gives the new mask the sharding of the old one.
         return spread_blocks(stay | drawn, w.shape, pattern.n, axes) & jnp.ones_like(mask)
 
@@ -142,9 +148,8 @@ def soft_uniform_blocks(
         own = jax.random.wrap_key_data(state.key, impl=_GENERATOR)
         next_key, *keys = jax.random.split(own, 1 + len(plan))
         leaves = planned_leaves(params, plan)
-        remaining = 1 - ramp(step)
         masks = {
-            name: refresh_layer(layers[name], key, leaves[name], state.masks[name], remaining)
+            name: refresh_layer(layers[name], key, leaves[name], state.masks[name], step)
             for name, key in zip(plan, keys, strict=True)
         }
         return SoftBlocksState(masks, jax.random.key_data(next_key))
@@ -194,17 +199,9 @@ def _draw(
     key: chex.PRNGKey,
     logits: Float[Array, "*stack rows inputs"],
     dropped: Bool[Array, "*stack rows inputs"],
-    pattern: Block1xN,
-    remaining: Float[Array, ""],
+    count: Int32[Array, ""],
 ) -> Bool[Array, "*stack rows inputs"]:
-    """Draws the dropped blocks that come back, a fraction `remaining` of their final number."""
-    inputs = logits.shape[-1]
-    # `remaining` is float32 and traced. A product that should be an integer may come out just
-    # below it and lose a block to the floor, so it is nudged upward.
-    product = pattern.sparsity * inputs * remaining * (1 + _ROUNDING)
-    count = jnp.floor(product).astype(jnp.int32)
-    # The nudge must not exceed the number of dropped blocks, which the pattern computes in float64.
-    count = jnp.minimum(count, inputs - pattern.kept_blocks(inputs))
+    """Draws `count` of the dropped blocks of each row, which come back."""
     # Gumbel top-k: the highest logits plus Gumbel noise are a sample without replacement. One
     # selection per row replaces a loop of draws, and the count may be traced. The softmax is never
     # computed: its denominator is the same for the whole row and does not change the order.

@@ -1,7 +1,6 @@
 """Saves all variables of NNX modules in a safetensors file, and loads them.
 
-The file is one of `nmjax.save_packed`. A random key is stored as its data, in a leaf below the
-key's own name that names the implementation: `"rngs/default/key/random_key:threefry2x32"`.
+The file is one of `nmjax.save_packed`.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from nmjax.files.packed_files import load_packed, save_packed
 from nmjax.nnx.forward_pass import check_module
 from nmjax.nnx.packed_layers import PackedParam, check_layers, holders, use_packed_products
 from nmjax.packed.weight import is_packed
-from nmjax.trees.leaves import map_named, named_leaves, nest
+from nmjax.trees.leaves import is_random_key, map_named, named_leaves
 
 Model = TypeVar("Model", bound=nnx.Module)
-
-_KEY = "/random_key:"
 
 
 def save(path: str | os.PathLike[str], model: nnx.Module) -> None:
@@ -42,14 +39,18 @@ def save(path: str | os.PathLike[str], model: nnx.Module) -> None:
     """
     check_module(model)
     leaves = named_leaves(nnx.state(model), is_leaf=is_packed)
-    others = {n: type(x).__name__ for n, x in leaves.items() if not _is_array(x)}
+    others = {
+        n: type(x).__name__
+        for n, x in leaves.items()
+        if not (is_packed(x) or isinstance(x, jax.Array | np.ndarray))
+    }
     if others:
         raise TypeError(
             "only arrays can be saved, but "
             + ", ".join(f"{name} holds a {kind}" for name, kind in others.items())
             + "; make each of them an array, such as nnx.Variable(jnp.array(0))"
         )
-    save_packed(path, nest(dict(_as_data(name, leaf) for name, leaf in leaves.items())))
+    save_packed(path, nnx.state(model))
 
 
 def load(path: str | os.PathLike[str], model: Model) -> Model:
@@ -80,8 +81,7 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     True
     """
     check_module(model)
-    saved = named_leaves(load_packed(path), is_leaf=is_packed)
-    new = dict(_from_data(name, leaf) for name, leaf in saved.items())
+    new = named_leaves(load_packed(path), is_leaf=is_packed)
     old = named_leaves(nnx.state(model), is_leaf=is_packed)
     _check_same(old, new, os.fspath(path))
     packed = {name: leaf.leaf_plan for name, leaf in new.items() if is_packed(leaf)}
@@ -98,35 +98,6 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
             use_packed_products(layer)
     nnx.update(model, map_named(lambda name, _: new[name], nnx.state(model), is_leaf=is_packed))
     return model
-
-
-def _is_array(leaf: Any) -> bool:
-    return is_packed(leaf) or isinstance(leaf, jax.Array | np.ndarray)
-
-
-def _is_key(leaf: Any) -> bool:
-    return not is_packed(leaf) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _as_data(name: str, leaf: Any) -> tuple[str, Any]:
-    """Name and array in the file of a variable's leaf."""
-    if not _is_key(leaf):
-        return name, leaf
-    return f"{name}{_KEY}{jax.random.key_impl(leaf)}", jax.random.key_data(leaf)
-
-
-def _from_data(name: str, array: Any) -> tuple[str, Any]:
-    """The inverse of `_as_data`."""
-    name, mark, implementation = name.partition(_KEY)
-    if not mark:
-        return name, array
-    try:
-        return name, jax.random.wrap_key_data(array, impl=implementation)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name} of {array.dtype}{array.shape} is not the data of a random key of "
-            f"{implementation[:20]!r}"
-        ) from error
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> None:
@@ -148,4 +119,5 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> No
 
 def _kind(leaf: Any) -> str:
     """Dtype and shape of a leaf. All implementations of random keys are one kind."""
-    return f"{'random key' if _is_key(leaf) else leaf.dtype}{tuple(leaf.shape)}"
+    kind = "random key" if not is_packed(leaf) and is_random_key(leaf) else leaf.dtype
+    return f"{kind}{tuple(leaf.shape)}"

@@ -15,8 +15,9 @@ from nmjax.masks.blocks import block_mask
 from nmjax.masks.scores import Score, block_sum, score_weights
 from nmjax.patterns.pattern import Pattern, Span, Whole
 
+# ASCII digits only, and no line breaks.
 _TEXT = re.compile(
-    r"\s*1\s*[xX]\s*(\d+)\s*@\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)\s*(?:/\s*(row|layer))?\s*"
+    r" *1 *[xX] *([0-9]+) *@ *([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?) *(?:/ *(row|layer))? *"
 )
 
 
@@ -31,7 +32,8 @@ class Block1xN(Pattern):
     Args:
       n: output channels in a block, at least 1; must divide the output channels.
       sparsity: fraction of the blocks that is dropped, 0 <= sparsity < 1. Out of c blocks,
-        `floor(sparsity * c)` are dropped, computed with Python floats.
+        `floor(sparsity * c)` are dropped. The number counts as it is written: 0.29 is 29/100, and
+        1 / 3 is a third, so no block is lost to floating-point rounding.
       uniform: True if every row of blocks drops the same number, so that threads that each take a
         row have equal work (SUBP); False if all blocks of a layer compete, as in the 1xN paper.
         As text: `"1x16@0.5"` and `"1x16@0.5/layer"`.
@@ -43,8 +45,8 @@ class Block1xN(Pattern):
     Source: Lin et al., "1xN Pattern for Pruning Convolutional Neural Networks", TPAMI 2022; uniform
     rows: Xiang et al., "SUBP: Soft Uniform Block Pruning", NeurIPS 2023.
 
-    >>> Block1xN(16, 0.5).kept_blocks(256)
-    128
+    >>> Block1xN(16, 0.5).kept_blocks(256), Block1xN(16, 0.29).kept_blocks(100)
+    (128, 71)
     >>> str(Block1xN(16, 66 / 128))
     '1x16@0.515625'
     """

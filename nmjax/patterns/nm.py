@@ -20,7 +20,8 @@ Flatten = Literal["channel", "kernel"]
 
 # Binomial coefficients of larger groups are too long to compute: C(2e6, 1e6) has 600,000 digits.
 _EXACT = 1024
-_TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:/\s*(kernel|channel))?\s*")
+# ASCII digits only, and no line breaks.
+_TEXT = re.compile(r" *([0-9]+) *: *([0-9]+) *(?:/ *(kernel|channel))? *")
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def read_program(forward: Callable[..., Any], params: Any, *inputs: Any) -> Prog
     >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.zeros((8, 16)), "bias": jnp.zeros(16)}
     >>> forward = lambda params, x: x @ params["kernel"] + params["bias"]
-    >>> program = read_program(forward, params, jnp.zeros((2, 8)))
+    >>> program = read_program(forward, params, jnp.zeros(8))
     >>> program.uses["kernel"].axes()
     Axes(reduction=(-2,), output=(-1,), taps=())
     >>> program.uses["bias"].axes()

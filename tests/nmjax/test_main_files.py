@@ -158,6 +158,18 @@ def test_names_and_metadata_are_printed_escaped(tmp_path, capsys):
         assert all(line.isprintable() for line in message.split("\n"))
 
 
+def test_names_beyond_the_letters_of_the_terminal(tmp_path):
+    write_tensors(tmp_path / "x", {"größe/kernel": normal(8, 4)}, {})
+    done = subprocess.run(
+        [sys.executable, "-m", "nmjax", "info", str(tmp_path / "x")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert r"gr\xf6\xdfe/kernel" in done.stdout
+
+
 # Where the output goes
 
 

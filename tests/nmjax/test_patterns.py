@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+from fractions import Fraction
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmjax import NM, Block1xN, parse_pattern
+from nmjax import NM, Block1xN, block_mask, parse_pattern
 
 
 @st.composite
@@ -70,9 +71,19 @@ def test_a_pattern_passes_through_parsing():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2", "2:", ":4", "2-4", "2:4:8", "-2:4", "2.0:4", "0.5", "2:4/filter", "a:b"]
+    "text",
+    ["", "2", "2:", ":4", "2-4", "2:4:8", "-2:4", "2.0:4", "0.5", "2:4/filter", "a:b"],
 )
 def test_text_that_does_not_parse(text):
+    check_not_read(text)
+
+
+@pytest.mark.parametrize("text", ["2:4\n", "２:４", "2:\t4", "٢:٤", "1x4@0.5\n", "1x４@0.5"])
+def test_digits_of_other_scripts_and_line_breaks(text):
+    check_not_read(text)
+
+
+def check_not_read(text):
     with pytest.raises(ValueError, match="cannot read") as error:
         parse_pattern(text)
     assert repr(text) in str(error.value)
@@ -186,7 +197,8 @@ def test_text_of_blocks_that_parses(text, pattern):
 
 
 @pytest.mark.parametrize(
-    "text", ["1x16", "2x16@0.5", "1x@0.5", "1x4@", "1x4@50%", "1x4@0.5/filter"]
+    "text",
+    ["1x16", "2x16@0.5", "1x@0.5", "1x4@", "1x4@50%", "1x4@0.5/filter"],
 )
 def test_text_of_blocks_that_does_not_parse(text):
     with pytest.raises(ValueError, match="cannot read") as error:
@@ -194,17 +206,44 @@ def test_text_of_blocks_that_does_not_parse(text):
     assert '"1x16@0.5"' in str(error.value)
 
 
-@given(blocks(), st.integers(0, 300), st.integers(0, 20))
-def test_blocks_and_weights_that_stay(pattern, inputs, rows):
-    outputs = rows * pattern.n
-    dropped = (
-        rows * math.floor(pattern.sparsity * inputs)
-        if pattern.uniform
-        else math.floor(pattern.sparsity * (rows * inputs))
-    )
+@st.composite
+def written(draw):
+    """A sparsity as one writes it, a decimal or a fraction, and what it means."""
+    scale = draw(st.sampled_from([10, 100, 1000, 10**6, 3, 7, 96, 128]))
+    exact = Fraction(draw(st.integers(0, scale - 1)), scale)
+    return exact.numerator / exact.denominator, exact
+
+
+@given(written(), st.integers(1, 64), st.booleans(), st.integers(0, 300), st.integers(0, 20))
+def test_blocks_and_weights_that_stay(sparsity, n, uniform, inputs, rows):
+    number, exact = sparsity
+    pattern, outputs = Block1xN(n, number, uniform), rows * n
+    dropped = rows * math.floor(exact * inputs) if uniform else math.floor(exact * (rows * inputs))
     assert pattern.kept(inputs, outputs) == inputs * outputs - dropped * pattern.n
     assert pattern.misfit(inputs, outputs) is None
     assert pattern.density == 1 - pattern.sparsity
+
+
+@pytest.mark.parametrize("text", ["0.29", "0.57", "0.58", "0.7", "0.9", "0.95", ".3", "1e-3"])
+@pytest.mark.parametrize("inputs", [10, 20, 50, 64, 100, 200, 300, 400, 1000])
+def test_the_decimal_as_written_counts(text, inputs):
+    """In floating point, 0.29 * 100 is just below 29."""
+    dropped = math.floor(Fraction(text) * inputs)
+    pattern = parse_pattern(f"1x2@{text}")
+    assert pattern.kept_blocks(inputs) == inputs - dropped
+    assert parse_pattern(str(pattern)) == pattern
+    w = jax.random.normal(jax.random.key(0), (inputs, 2))
+    assert block_mask(w, 2, float(text)).sum() == 2 * (inputs - dropped)
+
+
+@pytest.mark.parametrize("sparsity", [1 / 3, 2 / 3, 1 / 7, 0.1 + 0.2])
+def test_other_sparsities_count_as_the_nearest_that_one_would_write(sparsity):
+    """A third of 300 blocks are 100; 0.1 + 0.2 is 0.30000000000000004 in Python."""
+    exact = {1 / 3: Fraction(1, 3), 2 / 3: Fraction(2, 3), 1 / 7: Fraction(1, 7)}.get(sparsity)
+    exact = exact or Fraction("0.30000000000000004")
+    for inputs in range(0, 2100, 7):
+        dropped = math.floor(exact * inputs)
+        assert Block1xN(4, sparsity).kept_blocks(inputs) == inputs - dropped
 
 
 def test_what_does_not_fit():

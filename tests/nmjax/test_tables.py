@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmjax.tables import html_table, text_table
+from nmjax.tables import html_table, printable, text_table
 
 CELLS = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12)
 
@@ -81,3 +81,11 @@ def test_html_marks_the_header():
     read = html_table(["leaf"], [["kernel"]])
     assert "<thead><tr><th" in read
     assert "<tbody><tr><td" in read
+
+
+@given(st.text())
+def test_nothing_in_a_cell_leaves_its_line(cell):
+    lines = text_table(["leaf"], [[cell], ["end"]]).split("\n")
+    assert len(lines) == 4
+    assert all(line.isprintable() for line in lines)
+    assert cell.isprintable() == (printable(cell) == cell)

@@ -332,8 +332,9 @@ def test_what_another_process_cannot_read_is_not_used(tmp_path, capsys, monkeypa
     def tell_all(text):
         return [text, "3 cut off" if next(complaints, 0) else ""]
 
+    store = Checkpoints(tmp_path)
     monkeypatch.setattr(processes, "tell_all", tell_all)
-    assert Checkpoints(tmp_path).restore(LIKE)[0] == 1
+    assert store.restore(LIKE)[0] == 1
     assert f"{tmp_path}/2 is damaged: process 1: cut off; it is" in capsys.readouterr().err
 
 
@@ -436,9 +437,10 @@ def test_memory_that_a_device_lacks_is_not_damage(tmp_path, monkeypatch):
 def test_a_checkpoint_that_another_process_lacks_memory_for_ends_all(tmp_path, monkeypatch):
     saved_twice(tmp_path)
     complaint = "1 the checkpoint /2 cannot be read here"
+    store = Checkpoints(tmp_path)
     monkeypatch.setattr(processes, "tell_all", lambda text: [text, complaint])
     with pytest.raises(OSError, match="process 1: the checkpoint /2 cannot be read here"):
-        Checkpoints(tmp_path).restore(LIKE)
+        store.restore(LIKE)
     assert names(tmp_path) == ["1", "2"]
 
 

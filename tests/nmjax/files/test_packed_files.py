@@ -97,7 +97,10 @@ def test_equal_trees_make_equal_files(tmp_path):
     ("tree", "error", "complaint"),
     [
         ({"a": "text", "b": 1.0}, TypeError, r"no leaf is an array: \['a', 'b'\]"),
-        ({"a": np.array([None])}, TypeError, "a has dtype object"),
+        ({"a": np.array([None])}, TypeError, "a cannot be saved: it has no numbers"),
+        ({"a": {"b": jax.ShapeDtypeStruct((2,), "float32")}}, TypeError, "a/b cannot be saved"),
+        (jax.eval_shape(lambda: PACKED), TypeError, "conv/bias cannot be saved"),
+        ({"a": jax.eval_shape(lambda: jax.random.key(0))}, TypeError, "a cannot be saved"),
         ({"a": jnp.ones(2), "a/b": jnp.ones(2)}, ValueError, "'a/b' is below another leaf"),
         ({"a/b": jnp.ones(2), "a": jnp.ones(2)}, ValueError, "is below another leaf"),
         (
@@ -110,6 +113,16 @@ def test_equal_trees_make_equal_files(tmp_path):
 def test_trees_that_cannot_be_saved(tmp_path, tree, error, complaint):
     with pytest.raises(error, match=complaint):
         save_packed(tmp_path / "x", tree)
+    assert not list(tmp_path.iterdir())
+
+
+def test_leaves_without_values_are_named(tmp_path):
+    donated = jnp.ones(3)
+    donated.delete()
+    with pytest.raises(TypeError, match=r"a/b cannot be saved: .*deleted"):
+        save_packed(tmp_path / "x", {"a": {"b": donated}})
+    with pytest.raises(TypeError, match=r"kernel cannot be saved: .*traced|Tracer"):
+        jax.jit(lambda x: save_packed(tmp_path / "x", {"kernel": x}))(jnp.ones(3))
     assert not list(tmp_path.iterdir())
 
 

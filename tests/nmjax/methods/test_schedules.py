@@ -1,5 +1,8 @@
 """Ramps against the formulas in float64, at their ends to the last bit."""
 
+import math
+from fractions import Fraction
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nmjax
+from nmjax.methods.schedules import remaining
 
 RATE = 0.05
 RAMPS = {
@@ -62,7 +66,74 @@ def test_traced_steps_do_not_compile_again(ramp_and_formula):
     np.testing.assert_allclose(values, eager, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("begin", "end"), [(5, 5), (6, 5), (-1, 5), (float("nan"), 5)])
+POWERS = {"linear": 1, "cubic": 3}
+SPARSITIES = [Fraction(66, 128), Fraction(197, 256), Fraction(29, 100), Fraction(1, 3)]
+
+
+def left_exactly(power, begin, end, step, total):
+    """How many are left, in exact fractions."""
+    x = min(max(Fraction(step - begin) / (end - begin), 0), 1)
+    return math.floor(total * (1 - x**power))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "float32", "float16"])
+@pytest.mark.parametrize("power", POWERS)
+def test_what_is_left_is_exact_at_every_epoch(power, dtype):
+    """Traced, in 32 bits, and where the ramp is as small as a rounding error (2e-7)."""
+    ramp, epochs = RAMPS[power][0](10, 180), range(250)
+    for sparsity in SPARSITIES:
+        for inputs in (3, 64, 100, 512):
+            total = sparsity * inputs
+            count = jax.jit(jax.vmap(lambda step, total=total: remaining(ramp, step, total)))
+            counts = count(jnp.arange(250).astype(dtype))
+            assert counts.dtype == jnp.int32
+            exact = [left_exactly(POWERS[power], 10, 180, epoch, total) for epoch in epochs]
+            assert counts.tolist() == exact
+
+
+@given(st.data())
+def test_what_is_left_is_exact_at_any_step(data):
+    name = data.draw(st.sampled_from(list(POWERS)))
+    begin, length = data.draw(st.integers(0, 10**6)), data.draw(st.integers(1, 10**6))
+    total = data.draw(st.sampled_from(SPARSITIES)) * data.draw(st.integers(0, 100))
+    steps = data.draw(st.lists(st.integers(0, 2 * 10**6), min_size=1))
+    ramp = RAMPS[name][0](begin, begin + length)
+    counts = jax.vmap(lambda step: remaining(ramp, step, total))(jnp.array(steps))
+    exact = [left_exactly(POWERS[name], begin, begin + length, step, total) for step in steps]
+    assert counts.tolist() == exact
+
+
+@given(st.lists(st.floats(0, 300, width=32), min_size=1), st.sampled_from(list(POWERS)))
+def test_what_is_left_is_exact_between_steps(steps, name):
+    """A ramp may count epochs, and a step may be a part of one."""
+    ramp, total = RAMPS[name][0](10.5, 180), Fraction(33)
+    counts = jax.vmap(lambda step: remaining(ramp, step, total))(np.float32(steps))
+    # In halves, the begin of the ramp is an integer.
+    exact = [left_exactly(POWERS[name], 21, 360, 2 * Fraction(step), total) for step in steps]
+    assert counts.tolist() == exact
+
+
+@pytest.mark.parametrize("name", ["cosine", "exponential"])
+def test_what_is_left_of_other_ramps_is_that_of_float64(name):
+    make, formula = RAMPS[name]
+    ramp, epochs = make(10, 180), np.arange(250)
+    x = np.clip((epochs - 10) / 170, 0, 1)
+    for total in (Fraction(33), Fraction(1024, 10)):
+        counts = jax.vmap(lambda step, total=total: remaining(ramp, step, total))(epochs)
+        np.testing.assert_array_equal(counts, np.floor(float(total) * (1 - formula(x, 170))))
+
+
+def test_a_function_of_ones_own_may_be_off_by_its_rounding():
+    """0.6 is above three fifths in float32, but two of five are left."""
+    for own in (lambda step: jnp.float32(0.6), lambda step: jnp.float16(0.6)):
+        assert remaining(own, 7, Fraction(5)) == 2
+    assert remaining(lambda step: jnp.float32(0), 7, Fraction(29, 2)) == 14
+    assert remaining(lambda step: jnp.float32(1), 7, Fraction(29, 2)) == 0
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"), [(5, 5), (6, 5), (-1, 5), (float("nan"), 5), (5, float("inf"))]
+)
 def test_ends_that_are_none(ramp_and_formula, begin, end):
     make, _ = ramp_and_formula
     with pytest.raises(ValueError, match="0 <= begin < end"):

@@ -313,6 +313,40 @@ def test_all_stay_before_the_ramp_and_the_pattern_holds_after_it(sparsity, input
     assert counts[0] >= counts[1] >= counts[2] == plan["kernel"].kept
 
 
+def released_bpar(blocks, kept):
+    """`BlockAngularRedundancy` of the released code on blocks (rows, inputs, block), in float64."""
+    size = np.abs(blocks).sum(-1)
+    size = size / size.sum(-1, keepdims=True)
+    masked = blocks * kept[..., None]
+    unit = masked / np.maximum(np.linalg.norm(masked, axis=-1, keepdims=True), 1e-12)
+    angles = np.abs(np.einsum("ijk,ink->ijn", unit, unit)).sum(-1)
+    angles = angles / angles.sum(-1, keepdims=True)
+    return size - np.where(angles == 0, 1, angles)
+
+
+def test_v1_with_bpar_drops_what_the_released_code_drops():
+    """Its angles are those of the masked weights, so dropped blocks stay last."""
+    params = {"kernel": jax.random.normal(KEY, (32, 16))}
+    plan = nmjax.make_plan(params, "1x4@0.5")
+    subp = nmjax.soft_uniform_blocks(plan, nmjax.linear_ramp(0, 10), variant="v1")
+    state, refresh = subp.init(params, KEY), jax.jit(subp.refresh)
+    differ = 0
+    for epoch in range(14):
+        moved = drift(params, epoch)
+        kept = np.asarray(state.masks["kernel"]).T.reshape(4, 4, 32)[:, 0]
+        blocks = np.asarray(moved["kernel"], np.float64).T.reshape(4, 4, 32).swapaxes(1, 2)
+        order = released_bpar(blocks, kept).argsort(-1)
+        own = released_bpar(blocks, np.ones_like(kept)).argsort(-1)
+        state = refresh(state, moved, epoch)
+        now = np.asarray(state.masks["kernel"]).T.reshape(4, 4, 32)[:, 0]
+        # All that the score keeps; the draw adds more of the others.
+        assert np.take_along_axis(now, order[:, 16:], -1).all()
+        dropped = np.take_along_axis(now, order[:, :16], -1)
+        assert (dropped.sum(-1) == max(16 * (10 - epoch) // 10, 0)).all()
+        differ += sum(set(a) != set(b) for a, b in zip(order[:, 16:], own[:, 16:], strict=True))
+    assert differ > 0  # Angles of the dense weights would drop others.
+
+
 def test_layers_stacked_by_a_scan_are_masked_one_by_one():
     w = jax.random.normal(KEY, (3, 16, 8))
     stacked = {"layer": {"kernel": w, "bias": jnp.zeros((3, 8))}}

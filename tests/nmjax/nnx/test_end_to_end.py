@@ -27,9 +27,9 @@ def evaluated(model, sparse):
     return sparse(model)(X)
 
 
-def serve(model, plan, path, masks=None):
+def serve(model, plan, path):
     """Packs, saves, and loads into a fresh network."""
-    nmjax.nnx.save(path, nmjax.nnx.pack(model, plan, masks))
+    nmjax.nnx.save(path, nmjax.nnx.pack(model, plan))
     served = nmjax.nnx.load(path, Network(nnx.Rngs(99)))
     served.eval()
     assert all(is_packed(layer.kernel[...]) for layer in (*served.layers, served.head))
@@ -99,5 +99,9 @@ def test_methods_that_remember(name, tmp_path):
         losses += [float(step(model, optimizer, state)) for _ in range(5)]
     assert losses[-1] < losses[0]
     expected = evaluated(model, lambda model: sparse(model, state))
-    got = serve(model, plan, tmp_path / "network.safetensors", state.masks)
+    with pytest.raises(ValueError, match="head/kernel"):  # The dense weights are another network.
+        nmjax.nnx.pack(model, plan)
+    exported = sparsifier.export(nnx.state(model, nnx.Param), state)
+    pruned = nmjax.nnx.with_params(model, exported)
+    got = serve(pruned, plan, tmp_path / "network.safetensors")
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)

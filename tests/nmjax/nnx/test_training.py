@@ -186,3 +186,18 @@ def test_what_does_not_fit():
             function(nnx.state(model, nnx.Param), plan)
     with pytest.raises(TypeError, match="expected a plan"):
         nmjax.nnx.sparsify(model, "2:4")
+
+
+@pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="Flax has one mode only")
+def test_modules_as_plain_trees():
+    """Flax can also treat modules as trees of variables, without a graph."""
+    with nnx.set_graph_mode(False):
+        model = Network(nnx.Rngs(0))
+        plan = plan_of(model)
+
+        sparse = nmjax.nnx.sparsify(model, plan)
+        assert sparse.norm.mean is model.norm.mean
+        nmjax.nnx.prune(model, plan)
+        packed = nmjax.nnx.pack(model, plan)
+        np.testing.assert_allclose(nnx.jit(loss_of)(packed), loss_of(model), rtol=1e-5)
+    assert packed.norm.mean is not model.norm.mean

@@ -60,3 +60,11 @@ def test_the_table():
     html = sizes(PACKED)._repr_html_()
     assert html.count("<tr>") == 5
     assert "16,384" in html
+
+
+@pytest.mark.parametrize("m", [1024, 1025, 2048])
+@pytest.mark.parametrize("n", [1, 300, 1023])
+def test_bits_of_long_groups(n, m):
+    """Beyond 1,024 by the gamma function, because the binomial coefficients become too long."""
+    bits = nmjax.NM(n, m).index_bits * m
+    assert math.isclose(bits, math.log2(math.comb(m, n)), rel_tol=1e-9)
