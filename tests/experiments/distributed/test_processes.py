@@ -255,6 +255,12 @@ def test_what_is_missing_is_said(given):
         join_processes(False, *given)
 
 
+@pytest.mark.parametrize(("count", "process"), [(2, 2), (2, -1), (0, 0), (-1, 0)])
+def test_a_process_beyond_the_number_of_processes_is_refused(count, process):
+    with pytest.raises(ValueError, match=f"from 0 to below --processes {count}, got {process}"):
+        join_processes(False, "127.0.0.1:1", count, process)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "environment"),
