@@ -80,7 +80,7 @@ def take(path: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        owner = (path / _LOCK).read_text("utf-8").strip() or "another process"
+        owner = _owner(path) or "another process"
         raise ValueError(
             f"{path} is in use by {owner}: wait for that run to end, or give another --name"
         ) from error
@@ -94,7 +94,9 @@ def check_shared(path: Path, owner: str) -> None:
     """Raises ValueError if this process does not see within seconds that `owner` has the folder."""
     for seconds in (0, 0.5, 1, 2, 2):  # A network disk may show old content for a while.
         time.sleep(seconds)
-        if (path / _LOCK).exists() and (path / _LOCK).read_text("utf-8").strip() == owner:
+        if (path / _LOCK).exists() and (path / _LOCK).read_text(
+            "utf-8", "replace"
+        ).strip() == owner:
             return
     raise ValueError(
         f"{path.absolute()} on {platform.node()} is not the folder that {owner} created: put "
@@ -124,6 +126,10 @@ def _check_earlier(
             f"the run in {folder} cannot be resumed with other settings: {changed}. Give the "
             "flags it was started with, or another --name"
         )
+
+
+def _owner(path: Path) -> str:
+    return (path / _LOCK).read_text("utf-8", "replace").strip()
 
 
 def _this_process() -> str:

@@ -28,7 +28,8 @@ def join_processes(
     `distributed` and replaces `coordinator`.
 
     Raises:
-      ValueError: the last three are incomplete, and no cluster knows the rest.
+      ValueError: the last three are incomplete, and no cluster knows the rest; or there is no such
+        process.
     """
     given = {coordinator, processes, process}
     distributed = distributed or bool(os.environ.get(_COORDINATOR))
@@ -38,6 +39,10 @@ def join_processes(
         raise ValueError(
             "several processes need --coordinator, --processes and --process together, or "
             f"--distributed to ask the cluster; got {coordinator}, {processes} and {process}"
+        )
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise ValueError(
+            f"--process must be from 0 to below --processes {processes}, got {process}"
         )
     try:
         jax.distributed.initialize(coordinator, processes, process)

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+import nmjax
 from experiments.distributed import processes
 from experiments.distributed.processes import is_first, join_processes, tell_all, together
 from experiments.json_files import JsonLines
@@ -77,6 +78,8 @@ def one(tmp_path_factory):
 def test_two_processes_train_as_one(one, tmp_path, layout, read):
     """And each reads only those of the test examples that its devices need."""
     flags = [*FLAGS, *layout, "--runs-dir", str(tmp_path), "--name", "two"]
+    packed = tmp_path / "network.safetensors"
+    flags += ["--packed", str(packed)]
     (out, said), (quiet, other_said) = (end(process) for process in start_two(flags))
     assert "epoch 4/4" in out
     assert "epoch" not in quiet  # One prints for all.
@@ -84,6 +87,10 @@ def test_two_processes_train_as_one(one, tmp_path, layout, read):
         # One more example shows the shapes of a batch, from which the plan is made.
         assert f"{4 * share + 1} test examples read" in error
     assert_same_training(tmp_path / "two", one)
+    served = np.asarray(nmjax.unpack(nmjax.load_packed(packed))["params"]["middle"]["kernel"])
+    trained = last_state(tmp_path / "two")[1]["['train']['params']['middle']['kernel']"]
+    assert (served != 0).mean() == 0.5
+    np.testing.assert_array_equal(served, np.where(served != 0, trained, 0))
     ours, theirs = (JsonLines(run / "metrics.jsonl").read() for run in (tmp_path / "two", one))
     assert [line["sad_epoch"] for line in ours] == [line["sad_epoch"] for line in theirs]
     assert [line["density"] for line in ours] == [line["density"] for line in theirs]
@@ -246,6 +253,12 @@ def test_all_processes_fail_alike(monkeypatch, errors, texts):
 def test_what_is_missing_is_said(given):
     with pytest.raises(ValueError, match="need --coordinator, --processes and --process together"):
         join_processes(False, *given)
+
+
+@pytest.mark.parametrize(("count", "process"), [(2, 2), (2, -1), (0, 0), (-1, 0)])
+def test_a_process_beyond_the_number_of_processes_is_refused(count, process):
+    with pytest.raises(ValueError, match=f"from 0 to below --processes {count}, got {process}"):
+        join_processes(False, "127.0.0.1:1", count, process)
 
 
 @pytest.mark.slow
