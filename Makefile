@@ -10,7 +10,7 @@ EXTRA  ?= dev
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup torch models train test test-slow lint types bench bench-gpu clean
+.PHONY: help setup torch models train test test-slow test-strict lint types bench bench-gpu clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,16 @@ test: $(READY)  ## run the tests, except the slow ones (under 10 minutes on two 
 
 test-slow: $(READY)  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# JAX's modes that refuse what it does quietly otherwise, compute in 64 bits, or do not compile.
+STRICT := JAX_DEBUG_NANS=1 JAX_NUMPY_DTYPE_PROMOTION=strict JAX_NUMPY_RANK_PROMOTION=raise \
+          JAX_ENABLE_X64=1 JAX_DISABLE_JIT=1 JAX_CHECK_TRACER_LEAKS=1
+
+test-strict: $(READY)  ## call everything public under each of JAX's strict modes
+	set -e; for mode in $(STRICT); do \
+	  echo "$$mode"; \
+	  env "$$mode" $(BIN)/python -m pytest -q -n 2 tests/nmjax/test_strict_modes.py nmjax $(ARGS); \
+	done
 
 lint: $(READY)  ## check style with ruff
 	$(BIN)/python -m ruff check .

@@ -53,8 +53,8 @@ def sad(masks_a: Masks, masks_b: Masks) -> dict[str, Int32[Array, ""]]:
     >>> sad(a, b)["kernel"].item()
     2
     """
+    check_masks(masks_b, masks_b)
     check_masks(masks_a, masks_b)
-    check_masks(masks_b, masks_a)
     return {name: jnp.sum(mask != masks_b[name], dtype=jnp.int32) for name, mask in masks_a.items()}
 
 

@@ -6,6 +6,7 @@ one, they are those of known layers. nmjax does not guess: leaves with unknown a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from nmjax.layouts import layouts
 from nmjax.layouts.axes import Axes, GivenAxes, Unknown
-from nmjax.masks.scores import Score, magnitude
+from nmjax.masks.scores import Score, check_score, magnitude
 from nmjax.patterns import Pattern, parse_pattern
 from nmjax.patterns.pattern import LeafPlan
 from nmjax.plans import DenseLeaf, Plan, check_plan
@@ -62,12 +63,14 @@ def make_plan(
       rules: path rule -> the pattern of the leaves that match, or None to leave them dense. The
         first rule that matches wins.
       axes: path rule -> the reduction axes of the leaves that match. They override what nmjax
-        finds, and such leaves always count as weights. All other axes count as outputs; use
+        finds, with a warning if they differ from those of the program, and such leaves always
+        count as weights. All other axes count as outputs; use
         `nmjax.Axes` to say which are outputs and which are taps, as blocks need for weights with
         more than two axes.
       forward: the network's forward pass, `forward(params, *inputs)`. It is traced, not run.
       inputs: the arguments of `forward` after the parameters, in a tuple: arrays,
-        ShapeDtypeStructs, or shapes of float32 arrays.
+        ShapeDtypeStructs, or shapes of float32 arrays. For token ids pass
+        `jax.ShapeDtypeStruct(shape, jnp.int32)`.
       on_indivisible: what to do with a leaf that does not divide into whole groups or blocks:
         `"error"`, or `"dense"` to leave it dense and record the reason.
       on_unknown: what to do with a leaf whose axes are not certain: `"error"`, or `"dense"`.
@@ -78,7 +81,7 @@ def make_plan(
 
     Raises:
       TypeError: a leaf to become sparse does not have a floating dtype; a pattern, path rule, or
-        axis has the wrong type; `inputs` is not a tuple; `params` is an NNX module.
+        axis has the wrong type; `inputs` is not a tuple; `params` is a Flax module.
       ValueError: the tree has no leaves; a pattern does not parse; a path rule is not a regular
         expression or matches no leaf; a rule in `rules` has no effect; a leaf does not have the
         given axes, or its pattern needs axes that the shape does not determine; leaves have unknown
@@ -101,9 +104,13 @@ def make_plan(
         if value not in ("error", "dense"):
             raise ValueError(f'{argument} must be "error" or "dense", got {value!r}')
     check_no_module(params)
+    check_score(score)
     leaves = named_leaves(params)
     if not leaves:
-        raise ValueError("the parameter tree has no leaves to plan")
+        raise ValueError(
+            f"the parameter tree has no leaves to plan; got {type(params).__name__}. Pass a tree "
+            'of arrays, as in nmjax.make_plan(params, "2:4")'
+        )
     choice = Selection(
         pattern=parse_pattern(pattern),
         exclude=as_rules(exclude),
@@ -117,15 +124,22 @@ def make_plan(
     check_rules((*choice.exclude, *(choice.include or ()), *choice.rules, *choice.axes), leaves)
     found = _find_axes(params, leaves, forward, inputs)
     planned = {name: choice.plan_leaf(name, leaf, found[name]) for name, leaf in leaves.items()}
+    _report_overridden(planned, found)
     if on_unknown == "error":
         _check_known(planned, traced=forward is not None)
     choice.check_rules_apply(planned)
     # After the rules, so that excluded leaves need not divide.
-    planned = _settle_indivisible(planned, on_indivisible)
+    misfits = _misfits(planned)
+    planned = _settle_indivisible(planned, misfits, on_indivisible)
     _check_floating(planned, leaves)
     if not any(isinstance(leaf, LeafPlan) for leaf in planned.values()):
         is_unknown = any(getattr(leaf, "is_unknown", False) for leaf in planned.values())
         advice = "\nPass forward= and inputs=, or axes=, to make_plan." if is_unknown else ""
+        if misfits:
+            advice += (
+                f"\n{choice.pattern} does not divide the sizes of these leaves: choose a pattern "
+                'with smaller groups or blocks, such as "1:2", or pad the layers.'
+            )
         raise ValueError(f"no leaf becomes sparse:\n{_lines(planned)}{advice}")
     return Plan(tuple(planned.items()), score)
 
@@ -249,15 +263,41 @@ def _check_known(planned: Mapping[str, PlannedLeaf], *, traced: bool) -> None:
     )
 
 
-def _settle_indivisible(
-    planned: Mapping[str, PlannedLeaf], on_indivisible: str
-) -> dict[str, PlannedLeaf]:
-    """Leaves indivisible leaves dense, or raises one ValueError that lists all of them."""
-    complaints = {
+def _report_overridden(planned: Mapping[str, PlannedLeaf], found: Mapping[str, FoundAxes]) -> None:
+    """Warns if given axes replace others that the program shows for certain."""
+    lines = [
+        f"  {name} {leaf.shape}: given {leaf.span}, but the program sums over {span}"
+        for name, leaf in planned.items()
+        if isinstance(leaf, LeafPlan)
+        and leaf.source == "given"
+        and found[name].source == "program"
+        and isinstance(axes := found[name].axes, Axes)
+        and axes.reduction
+        and leaf.pattern.place(axes).reduction != leaf.reduction_axes
+        for span in [", ".join(map(str, axes.reduction))]
+    ]
+    if lines:
+        warnings.warn(
+            "axes= replaces the axes of the program for these leaves:\n"
+            + "\n".join(lines)
+            + "\nDrop them from axes= to take the axes of the program.",
+            stacklevel=3,
+        )
+
+
+def _misfits(planned: Mapping[str, PlannedLeaf]) -> dict[str, str]:
+    """Leaf name -> why it does not divide into whole groups or blocks."""
+    return {
         name: leaf.misfit
         for name, leaf in planned.items()
         if isinstance(leaf, LeafPlan) and leaf.misfit is not None
     }
+
+
+def _settle_indivisible(
+    planned: Mapping[str, PlannedLeaf], complaints: Mapping[str, str], on_indivisible: str
+) -> dict[str, PlannedLeaf]:
+    """Leaves indivisible leaves dense, or raises one ValueError that lists all of them."""
     if complaints and on_indivisible == "error":
         raise ValueError(
             "these leaves do not divide into whole groups or blocks:\n"

@@ -118,7 +118,7 @@ def planned_leaves(
 
     Raises:
       ValueError: a planned leaf is missing or has another shape; the error lists all such leaves.
-      TypeError: `plan` is not a plan; `params` is an NNX module; a planned leaf does not have a
+      TypeError: `plan` is not a plan; `params` is a Flax module; a planned leaf does not have a
         real floating dtype (the error lists all of them).
     """
     if isinstance(params, Plan) and not isinstance(plan, Plan):

@@ -12,7 +12,7 @@ import optax
 
 from nmjax.optax_chains import runs_after_flipped_sign
 from nmjax.plans import Plan, check_plan
-from nmjax.pruning import Masks, check_masks, is_below, leaf_mask, planned_leaves
+from nmjax.pruning import Masks, check_are_masks, check_masks, is_below, leaf_mask, planned_leaves
 from nmjax.ste import check_lambda, sparse_refined_term
 from nmjax.trees.leaves import map_named, named_leaves
 
@@ -123,6 +123,7 @@ def add_sparse_refined(
             return g + sparse_refined_term(w, mask, strength)
 
         if masks is not None:
+            check_are_masks(masks)
             # Inside `optax.masked` a caller still passes the masks of the whole model.
             hidden = plan.keys() - planned.keys()
             check_masks({name: masks[name] for name in masks if name not in hidden}, planned)

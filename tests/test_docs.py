@@ -11,7 +11,7 @@ from nmjax.__main__ import main
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_CODE = [README, ROOT / "docs" / "guide.md"]
+WITH_CODE = [README, ROOT / "docs" / "guide.md", ROOT / "docs" / "serving.md"]
 
 
 def blocks(page, language):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nmjax.plans import LeafPlan, Plan
+from nmjax.plans import LeafPlan, Plan, check_plan
 from nmjax.tables import Row, html_table, text_table
 from nmjax.tracing.multiply_adds import multiply_adds
 from nmjax.trees.leaves import named_leaves
@@ -111,6 +111,8 @@ def cost(forward: Callable[..., Any], params: Any, *inputs: Any, plan: Plan | No
     >>> table.total.macs, table.total.macs_kept
     (128, 64)
     """
+    if plan is not None:
+        check_plan(plan)
     if not jax.tree.leaves(inputs):
         raise ValueError(
             "cost needs the network's inputs as arguments, as in cost(forward, params, x), to "

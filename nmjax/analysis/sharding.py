@@ -157,6 +157,8 @@ def _as_sharding(name: str, sharding: Any, mesh: Any) -> Sharding:
     if not isinstance(sharding, PartitionSpec):
         raise TypeError(f"{name}: expected a sharding or a PartitionSpec, got {sharding!r}")
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh= must be a Mesh or an AbstractMesh, got {type(mesh).__name__}")
     if mesh.empty:
         raise ValueError(f"{name}: {sharding} needs a mesh; pass mesh=, or use jax.set_mesh")
     return NamedSharding(mesh, sharding)

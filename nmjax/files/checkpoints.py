@@ -182,6 +182,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         tree = jax.tree.map_with_path(
             lambda key, leaf: Stored(tuple(leaf.shape), np.dtype(leaf.dtype), key), folder.tree
         )
+        _check_lines(path, named_leaves(tree))
         return Checkpoint(path, _without_boxes(tree), folder.read)
     if path.suffix == ".npz":
         arrays = open_npz(path)
@@ -204,10 +205,8 @@ def _nested(flat: Checkpoint) -> Checkpoint:
         names = {name.replace(".", "/"): array for name, array in names.items()}
         if len(names) < len(flat.tree):
             raise ValueError(f"{flat.path}: two names differ only in dots and slashes")
+    _check_lines(flat.path, names)
     for name in names:
-        # A line break could forge a line of a message.
-        if "\n" in name or "\r" in name:
-            raise ValueError(f"{flat.path}: the name {name[:80]!r} has a line break")
         if name.count("/") > DEEPEST:
             raise ValueError(f"{flat.path}: {name[:80]!r} ... has more than {DEEPEST} levels")
     try:
@@ -215,6 +214,13 @@ def _nested(flat: Checkpoint) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{flat.path}: {error}") from error
     return dataclasses.replace(flat, tree=_without_boxes(tree), from_torch=from_torch)
+
+
+def _check_lines(path: Path, names: Iterable[str]) -> None:
+    """Raises ValueError if a name has a line break, which could forge a line of a message."""
+    for name in names:
+        if "\n" in name or "\r" in name:
+            raise ValueError(f"{path}: the name {name[:80]!r} has a line break")
 
 
 def _warned(checkpoint: Checkpoint) -> Checkpoint:

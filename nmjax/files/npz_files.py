@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -97,7 +98,9 @@ def _named_errors(path: Path) -> Iterator[None]:
     """Turns the many errors of the zip and array readers into one."""
     try:
         yield
-    except OSError:  # A file that cannot be read is not a file of another format.
-        raise
     except Exception as error:
+        # A file that cannot be read is not a file of another format. A forged position in the
+        # archive is an invalid argument.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error

@@ -21,6 +21,7 @@ from nmjax.kernels.cpu.speedups import measured_speedup
 from nmjax.kernels.gpu import cusparselt, decode
 from nmjax.kernels.gpu.devices import check_gpu
 from nmjax.kernels.operands import Activation, Padding, Window, as_window
+from nmjax.masks.scores import as_array
 from nmjax.packed.weight import Packed, is_packed
 
 Implementation = Literal["ffi", "gather", "row_by_row", "xla", "decode", "cusparselt"] | None
@@ -170,7 +171,7 @@ def packed_matmul(
     """
     _check(packed, activation, implementation)
     inputs = packed.reduction_shape
-    x = jnp.asarray(x)
+    x = as_array(x, "inputs")
     _check_floating(x)
     if packed.taps or packed.stack:
         raise ValueError(
@@ -225,7 +226,7 @@ def packed_conv(
       TypeError, ValueError, NotImplementedError: as in `packed_matmul`.
     """
     _check(packed, activation, implementation)
-    x = jnp.asarray(x)
+    x = as_array(x, "inputs")
     _check_floating(x)
     taps = packed.kernel_taps
     if not taps:
@@ -246,6 +247,13 @@ def packed_conv(
     images = x.reshape(math.prod(batch), *spatial, inputs)
     pixels = images.shape[0] * math.prod(window.output(spatial, taps))
     way = _select(images, packed, pixels, implementation)
+    if window.has_wide_gaps(spatial, taps) and way.name != "xla":
+        if implementation is not None:
+            raise NotImplementedError(
+                f'implementation="{implementation}" cannot convolve with dilation {dilation}: the '
+                f"kernel reaches far beyond the image {spatial}"
+            )
+        way = Choice("xla", "the dilated kernel reaches far beyond the image")
     if IMPLEMENTATIONS[way.name].conv is None:
         raise NotImplementedError(f'implementation="{way.name}" multiplies matrices only')
     y = _convolve(way, window, activation, images, packed, _flat_bias(bias, packed))
@@ -322,7 +330,7 @@ def _multiply_forward(way: Choice, activation: Activation, *operands: Any) -> tu
 
 def _multiply_backward(way: Choice, activation: Activation, saved: Any, g: jax.Array) -> Any:
     del way
-    return _backward(reference.matmul, activation, saved, g)
+    return _backward(None, activation, saved, g)
 
 
 def _convolve_forward(
@@ -336,16 +344,21 @@ def _convolve_backward(
     way: Choice, window: Window, activation: Activation, saved: Any, g: jax.Array
 ) -> Any:
     del way
-    return _backward(partial(reference.conv, window=window), activation, saved, g)
+    return _backward(window, activation, saved, g)
 
 
-def _backward(linear: Any, activation: Activation, saved: Any, g: jax.Array) -> Any:
-    """Through the definition, which is linear: XLA drops its forward product."""
+def _backward(window: Window | None, activation: Activation, saved: Any, g: jax.Array) -> Any:
+    """Through the dense product, which is linear: XLA drops its forward product."""
     (x, packed, bias), y = saved
     if activation == "relu":
         # From the output, so that no backend has to save its sums.
         g = jnp.where(y > 0, g, jnp.zeros_like(g))
-    _, pull = jax.vjp(lambda x, packed, bias: linear(x, packed, bias=bias), x, packed, bias)
+
+    def linear(x: jax.Array, packed: Packed, bias: jax.Array | None) -> jax.Array:
+        y = reference.dense_product(x, packed, window)
+        return reference.finish(y, bias, None, packed.result_dtype(x))
+
+    _, pull = jax.vjp(linear, x, packed, bias)
     return pull(g)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,14 @@ class Window:
                 spatial, taps, self.strides, self.padding, self.dilation, strict=True
             )
         )
+
+    def has_wide_gaps(self, spatial: Shape, taps: Shape) -> bool:
+        """Whether a dilated kernel reaches over far more pixels than the image has."""
+        reached = [
+            size + (tap - 1) * dilation
+            for size, tap, dilation in zip(spatial, taps, self.dilation, strict=True)
+        ]
+        return max(self.dilation) > 1 and math.prod(reached) > 4 * math.prod(spatial)
 
 
 def as_window(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.kernels.operands import Activation
-from nmjax.kernels.reference import finish
+from nmjax.kernels.reference import finish, sums
 from nmjax.packed.nm import PackedNM
 
 _LARGEST = 127
@@ -85,5 +85,5 @@ def matmul(
     applied to the sums.
     """
     integers = w.packed.with_values(w.packed.values.astype(x.dtype))
-    y = jnp.matmul(x, integers.dense_matrices(), preferred_element_type=jnp.float32)
+    y = sums(x, integers)
     return finish(y * w.scales, bias, activation, x.dtype)

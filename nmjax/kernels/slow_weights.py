@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from nmjax.kernels.matmul import choose
+from nmjax.masks.arguments import is_integer
 from nmjax.packed.weight import is_packed
 
 
@@ -30,6 +31,8 @@ def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
     >>> unpack_slow(packed)["kernel"].shape
     (8, 6)
     """
+    if isinstance(rows, bool) or not is_integer(rows) or rows < 1:
+        raise ValueError(f"rows must be a positive integer, got {rows!r}")
 
     def is_slow(leaf: Any) -> bool:
         if not is_packed(leaf):

@@ -57,7 +57,7 @@ def given_axes(given: GivenAxes, ndim: int) -> Axes:
     if not reduction:
         raise TypeError("the reduction axes must be one or more integers, got none")
     if len(set(named)) != len(named):
-        raise ValueError("an axis is given twice")
+        raise ValueError(f"an axis is given twice among {named}")
     if isinstance(given, Axes):
         return Axes(reduction, output, taps)
     others = tuple(axis for axis in range(-ndim, 0) if axis not in reduction)
@@ -69,7 +69,7 @@ def _negative(given: Any, ndim: int) -> tuple[int, ...]:
     if any(isinstance(axis, bool) or not hasattr(axis, "__index__") for axis in axes):
         raise TypeError(f"axes must be one or more integers, got {given!r}")
     if not all(-ndim <= axis < ndim for axis in axes):
-        raise ValueError(f"the weight has {ndim} axes")
+        raise ValueError(f"axes {given} are out of range: the weight has {ndim} axes")
     return tuple(operator.index(axis) - (ndim if axis >= 0 else 0) for axis in axes)
 
 

@@ -48,7 +48,8 @@ def sparsify(
       plan: a plan for the module's `params`, or a pattern such as `"2:4"`, for which a plan is
         made when the module runs, from what the called method does.
       lambda_w: None for STE; a number for SR-STE in the backward pass. If you control the
-        optimizer, use `nmjax.add_sparse_refined` instead.
+        optimizer, use `nmjax.add_sparse_refined` instead, which adds the term once: here each use
+        of a shared module adds it, and it does not grow with a scaled loss.
       **selection: keyword arguments of `nmjax.make_plan`, if `plan` is a pattern.
 
     Raises:

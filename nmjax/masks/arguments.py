@@ -63,6 +63,12 @@ def as_fraction(sparsity: float) -> Fraction:
     return short if float(short) == sparsity else Fraction(repr(sparsity))
 
 
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a real number of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+
+
 def is_integer(value: object) -> bool:
     """Whether `value` can serve as an index. Tracers and arrays of several numbers cannot."""
     try:

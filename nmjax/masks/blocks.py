@@ -19,7 +19,7 @@ from jax import lax
 from nmjax.layouts.axes import Axes, given_axes, size_along
 from nmjax.masks.arguments import check_block, kept_blocks
 from nmjax.masks.ranking import check_real_floating, keep_highest, signed_keys
-from nmjax.masks.scores import BlockScore, block_score
+from nmjax.masks.scores import BlockScore, as_array, block_score
 from nmjax.masks.shards import check_shards
 from nmjax.trees.spans import Span, merge, split
 
@@ -82,7 +82,7 @@ def block_mask(
     [[1, 1, 0, 0], [0, 0, 1, 1]]
     """
     # Masks have no gradient. Without this, autodiff would still trace through the scores.
-    w = lax.stop_gradient(jnp.asarray(w))
+    w = lax.stop_gradient(as_array(w))
     check_block(n, sparsity)
     if not isinstance(uniform, bool):
         raise TypeError(f"uniform must be True or False, got {uniform!r}")
@@ -117,6 +117,10 @@ def score_blocks(
     check_real_floating("weights", w.dtype)
     blocks = split_blocks(w, n, axes)
     scores = score(blocks)
+    if not hasattr(scores, "shape"):
+        raise TypeError(
+            f"score must return an array with one number per block, got {type(scores).__name__}"
+        )
     if scores.shape != blocks.shape[:-1]:
         raise ValueError(
             f"score must return one number per block: blocks have shape {blocks.shape}, scores "

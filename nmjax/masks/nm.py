@@ -40,7 +40,7 @@ from nmjax.masks.ranking import (
     signed_keys,
     slices,
 )
-from nmjax.masks.scores import Score, magnitude, score_weights
+from nmjax.masks.scores import Score, as_array, magnitude, score_weights
 from nmjax.masks.shards import check_shards
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def nm_mask(
       >>> nm_mask(w, 2, 4, axis=0).tolist()
       [False, True, True, False]
     """
-    w = jnp.asarray(w)
+    w = as_array(w)
     check_n_of_m(n, m)  # type: ignore[arg-type]
     n, m = operator.index(n), operator.index(m)
     axes = _group_axes(w, m, axis)

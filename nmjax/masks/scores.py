@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 if TYPE_CHECKING:
     import chex
+    from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Shaped
 
 Score = Callable[[jax.Array], jax.Array]
@@ -32,12 +34,38 @@ def magnitude(w: Float[chex.Array, "*shape"]) -> Float[Array, "*shape"]:
     >>> magnitude(jnp.array([-2.0, 0.5])).tolist()
     [2.0, 0.5]
     """
-    return jnp.abs(w)
+    return jnp.abs(as_array(w))
+
+
+def as_array(x: ArrayLike, what: str = "weights") -> jax.Array:
+    """An array of JAX; raises TypeError if `x` is not an array of numbers."""
+    if not hasattr(x, "dtype"):
+        try:
+            is_numeric = np.asarray(x).dtype.kind in "biufc"
+        except ValueError:  # Lists of different lengths.
+            is_numeric = False
+        if not is_numeric:
+            raise TypeError(f"expected an array of {what}, got {type(x).__name__}")
+    return jnp.asarray(x)
+
+
+def check_score(score: Score) -> None:
+    """Raises TypeError unless `score` is a function."""
+    if not callable(score):
+        raise TypeError(
+            "score must be a function from weights to scores, such as nmjax.magnitude; got "
+            f"{score!r}"
+        )
 
 
 def score_weights(w: Float[chex.Array, "*shape"], score: Score) -> Shaped[chex.Array, "*shape"]:
     """Applies `score`; raises ValueError if the scores do not have the shape of `w`."""
+    check_score(score)
     scores = score(w)
+    if not hasattr(scores, "shape"):
+        raise TypeError(
+            f"score must return an array with one number per weight, got {type(scores).__name__}"
+        )
     if scores.shape != w.shape:
         raise ValueError(
             f"score must return one number per weight: weights have shape {w.shape}, scores have "

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nmjax.masks.arguments import check_n_of_m
+from nmjax.masks.arguments import check_n_of_m, is_integer
 from nmjax.masks.ranking import check_real_floating
-from nmjax.masks.scores import Score, magnitude, score_weights
+from nmjax.masks.scores import Score, as_array, magnitude, score_weights
 from nmjax.masks.shards import check_shards
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def transposable_mask(
     >>> transposable_mask(w).astype(int).tolist()
     [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
     """
-    w = jnp.asarray(w)
+    w = as_array(w)
     check_n_of_m(n, m)
     check_real_floating("weights", w.dtype)
     rows, columns = _tile_axes(w, m, axes)
@@ -87,7 +87,7 @@ def _best(
     tiles: Float[Array, "*tiles size"], patterns: Bool[np.ndarray, "patterns size"]
 ) -> Int[Array, "*tiles"]:
     """Index of the pattern that keeps the highest sum of each tile; size is m * m."""
-    dtype = jnp.promote_types(tiles.dtype, jnp.float32)
+    dtype = tiles.dtype if tiles.dtype.itemsize >= 4 else jnp.float32
     # Clip before summing. A sum with an infinity is infinite whatever else is kept, and a sum with
     # a NaN is NaN, even if the pattern drops it: NaN * 0 is NaN.
     most = float(jnp.finfo(dtype).max) / patterns.shape[1]
@@ -127,6 +127,8 @@ def _patterns(n: int, m: int) -> Bool[np.ndarray, "patterns size"]:
 def _tile_axes(w: Shaped[Array, "*shape"], m: int, axes: tuple[int, int]) -> tuple[int, int]:
     if m > 4:
         raise ValueError(f"tiles of {m} x {m} have too many patterns to try; m must be at most 4")
+    if not isinstance(axes, tuple | list) or not all(map(is_integer, axes)):
+        raise TypeError(f"axes must be two integers, such as (-2, -1); got {axes!r}")
     if len(axes) != 2 or any(not -w.ndim <= axis < w.ndim for axis in axes):
         raise ValueError(f"axes must be two axes of weights of shape {w.shape}, got {axes}")
     rows, columns = (axis % w.ndim for axis in axes)

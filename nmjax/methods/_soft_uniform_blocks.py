@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -11,13 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from nmjax.layouts.axes import Axes
-from nmjax.masks.arguments import as_fraction
+from nmjax.masks.arguments import as_fraction, check_number
 from nmjax.masks.blocks import keep_blocks, score_blocks, split_blocks, spread_blocks
 from nmjax.masks.scores import BlockScore, block_angular_redundancy, block_score, magnitude
 from nmjax.methods.schedules import Ramp, remaining
-from nmjax.methods.sparsifier import Sparsifier, export_masked
+from nmjax.methods.sparsifier import Sparsifier, export_masked, masks_of
 from nmjax.patterns import Block1xN, is_blocks
-from nmjax.plans import Plan
+from nmjax.plans import Plan, check_plan
 from nmjax.pruning import planned_leaves, prune, sparsify
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def soft_uniform_blocks(
       A sparsifier with state `SoftBlocksState`.
 
     Raises:
-      TypeError: `score` is neither a name nor a function.
+      TypeError: `plan` is not a plan; `ramp` is not a function; `score` is neither a name nor a
+        function; `temperature` is not a number; `soft` is not a bool.
       ValueError: a leaf has another kind of pattern (the error lists all such leaves); the plan
         has its own score; `score` or `variant` is unknown; `temperature` is not positive.
 
@@ -102,6 +104,12 @@ def soft_uniform_blocks(
     always the lowest; here they always rank last. Its counts of blocks are rounded in float64;
     ours are exact.
     """
+    check_plan(plan)
+    if not callable(ramp):
+        raise TypeError(
+            "ramp must be a function of the step, such as nmjax.cubic_ramp(begin, end); got "
+            f"{type(ramp).__name__}"
+        )
     score_of = block_score(score)
     layers = _layers(plan)
     if plan.score is not magnitude:
@@ -111,7 +119,10 @@ def soft_uniform_blocks(
         )
     if variant not in ("v1", "v2"):
         raise ValueError(f'variant must be "v1" or "v2", got {variant!r}')
-    if not temperature > 0:
+    check_number("temperature", temperature)
+    if not isinstance(soft, bool):
+        raise TypeError(f"soft must be True or False, got {soft!r}")
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
     def init(params: chex.ArrayTree, key: chex.PRNGKey) -> SoftBlocksState:
@@ -145,6 +156,7 @@ def soft_uniform_blocks(
     def refresh(
         state: SoftBlocksState, params: chex.ArrayTree, step: chex.Numeric
     ) -> SoftBlocksState:
+        masks_of(state, SoftBlocksState)
         own = jax.random.wrap_key_data(state.key, impl=_GENERATOR)
         next_key, *keys = jax.random.split(own, 1 + len(plan))
         leaves = planned_leaves(params, plan)
@@ -155,10 +167,11 @@ def soft_uniform_blocks(
         return SoftBlocksState(masks, jax.random.key_data(next_key))
 
     def apply(params: chex.ArrayTree, state: SoftBlocksState) -> chex.ArrayTree:
-        return (sparsify if soft else prune)(params, plan, state.masks)
+        return (sparsify if soft else prune)(params, plan, masks_of(state, SoftBlocksState))
 
     def export(params: chex.ArrayTree, state: SoftBlocksState) -> chex.ArrayTree:
-        return export_masked(params, plan, state.masks, _UNFINISHED)
+        masks = masks_of(state, SoftBlocksState)
+        return export_masked(params, plan, masks, _UNFINISHED)
 
     return Sparsifier(init, refresh, apply, export)
 

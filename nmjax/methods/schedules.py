@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nmjax.masks.arguments import check_number
+
 if TYPE_CHECKING:
     import chex
     from jaxtyping import Array, Int32
@@ -82,7 +84,10 @@ def exponential_ramp(begin: float, end: float, *, rate: float) -> Ramp:
     Raises:
       ValueError: unless 0 <= begin < end and `rate` > 0.
     """
-    if not rate > 0:
+    check_number("begin", begin)
+    check_number("end", end)
+    check_number("rate", rate)
+    if not 0 < rate < math.inf:
         raise ValueError(f"the rate of an exponential ramp must be positive, got {rate}")
     total = rate * (end - begin)
     return _ramp(
@@ -107,8 +112,8 @@ def remaining(ramp: Ramp, step: chex.Numeric, total: Fraction) -> Int32[Array, "
     """
     if isinstance(ramp, _Ramp):
         step = jnp.asarray(step)
-        if jnp.issubdtype(step.dtype, jnp.floating):
-            step = step.astype(jnp.promote_types(step.dtype, jnp.float32))
+        if jnp.issubdtype(step.dtype, jnp.floating) and step.dtype.itemsize < 4:
+            step = step.astype(jnp.float32)
         # The number that is left falls by one after each of these steps.
         return jnp.sum(step <= jnp.asarray(_last_steps(ramp, total, step.dtype)), dtype=jnp.int32)
     left = 1 - ramp(step)
@@ -155,6 +160,8 @@ def _ramp(
     begin: float,
     end: float,
 ) -> Ramp:
+    check_number("begin", begin)
+    check_number("end", end)
     if not 0 <= begin < end < math.inf:
         raise ValueError(f"a ramp needs 0 <= begin < end, got begin={begin}, end={end}")
     return _Ramp(shape, left, _python_number(begin), _python_number(end))

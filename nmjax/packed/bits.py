@@ -82,12 +82,36 @@ def unpack_bits(packed: jax.Array, width: int, count: int, xp: ModuleType = jnp)
     return (places << shifts).sum(axis=-2, dtype=dtype)
 
 
+def count_below(ascending: jax.Array, wanted: jax.Array) -> jax.Array:
+    """How many numbers along the second-to-last axis are below each wanted one, by bisection.
+
+    Args:
+      ascending: integers (*stack, count, lanes).
+      wanted: integers of the same dtype (*stack, any, lanes).
+
+    Returns:
+      int32, of the shape of `wanted`.
+
+    >>> count_below(jnp.array([[1], [4], [4]]), jnp.array([[4], [5]])).ravel().tolist()
+    [1, 3]
+    """
+    count = ascending.shape[-2]
+    found = jnp.zeros(wanted.shape, jnp.int32)
+    for bit in reversed(range(count.bit_length())):
+        further = found + 2**bit
+        probe = jnp.take_along_axis(ascending, further - 1, axis=-2, mode="clip")
+        found = jnp.where((further <= count) & (probe < wanted), further, found)
+    return found
+
+
 def exactly(flags: jax.Array, n: int, axis: int) -> jax.Array:
     """Flags with exactly n True along an axis: the first n, filled up where there are fewer.
 
     A packed group or row has a fixed size, but a mask may keep fewer weights than the pattern.
     """
+    # The narrowest counters, since they take more memory than anything else here.
+    counter = index_dtype(flags.shape[axis] + 1)
     # Dropped entries from the left take the places that are left over.
-    spare = n - jnp.minimum(flags.sum(axis=axis, keepdims=True), n)
-    first = flags & (flags.cumsum(axis=axis) <= n)
-    return first | (~flags & ((~flags).cumsum(axis=axis) <= spare))
+    spare = n - jnp.minimum(flags.sum(axis=axis, keepdims=True, dtype=counter), n)
+    first = flags & (flags.cumsum(axis=axis, dtype=counter) <= n)
+    return first | (~flags & ((~flags).cumsum(axis=axis, dtype=counter) <= spare))

@@ -25,6 +25,7 @@ from nmjax.layouts.axes import Shape
 from nmjax.packed.bits import (
     as_bits,
     check_dtype,
+    count_below,
     exactly,
     from_bits,
     index_dtype,
@@ -36,6 +37,10 @@ from nmjax.packed.weight import Packed, cuts
 from nmjax.patterns.nm import NM
 from nmjax.patterns.pattern import LeafPlan
 from nmjax.trees.spans import merge, split
+
+# Comparing every member of a group with every place takes one pass, which XLA:CPU fuses and
+# vectorizes, in groups as small as this or with as few places. Beyond, it would store all n * m.
+_FUSED_MEMBERS, _FUSED_PLACES = 32, 4
 
 
 @partial(
@@ -231,24 +236,43 @@ def _pack(
 @partial(jax.jit, static_argnames=("shape", "leaf_plan"), inline=True)
 def _unpack(bits: jax.Array, codes: jax.Array, shape: Shape, leaf_plan: LeafPlan) -> jax.Array:
     """The weight's bits from those of the values."""
-    index = jnp.arange(_pattern(leaf_plan).m)[:, None]
-    # (*stack, groups, n, m, outputs), which XLA sums without storing; one term is nonzero.
-    here = _positions(codes, leaf_plan)[..., :, None, :] == index
-    groups = jnp.where(here, bits[..., :, None, :], 0).sum(axis=-3, dtype=bits.dtype)
+    pattern = _pattern(leaf_plan)
+    if _is_fused(pattern.n, pattern.m):
+        positions = _positions(codes, leaf_plan)
+        index = jnp.arange(pattern.m, dtype=positions.dtype)[:, None]
+        # (*stack, groups, n, m, outputs), which XLA sums without storing; one term is nonzero.
+        here = positions[..., :, None, :] == index
+        groups = jnp.where(here, bits[..., :, None, :], 0).sum(axis=-3, dtype=bits.dtype)
+    else:
+        code = _unpack_codes(codes, leaf_plan.inputs // pattern.m, pattern, jnp)
+        if _is_bitmask(pattern):
+            rank, here = code.cumsum(axis=-2, dtype=jnp.int32) - 1, code == 1
+        else:
+            index = jnp.arange(pattern.m, dtype=code.dtype)[:, None]
+            members = jnp.broadcast_to(index, (*code.shape[:-2], pattern.m, code.shape[-1]))
+            rank = count_below(code, members)
+            here = jnp.take_along_axis(code, rank, axis=-2, mode="clip") == members
+        groups = jnp.where(here, jnp.take_along_axis(bits, rank, axis=-2, mode="clip"), 0)
     return split(_flat(groups), shape, _spans(leaf_plan))
 
 
 def _gather(bits: jax.Array, stored: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
     """The n stored entries of each group (..., m, outputs), and where they were.
 
-    A gather would be the obvious way, but XLA:CPU runs gathers one element at a time. Comparing
-    every member with every place costs n * m operations, which vectorize and fuse.
+    XLA:CPU runs gathers one element at a time, so small groups compare instead.
     """
     m = stored.shape[-2]
+    if not _is_fused(n, m):
+        ranks = stored.cumsum(axis=-2, dtype=index_dtype(m + 1))
+        places = jnp.arange(1, n + 1, dtype=ranks.dtype)[:, None]
+        wanted = jnp.broadcast_to(places, (*stored.shape[:-2], n, stored.shape[-1]))
+        positions = count_below(ranks, wanted)
+        values = jnp.take_along_axis(bits, positions, axis=-2, mode="clip")
+        return values, positions.astype(index_dtype(m))
     # The rank of each stored member in its group, from 1; 0 for the others.
-    order = jnp.where(stored, stored.cumsum(axis=-2), 0)[..., None, :, :]
+    order = jnp.where(stored, stored.cumsum(axis=-2, dtype=index_dtype(m + 1)), 0)[..., None, :, :]
     # (..., n, m, outputs), which XLA sums without storing; at most one of m terms is nonzero.
-    here = order == jnp.arange(1, n + 1)[:, None, None]
+    here = order == jnp.arange(1, n + 1, dtype=order.dtype)[:, None, None]
     index = jnp.arange(m, dtype=index_dtype(m))[:, None]
     values = jnp.where(here, bits[..., None, :, :], 0).sum(axis=-2, dtype=bits.dtype)
     return values, jnp.where(here, index, 0).sum(axis=-2, dtype=index.dtype)
@@ -261,6 +285,10 @@ def _positions(codes: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
     if not _is_bitmask(pattern):
         return code
     return _gather(jnp.zeros(code.shape, jnp.uint8), code.astype(bool), pattern.n)[1]
+
+
+def _is_fused(n: int, m: int) -> bool:
+    return m <= _FUSED_MEMBERS or n <= _FUSED_PLACES
 
 
 def _unpack_codes(codes: jax.Array, groups: int, pattern: NM, xp: ModuleType) -> jax.Array:

@@ -71,6 +71,12 @@ class MatrixOperators(metaclass=PackedType):
         self._check_matrix()
         return self.mT
 
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise TypeError(
+            f"a packed weight cannot be indexed: {_WAYS_OUT}. NNX modules run on packed weights if "
+            "they come from nmjax.nnx.pack or nmjax.nnx.load"
+        )
+
     def __rmatmul__(self, x: Any) -> Any:
         """`x @ packed`: `nmjax.packed_matmul` for a matrix (inputs, outputs)."""
         if not is_array(x):

@@ -97,7 +97,7 @@ def unpack(packed: Any) -> Any:
     Args:
       packed: a tree with packed leaves; other leaves are returned unchanged.
     """
-    return jax.tree.map(lambda x: x.unpack() if is_packed(x) else x, packed, is_leaf=is_packed)
+    return map_named(lambda _, x: x.unpack() if is_packed(x) else x, packed, is_leaf=is_packed)
 
 
 def check_sparse(params: Any, plan: Plan) -> None:

@@ -17,7 +17,7 @@ from nmjax.patterns.pattern import Pattern, Span, Whole
 
 # ASCII digits only, and no line breaks.
 _TEXT = re.compile(
-    r" *1 *[xX] *([0-9]+) *@ *([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?) *(?:/ *(row|layer))? *"
+    r" *1 *[xX] *([0-9]{1,9}) *@ *([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?) *(?:/ *(row|layer))? *"
 )
 
 

@@ -21,7 +21,7 @@ Flatten = Literal["channel", "kernel"]
 # Binomial coefficients of larger groups are too long to compute: C(2e6, 1e6) has 600,000 digits.
 _EXACT = 1024
 # ASCII digits only, and no line breaks.
-_TEXT = re.compile(r" *([0-9]+) *: *([0-9]+) *(?:/ *(kernel|channel))? *")
+_TEXT = re.compile(r" *([0-9]{1,9}) *: *([0-9]{1,9}) *(?:/ *(kernel|channel))? *")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ residual networks, share one order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,20 @@ class Channels:
 
     writers: tuple[LeafAxis, ...]
     followers: tuple[LeafAxis, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("writers", "followers"):
+            axes = getattr(self, field)
+            if not isinstance(axes, tuple) or not all(map(_is_leaf_axis, axes)):
+                raise TypeError(
+                    f"{field} must be a tuple of (leaf name, axis), such as "
+                    f'(("layer/kernel", -1),); got {axes!r}'
+                )
+
+
+def _is_leaf_axis(given: Any) -> bool:
+    is_pair = isinstance(given, tuple) and len(given) == 2
+    return is_pair and isinstance(given[0], str) and hasattr(given[1], "__index__")
 
 
 def l1_order(variables: Any, channels: Channels) -> jax.Array:
@@ -88,7 +102,11 @@ def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequ
     count = _check(named_leaves(variables), channels)
     # Under jit or vmap the order has no values yet that could be checked.
     is_traced = isinstance(order, jax.core.Tracer)
-    if not is_traced and sorted(np.asarray(order).tolist()) != list(range(count)):
+    if not is_traced and (
+        isinstance(order, Mapping)
+        or np.asarray(order).dtype.kind not in "iu"
+        or sorted(np.ravel(order).tolist()) != list(range(count))
+    ):
         raise ValueError(f"the order must contain each of 0 ... {count - 1} once, got {order}")
     axes: dict[str, list[int]] = {}
     for name, axis in (*channels.writers, *channels.followers):
@@ -108,6 +126,11 @@ def sort_channels(variables: Any, groups: Sequence[Channels]) -> Any:
 
     Arguments and errors as in `l1_order` and `permute_channels`, for each group.
     """
+    if isinstance(groups, str | Mapping) or not isinstance(groups, Iterable):
+        raise TypeError(
+            "groups must be a list of nmjax.Channels, as nmjax.find_channels(forward, variables, "
+            f"x) returns it; got {type(groups).__name__}"
+        )
     for channels in groups:
         variables = permute_channels(variables, channels, l1_order(variables, channels))
     return variables
@@ -120,10 +143,17 @@ def _norms(kernel: jax.Array, axis: int) -> jax.Array:
 
 def _check(leaves: dict[str, Any], channels: Channels) -> int:
     """Returns the number of channels; raises ValueError if the leaves do not agree on it."""
+    if not isinstance(channels, Channels):
+        raise TypeError(
+            "expected nmjax.Channels, as nmjax.find_channels(forward, variables, x) lists them; "
+            f"got {type(channels).__name__}"
+        )
     sizes: dict[str, int] = {}
     for name, axis in (*channels.writers, *channels.followers):
         if name not in leaves:
             raise ValueError(f"no leaf is named {name!r}; the leaves are {', '.join(leaves)}")
+        if not hasattr(leaves[name], "shape"):
+            raise TypeError(f"{name} must be an array, got {type(leaves[name]).__name__}")
         shape = leaves[name].shape
         if not -len(shape) <= axis < len(shape):
             raise ValueError(f"{name} of shape {shape} has no axis {axis}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -87,6 +88,14 @@ class Trace(NamedTuple):
 
 def trace(forward: Callable[..., Any], params: Any, *inputs: Any) -> Trace:
     """Traces a forward pass; arguments as in `read_program`."""
+    if not callable(forward):
+        raise TypeError(
+            "the forward pass must be a function forward(params, *inputs), got "
+            f"{type(forward).__name__}"
+        )
+    named = named_leaves(params)
+    if not any(map(is_array, named.values())):
+        raise TypeError(f"the parameters must be a tree of arrays, got {type(params).__name__}")
     leaves, treedef = jax.tree.flatten((params, tuple(map(described, inputs))))
     arrays = [leaf for leaf in leaves if is_array(leaf)]
 
@@ -98,8 +107,10 @@ def trace(forward: Callable[..., Any], params: Any, *inputs: Any) -> Trace:
         results = jax.tree.leaves(forward(params, *inputs))
         return [result for result in results if isinstance(result, jax.Array)]
 
-    names = tuple(name for name, leaf in named_leaves(params).items() if is_array(leaf))
-    return Trace(jax.make_jaxpr(run)(*arrays).jaxpr, names)
+    with shapes_explained(inputs):
+        jaxpr = jax.make_jaxpr(run)(*arrays).jaxpr
+    names = tuple(name for name, leaf in named.items() if is_array(leaf))
+    return Trace(jaxpr, names)
 
 
 def read_trace(traced: Trace) -> Program:
@@ -117,6 +128,22 @@ def described(given: Any) -> Any:
     # An empty tuple is an empty tree, such as the state of an optimizer without state.
     is_shape = type(given) is tuple and given and all(type(size) is int for size in given)
     return jax.ShapeDtypeStruct(given, np.float32) if is_shape else given
+
+
+@contextlib.contextmanager
+def shapes_explained(inputs: Sequence[Any]) -> Iterator[None]:
+    """Adds to an error that the program may have wanted integers in place of float32 inputs."""
+    try:
+        yield
+    except Exception as error:
+        given = jax.tree.leaves(tuple(map(described, inputs)))
+        if any(isinstance(x, jax.ShapeDtypeStruct) and x.dtype == np.float32 for x in given):
+            error.add_note(
+                "Inputs given as shapes are traced as float32 arrays. If the network takes "
+                "integers, such as token ids, pass jax.ShapeDtypeStruct(shape, jnp.int32) or an "
+                "array."
+            )
+        raise
 
 
 def is_array(leaf: Any) -> bool:

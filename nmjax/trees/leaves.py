@@ -8,7 +8,8 @@ and without them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -37,7 +38,9 @@ def named_leaves(tree: Any, *, is_leaf: IsLeaf | None = None) -> dict[str, Any]:
     {'a/kernel': 1, 'b/0': 2, 'b/1': 3}
     """
     leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf):
+    with _keys_explained():
+        found = jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
+    for path, leaf in found:
         name = leaf_name(path)
         if name in leaves:
             raise ValueError(
@@ -48,6 +51,19 @@ def named_leaves(tree: Any, *, is_leaf: IsLeaf | None = None) -> dict[str, Any]:
     return leaves
 
 
+@contextlib.contextmanager
+def _keys_explained() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "sorting pytree dictionary keys" not in str(error):
+            raise
+        raise ValueError(
+            "a dict of the parameter tree has keys that cannot be sorted, such as 'kernel' and 1; "
+            "use strings for all keys"
+        ) from error
+
+
 def map_named(
     function: Callable[..., Any], tree: Tree, *rest: Any, is_leaf: IsLeaf | None = None
 ) -> Tree:
@@ -56,9 +72,10 @@ def map_named(
     >>> map_named(lambda name, leaf: f"{name}={leaf}", {"a": {"kernel": 1}})
     {'a': {'kernel': 'a/kernel=1'}}
     """
-    mapped: Tree = jax.tree.map_with_path(
-        lambda path, *leaves: function(leaf_name(path), *leaves), tree, *rest, is_leaf=is_leaf
-    )
+    with _keys_explained():
+        mapped: Tree = jax.tree.map_with_path(
+            lambda path, *leaves: function(leaf_name(path), *leaves), tree, *rest, is_leaf=is_leaf
+        )
     return mapped
 
 

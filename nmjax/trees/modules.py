@@ -8,7 +8,9 @@ from typing import Any
 def check_no_module(tree: Any) -> None:
     """Raises TypeError if `tree` is a Flax module; its edge of nmjax has the functions for it.
 
-    Equinox modules are trees of parameters, so they pass.
+    An NNX module is also a tree of arrays. But a mapped copy of it has statistics and random
+    streams of its own, so that training would not reach those of the module. Equinox modules have
+    no such state, so they pass.
     """
     name = type(tree).__name__
     if _is_from(tree, "flax.linen."):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 PathRules = str | Sequence[str]
 
@@ -12,7 +12,7 @@ def as_rules(rules: PathRules) -> tuple[str, ...]:
     """Wraps a single rule in a tuple; raises TypeError unless given a rule or a sequence."""
     if isinstance(rules, str):
         return (rules,)
-    if not isinstance(rules, Iterable):
+    if not isinstance(rules, Iterable) or isinstance(rules, Mapping):
         raise TypeError(f"path rules must be a string or a sequence of strings, got {rules!r}")
     return tuple(rules)
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nmjax
@@ -322,15 +321,6 @@ def test_planned_leaves_are_arrays():
     plan = nmjax.make_plan({"a": jnp.ones((8, 4)), "w": jnp.ones((8, 4))}, "2:4", axes={"a": -2})
     with pytest.raises(TypeError, match="must be arrays, but a is of type str"):
         nmjax.sparsify({"a": "text", "w": jnp.ones((8, 4))}, plan)
-
-
-@pytest.mark.parametrize("function", [nmjax.prune, nmjax.sparsify, nmjax.pack, nmjax.make_plan])
-def test_flax_modules_are_sent_to_their_edge(function):
-    plan = "2:4" if function is nmjax.make_plan else nmjax.make_plan({"w": jnp.ones((8, 4))}, "2:4")
-    with pytest.raises(TypeError, match=r"linen module Dense.*nmjax\.linen\.make_plan\(module"):
-        function(nn.Dense(4), plan)
-    with pytest.raises(TypeError, match=r"NNX module Linear.*nmjax\.nnx\.make_plan\(model"):
-        function(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), plan)
 
 
 def test_a_tree_of_masks_is_refused():

@@ -2,6 +2,7 @@
 
 import warnings
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +43,7 @@ def test_blocks_take_outputs_and_taps_from_the_program():
     assert plan["w"].reduction_axes == (-3, -2, -1)
 
 
+@pytest.mark.filterwarnings("ignore:axes= replaces")
 def test_axes_by_hand_come_before_the_program():
     plan = make_plan(PARAMS, "2:4", forward=forward, inputs=(X,), axes={"up": -2})
     assert (plan["up"].reduction_axes, plan["up"].source) == ((-2,), "given")
@@ -213,3 +215,66 @@ def test_a_large_decoder_needs_no_memory():
     axes = [leaf.reduction_axes for leaf in plan.values()]
     assert sorted(axes) == sorted([(-3,), (-3, -2)] * layers)
     assert np.prod(plan["layer_0/q_proj"].shape) == width**2
+
+
+# What is said
+
+
+def test_given_axes_that_replace_those_of_the_program_are_reported():
+    params = {"a": jnp.ones((16, 8)), "b": jnp.ones((8, 8))}
+
+    def two(params, x):
+        return x @ params["a"] @ params["b"]
+
+    with pytest.warns(UserWarning, match=r"a \(16, 8\): given -1, but the program sums over -2"):
+        plan = make_plan(params, "2:4", forward=two, inputs=(X,), axes={"a": -1})
+    assert plan["a"].reduction_axes == (-1,)
+    assert plan["b"].reduction_axes == (-2,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_plan(params, "2:4", forward=two, inputs=(X,), axes={"a": -2})
+        make_plan(params, "2:4", axes={"a": -1})
+
+
+def test_shapes_of_token_ids_are_explained():
+    params = {"table": jnp.ones((32, 8)), "w": jnp.ones((8, 8))}
+
+    def look_up(params, tokens):
+        return params["table"][tokens] @ params["w"]
+
+    for call in (
+        lambda tokens: make_plan(params, "2:4", forward=look_up, inputs=(tokens,)),
+        lambda tokens: check_axes(
+            make_plan(params, "2:4", axes={"w": -2}), look_up, params, tokens
+        ),
+        lambda tokens: nmjax.cost(look_up, params, tokens),
+    ):
+        with pytest.raises(TypeError, match=r"jax\.ShapeDtypeStruct\(shape, jnp\.int32\)"):
+            call((1, 4))
+        call(jax.ShapeDtypeStruct((1, 4), jnp.int32))
+
+
+def test_errors_of_programs_without_shapes_are_left_alone():
+    def broken(params, x):
+        raise RuntimeError("no such layer")
+
+    with pytest.raises(RuntimeError) as error:
+        make_plan(PARAMS, "2:4", forward=broken, inputs=(jnp.ones((1, 8)),))
+    assert not any("ShapeDtypeStruct" in note for note in getattr(error.value, "__notes__", ()))
+
+
+def test_a_pattern_that_divides_nothing_names_the_way_out():
+    params = {"w": jnp.ones((10, 8))}
+    with pytest.raises(
+        ValueError, match=r"(?s)no leaf becomes sparse.*10 inputs.*2:4 does not div"
+    ):
+        make_plan(params, "2:4", on_indivisible="dense")
+
+
+def test_what_is_no_array_has_no_parameters():
+    model = equinox.nn.MLP(8, 4, 8, 1, key=jax.random.key(0))
+    arrays = sum(x.size for x in jax.tree.leaves(equinox.filter(model, equinox.is_array)))
+    text = str(make_plan(model, "2:4"))
+    assert f"of {arrays:,} parameters" in text
+    rows = [line for line in text.splitlines() if "not an array" in line]
+    assert {line.split("dense")[1].split()[0] for line in rows} == {"0"}

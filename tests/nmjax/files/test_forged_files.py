@@ -13,6 +13,8 @@ import pytest
 
 import nmjax
 from nmjax import PackedBlocks, PackedNM
+from nmjax.files.checkpoints import read_checkpoint
+from nmjax.files.tensor_files import write_tensors
 from tests.nmjax.packed_weights import prune_and_pack
 
 FILES = 12_000
@@ -228,6 +230,41 @@ def test_forged_files(good, tmp_path):
     assert refused.total() + loaded.total() == FILES
     assert set(refused) == set(FORGERS)
     assert loaded[flip_body]  # Values may be anything, so these are valid files.
+
+
+def forge_npz(rng, data):
+    return [flip_bits, truncate, cut_out, insert][rng.integers(4)](rng, data)
+
+
+@pytest.mark.parametrize("kind", ["x.npz", "compressed.npz", "x.safetensors"])
+def test_forged_checkpoints(tmp_path, kind):
+    rng = np.random.default_rng(RNG_SEED)
+    arrays = {"a.weight": rng.normal(size=(8, 4)), "a.bias": np.zeros(4, "f4"), "n": np.int64(4)}
+    path = tmp_path / kind
+    if kind == "x.safetensors":
+        write_tensors(path, arrays, {"format": "pt"})
+        forgers = [*FORGERS[:-4], forge_header]
+    else:
+        (np.savez if kind == "x.npz" else np.savez_compressed)(path, **arrays)
+        forgers = [forge_npz]
+    whole, results = path.read_bytes(), Counter()
+    for i in range(300):
+        data = forgers[i % len(forgers)](rng, whole)
+        path.write_bytes(data)
+        tracemalloc.start()
+        try:
+            leaves, complaint = jax.tree.leaves(read_checkpoint(path)), None
+        except ValueError as error:
+            leaves, complaint = [], str(error)
+        finally:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak < 10**6
+        assert sum(leaf.nbytes for leaf in leaves) <= 8 * len(whole)
+        assert complaint is None or str(path) in complaint
+        results["read" if complaint is None else "refused"] += 1
+    assert results["refused"] > 100
+    assert results["read"]
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:16", "1x16@0.5", "1x16@0.5/layer"])

@@ -86,6 +86,12 @@ def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
     assert asked == ["train/params/a/bias", "train/params/a/kernel"]
 
 
+def test_names_with_line_breaks(tmp_path):
+    save(tmp_path / "x", {"a\nb": np.ones(2)})
+    with pytest.raises(ValueError, match=r"the name 'a\\nb' has a line break"):
+        read_checkpoint(tmp_path / "x")
+
+
 def test_what_is_not_an_array_is_left_out(tmp_path):
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "x", {"params": PARAMS, "name": "text", "none": None, "n": 3})

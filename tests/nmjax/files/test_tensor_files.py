@@ -15,6 +15,7 @@ from nmjax.files.tensor_files import read_tensors, write_tensors
 
 DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
 DTYPES += ["float16", "bfloat16", "float32", "float64", "complex64", "float8_e4m3fn", "float8_e5m2"]
+DTYPES += ["float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -370,3 +370,13 @@ def test_packing_under_jit():
     nmjax.nnx.prune(model, plan)
     packed = nnx.jit(lambda model: nmjax.nnx.pack(model, plan))(model)
     np.testing.assert_allclose(packed(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_states_alone_do_not_make_a_module():
+    """Flax's layers read their kernels as arrays, which packed weights are not."""
+    model, x = nnx.Linear(16, 8, rngs=rngs()), normal(3, 16)
+    plan = nmjax.nnx.make_plan(model, "2:4", inputs=(x,))
+    nmjax.nnx.prune(model, plan)
+    graph, state = nnx.split(model)
+    with pytest.raises(TypeError, match=r"cannot be indexed.*nmjax\.nnx\.pack"):
+        nnx.merge(graph, nmjax.pack(state, plan))(x)

@@ -1,5 +1,6 @@
-"""The functions for trees of parameters refuse NNX modules, and take everything else."""
+"""The functions for trees of parameters refuse Flax modules, and take everything else."""
 
+import equinox
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,6 +37,12 @@ def test_nnx_modules_are_refused(door):
         DOORS[door](nnx.Linear(16, 8, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_linen_modules_are_refused(door):
+    with pytest.raises(TypeError, match=r"linen module Dense\..*nmjax\.linen\.sparsify"):
+        DOORS[door](linen.Dense(8))
+
+
 def test_inside_a_loss():
     """Statistics and random streams of the module would stand still."""
     model = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
@@ -50,5 +57,7 @@ def test_everything_else_passes():
 
     state = nnx.state(Own(), nnx.Param)
     params = linen.Dense(8).init(jax.random.key(0), jnp.ones((1, 16)))["params"]
-    for tree in (state, nnx.to_pure_dict(state), params, Module(), {"a": {"kernel": 1}}, [1]):
+    equinox_model = equinox.nn.Linear(16, 8, key=jax.random.key(0))
+    others = Module(), {"a": {"kernel": 1}}, [1]
+    for tree in (equinox_model, state, nnx.to_pure_dict(state), params, *others):
         check_no_module(tree)

@@ -162,9 +162,11 @@ inline void multiply_pairs(float* sums, int64_t sums_stride, const uint16_t* pai
   for (int64_t k = 0; k < count; k += 2) {
     const uint16_t* a = x + offsets[k];
     const uint16_t* b = x + offsets[k + 1 < count ? k + 1 : k];
+    // Beside an odd last block there are no pixels: zeros of weights would make NaNs of infinities.
+    const __mmask32 both = k + 1 < count ? ~__mmask32{0} : 0;
     for (int64_t t = 0; t < taps; ++t, pairs += 2 * n) {
       const __m512i pa = _mm512_loadu_si512(a + tap_offsets[t]);
-      const __m512i pb = _mm512_loadu_si512(b + tap_offsets[t]);
+      const __m512i pb = _mm512_maskz_loadu_epi16(both, b + tap_offsets[t]);
       __m512bh p[2] = {(__m512bh)_mm512_permutex2var_epi16(pa, low, pb),
                        (__m512bh)_mm512_permutex2var_epi16(pa, high, pb)};
       NMJAX_UNROLL for (int j = 0; j < kJ; ++j) {

@@ -1,4 +1,5 @@
 // What XLA calls: decodes and checks arguments, and picks the kernels for this machine.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -60,6 +61,53 @@ ffi::Error refuse(const char* what) {
   return ffi::Error::InvalidArgument(std::string("nmjax: ") + what);
 }
 
+// How large a window may be that comes from outside, so that nothing computed from it overflows.
+constexpr int64_t kLargest = int64_t{1} << 24;
+
+// Pixels of a dilated window that the image and the output do not have; panels hold these too.
+constexpr double kMostGaps = 64;
+
+// Why a window cannot be used, or null.
+const char* misfit(ffi::Span<const int64_t> window, const int64_t (&input)[2],
+                   const int64_t (&output)[2]) {
+  double area = 1, reached = 1, pixels[2] = {1, 1};
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t taps = window[axis], stride = window[2 + axis], before = window[4 + axis],
+                  dilation = window[6 + axis];
+    if (taps < 1 || stride < 1 || dilation < 1 || before < 0) {
+      return "taps, strides and dilation start at 1, and padding at 0";
+    }
+    if (std::max({taps, stride, dilation, before}) > kLargest) return "the window is too large";
+    reached *= taps;
+    area *= output[axis] + static_cast<double>((taps - 1) * dilation / stride);
+    pixels[0] *= input[axis];
+    pixels[1] *= output[axis];
+  }
+  if (reached > kLargest) return "the window is too large";
+  const bool fits = area <= kMostGaps * (pixels[0] + pixels[1] + 4096);
+  return fits ? nullptr : "the dilated window is far larger than the image";
+}
+
+bool is_bias(const ffi::AnyBuffer& bias, int64_t outputs) {
+  const int64_t count = bias.element_count();
+  return count == 0 || (bias.element_type() == ffi::F32 && count == outputs);
+}
+
+// Whether whole == count * n * taps. Forged factors may overflow.
+bool is_product(int64_t whole, int64_t count, int64_t n, int64_t taps) {
+  if (count == 0) return whole == 0;
+  int64_t block, product;
+  return !__builtin_mul_overflow(n, taps, &block) &&
+         !__builtin_mul_overflow(count, block, &product) && product == whole;
+}
+
+// Bytes of an index, or 0 if these are not unsigned integers.
+int32_t index_bytes(ffi::DataType type) {
+  if (type == ffi::U8) return 1;
+  if (type == ffi::U16) return 2;
+  return type == ffi::U32 ? 4 : 0;
+}
+
 // x (images, height, width, inputs), y (images, height, width, outputs).
 ffi::Error blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
                   ffi::AnyBuffer indices, ffi::AnyBuffer row_pointers, ffi::AnyBuffer bias,
@@ -69,12 +117,17 @@ ffi::Error blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
   if (in.size() != 4 || out.size() != 4 || window.size() != 8) return refuse("four axes expected");
   const auto x_type = type_of(x), value_type = type_of(values), y_type = type_of(*y);
   if (!x_type || !value_type || !y_type) return refuse("float32 or bfloat16 expected");
+  if (n < 1 || n > kLargest) return refuse("blocks of at least one output expected");
+  if (out[0] != in[0]) return refuse("as many images out as in expected");
+  if (const char* reason = misfit(window, {in[1], in[2]}, {out[1], out[2]})) return refuse(reason);
+  if (!index_bytes(indices.element_type())) return refuse("unsigned indices expected");
+  if (row_pointers.element_type() != ffi::S32) return refuse("row pointers of int32 expected");
   const Window moves{{window[0], window[1]}, {window[2], window[3]}, {window[4], window[5]},
                      {window[6], window[7]}};
   Blocks weight;
   weight.values = {values.untyped_data(), *value_type};
   weight.indices = indices.untyped_data();
-  weight.index_bytes = ffi::ByteWidth(indices.element_type());
+  weight.index_bytes = index_bytes(indices.element_type());
   weight.n = n;
   weight.taps = moves.taps[0] * moves.taps[1];
   weight.inputs = in[3];
@@ -84,8 +137,7 @@ ffi::Error blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
   weight.row_pointers = uniform ? nullptr : row_pointers.typed_data<int32_t>();
   weight.kept = uniform ? count / std::max<int64_t>(weight.rows, 1) : count;
   if (weight.rows * n != out[3] || (uniform && weight.rows * weight.kept != count) ||
-      static_cast<int64_t>(values.element_count()) != count * n * weight.taps ||
-      (bias.element_count() != 0 && static_cast<int64_t>(bias.element_count()) != out[3])) {
+      !is_product(values.element_count(), count, n, weight.taps) || !is_bias(bias, out[3])) {
     return refuse("arrays of a packed weight do not fit each other");
   }
   if (!uniform) {
@@ -127,17 +179,17 @@ ffi::Error groups(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
   weight.n = kept[1];
   weight.m = m;
   weight.outputs = kept[2];
+  if (m < 2 || m > 32 || weight.n < 1 || weight.n >= m || weight.outputs % 16 != 0) {
+    return refuse("groups of 2 to 32 and a multiple of 16 outputs expected");
+  }
   int64_t bits = 0;
   while (int64_t{1} << bits < m) ++bits;
   const bool bitmask = m < weight.n * bits;
   weight.width = bitmask ? 0 : bits;
   const int64_t bytes = ceil_div(weight.groups * (bitmask ? m : weight.n * bits), 8);
-  if (m < 2 || m > 32 || weight.n < 1 || weight.n >= m || weight.outputs % 16 != 0) {
-    return refuse("groups of 2 to 32 and a multiple of 16 outputs expected");
-  }
   if (in[1] != weight.groups * m || out[0] != in[0] || out[1] != weight.outputs ||
       static_cast<int64_t>(codes.element_count()) != bytes * weight.outputs ||
-      (bias.element_count() != 0 && static_cast<int64_t>(bias.element_count()) != out[1])) {
+      !is_bias(bias, out[1])) {
     return refuse("arrays of a packed weight do not fit each other");
   }
   if (y->element_count() == 0) return ffi::Error::Success();
