@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nmjax.__main__ import main
+from nmjax.__main__ import _COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -83,7 +83,7 @@ def test_the_commands_of_nmjax_take_the_options_in_the_guide(monkeypatch):
     commands = re.findall(r"^python -m nmjax (.*)", "\n".join(blocks(WITH_CODE[1], "bash")), re.M)
     called = []
     for command in ("info", "plan", "pack", "bench"):
-        monkeypatch.setattr(f"nmjax.__main__._{command}", lambda arguments: called.append(1))
+        monkeypatch.setitem(_COMMANDS, command, lambda arguments: called.append(1))
     assert [main(command.split()) for command in commands] == [0] * 4
     assert len(called) == 4
 

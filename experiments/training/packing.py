@@ -30,7 +30,8 @@ def check_packed(flags: Flags) -> None:
         raise ValueError(f"--packed writes one network: give one seed, got {flags.seeds}")
     if path.suffix != ".safetensors":
         raise ValueError(f"--packed must be a .safetensors file, got {path}")
-    if not path.parent.is_dir():
+    # The run creates its own folder.
+    if path.parent != flags.folder and not path.parent.is_dir():
         raise ValueError(f"--packed {path}: there is no folder {path.parent}; create it first")
 
 

@@ -41,7 +41,7 @@ def train_flags(folder, method, **given):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_packed_network_is_the_one_that_was_evaluated(tmp_path, method):
-    path = tmp_path / "network.safetensors"
+    path = tmp_path / method / "network.safetensors"
     run = Run(train_flags(tmp_path, method, packed=path))
     assert run.finish() == 0
     served = nmjax.load_packed(path)
