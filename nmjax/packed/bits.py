@@ -66,8 +66,9 @@ def pack_bits(x: jax.Array, width: int) -> jax.Array:
     >>> pack_bits(jnp.array([[1], [2], [3]]), 2).tolist()  # 0b11_10_01
     [[57]]
     """
-    shifts = np.arange(width, dtype=np.uint8)[:, None]
-    bits = (x[..., :, None, :] >> shifts.astype(x.dtype)) & 1 if width != 1 else x
+    bits = x
+    if width != 1:
+        bits = (x[..., :, None, :] >> _shifts(width, x.ndim + 1, x.dtype)) & 1
     joined = bits.reshape(*x.shape[:-2], x.shape[-2] * width, x.shape[-1])
     return jnp.packbits(joined, axis=-2, bitorder="little")
 
@@ -77,9 +78,13 @@ def unpack_bits(packed: jax.Array, width: int, count: int, xp: ModuleType = jnp)
     *stack, _, lanes = packed.shape
     bits = xp.unpackbits(packed, axis=-2, count=count * width, bitorder="little")
     dtype = index_dtype(2**width)
-    shifts = np.arange(width, dtype=dtype)[:, None]
     places = bits.reshape(*stack, count, width, lanes).astype(dtype)
-    return (places << shifts).sum(axis=-2, dtype=dtype)
+    return (places << _shifts(width, places.ndim, dtype)).sum(axis=-2, dtype=dtype)
+
+
+def _shifts(width: int, ndim: int, dtype: np.dtype) -> np.ndarray:
+    """0 to width - 1 along the second-to-last of `ndim` axes, which strict promotion asks for."""
+    return np.arange(width, dtype=dtype).reshape(*[1] * (ndim - 2), width, 1)
 
 
 def count_below(ascending: jax.Array, wanted: jax.Array) -> jax.Array:

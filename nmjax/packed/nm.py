@@ -239,17 +239,16 @@ def _unpack(bits: jax.Array, codes: jax.Array, shape: Shape, leaf_plan: LeafPlan
     pattern = _pattern(leaf_plan)
     if _is_fused(pattern.n, pattern.m):
         positions = _positions(codes, leaf_plan)
-        index = jnp.arange(pattern.m, dtype=positions.dtype)[:, None]
         # (*stack, groups, n, m, outputs), which XLA sums without storing; one term is nonzero.
-        here = positions[..., :, None, :] == index
+        here = positions[..., :, None, :] == _column(pattern.m, positions.ndim + 1, positions.dtype)
         groups = jnp.where(here, bits[..., :, None, :], 0).sum(axis=-3, dtype=bits.dtype)
     else:
         code = _unpack_codes(codes, leaf_plan.inputs // pattern.m, pattern, jnp)
         if _is_bitmask(pattern):
             rank, here = code.cumsum(axis=-2, dtype=jnp.int32) - 1, code == 1
         else:
-            index = jnp.arange(pattern.m, dtype=code.dtype)[:, None]
-            members = jnp.broadcast_to(index, (*code.shape[:-2], pattern.m, code.shape[-1]))
+            shape_of_members = (*code.shape[:-2], pattern.m, code.shape[-1])
+            members = jnp.broadcast_to(_column(pattern.m, code.ndim, code.dtype), shape_of_members)
             rank = count_below(code, members)
             here = jnp.take_along_axis(code, rank, axis=-2, mode="clip") == members
         groups = jnp.where(here, jnp.take_along_axis(bits, rank, axis=-2, mode="clip"), 0)
@@ -264,16 +263,18 @@ def _gather(bits: jax.Array, stored: jax.Array, n: int) -> tuple[jax.Array, jax.
     m = stored.shape[-2]
     if not _is_fused(n, m):
         ranks = stored.cumsum(axis=-2, dtype=index_dtype(m + 1))
-        places = jnp.arange(1, n + 1, dtype=ranks.dtype)[:, None]
-        wanted = jnp.broadcast_to(places, (*stored.shape[:-2], n, stored.shape[-1]))
+        wanted = jnp.broadcast_to(
+            _column(n, ranks.ndim, ranks.dtype) + 1, (*ranks.shape[:-2], n, ranks.shape[-1])
+        )
         positions = count_below(ranks, wanted)
         values = jnp.take_along_axis(bits, positions, axis=-2, mode="clip")
         return values, positions.astype(index_dtype(m))
     # The rank of each stored member in its group, from 1; 0 for the others.
-    order = jnp.where(stored, stored.cumsum(axis=-2, dtype=index_dtype(m + 1)), 0)[..., None, :, :]
+    order = jnp.where(stored, stored.cumsum(axis=-2, dtype=index_dtype(m + 1)), 0)
     # (..., n, m, outputs), which XLA sums without storing; at most one of m terms is nonzero.
-    here = order == jnp.arange(1, n + 1, dtype=order.dtype)[:, None, None]
-    index = jnp.arange(m, dtype=index_dtype(m))[:, None]
+    ranks = _column(n, order.ndim, order.dtype) + 1
+    here = order[..., None, :, :] == ranks[..., :, None, :]
+    index = _column(m, order.ndim + 1, index_dtype(m))
     values = jnp.where(here, bits[..., None, :, :], 0).sum(axis=-2, dtype=bits.dtype)
     return values, jnp.where(here, index, 0).sum(axis=-2, dtype=index.dtype)
 
@@ -285,6 +286,11 @@ def _positions(codes: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
     if not _is_bitmask(pattern):
         return code
     return _gather(jnp.zeros(code.shape, jnp.uint8), code.astype(bool), pattern.n)[1]
+
+
+def _column(count: int, ndim: int, dtype: np.dtype) -> jax.Array:
+    """0 to count - 1 along the second-to-last of `ndim` axes."""
+    return jnp.arange(count, dtype=dtype).reshape(*[1] * (ndim - 2), count, 1)
 
 
 def _is_fused(n: int, m: int) -> bool:

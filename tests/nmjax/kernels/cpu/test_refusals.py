@@ -12,6 +12,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 F32 = jnp.float32
+# The second from calls that have returned already.
+ERRORS = (jax.errors.JaxRuntimeError, ValueError)
 # 2 rows of 1x4 blocks over 6 inputs, 3 kept in each.
 BLOCKS = {
     "x": jnp.ones((1, 1, 5, 6)),
@@ -85,9 +87,8 @@ def window(**changes):
         ({"window": window(taps=(2, 2), dilation=(2**23, 2**23))}, "far larger than the image"),
         ({"window": (1, 1, 1, 1)}, "four axes"),
         ({"shape": (2, 1, 5, 8)}, "as many images"),
-        ({"shape": (0, 1, 5, 8)}, "as many images"),
         ({"shape": (1, 5, 8)}, "four axes"),
-        ({"shape": (1, 1, 5, 12)}, "do not fit each other"),
+        ({"shape": (1, 1, 5, 20)}, "do not fit each other"),
         ({"x": jnp.ones((1, 1, 5, 6), jnp.float16)}, "float32 or bfloat16"),
         ({"values": jnp.ones((2, 3, 4), jnp.int32)}, "float32 or bfloat16"),
         ({"values": jnp.ones((2, 2, 4))}, "do not fit each other"),
@@ -102,7 +103,7 @@ def window(**changes):
     ],
 )
 def test_blocks(changes, words):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+    with pytest.raises(ERRORS, match=words):
         run_blocks(**{**BLOCKS, **changes})
 
 
@@ -118,7 +119,7 @@ def test_blocks(changes, words):
     ],
 )
 def test_rows_that_differ(changes, words):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+    with pytest.raises(ERRORS, match=words):
         run_blocks(**{**LAYER, **changes})
 
 
@@ -144,5 +145,5 @@ def test_rows_that_differ(changes, words):
     ],
 )
 def test_groups(changes, words):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+    with pytest.raises(ERRORS, match=words):
         run_groups(**{**GROUPS, **changes})
