@@ -29,7 +29,8 @@ class Judgment(NamedTuple):
       outcome: axes, reason to stay dense, or `Unknown`.
       corroborated: whether a bias, a class, or a name says which axis is the input.
       contradicts: whether the bias fits no documented layer.
-      by_name: whether only a name that a user chose says that a convolution is not transposed.
+      by_name: whether only a name that a user chose, or a single tap, says that a convolution is
+        not transposed.
       is_transposed: whether the bias says that a convolution is transposed.
     """
 
@@ -80,6 +81,9 @@ def judge_out_in(leaf: Leaf, shape: Shape, siblings: Siblings, layer: str | None
         bias = norm  # It has as many channels as the outputs that it normalizes.
     if bias:
         judgment = _by_bias(readings, leaf, shape, bias)
+        if isinstance(judgment.outcome, Unknown) and _fits_conv_of_one_tap(shape, bias):
+            conv = Reading(CONV, "oi" + "t" * (len(shape) - 2), (0,))
+            return Judgment(conv.outcome(shape), corroborated=True, by_name=True)
         return judgment._replace(corroborated=judgment.corroborated or layer is not None)
     if len(shape) == 2:
         return Judgment(decide(readings, shape), corroborated=layer is not None)
@@ -120,6 +124,14 @@ def _by_bias(readings: list[Reading], leaf: Leaf, shape: Shape, bias: Shape) -> 
         by_name=bool(named and transposed) and not is_named_by_flax(leaf),
         is_transposed=len(transposed) == len(fitting) and not named,
     )
+
+
+def _fits_conv_of_one_tap(shape: Shape, bias: Shape) -> bool:
+    """Whether a weight looks like PyTorch's 1x1 convolution.
+
+    Nobody transposes them: transposed convolutions enlarge images, for which one tap is too few.
+    """
+    return len(shape) > 3 and set(shape[2:]) == {1} and bias == shape[:1]
 
 
 def _in_out_conv(shape: Shape) -> Judgment:

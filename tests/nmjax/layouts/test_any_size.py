@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 from nmjax.layouts import Axes, Unknown, layouts
 
@@ -98,6 +98,8 @@ def test_layers_of_flax_haiku_and_keras(kind, stacked, sizes, with_bias, leaf, n
 @given(sizes=SIZES, with_bias=st.booleans(), name=NAMES)
 @settings(max_examples=60, deadline=None)
 def test_layers_of_pytorch_and_equinox(kind, stacked, sizes, with_bias, name):
+    # A square transposed convolution with one tap, which makes no sense, is read as a convolution.
+    assume(kind != "transposed 2-D" or sizes["t"] * sizes["u"] > 1 or sizes["i"] != sizes["o"])
     weight, bias = OUT_IN[kind].split("->")
     if stacked is not None:
         weight, bias = stack(weight, stacked), stack(bias, stacked)

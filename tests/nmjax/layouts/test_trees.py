@@ -369,6 +369,19 @@ def test_a_transposed_convolution_in_the_tree_makes_names_doubtful(leaf):
     assert isinstance(alone, Axes)
 
 
+def test_square_convolutions_of_one_tap():
+    square = {"0.weight": (16, 16, 1, 1), "0.bias": (16,)}
+    assert layouts(square)["0.weight"] == Axes((-3,), (-4,), (-2, -1))
+    normalized = {"0.weight": (16, 16, 1, 1), "1.weight": (16,), "1.bias": (16,)}
+    normalized |= {"1.running_mean": (16,), "1.running_var": (16,)}
+    assert layouts(normalized)["0.weight"] == Axes((-3,), (-4,), (-2, -1))
+    transposed = {"1.weight": (16, 8, 3, 3), "1.bias": (8,)}
+    assert is_unknown(layouts({**square, **transposed})["0.weight"], "single tap")
+    assert is_unknown(
+        layouts({"0.weight": (16, 16, 3, 3), "0.bias": (16,)})["0.weight"], "could be"
+    )
+
+
 @pytest.mark.parametrize(
     "name", ["conv_t", "convt", "convtr", "tconv", "t_conv", "dconv", "inv_conv"]
 )
