@@ -67,8 +67,8 @@ def layouts(
     for name, judgment in judgments.items():
         if judgment.by_name and transposed:
             found[name] = Unknown(
-                f"{transposed[0]} is a transposed convolution, and nothing but its name or its single "
-                "tap says that this layer is not"
+                f"{transposed[0]} is a transposed convolution, and only the name or the single "
+                "tap of this layer says that it is not"
             )
     return {name: found.get(name, "optimizer state") for name in shapes}
 
