@@ -288,6 +288,15 @@ def test_other_axes_are_refused(model, axes):
         nmjax.nnx.pack(model, plan)
 
 
+def test_a_convolution_planned_along_its_outputs_is_refused():
+    model = conv(3, 3)
+    axes = {"kernel": nmjax.Axes(-1, -2, (-4, -3))}
+    plan = nmjax.make_plan(nnx.state(model, nnx.Param), "2:4", axes=axes)
+    nmjax.nnx.prune(model, plan)
+    with pytest.raises(TypeError, match=r"kernel: it is planned along \(-1,\).*sums over \(-2,\)"):
+        nmjax.nnx.pack(model, plan)
+
+
 def test_a_stack_along_another_axis_is_refused():
     class Stack(nnx.Module):
         def __init__(self):
