@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core import Scope
 
-from nmjax.tracing.program import described, is_array, shapes_explained
+from nmjax.tracing.program import constant, described, is_array, shapes_explained
 
 # The collection that holds what earlier inputs left behind. Others, such as running statistics,
 # masks, and scales of quantization, do not depend on the input: as inputs they would count as
@@ -99,13 +98,13 @@ def fields_of(module: nn.Module) -> dict[str, Any]:
 
 def _of_variables(apply: Callable[..., Any], variables: Any, given: Any) -> ForwardPass:
     params = _shapes(variables.get("params"))
-    constant = {n: _shapes(v) for n, v in variables.items() if n not in ("params", _CACHE)}
+    constants = {n: _shapes(v) for n, v in variables.items() if n not in ("params", _CACHE)}
     cache = {n: v for n, v in variables.items() if n == _CACHE}
     arrays, rebuild = _split((cache, given))
 
     def run(params: Any, arrays: list[Any]) -> Any:
         cache, given = rebuild(arrays)
-        others = jax.tree.map(_constant, constant)
+        others = jax.tree.map(constant, constants)
         results = jax.tree.leaves(apply({**others, **cache, "params": params}, given))
         # Results need not be arrays.
         return [result for result in results if isinstance(result, jax.Array)]
@@ -129,7 +128,3 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf, tree
     )
-
-
-def _constant(leaf: Any) -> Any:
-    return jnp.ones(leaf.shape, leaf.dtype) if is_array(leaf) else leaf

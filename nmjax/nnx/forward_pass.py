@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from nmjax.tracing.program import described
+from nmjax.tracing.program import constant, described
 
 
 class ForwardPass(NamedTuple):
@@ -45,8 +44,7 @@ def forward_pass(model: Any, inputs: Sequence[Any], call: Mapping[str, Any]) -> 
     graph, params, cache, rest = parts
 
     def run(params: Any, cache: Any, *inputs: Any) -> Any:
-        constants = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), rest)
-        return nnx.merge(graph, params, cache, constants)(*inputs, **call)
+        return nnx.merge(graph, params, cache, jax.tree.map(constant, rest))(*inputs, **call)
 
     return ForwardPass(run, params, (cache, *map(described, inputs)))
 

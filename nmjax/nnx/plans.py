@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ def make_plan(
       **selection: other arguments of `nmjax.make_plan`, such as `exclude`.
 
     Raises:
-      TypeError: `model` is not an NNX module.
+      TypeError: `model` is not an NNX module; `forward` or an unknown argument is given.
       ValueError: what `nmjax.make_plan` raises.
 
     >>> plan = make_plan(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), "2:4", inputs=((1, 8),))
@@ -53,6 +54,13 @@ def make_plan(
         raise TypeError(
             "inputs= must be a tuple of the arguments of the module's __call__, such as "
             f"inputs=(x,); got {type(inputs).__name__}"
+        )
+    unknown = selection.keys() - inspect.signature(planning.make_plan).parameters.keys()
+    if unknown or "forward" in selection:
+        raise TypeError(
+            "nnx.make_plan reads the program of the module's __call__ itself, and takes keyword "
+            'arguments of it in call=, such as call={"deterministic": True}; got '
+            f"{sorted(selection)}"
         )
     run, params, arrays = forward_pass(model, inputs, call or {})
     adapters = _adapters(model)

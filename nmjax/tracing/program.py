@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nmjax.tracing.operations import (
@@ -149,6 +150,17 @@ def shapes_explained(inputs: Sequence[Any]) -> Iterator[None]:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array, or stands for one."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def constant(leaf: Any) -> Any:
+    """What stands in a program for a variable that does not depend on the input.
+
+    Shapes do not show values, so arrays become ones. What is not an array stays as it is.
+    """
+    if not is_array(leaf):
+        return leaf
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return (jnp.zeros if is_key else jnp.ones)(leaf.shape, leaf.dtype)
 
 
 class _WeightReader(Reader[Value]):

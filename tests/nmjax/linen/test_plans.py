@@ -133,3 +133,14 @@ def test_a_module_without_inputs():
 def test_cost_of_a_pattern_plans_along_the_axes_of_the_program():
     # Along its other axis, of size 3, the kernel does not divide into groups.
     assert linen.cost(OutIn(3), "2:4", (1, 8)).leaves["kernel"].macs_kept == 12
+
+
+def test_random_keys_among_the_variables():
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            key = self.variable("noise", "key", lambda: jax.random.key(0)).value
+            return nn.Dense(8)(x + jax.random.normal(key, x.shape))
+
+    plan = linen.make_plan(Noisy(), "2:4", (1, 16))
+    assert plan["Dense_0/kernel"].reduction_axes == (-2,)

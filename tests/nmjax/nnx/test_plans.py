@@ -76,6 +76,29 @@ def test_shapes_and_arguments():
     }
 
 
+@pytest.mark.parametrize("build", [lambda build: build(), nnx.eval_shape])
+@pytest.mark.parametrize("is_number", [True, False])
+def test_variables_that_are_not_arrays_of_numbers(build, is_number):
+    class Noisy(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+            self.extra = nnx.Variable(3 if is_number else jax.random.key(0, impl="rbg"))
+
+        def __call__(self, x):
+            extra = self.extra.get_value()
+            return self.layer(x) * (extra if is_number else jax.random.uniform(extra))
+
+    plan = nmjax.nnx.make_plan(build(Noisy), "2:4", inputs=((1, 16),))
+    assert plan["layer/kernel"].reduction_axes == (-2,)
+
+
+@pytest.mark.parametrize("argument", [{"forward": lambda params, x: x}, {"deterministic": True}])
+def test_arguments_that_belong_elsewhere(argument):
+    model = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=rf"reads the program.*call=.*{next(iter(argument))}"):
+        nmjax.nnx.make_plan(model, "2:4", inputs=((1, 16),), **argument)
+
+
 def test_what_is_not_a_module():
     with pytest.raises(TypeError, match="expected an NNX module, got dict"):
         nmjax.nnx.make_plan({}, "2:4", inputs=((1, 8),))
