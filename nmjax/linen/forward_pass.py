@@ -11,6 +11,7 @@ import jax
 from flax.core import Scope
 
 from nmjax.tracing.program import constant, described, is_array, shapes_explained
+from nmjax.trees.modules import wrong_module
 
 # The collection that holds what earlier inputs left behind. Others, such as running statistics,
 # masks, and scales of quantization, do not depend on the input: as inputs they would count as
@@ -84,7 +85,7 @@ def unbound(module: nn.Module, module_class: type[nn.Module]) -> nn.Module:
 def check_module(module: Any) -> None:
     """Raises TypeError unless it is a linen module instance."""
     if not isinstance(module, nn.Module):
-        raise TypeError(f"expected a linen module instance such as nn.Dense(4), got {module!r}")
+        raise wrong_module("a linen module instance such as nn.Dense(4)", module)
 
 
 def fields_of(module: nn.Module) -> dict[str, Any]:

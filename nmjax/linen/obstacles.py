@@ -11,6 +11,7 @@ from flax.core import meta
 
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.trees.leaves import named_leaves
+from nmjax.trees.modules import is_quantized
 
 _WAY_OUT = "Leave this leaf out of the plan (exclude=), or unpack it (nmjax.unpack)."
 
@@ -47,8 +48,7 @@ def check_unchanged(layer: nn.Module) -> None:
     """
     if isinstance(layer, (nn.WeightNorm, nn.SpectralNorm)):
         what, inner = "normalizes weights", layer.layer_instance
-    # qwix keeps the class that it replaced under this name.
-    elif hasattr(type(layer), "_unquantized_type"):
+    elif is_quantized(layer):
         what, inner = "is quantized by qwix, which replaces products", layer
     else:
         return

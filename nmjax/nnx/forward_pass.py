@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from nmjax.tracing.program import constant, described
+from nmjax.trees.modules import wrong_module
 
 
 class ForwardPass(NamedTuple):
@@ -52,4 +53,4 @@ def forward_pass(model: Any, inputs: Sequence[Any], call: Mapping[str, Any]) -> 
 def check_module(model: Any) -> None:
     """Raises TypeError unless it is an NNX module."""
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"expected an NNX module, got {type(model).__name__}")
+        raise wrong_module("an NNX module", model)

@@ -20,6 +20,7 @@ from nmjax.layouts.axes import Axes
 from nmjax.nnx.variables import named_variables
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.patterns.pattern import LeafPlan
+from nmjax.trees.modules import is_quantized
 
 # Their kernels can be packed. nnx.MultiHeadAttention, the recurrent cells and nnx.LoRALinear are
 # made of these layers.
@@ -115,8 +116,7 @@ def holders(model: nnx.Module, names: Collection[str]) -> list[tuple[Any, str, s
 def _check_not_quantized(model: nnx.Module) -> None:
     """Raises TypeError if qwix has replaced the products of a module."""
     for _, node in nnx.iter_graph(model):
-        # qwix gives the modules that it quantizes a new class, with the old one as an attribute.
-        if hasattr(type(node), "_unquantized_type"):
+        if is_quantized(node):
             raise TypeError(
                 f"{type(node).__name__} is quantized by qwix, and packed products would not be: "
                 "pack the module before qwix.quantize_model, or leave the quantized one pruned"

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+_LINEN, _NNX = "flax.linen.", "flax.nnx."
+# Package -> how errors call its modules, and the functions for them.
+_MODULES = {
+    _LINEN: (
+        "linen",
+        'Use nmjax.linen: nmjax.linen.make_plan(module, "2:4", x), '
+        "nmjax.linen.sparsify(module, plan), nmjax.linen.packed_apply(module)",
+    ),
+    _NNX: (
+        "NNX",
+        'Use nmjax.nnx: nmjax.nnx.make_plan(model, "2:4", inputs=(x,)), '
+        "nmjax.nnx.sparsify(model, plan), nmjax.nnx.pack(model, plan)",
+    ),
+}
+
 
 def check_no_module(tree: Any) -> None:
     """Raises TypeError if `tree` is a Flax module; its edge of nmjax has the functions for it.
@@ -12,19 +27,29 @@ def check_no_module(tree: Any) -> None:
     streams of its own, so that training would not reach those of the module. Equinox modules have
     no such state, so they pass.
     """
-    name = type(tree).__name__
-    if _is_from(tree, "flax.linen."):
+    if _is_from(tree, _LINEN):
         raise TypeError(
-            f"expected parameters, got the linen module {name}. Pass its parameters, such as "
-            'variables["params"], or use nmjax.linen: nmjax.linen.make_plan(module, "2:4", x), '
-            "nmjax.linen.sparsify(module, plan)"
+            f"{wrong_module('parameters', tree)}. Or pass its parameters, such as "
+            'variables["params"]'
         )
-    if _is_from(tree, "flax.nnx."):
-        raise TypeError(
-            f"expected parameters, got the NNX module {name}. Use nmjax.nnx: "
-            'nmjax.nnx.make_plan(model, "2:4", inputs=(x,)), nmjax.nnx.sparsify(model, plan). Or '
-            "pass nnx.state(model, nnx.Param)"
-        )
+    if _is_from(tree, _NNX):
+        raise TypeError(f"{wrong_module('parameters', tree)}. Or pass nnx.state(model, nnx.Param)")
+
+
+def wrong_module(expected: str, given: Any) -> TypeError:
+    """The error for another object than a function is for; a Flax module comes with the way out."""
+    # Modules are not printed, because they may hold many arrays.
+    name = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+    for package, (kind, way_out) in _MODULES.items():
+        if _is_from(given, package):
+            return TypeError(f"expected {expected}, got the {kind} module {name}. {way_out}")
+    return TypeError(f"expected {expected}, got {name}")
+
+
+def is_quantized(module: Any) -> bool:
+    """Whether qwix has replaced the products of a Flax module."""
+    # qwix gives the modules that it quantizes a new class, with the old one as an attribute.
+    return hasattr(type(module), "_unquantized_type")
 
 
 def _is_from(tree: Any, package: str) -> bool:

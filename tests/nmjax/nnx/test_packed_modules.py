@@ -312,6 +312,15 @@ def test_packed_kernels_keep_their_metadata_but_not_the_sharding_of_dense_ones()
     np.testing.assert_allclose(packed(normal(3, 16)), model(normal(3, 16)), rtol=1e-5, atol=1e-5)
 
 
+def test_a_module_quantized_by_qwix_is_refused():
+    model = nnx.Linear(16, 8, rngs=rngs())
+    plan = nmjax.nnx.make_plan(model, "2:4", inputs=((3, 16),))
+    nmjax.nnx.prune(model, plan)
+    model.__class__ = type("Linear", (nnx.Linear,), {"_unquantized_type": nnx.Linear})
+    with pytest.raises(TypeError, match="Linear is quantized by qwix"):
+        nmjax.nnx.pack(model, plan)
+
+
 @pytest.mark.parametrize("axes", [-1, (-2, -1)])
 @pytest.mark.parametrize(
     "model",

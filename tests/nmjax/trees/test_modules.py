@@ -7,6 +7,8 @@ import pytest
 from flax import linen, nnx
 
 import nmjax
+import nmjax.linen
+import nmjax.nnx
 from nmjax.trees.modules import check_no_module
 
 
@@ -61,3 +63,14 @@ def test_everything_else_passes():
     others = Module(), {"a": {"kernel": 1}}, [1]
     for tree in (equinox_model, state, nnx.to_pure_dict(state), params, *others):
         check_no_module(tree)
+
+
+def test_modules_of_the_other_library_are_named_with_their_functions():
+    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"NNX module Linear\..*nmjax\.nnx\.pack") as caught:
+        nmjax.linen.packed_apply(model)
+    assert "Array" not in str(caught.value)
+    with pytest.raises(TypeError, match=r"linen module Dense\..*nmjax\.linen\.packed_apply"):
+        nmjax.nnx.pack(linen.Dense(4), {})
+    with pytest.raises(TypeError, match=r"expected a linen module instance .* got the class Dense"):
+        nmjax.linen.packed_apply(linen.Dense)
