@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 READ = "nmjax reads .safetensors and .npz files, and folders that Orbax wrote"
 
@@ -28,6 +30,12 @@ _MAGIC = {
     b"\x89HDF": _SUFFIXES[".h5"],
     b"\x93NUMPY": "it is a single array of NumPy; save named arrays with np.savez",
 }
+
+
+def check_path(path: Any) -> None:
+    """Raises TypeError if an argument is not a path."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"the path must be a text or a pathlib.Path, got {type(path).__name__}")
 
 
 def check_file(path: Path) -> None:

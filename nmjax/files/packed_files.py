@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nmjax.files.file_kinds import check_path
 from nmjax.files.narrowing import as_jax
 from nmjax.files.packed_manifest import Manifest, read_manifest, write_manifest
 from nmjax.files.restoring import restore_like
@@ -47,12 +48,13 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
       packed: a tree from `nmjax.pack`.
 
     Raises:
-      TypeError: safetensors does not know the dtype of a leaf; a leaf has no values, because it is
-        traced or has been donated; no leaf is an array.
+      TypeError: `path` is not a path; safetensors does not know the dtype of a leaf; a leaf has no
+        values, because it is traced or has been donated; no leaf is an array.
       ValueError: two arrays would have the same name; a packed leaf is not what `nmjax.pack` makes.
       OSError: the file cannot be written.
       ImportError: safetensors is not installed.
     """
+    check_path(path)
     leaves = named_leaves(packed, is_leaf=is_packed)
     nest(leaves)
     tensors: dict[str, np.ndarray] = {}
@@ -100,6 +102,7 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
       default device. Without `like`, it warns if the file names leaves that it does not store.
 
     Raises:
+      TypeError: `path` is not a path.
       ValueError: the file is damaged, forged, not a packed file or from a newer version; or it
         contains 64-bit numbers that do not fit in 32 bits and `jax_enable_x64` is off; or its
         leaves are not those of `like` (the message lists names and shapes).
@@ -113,6 +116,7 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
     >>> [layer["kernel"].shape for layer in nmjax.load_packed(file, like=layers)]
     [(8, 4), (4, 4)]
     """
+    check_path(path)
     file = open_packed(open_tensors(path))
     try:
         leaves = {name: file.on_device(name, leaf) for name, leaf in file.read()}

@@ -54,5 +54,6 @@ def restore_like(like: Tree, leaves: Mapping[str, Any]) -> Tree:
 
 
 def _described(leaf: Any) -> str:
-    kind = "a random key" if is_random_key(leaf) else "a leaf"
+    # The dtype of a random key names its generator, whose keys give other numbers.
+    kind = f"a random key ({leaf.dtype})" if is_random_key(leaf) else "a leaf"
     return f"{kind} of shape {tuple(np.shape(leaf))}"

@@ -259,7 +259,7 @@ def torch_name(name: str) -> str:
 def _torch_names(leaves: Iterable[str], names: Callable[[str], str] | None) -> dict[str, str]:
     """Leaf name -> PyTorch name."""
     if names is not None:
-        return {name: names(name) for name in leaves}
+        return {name: _given_name(names, name) for name in leaves}
     leaves = list(leaves)
     tops = {name.partition("/")[0] for name in leaves}
     # A tree with other keys beside `params` is not one of Flax's collections.
@@ -267,6 +267,19 @@ def _torch_names(leaves: Iterable[str], names: Callable[[str], str] | None) -> d
     return {
         name: torch_name(name.partition("/")[2] if are_collections else name) for name in leaves
     }
+
+
+def _given_name(names: Callable[[str], str], name: str) -> str:
+    """The PyTorch name of a leaf by the user's function."""
+    if not callable(names):
+        raise TypeError(
+            "names= must be a function from a leaf's name to its PyTorch name; got "
+            f"{type(names).__name__}. For a dict, pass its __getitem__"
+        )
+    entry = names(name)
+    if not isinstance(entry, str):
+        raise TypeError(f"names= must give each leaf a text; for {name} it gave {entry!r}")
+    return entry
 
 
 def _packed_plans(params: Any) -> dict[str, LeafPlan]:

@@ -82,6 +82,9 @@ def sizes(packed: Any) -> Sizes:
     Args:
       packed: a tree with packed leaves, of arrays or ShapeDtypeStructs.
 
+    Raises:
+      TypeError: `packed` is not a tree, such as a text or a number.
+
     >>> import jax.numpy as jnp
     >>> import nmjax
     >>> params = {"kernel": jnp.ones((64, 64), jnp.bfloat16)}
@@ -90,6 +93,8 @@ def sizes(packed: Any) -> Sizes:
     LeafSize(pattern='', dense=8192, packed=4608, least=4427)
     """
     leaves = named_leaves(packed, is_leaf=is_packed)
+    if leaves.keys() == {""} and not (is_packed(packed) or hasattr(packed, "shape")):
+        raise TypeError(f"expected a tree of arrays or packed weights, got {type(packed).__name__}")
     return Sizes(
         {
             name: _leaf_size(name, leaf)

@@ -217,3 +217,19 @@ def test_a_key_of_other_numbers_is_refused(tmp_path):
         write_tensors(tmp_path / "y", {"rng": numbers}, metadata)
         with pytest.raises(ValueError, match="rng is not a random key"):
             load_packed(tmp_path / "y")
+
+
+@pytest.mark.parametrize("shape", [lambda key: key, lambda key: jax.eval_shape(lambda: key)])
+def test_a_key_of_another_generator_is_refused(tmp_path, shape):
+    save_packed(tmp_path / "x", {"key": jax.random.key(0, impl="rbg")})
+    message = r"key: like= has .*\(key<fry>\).*the file has .*\(key<rbg>\)"
+    with pytest.raises(ValueError, match=message):
+        load_packed(tmp_path / "x", like={"key": shape(jax.random.key(0))})
+
+
+def test_what_is_not_a_path(tmp_path):
+    for path in (3, None):
+        with pytest.raises(TypeError, match="the path must be a text or a "):
+            load_packed(path)
+        with pytest.raises(TypeError, match="the path must be a text or a "):
+            save_packed(path, {"a": jnp.ones(2)})

@@ -367,3 +367,16 @@ def test_torch_reads_the_file(tmp_path):
     safetensors.torch.save_file(state, tmp_path / "y")
     back = from_torch(read_tensors(tmp_path / "y")[0], params, transposed=())
     jax.tree.map(np.testing.assert_array_equal, back, from_torch(state, params, transposed=()))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("x", r"names= must be a function .* got str"),
+        ({"a/kernel": "a.weight"}, r"names= must be a function .* got dict"),
+        (lambda name: None, "for a/kernel it gave None"),
+    ],
+)
+def test_names_that_are_not_a_function_to_text(names, message):
+    with pytest.raises(TypeError, match=message):
+        to_torch({"a": {"kernel": jnp.ones((4, 2))}}, names=names)

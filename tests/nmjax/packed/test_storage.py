@@ -68,3 +68,9 @@ def test_bits_of_long_groups(n, m):
     """Beyond 1,024 by the gamma function, because the binomial coefficients become too long."""
     bits = nmjax.NM(n, m).index_bits * m
     assert math.isclose(bits, math.log2(math.comb(m, n)), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("wrong", ["x", 3, len])
+def test_what_is_not_a_tree_has_no_sizes(wrong):
+    with pytest.raises(TypeError, match="expected a tree of arrays or packed weights, got"):
+        nmjax.sizes(wrong)
