@@ -111,6 +111,15 @@ class PackedNM(Packed, pattern=NM):
         counts = _grouped(kept, leaf_plan).sum(axis=-2)
         return int((counts > _pattern(leaf_plan).n).sum()), counts.size
 
+    @classmethod
+    def cover(cls, nonzero: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
+        """The mask, replaced by `nonzero` in groups where the mask misses some and all fit."""
+        wanted, kept = _grouped(nonzero, leaf_plan), _grouped(mask, leaf_plan)
+        missed = (wanted & ~kept).any(axis=-2, keepdims=True)
+        fit = wanted.sum(axis=-2, keepdims=True) <= _pattern(leaf_plan).n
+        groups = jnp.where(missed & fit, wanted, kept)
+        return split(_flat(groups), nonzero.shape, _spans(leaf_plan))
+
     def check(self) -> None:
         """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
         plan, pattern, codes = self.leaf_plan, self.pattern, self.codes
