@@ -10,11 +10,16 @@ from collections.abc import Sequence
 import jax
 import tyro
 
-from experiments.distributed.processes import is_first, join_processes, leave
-from experiments.distributed.stopping import ending_at_the_second
+from experiments.distributed.processes import (
+    is_first,
+    join_processes,
+    leave,
+    leave_if_interrupted,
+)
+from experiments.distributed.stopping import INTERRUPTED, ending_at_the_second
 from experiments.training.flags import Flags
 from experiments.training.packing import pack_command
-from experiments.training.run import COMPLETE, INTERRUPTED, PREEMPTED, Run
+from experiments.training.run import COMPLETE, PREEMPTED, Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,4 +66,5 @@ if __name__ == "__main__":
     exit_status = main()
     # Python's own exit takes a moment, and Ctrl-C would print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_if_interrupted(exit_status)
     sys.exit(exit_status)
