@@ -42,7 +42,7 @@ from experiments.report.snapshots import block_masks, example_images, kernel_sha
 from experiments.report.step_times import step_times
 from experiments.tasks.task import Compared, Task
 from experiments.training.flags import Flags as TrainFlags
-from experiments.training.flags import make_task
+from experiments.training.flags import as_flags, make_task
 from experiments.training.job import Job, assemble_job, plan_of
 from experiments.training.loop import begin, train
 from experiments.training.methods import (
@@ -380,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_flags(str(error), 'Choose other patterns.')}", file=sys.stderr)
         return 1
 
 

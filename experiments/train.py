@@ -17,7 +17,7 @@ from experiments.distributed.processes import (
     leave_if_interrupted,
 )
 from experiments.distributed.stopping import INTERRUPTED, ending_at_the_second
-from experiments.training.flags import Flags
+from experiments.training.flags import Flags, as_flags
 from experiments.training.packing import pack_command
 from experiments.training.run import COMPLETE, PREEMPTED, Run
 
@@ -47,7 +47,7 @@ def _train(flags: Flags) -> int:
         print("stopped before training began" if run is None else "stopped", file=sys.stderr)
         status = INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_flags(str(error))}", file=sys.stderr)
         status = 1
     except Exception:
         if jax.process_count() == 1:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from experiments import train
+from experiments import compare, train
 from experiments.json_files import JsonLines
 from tests.experiments.training_processes import ROOT, end, start
 
@@ -115,3 +115,21 @@ def test_a_refusal_is_one_line(monkeypatch, capsys, is_open, leaves):
     assert train.main([]) == 1
     assert capsys.readouterr().err == "error: disk full\n"
     assert left == [1] * leaves
+
+
+def test_a_pattern_that_does_not_fit_is_explained_in_flags(tmp_path, capsys):
+    assert train.main(["--pattern", "3:7", "--runs-dir", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert "block1/conv1/kernel (3, 3, 16, 16): 16 inputs are not a multiple of 7" in err
+    assert "Choose another --pattern, or list them in --keep-dense" in err
+    assert "exclude=" not in err
+    assert "on_indivisible" not in err
+
+
+def test_patterns_of_a_comparison_that_do_not_fit_are_explained(tmp_path, capsys):
+    flags = ["--patterns", "3:7", "--methods", "ste", "--runs-dir", str(tmp_path)]
+    assert compare.main(flags) == 1
+    err = capsys.readouterr().err
+    assert "16 inputs are not a multiple of 7" in err
+    assert "Choose other patterns." in err
+    assert "exclude=" not in err
