@@ -278,7 +278,8 @@ def _places(indices: jax.Array, row_pointers: jax.Array | None, leaf_plan: LeafP
     if row_pointers is None:
         return places
     # The row of the i-th block: how many rows begin at or before it. No search, which would gather.
-    begun = row_pointers[..., 1:, None] <= jnp.arange(indices.shape[-1])
+    order = jnp.arange(indices.shape[-1], dtype=jnp.int32).reshape(*[1] * row_pointers.ndim, -1)
+    begun = row_pointers[..., 1:, None] <= order
     return (places + begun.sum(axis=-2, dtype=jnp.int32) * leaf_plan.inputs)[..., None, :]
 
 
