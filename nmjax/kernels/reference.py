@@ -5,8 +5,11 @@ arithmetic says: an infinite input times a kept zero is NaN. Dropped weights do 
 whatever it is there, it changes nothing. Zeros of a convolution's padding are inputs like others.
 Denormal numbers may count as zeros, as they do for XLA on CPUs.
 
-All implementations follow this rule on CPUs. On other platforms plain XLA multiplies the zeros of
-dropped weights too, so an input that is not finite makes NaN there.
+All implementations follow this rule on CPUs, except plain XLA in a process with several devices.
+There the input may be sharded, and asking whether all of it is finite would communicate. So plain
+XLA follows the rule only where it sees that the input lies on one device: outside transformations
+such as `jax.jit`, and inside `jax.shard_map` over all axes of the mesh. Elsewhere, and on other
+platforms, it multiplies the zeros of dropped weights too, so an input that is not finite makes NaN.
 
 Sums are kept in float32 or wider. Bias and activation are applied before the result is rounded to
 its dtype, as in a fused kernel. The backward pass is that of the product with the unpacked weight.
@@ -50,8 +53,6 @@ def dense_product(x: jax.Array, packed: Packed, window: Window | None = None) ->
     return _product(x.astype(dtype), packed.dense_matrices().astype(dtype), window)
 
 
-# Compiled as one, so that eager calls do not compile the branches again and again.
-@partial(jax.jit, static_argnames="window", inline=True)
 def sums(x: jax.Array, packed: Packed, window: Window | None = None) -> jax.Array:
     """Sums over kept weights, float32 or wider.
 
@@ -60,7 +61,26 @@ def sums(x: jax.Array, packed: Packed, window: Window | None = None) -> jax.Arra
       packed: one matrix, or a kernel.
       window: of a convolution.
     """
+    return _sums(x, packed, window, _is_on_one_device(x))
+
+
+def _is_on_one_device(x: jax.Array) -> bool:
+    """Whether x surely is on one device, or the part of one device."""
+    if jax.device_count() == 1:
+        return True
+    if isinstance(x, jax.core.Tracer):
+        # Tracers do not say where the compiler puts them, except inside `jax.shard_map`.
+        mesh = jax.sharding.get_abstract_mesh()
+        return bool(mesh.manual_axes) and set(mesh.manual_axes) == set(mesh.axis_names)
+    return not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1
+
+
+# Compiled as one, so that eager calls do not compile the branches again and again.
+@partial(jax.jit, static_argnames=("window", "on_one_device"), inline=True)
+def _sums(x: jax.Array, packed: Packed, window: Window | None, on_one_device: bool) -> jax.Array:
     dense, kept = (partial(f, window=window) for f in (dense_product, _kept_product))
+    if not on_one_device:
+        return dense(x, packed)
 
     def by_finiteness(x: jax.Array, packed: Packed) -> jax.Array:
         y: jax.Array = lax.cond(_all_finite(x), dense, kept, x, packed)

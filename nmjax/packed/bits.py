@@ -48,6 +48,21 @@ def from_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
     return lax.bitcast_convert_type(bits, dtype)
 
 
+def is_nonzero(w: jax.Array) -> jax.Array:
+    """Where numbers are not zero: True for NaN and denormals, False for -0.0.
+
+    Call it outside `jax.jit`: within one computation the CPU compiler turns the comparison of the
+    bits back into one of floats, which takes denormals for zeros.
+    """
+    nonzero = w != 0
+    if jnp.finfo(w.dtype).bits % 8:
+        return nonzero
+    # XLA on CPUs compares denormals as zeros, so the bits decide; the shift drops the sign. NaN of
+    # some float8 dtypes is the sign alone, so the comparison counts too.
+    bits = as_bits(w)
+    return nonzero | ((bits << np.ones((), bits.dtype)) != 0)
+
+
 def index_dtype(size: int) -> np.dtype:
     """The narrowest unsigned integers that count up to size - 1."""
     return np.min_scalar_type(max(size - 1, 0))

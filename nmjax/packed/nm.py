@@ -97,6 +97,13 @@ class PackedNM(Packed, pattern=NM):
                 f"values of shape {shape} cannot hold {self}; expected (..., {planned}, "
                 f"{pattern.n}, {plan.outputs}), or equal parts of the groups or the outputs"
             )
+        # A stack in front may have been mapped or scanned away, but the taps are of one weight.
+        taps = tuple(plan.shape[axis] for axis in sorted(plan.tap_axes))
+        if shape[:-3][-len(taps) :] != taps and taps:
+            raise ValueError(
+                f"values of shape {shape} cannot hold {self}: the axes in front of the last three "
+                f"should end with the taps {taps}"
+            )
         bits = groups * _codes_per_group(pattern) * _code_width(pattern)
         if groups != planned and bits % 8:
             raise ValueError(

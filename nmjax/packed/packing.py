@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nmjax.packed.bits import is_nonzero
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.plans import LeafPlan, Plan, check_plan
 from nmjax.pruning import Masks, check_masks, compute_masks, planned_leaves
@@ -58,7 +59,8 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
         planned leaf is already packed; `params` or `masks` do not fit the plan; a mask keeps more
         than its pattern does. (Values of traced masks are unknown, so inside `jax.jit` groups or
         rows that keep too many become NaN instead.)
-      TypeError: a mask is not boolean; a weight's dtype does not fill whole bytes.
+      TypeError: a mask is not boolean; a leaf is a `jax.ShapeDtypeStruct`; a weight's dtype does
+        not fill whole bytes.
 
     >>> import nmjax
     >>> params = {"kernel": jnp.array([[4.0], [3.0], [-5.0], [1.0]])}
@@ -79,10 +81,17 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
             "makes them dense again"
         )
     leaves = planned_leaves(params, plan)
+    shapes = [n for n, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
+    if shapes:
+        raise TypeError(
+            f"shapes without values cannot be packed: {', '.join(shapes)}; for the shapes of the "
+            "packed weights, call jax.eval_shape(lambda params: nmjax.pack(params, plan), params)"
+        )
     if masks is None:
         ranked = compute_masks(params, plan)
-        masks = {n: _keep_nonzero(leaf, ranked[n], plan[n]) for n, leaf in leaves.items()}
-        _check_nothing_is_dropped(leaves, masks)
+        nonzero = {n: is_nonzero(jnp.asarray(leaf)) for n, leaf in leaves.items()}
+        masks = {n: _keep_nonzero(nonzero[n], ranked[n], plan[n]) for n in leaves}
+        _check_nothing_is_dropped(leaves, nonzero, masks)
     else:
         check_masks(masks, leaves)
         # Values of traced masks are unknown; what keeps too many becomes NaN.
@@ -131,7 +140,7 @@ def check_pattern(params: Any, plan: Plan, complaint: str) -> None:
             "whether weights are sparse depends on their values, which are unknown inside jax.jit "
             "and other transformations; check or export them outside"
         )
-    nonzero = {name: jnp.asarray(leaf) != 0 for name, leaf in leaves.items()}
+    nonzero = {name: is_nonzero(jnp.asarray(leaf)) for name, leaf in leaves.items()}
     _check_misfits(nonzero, plan, complaint)
 
 
@@ -140,15 +149,15 @@ def _pack_leaf(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Packed:
 
 
 @partial(jax.jit, static_argnames="leaf_plan", inline=True)
-def _keep_nonzero(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
+def _keep_nonzero(nonzero: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
     """The plan's mask, but the nonzero weights where they fit: its score may prefer zeros."""
-    return Packed.kind_for(leaf_plan.pattern).cover(w != 0, mask, leaf_plan)
+    return Packed.kind_for(leaf_plan.pattern).cover(nonzero, mask, leaf_plan)
 
 
-def _check_nothing_is_dropped(leaves: Masks, masks: Masks) -> None:
+def _check_nothing_is_dropped(leaves: Masks, nonzero: Masks, masks: Masks) -> None:
     """Raises ValueError if the masks drop nonzero weights whose values are known."""
     dropped = {
-        name: _count_dropped(leaf, masks[name])
+        name: _count_dropped(nonzero[name], masks[name])
         for name, leaf in leaves.items()
         if not isinstance(leaf, jax.core.Tracer) and not isinstance(masks[name], jax.core.Tracer)
     }
@@ -171,9 +180,8 @@ def _check_nothing_is_dropped(leaves: Masks, masks: Masks) -> None:
 
 
 @jax.jit
-def _count_dropped(w: jax.Array, mask: jax.Array) -> jax.Array:
-    # NaN differs from zero, so it counts as a weight.
-    return jnp.sum((w != 0) & ~mask, dtype=jnp.int32)
+def _count_dropped(nonzero: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.sum(nonzero & ~mask, dtype=jnp.int32)
 
 
 def _check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:

@@ -1,6 +1,7 @@
 """Infinities, NaN, -0.0 and denormals: kept weights meet the input, dropped ones do not."""
 
 import itertools
+import re
 
 import hypothesis.strategies as st
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nmjax
 from nmjax.kernels import matmul
@@ -184,8 +186,9 @@ def test_rows_are_independent_and_relu_keeps_nan():
         np.testing.assert_array_equal(y[:, 0], [4, np.nan, 0, 4])
 
 
-def test_one_condition_for_mapped_inputs():
+def test_one_condition_for_mapped_inputs(monkeypatch):
     """With one for each input, XLA would compute both branches everywhere."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     params = {"kernel": jnp.ones((8, 16))}
     plan = nmjax.make_plan(params, "2:4")
     packed = nmjax.pack(nmjax.prune(params, plan), plan)["kernel"]
@@ -193,3 +196,43 @@ def test_one_condition_for_mapped_inputs():
     x = jnp.ones((3, 5, 8)).at[1, 2, 2].set(jnp.inf)
     np.testing.assert_array_equal(product(x), jnp.full((3, 5, 16), 4))
     assert "conditional" in jax.jit(product).lower(x).compile().as_text()
+
+
+@pytest.mark.parametrize("name", [None, "xla"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("shape", [(16, 32), (3, 3, 8, 32)], ids=["matrix", "kernel"])
+def test_a_sharded_batch_is_not_asked_whether_it_is_finite(shape, axis_type, name):
+    """The devices would have to communicate about it."""
+    mesh = jax.make_mesh((4,), ("d",), (axis_type,), devices=jax.devices()[:4])
+    rng = np.random.default_rng(0)
+    packed, _, _ = packed_weight(rng, shape, "2:4", "float32", 0)
+    is_kernel = len(shape) == 4
+    x = rng.choice(ORDINARY, (8, 4, 4, 8) if is_kernel else (8, 16))
+    multiply = nmjax.packed_conv if is_kernel else nmjax.packed_matmul
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.asarray(x, jnp.float32), NamedSharding(mesh, PartitionSpec("d")))
+        held = jax.device_put(packed, NamedSharding(mesh, PartitionSpec()))
+        product = jax.jit(lambda x, packed: multiply(x, packed, implementation=name))
+        text = product.lower(x, held).compile().as_text()
+        assert not re.search("all-reduce|all-gather|all-to-all|collective-permute", text)
+        y = product(x, held)
+        assert y.sharding.spec[0] == "d"
+    np.testing.assert_allclose(y, multiply(np.asarray(x), packed, implementation="xla"), atol=1e-4)
+
+
+def test_a_shard_follows_the_rule():
+    mesh = jax.make_mesh((4,), ("d",), (AxisType.Auto,), devices=jax.devices()[:4])
+    params = {"kernel": jnp.ones((8, 16))}
+    plan = nmjax.make_plan(params, "2:4")
+    packed = nmjax.pack(nmjax.prune(params, plan), plan)["kernel"]
+    x = jnp.ones((8, 8)).at[1, 2].set(jnp.inf)
+    product = jax.jit(
+        jax.shard_map(
+            lambda x: nmjax.packed_matmul(x, packed, implementation="xla"),
+            mesh=mesh,
+            in_specs=PartitionSpec("d"),
+            out_specs=PartitionSpec("d"),
+        )
+    )
+    np.testing.assert_array_equal(product(x), 4)
+    assert "all-reduce" not in product.lower(x).compile().as_text()

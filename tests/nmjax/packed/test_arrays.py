@@ -154,6 +154,28 @@ def test_a_shard_has_no_dense_form():
             shard.unpack()
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "8:64", "1x4@0.5", "1x4@0.5/layer"])
+def test_taps_are_not_a_stack(pattern):
+    """Indexing every array takes a layer of a stack, and must not take a row of taps."""
+    params = {"kernel": jnp.ones((3, 3, 64, 8)), "bias": jnp.ones(8)}
+    plan = nmjax.make_plan(params, pattern)
+    stack = {"kernel": jnp.ones((5, 3, 3, 64, 8)), "bias": jnp.ones((5, 8))}
+    packed = nmjax.pack(nmjax.prune(stack, plan), plan)["kernel"]
+    packed.check_arrays()
+    layer = jax.tree.map(lambda a: a[0], packed)
+    layer.check_arrays()
+    images = jnp.ones((1, 4, 4, 64))
+    assert nmjax.packed_conv(images, layer).shape == (1, 4, 4, 8)
+    row = jax.tree.map(lambda a: a[0], layer)
+    for use in (row.check_arrays, row.unpack, lambda: nmjax.packed_conv(images, row)):
+        with pytest.raises(ValueError, match=r"cannot hold Packed"):
+            use()
+    if ":" in pattern:
+        other = jax.tree.map(lambda a: a[:, :2], layer)
+        with pytest.raises(ValueError, match=r"end with the taps \(3, 3\)"):
+            jax.jit(lambda packed: packed.unpack())(other)
+
+
 # Casts
 
 

@@ -1,4 +1,4 @@
-"""Memory of packing and unpacking, as XLA plans it: a small multiple of the dense weight."""
+"""Memory of packing and unpacking, as XLA plans it: some bytes for each weight."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,23 @@ import pytest
 
 import nmjax
 
-# Groups of all sizes, with positions and with bitmasks.
-PATTERNS = ["2:4", "4:8", "1:16", "16:32", "32:64", "5:64", "128:256", "1:300", "60:1000"]
+# Groups of all sizes, with positions and with bitmasks, and the bytes for each weight that packing
+# and unpacking may take: measured, and rounded up. Counters and places of 4 bytes take most of
+# them, so the dtype changes only the unpacking of long bitmasks.
+BYTES = {
+    "2:4": (4, 1),
+    "4:8": (4, 2),
+    "1:16": (4, 1),
+    "16:32": (4, 2),
+    "32:64": (10, {"float32": 5, "bfloat16": 9}),
+    "5:64": (8, 25),
+    "128:256": (16, {"float32": 5, "bfloat16": 9}),
+    "1:300": (11, 1),
+    "60:1000": (11, 31),
+}
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", BYTES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_does_not_grow_with_n(pattern, dtype):
     m = int(pattern.split(":")[1])
@@ -20,10 +32,11 @@ def test_memory_does_not_grow_with_n(pattern, dtype):
     masks = {"kernel": jax.ShapeDtypeStruct(w.shape, bool)}
     packing = jax.jit(lambda w, masks: nmjax.pack({"kernel": w}, plan, masks))
     packed = jax.eval_shape(packing, w, masks)
-    for function, arguments in ((packing, (w, masks)), (jax.jit(nmjax.unpack), (packed,))):
+    calls = ((packing, (w, masks)), (jax.jit(nmjax.unpack), (packed,)))
+    for (function, arguments), bound in zip(calls, BYTES[pattern], strict=True):
+        most = bound[dtype] if isinstance(bound, dict) else bound
         planned = function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-        # Counters and places, a few of 4 bytes for each weight, whatever n and m are.
-        assert planned <= 32 * w.size, f"{planned / w.size:.1f} bytes for each weight"
+        assert planned <= most * w.size, f"{planned / w.size:.1f} bytes for each weight"
 
 
 @pytest.mark.parametrize("pattern", ["1500:3000", "50:3000", "1:3000", "2999:3000"])

@@ -296,6 +296,34 @@ def test_dense_weights_inside_jit_follow_the_score(pattern):
     assert_same_bits(traced, nmjax.prune(params, plan))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fnuz"])
+def test_denormal_weights_are_packed_and_counted(dtype):
+    tiny = np.array(jnp.finfo(dtype).smallest_subnormal, dtype)
+    sparse = np.zeros((8, 4), dtype)
+    sparse[2], sparse[3] = tiny, -tiny
+    plan = nmjax.make_plan({"w": sparse}, "2:4", axes={"w": -2})
+    nmjax.check_sparse({"w": sparse}, plan)
+    packed = nmjax.pack({"w": jnp.asarray(sparse)}, plan)
+    np.testing.assert_array_equal(bits_of(nmjax.unpack(packed)["w"]), bits_of(sparse))
+    # A negative zero is a zero, if the dtype has one, and NaN is not.
+    odd = sparse.copy()
+    odd[:2] = np.copysign(np.zeros((), dtype), np.array(-1, dtype))
+    if np.isnan(odd[0, 0].astype(np.float32)):
+        odd[:2] = 0
+    nmjax.check_sparse({"w": odd}, plan)
+    odd[0] = np.nan
+    with pytest.raises(ValueError, match="4 of 8 groups keep more"):
+        nmjax.check_sparse({"w": odd}, plan)
+    with pytest.raises(ValueError, match="4 of 32 weights would be dropped"):
+        nmjax.pack({"w": odd}, plan)
+
+
+def test_shapes_are_not_packed():
+    shapes = jax.eval_shape(lambda: PARAMS)
+    with pytest.raises(TypeError, match=r"conv/kernel.*jax\.eval_shape"):
+        nmjax.pack(shapes, PLAN)
+
+
 def test_what_jit_closes_over():
     """`pack` does not look at values there, whether they are known or not."""
     masks = nmjax.compute_masks(PARAMS, PLAN)
