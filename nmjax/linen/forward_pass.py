@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import Scope
 
-from nmjax.tracing.program import described, is_array, shapes_explained
+from nmjax.tracing.program import described, explaining_shape_errors, is_array
 
 # The collection that holds what earlier inputs left behind. Others, such as running statistics,
 # masks, and scales of quantization, do not depend on the input: as inputs they would count as
@@ -51,7 +51,7 @@ def forward_pass(
     args = tuple(map(described, inputs))
     key = jax.random.key(0)
     arrays, rebuild = _split(args)
-    with shapes_explained(args):
+    with explaining_shape_errors(args):
         variables = jax.eval_shape(lambda x: module.init(key, *rebuild(x), **call), arrays)
 
     # Flax uses the "params" stream for random number streams that are missing (dropout).
