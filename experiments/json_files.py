@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -97,22 +97,23 @@ class JsonLines:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(entry)) + "\n")
 
-    def keep(self, wanted: Callable[[Numbers], bool]) -> list[int]:
-        """Drops all other lines, and damaged ones.
+    def keep(self, name: str, highest: int) -> list[int]:
+        """Keeps the lines where a number is at most `highest`, and drops the others.
 
         Args:
-          wanted: whether to keep a line. A line for which it raises KeyError or TypeError is
-            damaged.
+          name: of the number, an integer. A line without it is damaged, and is dropped too.
+          highest: the highest number to keep.
 
         Returns:
           The numbers of the damaged lines, from 1.
         """
         damaged, text = [], ""
         for number, entry in self._entries().items():
-            try:
-                text += json.dumps(entry) + "\n" if wanted(entry or {}) else ""
-            except (KeyError, TypeError):
+            found = (entry or {}).get(name)
+            if not isinstance(found, int) or isinstance(found, bool):
                 damaged.append(number)
+            elif found <= highest:
+                text += json.dumps(entry) + "\n"
         write_whole(self.path, lambda part: part.write_text(text, "utf-8"))
         return damaged
 

@@ -32,7 +32,7 @@ class RowBalance(NamedTuple):
     most: jax.Array
 
 
-def sad(masks_a: Masks, masks_b: Masks) -> dict[str, Int32[Array, ""]]:
+def sad(masks_a: Masks, masks_b: Masks | None = None) -> dict[str, Int32[Array, ""]]:
     """Sparse Architecture Divergence of each layer: the number of mask entries that differ.
 
     Compares two moments of one training run, or two runs. One swap inside a group changes two
@@ -44,7 +44,7 @@ def sad(masks_a: Masks, masks_b: Masks) -> dict[str, Int32[Array, ""]]:
 
     Raises:
       ValueError: the two have different leaves, or a shape differs.
-      TypeError: a mask is not boolean.
+      TypeError: a mask is not boolean, or there is only one set of masks.
 
     Source: SAD, Zhou et al., ICLR 2021.
 
@@ -53,28 +53,29 @@ def sad(masks_a: Masks, masks_b: Masks) -> dict[str, Int32[Array, ""]]:
     >>> sad(a, b)["kernel"].item()
     2
     """
+    masks_b = _second(masks_b)
     check_masks(masks_b, masks_b)
     check_masks(masks_a, masks_b)
     return {name: jnp.sum(mask != masks_b[name], dtype=jnp.int32) for name, mask in masks_a.items()}
 
 
-def total_sad(masks_a: Masks, masks_b: Masks) -> Int32[Array, ""]:
+def total_sad(masks_a: Masks, masks_b: Masks | None = None) -> Int32[Array, ""]:
     """SAD summed over all layers. Arguments and errors as in `sad`.
 
     An int32 holds up to 2**31 - 1 changes. If more are possible, sum the counts of `sad` as Python
     integers.
     """
-    return jnp.sum(_stacked(sad(masks_a, masks_b)), dtype=jnp.int32)
+    return jnp.sum(_stacked(sad(masks_a, _second(masks_b, "total_sad"))), dtype=jnp.int32)
 
 
-def flip_rate(masks_a: Masks, masks_b: Masks) -> Float32[Array, ""]:
+def flip_rate(masks_a: Masks, masks_b: Masks | None = None) -> Float32[Array, ""]:
     """SAD between consecutive steps as a fraction of the weights, in [0, 1].
 
     Arguments and errors as in `sad`.
 
     Source: Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", ICML 2024.
     """
-    return _fraction(sad(masks_a, masks_b), masks_a)
+    return _fraction(sad(masks_a, _second(masks_b, "flip_rate")), masks_a)
 
 
 def density(masks: Masks) -> dict[str, Float32[Array, ""]]:
@@ -133,6 +134,16 @@ def blocks_regrown(before: Masks, after: Masks, plan: Plan) -> dict[str, Int32[A
     """
     then, now = _blocks(before, plan), _blocks(after, plan)
     return {name: jnp.sum(now[name] & ~then[name], dtype=jnp.int32) for name in now}
+
+
+def _second(masks: Masks | None, name: str = "sad") -> Masks:
+    """The masks to compare with; raises TypeError, with the right call, if there are none."""
+    if masks is None:
+        raise TypeError(
+            f"{name} compares two sets of masks: nmjax.{name}(nmjax.compute_masks(old_params, "
+            "plan), nmjax.compute_masks(new_params, plan))"
+        )
+    return masks
 
 
 def _blocks(masks: Masks, plan: Plan) -> dict[str, Bool[Array, "*_stack _rows _inputs"]]:

@@ -18,6 +18,11 @@ import orbax.checkpoint as ocp
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 # Tensorstore raises ValueErrors, whose text has the number, such as "[os_error_code='24']".
 _TOLD = {*_LACKING, errno.EACCES, errno.EPERM}
+# What reading a score raises if its file, or the folder around it, is damaged.
+_NO_SCORE = (
+    *(ValueError, KeyError, TypeError, OverflowError, RecursionError),
+    *(IsADirectoryError, NotADirectoryError),
+)
 _TOLD_BY_TENSORSTORE = re.compile(rf"os_error_code='({'|'.join(map(str, sorted(_TOLD)))})'")
 
 
@@ -62,13 +67,22 @@ def _is_lack(error: BaseException) -> bool:
 
 
 def read_score(path: Path) -> float:
-    """Reads the score that orbax wrote for a checkpoint; raises DamagedError."""
+    """Reads the score that orbax wrote for a checkpoint; -inf if it wrote none.
+
+    Raises:
+      DamagedError: there is no number that can be a score. A checkpoint without test metrics has
+        the score -inf.
+    """
     try:
         score = json.loads(path.read_bytes())["score"]
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise TypeError(f"the score is {score!r}, not a number")
+        if not score < math.inf:
+            raise ValueError(f"the score is {score}")
         return float(score)
     except FileNotFoundError:
         return -math.inf
-    except (ValueError, KeyError, TypeError) as error:
+    except _NO_SCORE as error:
         raise DamagedError(f"{type(error).__name__}: {first_line(error)}") from error
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,17 @@ from experiments.training.flags import Flags
 from experiments.training.job import Job
 from experiments.training.step import TrainState
 from nmjax.files.packed_files import save_packed
+from nmjax.files.whole_files import check_target
 
 
 def check_packed(flags: Flags) -> None:
-    """Raises ValueError if `--packed` cannot be written, before the run trains for it."""
+    """Checks that `--packed` can be written, before the run trains for it.
+
+    Raises:
+      ValueError: the flags contradict each other, or the folder does not exist.
+      OSError: the file exists and is not a regular one, or its folder cannot be written.
+      ModuleNotFoundError: safetensors is not installed.
+    """
     path = flags.packed
     if path is None:
         return
@@ -30,9 +39,18 @@ def check_packed(flags: Flags) -> None:
         raise ValueError(f"--packed writes one network: give one seed, got {flags.seeds}")
     if path.suffix != ".safetensors":
         raise ValueError(f"--packed must be a .safetensors file, got {path}")
-    # The run creates its own folder.
-    if path.parent != flags.folder and not path.parent.is_dir():
+    if find_spec("safetensors") is None:
+        raise ModuleNotFoundError(
+            "--packed needs safetensors; install it with: pip install 'nmjax[files]'"
+        )
+    if not path.parent.exists():
+        if path.parent == flags.folder:  # The run creates it.
+            return
         raise ValueError(f"--packed {path}: there is no folder {path.parent}; create it first")
+    check_target(path)
+    folder = Path(os.path.realpath(path)).parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"--packed {path}: the folder {folder} cannot be written")
 
 
 def write_packed(path: Path, job: Job, state: TrainState) -> None:

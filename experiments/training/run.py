@@ -180,7 +180,7 @@ class Run:
         if not is_first():
             return
         before = log.path.read_bytes() if log.path.exists() else b""
-        if damaged := log.keep(lambda line: line["epoch"] <= epochs):
+        if damaged := log.keep("epoch", epochs):
             aside = unused(log.path.with_name("damaged-metrics.jsonl"))
             aside.write_bytes(before)
             print(

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 from flax.core import Scope
 
-from nmjax.tracing.program import constant, described, is_array, shapes_explained
+from nmjax.tracing.program import constant, described, explaining_shape_errors, is_array
 from nmjax.trees.modules import wrong_module
 
 # The collection that holds what earlier inputs left behind. Others, such as running statistics,
@@ -51,7 +51,7 @@ def forward_pass(
     args = tuple(map(described, inputs))
     key = jax.random.key(0)
     arrays, rebuild = _split(args)
-    with shapes_explained(args):
+    with explaining_shape_errors(args):
         variables = jax.eval_shape(lambda x: module.init(key, *rebuild(x), **call), arrays)
 
     # Flax uses the "params" stream for random number streams that are missing (dropout).

@@ -7,6 +7,8 @@ import numbers
 import operator
 from fractions import Fraction
 
+import numpy as np
+
 
 def check_n_of_m(n: int, m: int) -> None:
     """Raises TypeError or ValueError unless `n` and `m` are integers with 1 <= n <= m."""
@@ -57,10 +59,24 @@ def as_fraction(sparsity: float) -> Fraction:
     >>> as_fraction(0.29), as_fraction(1 / 3), as_fraction(0.3333)
     (Fraction(29, 100), Fraction(1, 3), Fraction(3333, 10000))
     """
-    sparsity = float(sparsity)
+    sparsity = as_written(sparsity)
     # Two fractions with denominators this small are never the same float.
     short = Fraction(sparsity).limit_denominator(10**6)
     return short if float(short) == sparsity else Fraction(repr(sparsity))
+
+
+def as_written(number: float) -> float:
+    """The Python float for a number; a narrow NumPy float counts as it is written.
+
+    >>> as_written(np.float32(0.29)), float(np.float32(0.29))
+    (0.29, 0.28999999165534973)
+    """
+    if not isinstance(number, np.floating) or np.finfo(type(number)).bits >= 64:
+        return float(number)
+    # Two fractions with denominators this small are never the same number of this type.
+    denominator = int(np.finfo(type(number)).eps ** -0.5 / 2)
+    short = float(Fraction(float(number)).limit_denominator(denominator))
+    return short if type(number)(short) == number else float(str(number))
 
 
 def check_number(name: str, value: object) -> None:

@@ -104,54 +104,15 @@ def soft_uniform_blocks(
     always the lowest; here they always rank last. Its counts of blocks are rounded in float64;
     ours are exact.
     """
-    check_plan(plan)
-    if not callable(ramp):
-        raise TypeError(
-            "ramp must be a function of the step, such as nmjax.cubic_ramp(begin, end); got "
-            f"{type(ramp).__name__}"
-        )
-    score_of = block_score(score)
+    _check_arguments(plan, ramp, variant, temperature, soft)
+    refresh_layer = partial(
+        _refresh_layer,
+        ramp=ramp,
+        score=block_score(score),
+        temperature=temperature,
+        variant=variant,
+    )
     layers = _layers(plan)
-    if plan.score is not magnitude:
-        raise ValueError(
-            f"soft_uniform_blocks ranks blocks by its own score=, but the plan has the score "
-            f"{plan.score}; make the plan without score="
-        )
-    if variant not in ("v1", "v2"):
-        raise ValueError(f'variant must be "v1" or "v2", got {variant!r}')
-    check_number("temperature", temperature)
-    if not isinstance(soft, bool):
-        raise TypeError(f"soft must be True or False, got {soft!r}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-
-    def init(params: chex.ArrayTree, key: chex.PRNGKey) -> SoftBlocksState:
-        leaves = planned_leaves(params, plan)
-        masks = {name: jnp.ones_like(leaf, dtype=bool) for name, leaf in leaves.items()}
-        # The caller's key may belong to another generator; random bits of it seed ours.
-        return SoftBlocksState(masks, jax.random.bits(key, (2,), jnp.uint32))
-
-    def refresh_layer(
-        layer: _Layer,
-        key: chex.PRNGKey,
-        w: Float[chex.Array, "*shape"],
-        mask: Bool[chex.Array, "*shape"],
-        step: chex.Numeric,
-    ) -> Bool[Array, "*shape"]:
-        pattern, axes = layer
-        # A block is kept or dropped as a whole, so the mask of its first weight is enough.
-        kept = split_blocks(mask, pattern.n, axes)[..., 0]
-        scored, score_kept = jnp.where(mask, w, 0) if variant == "v2" else w, score_of
-        if variant == "v1" and score_of is block_angular_redundancy:
-            score_kept = partial(block_angular_redundancy, kept=kept)
-        scores = score_blocks(lax.stop_gradient(scored), pattern.n, axes, score_kept)
-        # Zeros need not have the lowest score, so the blocks that V2 has dropped get -inf.
-        rank = jnp.where(kept, scores, -jnp.inf) if variant == "v2" else scores
-        stay = keep_blocks(rank, pattern.kept_blocks(rank.shape[-1]))
-        count = remaining(ramp, step, as_fraction(pattern.sparsity) * rank.shape[-1])
-        drawn = _draw(key, _logits(scores, ~stay) / temperature, ~stay, count)
-        # `&` gives the new mask the sharding of the old one.
-        return spread_blocks(stay | drawn, w.shape, pattern.n, axes) & jnp.ones_like(mask)
 
     def refresh(
         state: SoftBlocksState, params: chex.ArrayTree, step: chex.Numeric
@@ -173,7 +134,36 @@ def soft_uniform_blocks(
         masks = masks_of(state, SoftBlocksState)
         return export_masked(params, plan, masks, _UNFINISHED)
 
-    return Sparsifier(init, refresh, apply, export)
+    return Sparsifier(partial(_init, plan), refresh, apply, export)
+
+
+def _check_arguments(plan: Plan, ramp: Ramp, variant: str, temperature: float, soft: bool) -> None:
+    """Raises TypeError or ValueError unless these fit `soft_uniform_blocks`."""
+    check_plan(plan)
+    if not callable(ramp):
+        raise TypeError(
+            "ramp must be a function of the step, such as nmjax.cubic_ramp(begin, end); got "
+            f"{type(ramp).__name__}"
+        )
+    if plan.score is not magnitude:
+        raise ValueError(
+            f"soft_uniform_blocks ranks blocks by its own score=, but the plan has the score "
+            f"{plan.score}; make the plan without score="
+        )
+    if variant not in ("v1", "v2"):
+        raise ValueError(f'variant must be "v1" or "v2", got {variant!r}')
+    check_number("temperature", temperature)
+    if not isinstance(soft, bool):
+        raise TypeError(f"soft must be True or False, got {soft!r}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _init(plan: Plan, params: chex.ArrayTree, key: chex.PRNGKey) -> SoftBlocksState:
+    leaves = planned_leaves(params, plan)
+    masks = {name: jnp.ones_like(leaf, dtype=bool) for name, leaf in leaves.items()}
+    # The caller's key may belong to another generator; random bits of it seed ours.
+    return SoftBlocksState(masks, jax.random.bits(key, (2,), jnp.uint32))
 
 
 class _Layer(NamedTuple):
@@ -197,6 +187,34 @@ def _layers(plan: Plan) -> dict[str, _Layer]:
             + "\nList them in exclude= of make_plan, or give them such a pattern in rules=."
         )
     return layers
+
+
+def _refresh_layer(
+    layer: _Layer,
+    key: chex.PRNGKey,
+    w: Float[chex.Array, "*shape"],
+    mask: Bool[chex.Array, "*shape"],
+    step: chex.Numeric,
+    *,
+    ramp: Ramp,
+    score: BlockScore,
+    temperature: float,
+    variant: str,
+) -> Bool[Array, "*shape"]:
+    pattern, axes = layer
+    # A block is kept or dropped as a whole, so the mask of its first weight is enough.
+    kept = split_blocks(mask, pattern.n, axes)[..., 0]
+    scored = jnp.where(mask, w, 0) if variant == "v2" else w
+    if variant == "v1" and score is block_angular_redundancy:
+        score = partial(block_angular_redundancy, kept=kept)
+    scores = score_blocks(lax.stop_gradient(scored), pattern.n, axes, score)
+    # Zeros need not have the lowest score, so the blocks that V2 has dropped get -inf.
+    rank = jnp.where(kept, scores, -jnp.inf) if variant == "v2" else scores
+    stay = keep_blocks(rank, pattern.kept_blocks(rank.shape[-1]))
+    count = remaining(ramp, step, as_fraction(pattern.sparsity) * rank.shape[-1])
+    drawn = _draw(key, _logits(scores, ~stay) / temperature, ~stay, count)
+    # `&` gives the new mask the sharding of the old one.
+    return spread_blocks(stay | drawn, w.shape, pattern.n, axes) & jnp.ones_like(mask)
 
 
 def _logits(

@@ -26,7 +26,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,19 +58,17 @@ def cubic_ramp(begin: float, end: float) -> Ramp:
     >>> [float(ramp(step)) for step in (5, 10, 15, 20, 25)]
     [0.0, 0.0, 0.125, 1.0, 1.0]
     """
-    return _ramp(lambda x: x**3, lambda x: 1 - x**3, begin, end)
+    return _ramp(_CUBIC, begin, end)
 
 
 def linear_ramp(begin: float, end: float) -> Ramp:
     """Rises in proportion to the time since `begin`. Arguments and errors as in `cubic_ramp`."""
-    return _ramp(lambda x: x, lambda x: 1 - x, begin, end)
+    return _ramp(_LINEAR, begin, end)
 
 
 def cosine_ramp(begin: float, end: float) -> Ramp:
     """Rises like a quarter of a cosine, slow at first. Arguments and errors as in `cubic_ramp`."""
-    return _ramp(
-        lambda x: 1 - jnp.cos(jnp.pi * x / 2), lambda x: math.cos(math.pi * x / 2), begin, end
-    )
+    return _ramp(_COSINE, begin, end)
 
 
 def exponential_ramp(begin: float, end: float, *, rate: float) -> Ramp:
@@ -90,12 +88,14 @@ def exponential_ramp(begin: float, end: float, *, rate: float) -> Ramp:
     if not 0 < rate < math.inf:
         raise ValueError(f"the rate of an exponential ramp must be positive, got {rate}")
     total = rate * (end - begin)
-    return _ramp(
+    curve = _Curve(
         lambda x: jnp.expm1(-total * x) / jnp.expm1(-total),
-        lambda x: 1 - math.expm1(-total * x) / math.expm1(-total),
-        begin,
-        end,
+        lambda part, whole: (
+            1 - math.expm1(-total * (part / whole)) / math.expm1(-total)
+        ).as_integer_ratio(),
+        lambda left: -np.log1p((1 - left) * math.expm1(-total)) / total,
     )
+    return _ramp(curve, begin, end)
 
 
 def remaining(ramp: Ramp, step: chex.Numeric, total: Fraction) -> Int32[Array, ""]:
@@ -122,49 +122,73 @@ def remaining(ramp: Ramp, step: chex.Numeric, total: Fraction) -> Int32[Array, "
     return jnp.minimum(jnp.floor(float(total) * left).astype(jnp.int32), math.floor(total))
 
 
+class _Curve(NamedTuple):
+    """How a ramp rises.
+
+    Attributes:
+      shape: x -> fraction, for arrays.
+      left: (part, whole) -> 1 - shape(part / whole), as a numerator and a denominator. The
+        arguments and the results are integers of Python, so that they can be compared exactly.
+      x_at: 1 - shape(x) -> about x, for arrays of NumPy.
+    """
+
+    shape: Callable[[jax.Array], jax.Array]
+    left: Callable[[int, int], tuple[int, int]]
+    x_at: Callable[[np.ndarray], np.ndarray]
+
+
+_CUBIC = _Curve(
+    lambda x: x**3,
+    lambda part, whole: (whole**3 - part**3, whole**3),
+    lambda left: np.cbrt(1 - left),
+)
+_LINEAR = _Curve(lambda x: x, lambda part, whole: (whole - part, whole), lambda left: 1 - left)
+_COSINE = _Curve(
+    lambda x: 1 - jnp.cos(jnp.pi * x / 2),
+    lambda part, whole: math.cos(math.pi * (part / whole) / 2).as_integer_ratio(),
+    lambda left: np.arccos(left) * 2 / np.pi,
+)
+
+
 @dataclass(frozen=True)
 class _Ramp:
     """A ramp whose steps can be compared exactly.
 
     Attributes:
-      shape: x -> fraction, for arrays.
-      left: x -> 1 - shape(x), for exact fractions of Python.
+      curve: how it rises.
       begin: last step at which the fraction is 0.
       end: first step at which the fraction is 1.
     """
 
-    shape: Callable[[jax.Array], jax.Array]
-    left: Callable[[Fraction], Fraction | float]
+    curve: _Curve
     begin: int | float
     end: int | float
 
     def __call__(self, step: chex.Numeric) -> jax.Array:
         x = (jnp.asarray(step, jnp.float32) - self.begin) / (self.end - self.begin)
-        inside = jnp.clip(self.shape(jnp.clip(x, 0, 1)), 0, 1)
+        inside = jnp.clip(self.curve.shape(jnp.clip(x, 0, 1)), 0, 1)
         # Rounding must not leave the fraction below 1 at the end, so the ends are exact.
         return jnp.where(x >= 1, 1.0, jnp.where(x <= 0, 0.0, inside))
 
-    def left_at(self, step: float) -> Fraction | float:
-        """The fraction that is left at a step, exact if `left` is."""
+    def left_at(self, step: float) -> tuple[int, int]:
+        """The fraction that is left at a step, as a numerator and a denominator."""
         if step <= self.begin:
-            return 1
+            return 1, 1
         if step >= self.end:
-            return 0
-        begin, end = Fraction(self.begin), Fraction(self.end)
-        return self.left((Fraction(step) - begin) / (end - begin))
+            return 0, 1
+        (n, d), (begin, begin_d), (end, end_d) = (
+            number.as_integer_ratio() for number in (step, self.begin, self.end)
+        )
+        part, whole = (n * begin_d - begin * d) * end_d, (end * begin_d - begin * end_d) * d
+        return self.curve.left(part, whole)
 
 
-def _ramp(
-    shape: Callable[[jax.Array], jax.Array],
-    left: Callable[[Fraction], Fraction | float],
-    begin: float,
-    end: float,
-) -> Ramp:
+def _ramp(curve: _Curve, begin: float, end: float) -> Ramp:
     check_number("begin", begin)
     check_number("end", end)
     if not 0 <= begin < end < math.inf:
         raise ValueError(f"a ramp needs 0 <= begin < end, got begin={begin}, end={end}")
-    return _Ramp(shape, left, _python_number(begin), _python_number(end))
+    return _Ramp(curve, _python_number(begin), _python_number(end))
 
 
 def _python_number(x: float) -> int | float:
@@ -178,30 +202,56 @@ def _python_number(x: float) -> int | float:
 @functools.lru_cache(maxsize=256)  # Layers of the same size share a table.
 def _last_steps(ramp: _Ramp, total: Fraction, dtype: np.dtype) -> np.ndarray:
     """For j = 1, 2, ..., floor(total): the last step of a dtype at which at least j are left."""
-    places, step_at = _steps(ramp, dtype)
-    left_at = functools.cache(lambda place: ramp.left_at(step_at(place)))
+    steps = _Steps(dtype)
+    # The begin may be rounded up, and the end down.
+    first = max(steps.place(ramp.begin) - 1, 0)
+    last = min(steps.place(ramp.end) + 1, steps.place(steps.highest))
+    counts = range(1, math.floor(total) + 1)
 
-    def last(j: int) -> int | float:
-        # The fraction that is left falls, so the steps at which too little is left come last.
-        few = bisect.bisect_left(places, True, key=lambda place: left_at(place) < j / total)
-        return step_at(places[max(few - 1, 0)])
+    def are_left(j: int, place: int) -> bool:
+        numerator, denominator = ramp.left_at(steps.step(place))
+        return numerator * total.numerator >= j * total.denominator * denominator
 
-    return np.array([last(j) for j in range(1, math.floor(total) + 1)], dtype)
+    x = ramp.curve.x_at(np.array(counts) / float(total))
+    guesses = float(ramp.begin) + x * float(ramp.end - ramp.begin)
+    places = [
+        _last_place(
+            functools.partial(are_left, j), min(max(steps.place(guess), first), last), first, last
+        )
+        for j, guess in zip(counts, guesses.tolist(), strict=True)
+    ]
+    return np.array([steps.step(place) for place in places], dtype)
 
 
-def _steps(ramp: _Ramp, dtype: np.dtype) -> tuple[range, Callable[[int], int | float]]:
-    """The numbers of a dtype from the begin of a ramp to its end, in order, as places in a range.
+def _last_place(holds: Callable[[int], bool], guess: int, first: int, last: int) -> int:
+    """The last place from `first` to `last` where something holds; it holds before, not after.
 
-    Returns:
-      The places, and a function from a place to its number.
+    Looks at two places if the guess is right. It takes for granted that `first` holds.
     """
-    if np.issubdtype(dtype, np.integer):
-        first, last = math.floor(ramp.begin), math.ceil(ramp.end)
-        highest = int(np.iinfo(dtype).max)
-        return range(min(first, highest), min(last, highest) + 1), int
-    # Floats that are not negative sort like the integers with the same bits.
-    bits = np.dtype(f"int{8 * dtype.itemsize}")
-    first, last = (int(np.array(x, dtype).view(bits)) for x in (ramp.begin, ramp.end))
-    # The begin may have been rounded up, and the end down.
-    places = range(max(first - 1, 0), last + 2)
-    return places, lambda place: float(np.array(place, bits).view(dtype))
+    low, high, stride = guess, guess + 1, 1
+    while low > first and not holds(low):
+        low, high, stride = max(low - stride, first), low, 2 * stride
+    while high <= last and holds(high):
+        low, high, stride = high, min(high + stride, last + 1), 2 * stride
+    between = range(low + 1, high)
+    return low + bisect.bisect_left(between, True, key=lambda place: not holds(place))
+
+
+class _Steps:
+    """The numbers of a dtype from 0 to the highest finite one, by their place in this order."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self._dtype = dtype
+        self._is_integer = np.issubdtype(dtype, np.integer)
+        # Floats that are not negative sort like the integers with the same bits.
+        self._bits = np.dtype(f"int{8 * dtype.itemsize}")
+        self.highest = int(np.iinfo(dtype).max) if self._is_integer else float(np.finfo(dtype).max)
+
+    def place(self, step: float) -> int:
+        """The place of the number at a step or next to it."""
+        step = min(step, self.highest)
+        return int(step) if self._is_integer else int(np.array(step, self._dtype).view(self._bits))
+
+    def step(self, place: int) -> int | float:
+        """The number at a place."""
+        return place if self._is_integer else float(np.array(place, self._bits).view(self._dtype))

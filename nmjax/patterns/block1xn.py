@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, TypeGuard
 import jax
 
 from nmjax.layouts.axes import Axes, Shape, size_along
-from nmjax.masks.arguments import check_block, kept_blocks
+from nmjax.masks.arguments import as_written, check_block, kept_blocks
 from nmjax.masks.blocks import block_mask
 from nmjax.masks.scores import Score, block_sum, score_weights
 from nmjax.patterns.pattern import Pattern, Span, Whole
@@ -33,7 +33,8 @@ class Block1xN(Pattern):
       n: output channels in a block, at least 1; must divide the output channels.
       sparsity: fraction of the blocks that is dropped, 0 <= sparsity < 1. Out of c blocks,
         `floor(sparsity * c)` are dropped. The number counts as it is written: 0.29 is 29/100, and
-        1 / 3 is a third, so no block is lost to floating-point rounding.
+        1 / 3 is a third, so no block is lost to floating-point rounding. So does a NumPy float,
+        such as `np.float32(0.29)`.
       uniform: True if every row of blocks drops the same number, so that threads that each take a
         row have equal work (SUBP); False if all blocks of a layer compete, as in the 1xN paper.
         As text: `"1x16@0.5"` and `"1x16@0.5/layer"`.
@@ -65,7 +66,7 @@ class Block1xN(Pattern):
             raise TypeError(f"uniform must be True or False, got {self.uniform!r}")
         # NumPy numbers become Python's, so that equal patterns hash and print alike.
         object.__setattr__(self, "n", operator.index(self.n))
-        object.__setattr__(self, "sparsity", float(self.sparsity))
+        object.__setattr__(self, "sparsity", as_written(self.sparsity))
 
     @classmethod
     def parse(cls, text: str) -> Self | None:

@@ -108,7 +108,7 @@ def trace(forward: Callable[..., Any], params: Any, *inputs: Any) -> Trace:
         results = jax.tree.leaves(forward(params, *inputs))
         return [result for result in results if isinstance(result, jax.Array)]
 
-    with shapes_explained(inputs):
+    with explaining_shape_errors(inputs):
         jaxpr = jax.make_jaxpr(run)(*arrays).jaxpr
     names = tuple(name for name, leaf in named.items() if is_array(leaf))
     return Trace(jaxpr, names)
@@ -132,7 +132,7 @@ def described(given: Any) -> Any:
 
 
 @contextlib.contextmanager
-def shapes_explained(inputs: Sequence[Any]) -> Iterator[None]:
+def explaining_shape_errors(inputs: Sequence[Any]) -> Iterator[None]:
     """Adds to an error that the program may have wanted integers in place of float32 inputs."""
     try:
         yield

@@ -38,7 +38,7 @@ def named_leaves(tree: Any, *, is_leaf: IsLeaf | None = None) -> dict[str, Any]:
     {'a/kernel': 1, 'b/0': 2, 'b/1': 3}
     """
     leaves: dict[str, Any] = {}
-    with _keys_explained():
+    with _explaining_key_errors():
         found = jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
     for path, leaf in found:
         name = leaf_name(path)
@@ -52,7 +52,7 @@ def named_leaves(tree: Any, *, is_leaf: IsLeaf | None = None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _keys_explained() -> Iterator[None]:
+def _explaining_key_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
@@ -72,7 +72,7 @@ def map_named(
     >>> map_named(lambda name, leaf: f"{name}={leaf}", {"a": {"kernel": 1}})
     {'a': {'kernel': 'a/kernel=1'}}
     """
-    with _keys_explained():
+    with _explaining_key_errors():
         mapped: Tree = jax.tree.map_with_path(
             lambda path, *leaves: function(leaf_name(path), *leaves), tree, *rest, is_leaf=is_leaf
         )

@@ -70,20 +70,25 @@ def test_a_line_cut_off_while_it_was_written_is_left_out(tmp_path):
     assert log.read() == []
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
     assert [line["epoch"] for line in log.read()] == [1, 2]
-    assert log.keep(lambda line: line["epoch"] <= 1) == []
+    assert log.keep("epoch", 1) == []
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
     log.append({"epoch": 2, "loss": np.array([np.nan])})
     assert log.read()[-1] == {"epoch": 2, "loss": [None]}
 
 
 @pytest.mark.parametrize(
-    "damaged", [b'{"epoch": 2', b'{"epoci": 2}', b"[2]", b"\xff\x00", b"", b'{"epoch": "2"}']
+    "damaged",
+    [
+        *(b'{"epoch": 2', b'{"epoci": 2}', b"[2]", b"\xff\x00", b"", b'{"epoch": "2"}'),
+        *(b'{"epoch": NaN}', b'{"epoch": true}', b'{"epoch": false}', b'{"epoch": -1e999}'),
+        *(b'{"epoch": 1.5}', b'{"epoch": null}'),
+    ],
 )
 def test_damaged_lines_are_counted_and_dropped(tmp_path, damaged):
     log = JsonLines(tmp_path / "metrics.jsonl")
     lines = [b'{"epoch": 1}', damaged, b'{"epoch": 3}', b'{"epoch": 4}', b'{"epo']
     log.path.write_bytes(b"\n".join(lines))
-    assert log.keep(lambda line: line["epoch"] <= 3) == [2]
+    assert log.keep("epoch", 3) == [2]
     assert log.path.read_text() == '{"epoch": 1}\n{"epoch": 3}\n'
 
 

@@ -46,7 +46,7 @@ def through_a_file(params, plan, path):
     return nmjax.load_packed(path, like=params)
 
 
-def of_program(params, run):
+def functional_framework(params, run):
     """The same function runs on dense and on packed weights, which multiply with `@`."""
 
     def make_plan(pattern):
@@ -69,7 +69,7 @@ def plain_dict():
         hidden = nn.relu(x @ params["up"]["kernel"] + params["up"]["bias"])
         return hidden @ params["down"]["kernel"] + params["down"]["bias"]
 
-    return of_program(params, run)
+    return functional_framework(params, run)
 
 
 def linen():
@@ -126,7 +126,7 @@ class EquinoxNetwork(eqx.Module):
 def equinox():
     model = EquinoxNetwork(eqx.nn.Linear(16, 32, key=KEYS[2]), eqx.nn.Linear(32, 8, key=KEYS[3]))
 
-    return of_program(model, lambda model, x: jax.vmap(model)(x))
+    return functional_framework(model, lambda model, x: jax.vmap(model)(x))
 
 
 FRAMEWORKS = {"dict": plain_dict, "linen": linen, "nnx": flax_nnx, "equinox": equinox}

@@ -46,6 +46,14 @@ def test_sad_counts_the_entries_that_differ(masks):
     np.testing.assert_allclose(rate, sum(expected.values()) / entries, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sad", "total_sad", "flip_rate"])
+@pytest.mark.parametrize("second", [(), (None,)])
+def test_a_second_set_of_masks_is_asked_for(name, second):
+    call = rf"nmjax\.{name}\(nmjax\.compute_masks\(.*\), nmjax\.compute_masks\(.*\)\)"
+    with pytest.raises(TypeError, match=f"^{name} compares two sets of masks: {call}"):
+        getattr(nmjax, name)({"kernel": jnp.ones((4, 2))}, *second)
+
+
 @given(mask_trees(3))
 def test_sad_is_a_distance(masks):
     a, b, c = masks

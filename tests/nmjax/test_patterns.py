@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmjax import NM, Block1xN, block_mask, parse_pattern
+from nmjax.masks.arguments import as_fraction
 
 
 @st.composite
@@ -234,6 +235,20 @@ def test_the_decimal_as_written_counts(text, inputs):
     assert parse_pattern(str(pattern)) == pattern
     w = jax.random.normal(jax.random.key(0), (inputs, 2))
     assert block_mask(w, 2, float(text)).sum() == 2 * (inputs - dropped)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_numbers_of_numpy_count_as_they_are_written(dtype):
+    """As a float, `np.float32(0.29)` is 0.28999999165534973."""
+    for text in ("0.29", "0.57", "0.7", "0.95", "0.001"):
+        pattern, dropped = Block1xN(2, dtype(text)), math.floor(Fraction(text) * 1000)
+        assert pattern == Block1xN(2, float(text))
+        assert type(pattern.sparsity) is float
+        assert pattern.kept_blocks(1000) == 1000 - dropped
+    assert Block1xN(2, dtype(5 / 6)).kept_blocks(300) == 50
+    assert as_fraction(dtype(0.29)) == Fraction(29, 100)
+    # Written with more digits, it is no short fraction.
+    assert Block1xN(2, np.float32(0.1234567)).sparsity == 0.1234567
 
 
 @pytest.mark.parametrize("sparsity", [1 / 3, 2 / 3, 1 / 7, 0.1 + 0.2])

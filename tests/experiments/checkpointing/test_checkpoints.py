@@ -253,14 +253,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"score": 0.', b'{"scpre": 0.2}', b"[]", b"\xff", b'{"score": "x"}']
+    "content",
+    [
+        *(b"", b'{"score": 0.', b'{"scpre": 0.2}', b"[]", b"\xff", b'{"score": "x"}'),
+        *(b'{"score": NaN}', b'{"score": "nan"}', b'{"score": 1e999}', b'{"score": true}'),
+        *(b'{"score": null}', b'{"score": 1' + b"0" * 400 + b"}", None),
+    ],
+    ids=lambda content: repr(content)[:20],
 )
 def test_a_damaged_score_is_named_and_the_state_is_used(tmp_path, capsys, content):
     store = Checkpoints(tmp_path, keep_best=1)
     for steps in (1, 2):
         store.save(steps, make_state(step=steps), score=steps / 10)
     store.close()
-    (tmp_path / "2" / "metrics" / "metrics").write_bytes(content)
+    path = tmp_path / "2" / "metrics" / "metrics"
+    if content is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(content)
     store = Checkpoints(tmp_path, keep=1, keep_best=1)
     steps, restored = store.restore(LIKE)
     assert steps == 2

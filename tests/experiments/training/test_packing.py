@@ -1,12 +1,15 @@
 """What is trained is what ships: the packed file of a run, and the network that it serves."""
 
+import os
 import shlex
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 import experiments.training.flags
+import experiments.training.packing
 import nmjax
 from experiments.json_files import JsonLines
 from experiments.train import main
@@ -100,6 +103,39 @@ def test_what_cannot_be_packed_is_refused_before_training(tmp_path, given, messa
     packed = tmp_path / given.pop("packed", "network.safetensors")
     with pytest.raises(ValueError, match=message):
         Run(train_flags(tmp_path, given.pop("method", "ste"), packed=packed, **given))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_not_a_file_is_refused_before_training(tmp_path, make):
+    path = tmp_path / "network.safetensors"
+    make(path)
+    with pytest.raises(OSError, match=r"network\.safetensors .*not a regular file"):
+        Run(train_flags(tmp_path, "ste", packed=path))
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("parent", ["file", "file/below"])
+def test_a_folder_that_is_a_file_is_refused_before_training(tmp_path, parent):
+    (tmp_path / "file").touch()
+    with pytest.raises((ValueError, OSError), match=r"folder .*file"):
+        Run(train_flags(tmp_path, "ste", packed=tmp_path / parent / "network.safetensors"))
+    assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch):
+    # Root may write anywhere, so the answer of the system is replaced.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "packed")
+    (tmp_path / "packed").mkdir()
+    with pytest.raises(PermissionError, match=r"packed cannot be written"):
+        Run(train_flags(tmp_path, "ste", packed=tmp_path / "packed" / "network.safetensors"))
+    assert [*tmp_path.iterdir()] == [tmp_path / "packed"]
+
+
+def test_safetensors_is_needed_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments.training.packing, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'nmjax\[files\]'"):
+        Run(train_flags(tmp_path, "ste", packed=tmp_path / "network.safetensors"))
     assert not list(tmp_path.iterdir())
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nmjax
+from nmjax.methods import schedules
 from nmjax.methods.schedules import remaining
 
 RATE = 0.05
@@ -111,6 +112,42 @@ def test_what_is_left_is_exact_between_steps(steps, name):
     # In halves, the begin of the ramp is an integer.
     exact = [left_exactly(POWERS[name], 21, 360, 2 * Fraction(step), total) for step in steps]
     assert counts.tolist() == exact
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("begin", [0, 1000])
+def test_what_is_left_of_a_large_layer_takes_few_comparisons(monkeypatch, power, begin):
+    """Two or so for each count, not the twenty or thirty of a bisection."""
+    looks, left_at = [], schedules._Ramp.left_at
+    monkeypatch.setattr(
+        schedules._Ramp, "left_at", lambda ramp, step: looks.append(step) or left_at(ramp, step)
+    )
+    total = Fraction(7168 * 66, 128)
+    schedules._last_steps.cache_clear()
+    for dtype in (jnp.int32, jnp.float32):
+        steps = np.linspace(0, 20_000, 99).astype(dtype)
+        counts = [remaining(RAMPS[power][0](begin, 18_001), step, total) for step in steps]
+        exact = [
+            left_exactly(POWERS[power], begin, 18_001, Fraction(float(s)), total) for s in steps
+        ]
+        assert counts == exact
+    # Two dtypes, and sometimes a place next to the guess.
+    assert 0 < len(looks) < 2 * 3 * total
+
+
+@pytest.mark.parametrize("end", [1e39, 1e300])
+@pytest.mark.parametrize("begin", [0, 2e38, 9e38])
+@pytest.mark.parametrize("power", POWERS)
+def test_a_ramp_may_end_after_the_highest_step_of_the_dtype(power, begin, end):
+    ramp, total = RAMPS[power][0](begin, end), Fraction(33)
+    steps = [0.0, 1.0, 1e38, float(np.finfo(np.float32).max)]
+    counts = [remaining(ramp, np.float32(step), total) for step in steps]
+    exact = [
+        left_exactly(POWERS[power], int(begin), int(end), Fraction(float(np.float32(step))), total)
+        for step in steps
+    ]
+    assert counts == exact
+    assert remaining(ramp, np.int32(2**31 - 1), total) == 33 - (begin == 0)
 
 
 @pytest.mark.parametrize("name", ["cosine", "exponential"])
