@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta, unfreeze
 
+from nmjax.linen.forward_pass import check_module
 from nmjax.packed.weight import is_packed
 
 Path = tuple[str, ...]
@@ -68,8 +69,7 @@ def fold_batch_norm(
     >>> np.asarray(factor[0]).round(3).tolist()
     [3.0, 5.0]
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"expected a linen module instance such as nn.Dense(4), got {module!r}")
+    check_module(module, "nmjax.linen.fold_batch_norm(module, variables, x)")
     if any(map(is_packed, jax.tree.leaves(variables, is_leaf=is_packed))):
         raise TypeError("some weights are already packed; call fold_batch_norm before nmjax.pack")
     pairs = _fed_norms(module, variables, inputs, kwargs)

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import Scope
 
+from nmjax.packed.weight import is_packed
 from nmjax.tracing.program import described, is_array, shapes_explained
+from nmjax.trees.modules import got_no_module
 
 # The collection that holds what earlier inputs left behind. Others, such as running statistics,
 # masks, and scales of quantization, do not depend on the input: as inputs they would count as
@@ -82,10 +84,22 @@ def unbound(module: nn.Module, module_class: type[nn.Module]) -> nn.Module:
     return module_class(**fields_of(module.clone(name=None, _deep_clone=True)), parent=None)
 
 
-def check_module(module: Any) -> None:
-    """Raises TypeError unless it is a linen module instance."""
+def check_module(module: Any, call: str = 'nmjax.linen.make_plan(module, "2:4", x)') -> None:
+    """Raises TypeError unless it is a linen module instance; `call` is how to pass it."""
     if not isinstance(module, nn.Module):
-        raise TypeError(f"expected a linen module instance such as nn.Dense(4), got {module!r}")
+        got = got_no_module(module, call)
+        raise TypeError(f"expected a linen module instance such as nn.Dense(4), {got}")
+
+
+def check_variables(variables: Any) -> None:
+    """Raises TypeError if packed parameters are passed without their collection, "params"."""
+    is_nested = isinstance(variables, Mapping) and "params" not in variables
+    if is_packed(variables) or (
+        is_nested and any(map(is_packed, jax.tree.leaves(variables, is_leaf=is_packed)))
+    ):
+        raise TypeError(
+            'expected the variables of a module, got packed parameters; pass {"params": packed}'
+        )
 
 
 def fields_of(module: nn.Module) -> dict[str, Any]:

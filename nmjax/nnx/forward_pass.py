@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nmjax.tracing.program import described
+from nmjax.trees.modules import got_no_module
 
 
 class ForwardPass(NamedTuple):
@@ -51,7 +52,7 @@ def forward_pass(model: Any, inputs: Sequence[Any], call: Mapping[str, Any]) -> 
     return ForwardPass(run, params, (cache, *map(described, inputs)))
 
 
-def check_module(model: Any) -> None:
-    """Raises TypeError unless it is an NNX module."""
+def check_module(model: Any, call: str = 'nmjax.nnx.make_plan(model, "2:4", inputs=(x,))') -> None:
+    """Raises TypeError unless it is an NNX module; `call` is how to pass it."""
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"expected an NNX module, got {type(model).__name__}")
+        raise TypeError(f"expected an NNX module, {got_no_module(model, call)}")

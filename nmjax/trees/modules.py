@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -25,6 +26,31 @@ def check_no_module(tree: Any) -> None:
             'nmjax.nnx.make_plan(model, "2:4", inputs=(x,)), nmjax.nnx.sparsify(model, plan). Or '
             "pass nnx.state(model, nnx.Param)"
         )
+
+
+def got_no_module(given: Any, call: str) -> str:
+    """What was given in place of a Flax module, and what to do; never prints weights.
+
+    Args:
+      given: anything but an instance of the wanted module class.
+      call: the right call, such as "nmjax.nnx.prune(model, plan)".
+    """
+    name = type(given).__name__
+    if isinstance(given, type):
+        return f"got the class {given.__name__}; pass an instance of it"
+    if _is_from(given, "flax.linen."):
+        return (
+            f'got the linen module {name}; use nmjax.linen: nmjax.linen.make_plan(module, "2:4", x)'
+        )
+    if _is_from(given, "flax.nnx."):
+        return (
+            f"got the NNX module {name}; use nmjax.nnx: "
+            'nmjax.nnx.make_plan(model, "2:4", inputs=(x,))'
+        )
+    advice = f"got {name}; write {call}"
+    if isinstance(given, Mapping):
+        return f'{advice}, or for parameters nmjax.make_plan(params, "2:4")'
+    return advice
 
 
 def _is_from(tree: Any, package: str) -> bool:
