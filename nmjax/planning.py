@@ -6,8 +6,10 @@ one, they are those of known layers. nmjax does not guess: leaves with unknown a
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -103,6 +105,11 @@ def make_plan(
     for argument, value in (("on_indivisible", on_indivisible), ("on_unknown", on_unknown)):
         if value not in ("error", "dense"):
             raise ValueError(f'{argument} must be "error" or "dense", got {value!r}')
+    if isinstance(params, str | Pattern):
+        raise TypeError(
+            f"expected parameters, got {params!r}; if it is the pattern, swap the two arguments: "
+            'nmjax.make_plan(params, "2:4")'
+        )
     check_no_module(params)
     check_score(score)
     leaves = named_leaves(params)
@@ -195,7 +202,23 @@ def _read_uses(forward: Callable[..., Any], params: Any, inputs: Sequence[Any]) 
             "the network's inputs are needed to distinguish activations from weights: pass them as "
             "arguments, as in inputs=(x,), instead of closing over them"
         )
-    return read_program(forward, params, *inputs).uses
+    with _order_explained(forward):
+        return read_program(forward, params, *inputs).uses
+
+
+@contextlib.contextmanager
+def _order_explained(forward: Callable[..., Any]) -> Iterator[None]:
+    """Adds to an error what `forward` is called with, unless it names its argument `params`."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(TypeError, ValueError):  # Some callables have no signature.
+            if next(iter(inspect.signature(forward).parameters), "") != "params":
+                error.add_note(
+                    "forward is called as forward(params, *inputs): its first argument must be "
+                    "the parameters."
+                )
+        raise
 
 
 def _disagreement(leaf: LeafPlan, uses: Uses) -> str:

@@ -113,7 +113,7 @@ def add_sparse_refined(
             raise ValueError(_NO_PARAMS)
         strength = lambda_w(state.count) if callable(lambda_w) else lambda_w
         check_lambda(strength)
-        planned = planned_leaves(params, plan, is_hidden=_is_masked_node)
+        planned = _planned(params, plan)
 
         _check_updates(updates, planned)
         if isinstance(lambda_w, int | float) and lambda_w > 0 and runs_after_flipped_sign():
@@ -137,6 +137,19 @@ def add_sparse_refined(
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _planned(params: chex.ArrayTree, plan: Plan) -> dict[str, jax.Array]:
+    """`planned_leaves`, with one more way out: an optimizer may have only adapters."""
+    try:
+        return planned_leaves(params, plan, is_hidden=_is_masked_node)
+    except ValueError as error:
+        if plan.keys() & named_leaves(params).keys():
+            raise
+        raise ValueError(
+            f"{error} If these parameters do not include the planned weights because those are "
+            "frozen, leave add_sparse_refined out of the optimizer."
+        ) from error
 
 
 def _check_updates(updates: chex.ArrayTree, planned: Mapping[str, Any]) -> None:

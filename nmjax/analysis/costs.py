@@ -111,6 +111,11 @@ def cost(forward: Callable[..., Any], params: Any, *inputs: Any, plan: Plan | No
     >>> table.total.macs, table.total.macs_kept
     (128, 64)
     """
+    if isinstance(forward, Plan):
+        raise TypeError(
+            "expected the forward pass, got a plan; pass the plan by name, as in "
+            "cost(forward, params, x, plan=plan)"
+        )
     if plan is not None:
         check_plan(plan)
     if not jax.tree.leaves(inputs):

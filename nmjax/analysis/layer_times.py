@@ -25,7 +25,7 @@ _HEADER = (
     "leaf",
     "pattern",
     "product",
-    "way",
+    "implementation",
     "threads",
     "dense ms",
     "packed ms",

@@ -54,6 +54,11 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
       OSError: the file cannot be written.
       ImportError: safetensors is not installed.
     """
+    if isinstance(packed, str | os.PathLike):
+        raise TypeError(
+            f"expected packed parameters, got the path {os.fspath(packed)!r}; swap the two "
+            "arguments: save_packed(path, packed)"
+        )
     check_path(path)
     leaves = named_leaves(packed, is_leaf=is_packed)
     nest(leaves)

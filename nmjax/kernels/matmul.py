@@ -369,7 +369,8 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 def _check(packed: Any, activation: Any, implementation: Any) -> None:
     if not is_packed(packed):
         raise TypeError(
-            f"expected a packed weight, a leaf of what nmjax.pack returns, got {type(packed)}"
+            "expected a packed weight, a leaf of what nmjax.pack returns, got "
+            f"{type(packed).__name__}; the input comes first, as in packed_matmul(x, packed)"
         )
     packed.check_arrays()
     if activation not in (None, "relu"):

@@ -69,7 +69,7 @@ def fold_batch_norm(
     >>> np.asarray(factor[0]).round(3).tolist()
     [3.0, 5.0]
     """
-    check_module(module)
+    check_module(module, "nmjax.linen.fold_batch_norm(module, variables, x)")
     if any(map(is_packed, jax.tree.leaves(variables, is_leaf=is_packed))):
         raise TypeError("some weights are already packed; call fold_batch_norm before nmjax.pack")
     pairs = _fed_norms(module, variables, inputs, kwargs)

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 from flax.core import Scope
 
+from nmjax.packed.weight import is_packed
 from nmjax.tracing.program import constant, described, explaining_shape_errors, is_array
 from nmjax.trees.modules import wrong_module
 
@@ -82,10 +83,21 @@ def unbound(module: nn.Module, module_class: type[nn.Module]) -> nn.Module:
     return module_class(**fields_of(module.clone(name=None, _deep_clone=True)), parent=None)
 
 
-def check_module(module: Any) -> None:
-    """Raises TypeError unless it is a linen module instance."""
+def check_module(module: Any, call: str = 'nmjax.linen.make_plan(module, "2:4", x)') -> None:
+    """Raises TypeError unless it is a linen module instance; `call` is how to pass it."""
     if not isinstance(module, nn.Module):
-        raise wrong_module("a linen module instance such as nn.Dense(4)", module)
+        raise wrong_module("a linen module instance such as nn.Dense(4)", module, call)
+
+
+def check_variables(variables: Any) -> None:
+    """Raises TypeError if packed parameters are passed without their collection, "params"."""
+    is_nested = isinstance(variables, Mapping) and "params" not in variables
+    if is_packed(variables) or (
+        is_nested and any(map(is_packed, jax.tree.leaves(variables, is_leaf=is_packed)))
+    ):
+        raise TypeError(
+            'expected the variables of a module, got packed parameters; pass {"params": packed}'
+        )
 
 
 def fields_of(module: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from nmjax.kernels.cpu.depthwise import depthwise_conv
 from nmjax.kernels.layer_products import packed_conv_general, packed_dot_general
 from nmjax.kernels.matmul import Implementation
 from nmjax.kernels.operands import as_window
-from nmjax.linen.forward_pass import check_module
+from nmjax.linen.forward_pass import check_module, check_variables
 from nmjax.linen.obstacles import (
     check_layer,
     check_stacks,
@@ -77,9 +77,10 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
     >>> jax.jit(packed_apply(model))(variables, jnp.ones((1, 8))).shape
     (1, 16)
     """
-    check_module(module)
+    check_module(module, "nmjax.linen.packed_apply(module)")
 
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        check_variables(variables)
         check_stacks(variables)
         with nn.intercept_methods(partial(_multiply_packed, implementation)):
             return module.apply(variables, *args, **kwargs)

@@ -10,7 +10,7 @@ import flax.linen as nn
 
 from nmjax import planning
 from nmjax.analysis import costs
-from nmjax.linen.forward_pass import forward_pass
+from nmjax.linen.forward_pass import check_module, forward_pass
 from nmjax.patterns import Pattern
 from nmjax.plans import Plan
 
@@ -29,7 +29,8 @@ def make_plan(
     Args:
       module: a linen module.
       pattern: such as `"2:4"`.
-      *inputs: the module's inputs as arrays, ShapeDtypeStructs or shapes (of float32).
+      *inputs: the module's inputs as arrays, ShapeDtypeStructs or shapes (of float32). For token
+        ids pass `jax.ShapeDtypeStruct(shape, jnp.int32)`.
       call: keyword arguments of the module's `__call__`, such as `{"train": False}`; with
         `"method"`, of that method instead.
       **selection: other arguments of `nmjax.make_plan`, such as `exclude`.
@@ -48,6 +49,12 @@ def make_plan(
             "linen.make_plan takes the module's inputs as arguments, as in make_plan(module, "
             '"2:4", x), and keyword arguments of its __call__ in call=, such as '
             f'call={{"train": False}}; got {sorted(selection)}'
+        )
+    check_module(module)
+    if not isinstance(pattern, str | Pattern) and any(isinstance(x, str | Pattern) for x in inputs):
+        raise TypeError(
+            "the pattern comes before the inputs: swap the arguments, as in "
+            'make_plan(module, "2:4", x)'
         )
     run, params, arrays = forward_pass(module, inputs, call or {})
     return planning.make_plan(params, pattern, forward=run, inputs=(arrays,), **selection)
@@ -73,6 +80,7 @@ def cost(
     kernel  2:4           32    16             32    16  100.0%
     total                 36    20             32    16  100.0%
     """
+    check_module(module, "nmjax.linen.cost(module, plan, x)")
     run, params, arrays = forward_pass(module, inputs, kwargs)
     if plan is not None and not isinstance(plan, Plan):
         plan = planning.make_plan(params, plan, forward=run, inputs=(arrays,))

@@ -66,7 +66,7 @@ def sparsify(
     >>> int((output != 0).sum()), variables["params"]["kernel"].size
     (8, 32)
     """
-    check_module(module)
+    check_module(module, 'nmjax.linen.sparsify(module, "2:4")')
     if isinstance(plan, Plan) and selection:
         raise TypeError(
             f"{sorted(selection)} are arguments of nmjax.make_plan; pass them there, because this "

@@ -50,7 +50,7 @@ def forward_pass(model: Any, inputs: Sequence[Any], call: Mapping[str, Any]) -> 
     return ForwardPass(run, params, (cache, *map(described, inputs)))
 
 
-def check_module(model: Any) -> None:
-    """Raises TypeError unless it is an NNX module."""
+def check_module(model: Any, call: str = 'nmjax.nnx.make_plan(model, "2:4", inputs=(x,))') -> None:
+    """Raises TypeError unless it is an NNX module; `call` is how to pass it."""
     if not isinstance(model, nnx.Module):
-        raise wrong_module("an NNX module", model)
+        raise wrong_module("an NNX module", model, call)

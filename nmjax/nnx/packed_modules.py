@@ -53,7 +53,7 @@ def pack(model: Model, plan: Plan, masks: Masks | None = None) -> Model:
     >>> type(packed.kernel.get_value()).__name__, bool(jnp.allclose(packed(x), model(x)))
     ('PackedNM', True)
     """
-    check_module(model)
+    check_module(model, "nmjax.nnx.pack(model, plan)")
     check_plan(plan)
     params = nnx.state(model, nnx.Param)
     check_layers(model, plan)

@@ -37,7 +37,7 @@ def make_plan(
         traced as the module is set (`model.train()`, `model.eval()`).
       pattern: such as `"2:4"`.
       inputs: the arguments of the module's `__call__`, in a tuple: arrays, ShapeDtypeStructs, or
-        shapes of float32 arrays.
+        shapes of float32 arrays. For token ids pass `jax.ShapeDtypeStruct(shape, jnp.int32)`.
       call: keyword arguments of `__call__`, which stay as they are.
       **selection: other arguments of `nmjax.make_plan`, such as `exclude`.
 
@@ -87,7 +87,8 @@ def cost(
       plan: from `make_plan`; a pattern, for a plan with the default rules; None for the dense
         network.
       *inputs: the arguments of the module's `__call__`: arrays, ShapeDtypeStructs, or shapes of
-        float32 arrays. For the cost of one example, use a batch size of 1.
+        float32 arrays. For token ids pass `jax.ShapeDtypeStruct(shape, jnp.int32)`. For the cost
+        of one example, use a batch size of 1.
       **kwargs: keyword arguments of `__call__`, which stay as they are.
 
     >>> print(cost(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), "2:4", (1, 8)))
@@ -97,6 +98,7 @@ def cost(
     kernel  2:4           32    16             32    16  100.0%
     total                 36    20             32    16  100.0%
     """
+    check_module(model, "nmjax.nnx.cost(model, plan, x)")
     if plan is not None and not isinstance(plan, Plan):
         plan = make_plan(model, plan, inputs, call=kwargs)
     run, params, arrays = forward_pass(model, inputs, kwargs)

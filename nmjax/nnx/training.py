@@ -47,7 +47,7 @@ def sparsify(
     >>> int((sparsify(model, plan)(x) != 0).sum()), int((grads["kernel"][...] != 0).sum())
     (8, 32)
     """
-    check_module(model)
+    check_module(model, "nmjax.nnx.sparsify(model, plan)")
     params = nnx.state(model, nnx.Param)
     return _with_planned(model, pruning.sparsify(params, plan, masks, lambda_w=lambda_w), plan)
 
@@ -67,7 +67,7 @@ def with_params(model: Model, params: Any) -> Model:
       TypeError: `model` is not an NNX module.
       ValueError: `params` are not those of the module.
     """
-    check_module(model)
+    check_module(model, "nmjax.nnx.with_params(model, params)")
     new, old = named_variables(params), named_variables(nnx.state(model, nnx.Param))
     if new.keys() != old.keys():
         raise ValueError(
@@ -96,7 +96,7 @@ def prune(model: nnx.Module, plan: Plan, masks: Masks | None = None) -> None:
     >>> int((model.kernel[...] != 0).sum())
     8
     """
-    check_module(model)
+    check_module(model, "nmjax.nnx.prune(model, plan)")
     nnx.update(model, pruning.prune(nnx.state(model, nnx.Param), plan, masks))
 
 

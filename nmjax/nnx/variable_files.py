@@ -38,7 +38,7 @@ def save(path: str | os.PathLike[str], model: nnx.Module) -> None:
       ValueError: what `nmjax.save_packed` raises.
       ImportError: safetensors is not installed.
     """
-    check_module(model)
+    check_module(model, "nmjax.nnx.save(path, model)")
     leaves = named_leaves(nnx.state(model), is_leaf=is_packed)
     others = {
         n: type(x).__name__
@@ -81,7 +81,7 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     >>> bool(other.rngs.key[...] == model.rngs.key[...])
     True
     """
-    check_module(model)
+    check_module(model, "nmjax.nnx.load(path, model)")
     new = named_leaves(load_packed(path), is_leaf=is_packed)
     old = named_leaves(nnx.state(model), is_leaf=is_packed)
     _check_same(old, new, os.fspath(path))

@@ -12,7 +12,7 @@ from nmjax.packed.packing import is_packed
 from nmjax.tables import Row, html_table, text_table
 from nmjax.trees.leaves import is_array, named_leaves
 
-_HEADER = ("leaf", "pattern", "dense bytes", "packed", "least", "packed / dense")
+_HEADER = ("leaf", "pattern", "dense bytes", "packed", "lower bound", "packed / dense")
 _NUMBERS = (2, 3, 4, 5)
 
 

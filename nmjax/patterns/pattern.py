@@ -202,7 +202,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
     if not isinstance(text, str):
         raise TypeError(
             f'a pattern is text such as "2:4" or "1x16@0.5", an nmjax.NM or an nmjax.Block1xN; '
-            f"got {text!r} of type {type(text).__name__}"
+            f"got {type(text).__name__}"
         )
     # The texts of different kinds do not overlap, so the order does not matter.
     parsed = (kind.parse(text) for kind in Pattern._kinds.values())

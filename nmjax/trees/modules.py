@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 _LINEN, _NNX = "flax.linen.", "flax.nnx."
@@ -36,14 +37,25 @@ def check_no_module(tree: Any) -> None:
         raise TypeError(f"{wrong_module('parameters', tree)}. Or pass nnx.state(model, nnx.Param)")
 
 
-def wrong_module(expected: str, given: Any) -> TypeError:
-    """The error for another object than a function is for; a Flax module comes with the way out."""
-    # Modules are not printed, because they may hold many arrays.
-    name = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+def wrong_module(expected: str, given: Any, call: str = "") -> TypeError:
+    """The error for something else than a function is for. It never prints weights.
+
+    Args:
+      expected: what the function is for.
+      given: what it got. For a Flax module, the error names the functions that take it.
+      call: how to call the function, such as "nmjax.nnx.prune(model, plan)".
+    """
+    if isinstance(given, type):
+        got = f"the class {given.__name__}; pass an instance of it"
+        return TypeError(f"expected {expected}, got {got}")
+    name = type(given).__name__
     for package, (kind, way_out) in _MODULES.items():
         if _is_from(given, package):
             return TypeError(f"expected {expected}, got the {kind} module {name}. {way_out}")
-    return TypeError(f"expected {expected}, got {name}")
+    advice = f"; write {call}" if call else ""
+    if call and isinstance(given, Mapping):
+        advice += ', or for parameters nmjax.make_plan(params, "2:4")'
+    return TypeError(f"expected {expected}, got {name}{advice}")
 
 
 def is_quantized(module: Any) -> bool:

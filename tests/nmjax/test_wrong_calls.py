@@ -211,3 +211,33 @@ def test_wrong_arguments_are_named(door, place):
             call_with(function, right, place, wrong)
         assert raised_by_nmjax(caught.value), f"{wrong!r}: {caught.value!r}"
         assert len(str(caught.value)) > 25, f"{wrong!r}: {caught.value!r}"
+
+
+# Arguments that changed places
+
+
+@pytest.mark.parametrize(
+    ("call", "advice"),
+    [
+        (lambda: nmjax.make_plan("2:4", PARAMS), "swap the two arguments"),
+        (lambda: nmjax.make_plan(PARAMS, PARAMS), "got dict"),
+        (lambda: nmjax.cost(PLAN, PARAMS), r"cost\(forward, params, x, plan=plan\)"),
+        (lambda: nmjax.save_packed(PACKED, "f.safetensors"), r"save_packed\(path, packed\)"),
+        (lambda: nmjax.packed_matmul(LAYER, X), r"packed_matmul\(x, packed\)"),
+    ],
+)
+def test_swapped_arguments_are_named_without_weights(call, advice):
+    with pytest.raises(TypeError, match=advice) as caught:
+        call()
+    assert "Array(" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("swapped", "has_note"),
+    [(lambda x, p: x @ p["a"]["kernel"], True), (lambda params, x: x["a"] @ params, False)],
+)
+def test_errors_of_a_forward_pass_say_what_it_takes(swapped, has_note):
+    with pytest.raises(TypeError) as caught:
+        nmjax.make_plan(PARAMS, "2:4", forward=swapped, inputs=(X,))
+    notes = "".join(getattr(caught.value, "__notes__", []))
+    assert ("forward is called as forward(params, *inputs)" in notes) == has_note
