@@ -95,7 +95,7 @@ def test_packed_weights(pattern, dtype, tmp_path):
     loaded = nmjax.unpack(nmjax.load_packed(tmp_path / "packed.safetensors", like=packed))
     jax.tree.map(np.testing.assert_array_equal, loaded, nmjax.prune(params, plan))
     nmjax.unpack_slow(packed)
-    jax.jit(lambda p: nmjax.pack(p, plan))(params)
+    jax.jit(lambda p: nmjax.pack(nmjax.prune(p, plan), plan))(params)
 
 
 def packed_matrix(pattern, dtype="float32"):
