@@ -68,7 +68,7 @@ def quantize(packed: PackedNM) -> QuantizedNM:
 
 def dequantize(w: QuantizedNM, dtype: np.dtype) -> PackedNM:
     """The packed weight with values of a floating dtype."""
-    values = w.packed.values * w.scales[..., None, None, :]
+    values = w.packed.values.astype(jnp.float32) * w.scales[..., None, None, :]
     return w.packed.with_values(values.astype(dtype))
 
 
@@ -86,4 +86,4 @@ def matmul(
     """
     integers = w.packed.with_values(w.packed.values.astype(x.dtype))
     y = sums(x, integers)
-    return finish(y * w.scales, bias, activation, x.dtype)
+    return finish(y * w.scales[None], bias, activation, x.dtype)

@@ -12,11 +12,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nmjax
 import nmjax.linen
 import nmjax.nnx
 from nmjax.files import interchange, torch_layout
+from nmjax.kernels import quantized
+from tests.nmjax.packed_weights import prune_and_pack
 
 # Each dtype with each kind of pattern.
 WEIGHTS = [
@@ -90,7 +93,40 @@ def test_packed_weights(pattern, dtype, tmp_path):
     loaded = nmjax.unpack(nmjax.load_packed(tmp_path / "packed.safetensors", like=packed))
     jax.tree.map(np.testing.assert_array_equal, loaded, nmjax.prune(params, plan))
     nmjax.unpack_slow(packed)
-    jax.jit(lambda p: nmjax.pack(p, plan))(params)
+    jax.jit(lambda p: nmjax.pack(nmjax.prune(p, plan), plan))(params)
+
+
+def packed_matrix(pattern, dtype="float32"):
+    """32 outputs, which the compiled kernels take for every pattern."""
+    params = {"kernel": jax.random.normal(jax.random.key(0), (16, 32), dtype)}
+    return prune_and_pack(params, nmjax.make_plan(params, pattern))["kernel"]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5", "1x4@0.5/layer"])
+def test_products_on_two_devices(pattern):
+    packed, x, bias = packed_matrix(pattern), jnp.ones((4, 16)), jnp.ones(32)
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+    rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    whole = jax.device_put((packed, bias), NamedSharding(mesh, PartitionSpec()))
+
+    def product(x, packed, bias):
+        return nmjax.packed_matmul(x, packed, bias, activation="relu")
+
+    grad = jax.grad(lambda *operands: total(product(*operands)), argnums=(0, 1), allow_int=True)
+    jax.jit(grad)(rows, *whole)
+    expected = np.maximum(x @ nmjax.unpack(packed) + 1, 0)
+    for run in (product, jax.jit(product)):
+        np.testing.assert_allclose(run(rows, *whole), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_integer_values(dtype):
+    packed, x = packed_matrix("2:4", dtype), jnp.ones((2, 16), dtype)
+    integers = quantized.quantize(packed)
+    dequantized = quantized.dequantize(integers, np.dtype(dtype))
+    expected = x @ nmjax.unpack(dequantized) + jnp.ones((1, 32), dtype)
+    y = quantized.matmul(x, integers, jnp.ones(32, dtype))
+    np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (y, expected)), atol=0.1)
 
 
 @pytest.mark.parametrize(("n", "dtype"), [(1, "float32"), (2, "bfloat16")])
