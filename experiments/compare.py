@@ -34,14 +34,15 @@ from rich.progress import (
 
 import nmjax
 from experiments.checkpointing.run_folder import Earlier, open_folder
+from experiments.distributed.processes import leave_if_interrupted
 from experiments.distributed.seeds import fastest, stack, use_every_core
-from experiments.distributed.stopping import ending_at_the_second
+from experiments.distributed.stopping import INTERRUPTED, ending_at_the_second
 from experiments.json_files import Numbers
 from experiments.report.snapshots import block_masks, example_images, kernel_shapes, shown
 from experiments.report.step_times import step_times
 from experiments.tasks.task import Compared, Task
 from experiments.training.flags import Flags as TrainFlags
-from experiments.training.flags import make_task
+from experiments.training.flags import as_flags, make_task
 from experiments.training.job import Job, assemble_job, plan_of
 from experiments.training.loop import begin, train
 from experiments.training.methods import (
@@ -329,7 +330,7 @@ def _finish(comparison: Comparison, results: Results, console: Console) -> int:
             f"stopped: {done} of {len(comparison.trials)} trials are in the report; --resume "
             "continues with the others"
         )
-        status = 130
+        status = INTERRUPTED
     print_table(results.data, console)
     console.print(f"report: {write_report(results.data, comparison.flags.folder)}")
     return status
@@ -377,12 +378,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return compare(flags, Console())
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_flags(str(error), 'Choose other patterns.')}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
     use_every_core(os.cpu_count() or 1)
-    sys.exit(main())
+    exit_status = main()
+    leave_if_interrupted(exit_status)
+    sys.exit(exit_status)

@@ -10,11 +10,16 @@ from collections.abc import Sequence
 import jax
 import tyro
 
-from experiments.distributed.processes import is_first, join_processes, leave
-from experiments.distributed.stopping import ending_at_the_second
-from experiments.training.flags import Flags
+from experiments.distributed.processes import (
+    is_first,
+    join_processes,
+    leave,
+    leave_if_interrupted,
+)
+from experiments.distributed.stopping import INTERRUPTED, ending_at_the_second
+from experiments.training.flags import Flags, as_flags
 from experiments.training.packing import pack_command
-from experiments.training.run import COMPLETE, INTERRUPTED, PREEMPTED, Run
+from experiments.training.run import COMPLETE, PREEMPTED, Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +47,7 @@ def _train(flags: Flags) -> int:
         print("stopped before training began" if run is None else "stopped", file=sys.stderr)
         status = INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_flags(str(error))}", file=sys.stderr)
         status = 1
     except Exception:
         if jax.process_count() == 1:
@@ -61,4 +66,5 @@ if __name__ == "__main__":
     exit_status = main()
     # Python's own exit takes a moment, and Ctrl-C would print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_if_interrupted(exit_status)
     sys.exit(exit_status)

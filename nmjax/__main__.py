@@ -26,7 +26,7 @@ from nmjax.files.whole_files import check_target
 from nmjax.kernels.gpu.cusparselt import check_semi_structured
 from nmjax.kernels.matmul import choose, expected_speedup
 from nmjax.options import as_options, make_parser, parse_axes, split_rules
-from nmjax.packed.packing import check_sparse, pack
+from nmjax.packed.packing import check_pattern, pack
 from nmjax.packed.storage import sizes
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.planning import make_plan
@@ -125,8 +125,18 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(f"\n{sizes(packed)}\n\n{_products(packed)}")
 
 
+def _check_output(arguments: argparse.Namespace) -> None:
+    """Checks that the output can be written, and does not replace the checkpoint."""
+    out, checkpoint = arguments.out, arguments.checkpoint
+    check_target(out)
+    if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
+        raise ValueError(
+            f"--out {out} would replace the checkpoint {checkpoint}: choose another file"
+        )
+
+
 def _prune(arguments: argparse.Namespace) -> None:
-    check_target(arguments.out)
+    _check_output(arguments)
     checkpoint = _open(arguments)
     with _slashes_noted(checkpoint):
         plan = _plan_output(checkpoint, arguments)
@@ -143,7 +153,7 @@ def _prune(arguments: argparse.Namespace) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    check_target(arguments.out)
+    _check_output(arguments)
     checkpoint = _open(arguments)
     with _slashes_noted(checkpoint):
         plan = _plan_output(checkpoint, arguments)
@@ -151,10 +161,11 @@ def _pack(arguments: argparse.Namespace) -> None:
         if arguments.prune:
             params = prune(params, plan)
         else:
-            try:
-                check_sparse(params, plan)
-            except ValueError as error:
-                raise ValueError(f"{error}\nPass --prune to prune them by magnitude.") from error
+            check_pattern(
+                params,
+                plan,
+                "these weights are not sparse yet; pass --prune to prune them by magnitude",
+            )
         packed = _packed(params, plan)
     save_packed(arguments.out, packed)
     print(sizes(packed))

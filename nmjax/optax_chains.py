@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Update = Callable[..., Any]
+
+# Transformations of optax that keep the sign of updates, whatever their arguments are.
+KEEPING = (
+    "adaptive_grad_clip",
+    "add_decayed_weights",
+    "add_noise",
+    "apply_every",
+    "centralize",
+    "clip",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "ema",
+    "identity",
+    "scale_by_adadelta",
+    "scale_by_adam",
+    "scale_by_adamax",
+    "scale_by_adan",
+    "scale_by_amsgrad",
+    "scale_by_belief",
+    "scale_by_factored_rms",
+    "scale_by_lion",
+    "scale_by_novograd",
+    "scale_by_param_block_norm",
+    "scale_by_param_block_rms",
+    "scale_by_radam",
+    "scale_by_rms",
+    "scale_by_rprop",
+    "scale_by_rss",
+    "scale_by_sign",
+    "scale_by_sm3",
+    "scale_by_stddev",
+    "scale_by_yogi",
+    "trace",
+    "zero_nans",
+)
 
 
 def runs_after_flipped_sign() -> bool:
     """Whether the chains that call the caller have flipped the sign before it, and not after it.
 
     optax has no way to ask for this. So the chains are found on the stack, and the signs of their
-    parts are read from the closures. Whatever is not recognized counts as keeping the sign.
+    parts are read from the closures. A part that is not recognized counts as keeping the sign
+    before the caller. After it, such a part may flip the sign back, and the answer is False.
     """
     before: list[Update] = []
     after: list[Update] = []
@@ -26,33 +63,40 @@ def runs_after_flipped_sign() -> bool:
             before += parts[:place]
             after += parts[place + 1 :]
         frame = frame.f_back
-    return _flips(before) and not _flips(after)
+    first, later = math.prod(sign or 1 for sign in _signs(before)), _signs(after)
+    return first < 0 and None not in later and math.prod(filter(None, later)) > 0
 
 
-def _flips(parts: Sequence[Update]) -> bool:
-    return sum(map(_flips_sign, parts)) % 2 == 1
+def _signs(parts: Iterable[Update]) -> list[int | None]:
+    return [sign for part in parts for sign in _signs_of(part)]
 
 
-def _flips_sign(update: Any) -> bool:
-    """Whether a transformation is certain to flip the sign of every update."""
+def _signs_of(update: Any) -> list[int | None]:
+    """What a transformation multiplies the sign of every update by, part by part.
+
+    Returns:
+      1, -1, or None if that is not certain, for each part of a chain.
+    """
     if not inspect.isfunction(update):
-        return False
-    inside = inspect.getclosurevars(update).nonlocals
-    if _is_made_by("with_extra_args_support", update.__code__):
-        return "tx" in inside and _flips_sign(inside["tx"].update)
-    if _is_made_by("chain", update.__code__):
-        return _flips(inside.get("update_fns", ()))
-    if _is_made_by("scale", update.__code__):
-        return _is_negative(inside.get("step_size"))
+        return [None]
+    code, inside = update.__code__, inspect.getclosurevars(update).nonlocals
+    if _is_made_by("with_extra_args_support", code) and "tx" in inside:
+        return _signs_of(inside["tx"].update)
+    if _is_made_by("chain", code):
+        return _signs(inside.get("update_fns", ()))
+    if _is_made_by("scale", code):
+        return [_sign(inside.get("step_size"))]
     schedule = inside.get("step_size_fn")
-    if _is_made_by("scale_by_schedule", update.__code__) and inspect.isfunction(schedule):
-        # `optax.scale_by_learning_rate` multiplies its schedule by this number.
-        return _is_negative(inspect.getclosurevars(schedule).nonlocals.get("m"))
-    return False
+    if inspect.isfunction(schedule) and _is_made_by("scale_by_learning_rate", schedule.__code__):
+        # The learning rate is multiplied by this number.
+        return [_sign(inspect.getclosurevars(schedule).nonlocals.get("m"))]
+    return [1 if any(_is_made_by(maker, code) for maker in KEEPING) else None]
 
 
-def _is_negative(number: Any) -> bool:
-    return isinstance(number, int | float) and number < 0
+def _sign(number: Any) -> int | None:
+    if not isinstance(number, int | float):
+        return None
+    return -1 if number < 0 else 1
 
 
 def _is_made_by(maker: str, code: Any) -> bool:

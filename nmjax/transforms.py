@@ -52,6 +52,9 @@ def add_sparse_refined(
 
     After `optax.sgd` or another whole optimizer, the sign has been flipped already, and the term
     would push pruned weights away from zero. `update` warns if it sees that in its `optax.chain`.
+    It does not see it if the optimizer is in `optax.inject_hyperparams`, `optax.partition`, or a
+    transformation of your own, if the chain is an `optax.named_chain`, or if a part that may flip
+    the sign back follows.
 
     First in the chain, this is SR-STE as published, the same as `prune_sr_ste` in the loss. After
     `optax.scale_by_adam` it is decoupled, like AdamW's weight decay: a step shrinks a pruned weight

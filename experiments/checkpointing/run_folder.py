@@ -115,17 +115,31 @@ def _check_earlier(
             f"{folder} already holds a run: give --resume to continue it, or another --name"
         )
     try:
-        before = deciding(json.loads(path.read_text("utf-8")))
+        stored = json.loads(path.read_text("utf-8"))
+        before = deciding(stored)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold the settings of a run: {error!r}. If you have no copy, delete "
             "the file, and --resume continues with the flags given now"
         ) from error
-    if changed := differences(deciding(settings), before):
+    now = deciding(settings)
+    # Other settings, such as the length of the warm-up, follow from the flags.
+    given = _changed_flags(settings, stored)
+    changed = differences(_only(given, now), _only(given, before)) or differences(now, before)
+    if changed:
         raise ValueError(
             f"the run in {folder} cannot be resumed with other settings: {changed}. Give the "
             "flags it was started with, or another --name"
         )
+
+
+def _changed_flags(now: Numbers, before: Numbers) -> set[str]:
+    new, old = now.get("flags", {}), before.get("flags", {})
+    return {name for name in new.keys() | old.keys() if new.get(name) != old.get(name)}
+
+
+def _only(names: set[str], settings: Numbers) -> Numbers:
+    return {name: value for name, value in settings.items() if name in names}
 
 
 def _owner(path: Path) -> str:

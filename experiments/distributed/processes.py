@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.distributed.barriers import wait_for_others
+from experiments.distributed.stopping import INTERRUPTED
 
 T = TypeVar("T")
 
@@ -67,6 +69,20 @@ def leave(status: int) -> NoReturn:
     sys.stderr.flush()
     wait_for_others()
     os._exit(status)
+
+
+def leave_if_interrupted(status: int) -> None:
+    """Ends this process if Ctrl-C ended its work. Call it when all files are written.
+
+    XLA may still be compiling in other threads, and Python's own exit then ends in a segmentation
+    fault.
+    """
+    if status != INTERRUPTED:
+        return
+    # Python's own exit would end the processes that read data.
+    for child in multiprocessing.active_children():
+        child.terminate()
+    leave(status)
 
 
 def tell_all(text: str) -> list[str]:

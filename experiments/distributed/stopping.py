@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import jax
 from jax.experimental import multihost_utils
 
+INTERRUPTED = 130  # What shells report for a program that Ctrl-C has ended.
+
 
 @contextmanager
 def noted(number: int) -> Iterator[list[int]]:
@@ -24,7 +26,9 @@ def noted(number: int) -> Iterator[list[int]]:
 
 
 @contextmanager
-def ending_at_the_second(number: int = signal.SIGINT, *, status: int = 130) -> Iterator[None]:
+def ending_at_the_second(
+    number: int = signal.SIGINT, *, status: int = INTERRUPTED
+) -> Iterator[None]:
     """Ctrl-C raises KeyboardInterrupt once; pressed again, it ends the process at once.
 
     A run saves its state after the first, which may take long.

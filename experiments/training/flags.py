@@ -20,6 +20,8 @@ from experiments.training.methods import check_fits, find_row
 
 _AT_LEAST_ONE = ("accumulate", "checkpoint_every", "keep_checkpoints", "evaluate_every")
 _AT_LEAST_ZERO = ("checkpoint_steps", "keep_best", "log_every")
+# What errors of nmjax advise: arguments of functions.
+_INDIVISIBLE = 'List them in exclude=, or pass on_indivisible="dense" to leave them dense.'
 _LAST_SEED = 2**31 - 1  # States hold int32.
 
 
@@ -179,3 +181,17 @@ def make_run_placement(flags: Flags, job: Job) -> Placement:
 def strength(flags: Flags, recipe: Recipe) -> float:
     """The `lambda_w` that the method trains with."""
     return find_row(flags.method).strength(recipe)
+
+
+def as_flags(
+    text: str,
+    way_out: str = "Choose another --pattern, or list them in --keep-dense together with the "
+    "layers that the task itself keeps dense.",
+) -> str:
+    """Names flags in an error where nmjax names arguments of functions.
+
+    Args:
+      text: of the error.
+      way_out: what to do about leaves that a pattern does not divide.
+    """
+    return text.replace(_INDIVISIBLE, way_out)

@@ -18,7 +18,7 @@ from experiments.checkpointing.checkpoints import Checkpoints
 from experiments.checkpointing.reading import unused
 from experiments.checkpointing.run_folder import open_folder
 from experiments.distributed.processes import is_first, together
-from experiments.distributed.stopping import preemption
+from experiments.distributed.stopping import INTERRUPTED, preemption
 from experiments.json_files import JsonLines
 from experiments.tasks.task import Task
 from experiments.training.finite import check_finite
@@ -30,7 +30,7 @@ from experiments.training.run_lines import epoch_line, opening, progress_line
 from experiments.training.settings import check_alike, deciding, settings_of
 from experiments.training.step import RunState, make_programs
 
-COMPLETE, INTERRUPTED, PREEMPTED = 0, 130, 143
+COMPLETE, PREEMPTED = 0, 143
 
 
 class _Preempted(Exception):  # noqa: N818  # not an error

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nmjax.kernels.matmul import Implementation, packed_conv, packed_matmul
+from nmjax.layouts.axes import Axes, Shape
 from nmjax.packed.weight import Packed
 
 
@@ -74,10 +75,13 @@ def packed_conv_general(
     precision: Any = None,
     **settings: Any,
 ) -> jax.Array:
-    """`lax.conv_general_dilated`, channels last, with a packed kernel."""
-    ndim = len(packed.shape)
+    """`lax.conv_general_dilated` with a packed kernel."""
     plain = feature_group_count == 1 and all(d == 1 for d in lhs_dilation or ())
-    fits = plain and len(packed.kernel_taps) == ndim - 2
+    fits = (
+        plain
+        and _sums_as_planned(packed)
+        and _is_channels_last(x.shape, packed.shape, dimension_numbers)
+    )
     default = _default_precision(precision)
     if not fits or default is None or _is_asked(settings):
         return lax.conv_general_dilated(
@@ -126,6 +130,9 @@ def packed_einsum(
     # The others are sums over one operand, diagonals, and kernels that broadcast. A sharding names
     # the axes of the result, which `packed_dot_general` would have in another order.
     is_dot = is_dot and set(product) == set(y_letters) and "." not in w_letters
+    # jnp.einsum repeats axes of size 1, which packed products do not.
+    sizes = _sizes(x_letters, x.shape, shared)
+    is_dot = is_dot and sizes is not None and sizes == _sizes(w_letters, packed.shape, shared)
     if not is_dot or settings.get("out_sharding") is not None:
         return jnp.einsum(subscripts, x, packed.unpack(), **settings)
 
@@ -162,6 +169,31 @@ def _letters(subscripts: str, ndim: int | None) -> tuple[str, str, str]:
     count = 0 if ndim is None else ndim - len(x.replace("...", ""))
     ellipsis = "".join(spare[: max(count, 0)])
     return x.replace("...", ellipsis), w, y.replace("...", ellipsis)
+
+
+def _sums_as_planned(kernel: Packed) -> bool:
+    """Whether a kernel (*taps, inputs, outputs) is packed along the axes that a convolution sums.
+
+    The plan may have packed it along its outputs, or with its taps in another order.
+    """
+    plan = kernel.leaf_plan
+    placed = plan.pattern.place(Axes((-2,), (-1,), tuple(range(-len(kernel.shape), -2))))
+    return (plan.reduction_axes, plan.output_axes, plan.tap_axes) == placed
+
+
+def _is_channels_last(x_shape: Shape, w_shape: Shape, dimension_numbers: Any) -> bool:
+    """Whether a convolution's axes are those of `packed_conv`; the default of `lax` has others."""
+    numbers = lax.conv_dimension_numbers(x_shape, w_shape, dimension_numbers)
+    last, spatial = len(w_shape) - 1, range(len(w_shape) - 2)
+    image = (0, last, *(axis + 1 for axis in spatial))
+    return numbers == lax.ConvDimensionNumbers(image, (last, last - 1, *spatial), image)
+
+
+def _sizes(letters: str, shape: Shape, wanted: list[str]) -> list[int] | None:
+    """Sizes of an operand's axes by letter; None if there is not one letter for each axis."""
+    if len(letters) != len(shape):
+        return None
+    return [shape[letters.index(letter)] for letter in wanted]
 
 
 def _is_asked(settings: dict[str, Any]) -> bool:

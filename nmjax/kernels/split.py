@@ -27,7 +27,8 @@ def split(
     Inside `jax.shard_map`, and on explicit axes of a mesh, the kernel is called directly.
 
     Args:
-      kernel: computes a part of the result from parts of the operands.
+      kernel: computes a part of the result from parts of the operands. The program keeps it, so
+        it must not close over arrays: inside `jax.jit` they would be leaked tracers.
       *operands: arrays.
       rule: names of all axes, as in `"b i, i o -> b o"`. Axes with the same name are split alike;
         axes that the result lacks are whole on every device.

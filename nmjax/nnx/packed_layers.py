@@ -18,7 +18,7 @@ from nmjax.kernels.layer_products import (
 )
 from nmjax.layouts.axes import Axes
 from nmjax.nnx.variables import named_variables
-from nmjax.packed.weight import is_packed
+from nmjax.packed.weight import Packed, is_packed
 from nmjax.patterns.pattern import LeafPlan
 
 # Their kernels can be packed. nnx.MultiHeadAttention, the recurrent cells and nnx.LoRALinear are
@@ -29,8 +29,23 @@ LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.Einsum)
 _REWRITING = (nnx.WeightNorm, nnx.SpectralNorm)
 
 
+# Functions of a variable that Flax calls at each use. Those of creation have already run.
+_HOOKS = ("on_get_value", "on_set_value", "on_add_axis", "on_remove_axis")
+_METHODS = ("get_value", "set_value")
+
+# Metadata that belongs to one variable, or to an array with the axes of the dense weight.
+_SHARDING = ("out_sharding", "sharding", "sharding_names", "sharding_rules", "mesh")
+_DENSE_METADATA = {"hijax", "ref", "eager_sharding", "on_create_value", *_HOOKS, *_SHARDING}
+
+
 class PackedParam(nnx.Param):
     """A parameter that holds a packed weight, for the layers that can multiply by it."""
+
+    @classmethod
+    def in_place_of(cls, dense: Any, packed: Packed) -> PackedParam:
+        """The packed form of a dense parameter, with its metadata except for its sharding."""
+        metadata = dense.get_metadata().items()
+        return cls(packed, **{key: x for key, x in metadata if key not in _DENSE_METADATA})
 
     def get_value(self, *, index: Any = ...) -> Any:
         """The packed weight. `kernel[...]` reads all of it, and parts cannot be read."""
@@ -66,7 +81,9 @@ def check_layers(model: nnx.Module, plans: Mapping[str, LeafPlan]) -> None:
     found = holders(model, plans)
     held = {name for *_, name in found}
     for name in plans.keys() & variables.keys():
-        if id(variables[name]) in rewriting:
+        if hook := _hook(variables[name]):
+            obstacles[name] = f"its variable has its own {hook}, which packed weights ignore"
+        elif id(variables[name]) in rewriting:
             obstacles[name] = (
                 f"{rewriting[id(variables[name])]} computes it from other variables in each call"
             )
@@ -127,6 +144,16 @@ def _obstacle(layer: Any, name: str, leaf_plan: LeafPlan) -> str:
             f"{placed}; a stack of layers must be along the first axis"
         )
     return ""
+
+
+def _hook(variable: Any) -> str:
+    """The name of a function that a variable calls when its value is used; empty if it has none."""
+    if isinstance(variable, PackedParam):
+        return ""
+    metadata, kind = variable.get_metadata(), type(variable)
+    own = [name for name in _HOOKS if metadata.get(name)]
+    own += [name for name in _METHODS if getattr(kind, name) is not getattr(nnx.Variable, name)]
+    return own[0] if own else ""
 
 
 def _rewritten_by(model: Any) -> dict[int, str]:

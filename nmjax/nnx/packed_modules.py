@@ -23,6 +23,10 @@ def pack(model: Model, plan: Plan, masks: Masks | None = None) -> Model:
     their packed kernels, inside `nnx.scan` and `nnx.vmap` too if the stack is along the first axis.
     Flax still does everything else in these layers. The copy shares nothing with `model`.
 
+    Packed kernels are `nnx.Param`s of another type than before, so filters by a type of your own do
+    not find them. They keep their metadata except for the sharding (`out_sharding`), which names
+    axes of the dense weight: `nnx.get_partition_spec` gives `PartitionSpec()`.
+
     Weights rank differently after a cast: cast the values of packed weights, or cast before you
     prune. A LoRA adapter stays dense beside its packed layer. A kernel into which an adapter was
     merged is not sparse any more, so `pack` refuses it; prune it with the masks of the base.
@@ -35,7 +39,8 @@ def pack(model: Model, plan: Plan, masks: Masks | None = None) -> Model:
 
     Raises:
       TypeError: `model` is not an NNX module; a layer cannot multiply by packed weights: a layer of
-        another class, or one with its own product, mask or `promote_dtype`. The error lists all.
+        another class, or one with its own product, mask or `promote_dtype`; a kernel's variable
+        has hooks, such as `on_get_value`, or its own `get_value`. The error lists all.
       ValueError: what `nmjax.pack` raises.
 
     >>> from nmjax.nnx.plans import make_plan
@@ -53,7 +58,8 @@ def pack(model: Model, plan: Plan, masks: Masks | None = None) -> Model:
     params = nnx.state(model, nnx.Param)
     check_layers(model, plan)
     packed = named_variables(packing.pack(params, plan, masks))
-    new = {name: PackedParam(packed[name].get_value()) for name in plan}
+    dense = named_variables(params)
+    new = {name: PackedParam.in_place_of(dense[name], packed[name].get_value()) for name in plan}
     copied = with_variables(model, new, copy=True)
     for layer, _, _ in holders(copied, plan):
         use_packed_products(layer)

@@ -16,6 +16,7 @@ from flax import nnx
 from nmjax.files.packed_files import load_packed, save_packed
 from nmjax.nnx.forward_pass import check_module
 from nmjax.nnx.packed_layers import PackedParam, check_layers, holders, use_packed_products
+from nmjax.nnx.variables import named_variables
 from nmjax.packed.weight import is_packed
 from nmjax.trees.leaves import is_random_key, map_named, named_leaves
 
@@ -86,10 +87,13 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     _check_same(old, new, os.fspath(path))
     packed = {name: leaf.leaf_plan for name, leaf in new.items() if is_packed(leaf)}
     check_layers(model, packed)
+    variables = named_variables(nnx.state(model))
     was_packed = (name for name, leaf in old.items() if is_packed(leaf))
     # A dense parameter cannot hold a packed weight, nor the other way around.
     changed = {
-        name: PackedParam(new[name]) if name in packed else nnx.Param(new[name])
+        name: PackedParam.in_place_of(variables[name], new[name])
+        if name in packed
+        else nnx.Param(new[name])
         for name in (*packed, *was_packed)
     }
     for layer, attribute, name in holders(model, changed):

@@ -101,7 +101,7 @@ def count_below(ascending: jax.Array, wanted: jax.Array) -> jax.Array:
     [1, 3]
     """
     count = ascending.shape[-2]
-    found = jnp.zeros(wanted.shape, jnp.int32)
+    found = jnp.zeros_like(wanted, dtype=jnp.int32)
     for bit in reversed(range(count.bit_length())):
         further = found + 2**bit
         probe = jnp.take_along_axis(ascending, further - 1, axis=-2, mode="clip")

@@ -121,6 +121,19 @@ class PackedBlocks(Packed, pattern=Block1xN):
         counts = flags.reshape(*flags.shape[:-2], rows, size).sum(axis=-1)
         return int(jnp.maximum(counts - allowed, 0).sum()), flags.size
 
+    @classmethod
+    def cover(cls, nonzero: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
+        """The mask, replaced by `nonzero` where it misses some and all of their blocks fit."""
+        rows, size, allowed = _competition(leaf_plan)
+        blocks = _blocks_of(nonzero, leaf_plan)
+        wanted = blocks.reshape(*blocks.shape[:-3], rows, size, blocks.shape[-1])
+        kept = _blocks_of(mask, leaf_plan).reshape(wanted.shape)
+        missed = (wanted & ~kept).any(axis=(-2, -1), keepdims=True)
+        fit = wanted.any(axis=-1, keepdims=True).sum(axis=-2, keepdims=True) <= allowed
+        chosen = jnp.where(missed & fit, wanted, kept)
+        chosen = chosen.reshape(*blocks.shape[:-3], -1, blocks.shape[-1])
+        return split(_unblocked(chosen, leaf_plan), nonzero.shape, _spans(leaf_plan))
+
     def check(self) -> None:
         """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
         plan, pattern = self.leaf_plan, self.pattern
@@ -265,7 +278,8 @@ def _places(indices: jax.Array, row_pointers: jax.Array | None, leaf_plan: LeafP
     if row_pointers is None:
         return places
     # The row of the i-th block: how many rows begin at or before it. No search, which would gather.
-    begun = row_pointers[..., 1:, None] <= jnp.arange(indices.shape[-1])
+    order = jnp.arange(indices.shape[-1], dtype=jnp.int32).reshape(*[1] * row_pointers.ndim, -1)
+    begun = row_pointers[..., 1:, None] <= order
     return (places + begun.sum(axis=-2, dtype=jnp.int32) * leaf_plan.inputs)[..., None, :]
 
 

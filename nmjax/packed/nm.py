@@ -111,6 +111,15 @@ class PackedNM(Packed, pattern=NM):
         counts = _grouped(kept, leaf_plan).sum(axis=-2)
         return int((counts > _pattern(leaf_plan).n).sum()), counts.size
 
+    @classmethod
+    def cover(cls, nonzero: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
+        """The mask, replaced by `nonzero` in groups where the mask misses some and all fit."""
+        wanted, kept = _grouped(nonzero, leaf_plan), _grouped(mask, leaf_plan)
+        missed = (wanted & ~kept).any(axis=-2, keepdims=True)
+        fit = wanted.sum(axis=-2, keepdims=True) <= _pattern(leaf_plan).n
+        groups = jnp.where(missed & fit, wanted, kept)
+        return split(_flat(groups), nonzero.shape, _spans(leaf_plan))
+
     def check(self) -> None:
         """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
         plan, pattern, codes = self.leaf_plan, self.pattern, self.codes
@@ -247,8 +256,7 @@ def _unpack(bits: jax.Array, codes: jax.Array, shape: Shape, leaf_plan: LeafPlan
         if _is_bitmask(pattern):
             rank, here = code.cumsum(axis=-2, dtype=jnp.int32) - 1, code == 1
         else:
-            shape_of_members = (*code.shape[:-2], pattern.m, code.shape[-1])
-            members = jnp.broadcast_to(_column(pattern.m, code.ndim, code.dtype), shape_of_members)
+            members = _column_like(code, pattern.m)
             rank = count_below(code, members)
             here = jnp.take_along_axis(code, rank, axis=-2, mode="clip") == members
         groups = jnp.where(here, jnp.take_along_axis(bits, rank, axis=-2, mode="clip"), 0)
@@ -263,9 +271,7 @@ def _gather(bits: jax.Array, stored: jax.Array, n: int) -> tuple[jax.Array, jax.
     m = stored.shape[-2]
     if not _is_fused(n, m):
         ranks = stored.cumsum(axis=-2, dtype=index_dtype(m + 1))
-        wanted = jnp.broadcast_to(
-            _column(n, ranks.ndim, ranks.dtype) + 1, (*ranks.shape[:-2], n, ranks.shape[-1])
-        )
+        wanted = _column_like(ranks, n) + 1
         positions = count_below(ranks, wanted)
         values = jnp.take_along_axis(bits, positions, axis=-2, mode="clip")
         return values, positions.astype(index_dtype(m))
@@ -291,6 +297,12 @@ def _positions(codes: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
 def _column(count: int, ndim: int, dtype: np.dtype) -> jax.Array:
     """0 to count - 1 along the second-to-last of `ndim` axes."""
     return jnp.arange(count, dtype=dtype).reshape(*[1] * (ndim - 2), count, 1)
+
+
+def _column_like(x: jax.Array, count: int) -> jax.Array:
+    """0 to count - 1 along the second-to-last axis; the other axes are those of x."""
+    # Computed from x, so that it is sharded like x over explicit axes of a mesh.
+    return jnp.zeros_like(x[..., :1, :]) + _column(count, x.ndim, x.dtype)
 
 
 def _is_fused(n: int, m: int) -> bool:

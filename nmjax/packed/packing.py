@@ -8,6 +8,7 @@ through `jax.jit`, `jax.tree.map`, `jax.device_put` and checkpoints like any oth
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from nmjax.trees.leaves import map_named, named_leaves
 
 
 def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
-    """Packs sparse weights exactly: `unpack(pack(p, plan)) == p`.
+    """Packs sparse weights exactly: `unpack(pack(p, plan)) == p`, for any score of the plan.
 
     Pack the weights that the network was trained and evaluated with:
 
@@ -32,7 +33,9 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
     training.
 
     Weights that are not sparse are an error, because packing them would drop weights that the
-    network uses. Inside `jax.jit` the values are unknown, so `pack` keeps the largest weights.
+    network uses. The values are unknown inside `jax.jit`, `jax.vmap` and `jax.shard_map`. Sparse
+    weights are packed exactly there, too. Groups or rows that are not sparse cannot raise there:
+    they keep the weights that the plan's score ranks highest.
 
     Outside `jax.jit`, every bit of a kept weight is copied. Inside, XLA's CPU compiler may quiet
     signaling NaNs and flush denormal bfloat16 numbers, as it does whenever it copies them.
@@ -44,7 +47,8 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
       params: pruned parameters that fit the plan, or dense ones with `masks`. Leaves may have more
         axes in front than planned.
       plan: from `nmjax.make_plan`.
-      masks: leaf name -> boolean array, True = kept. By default, the nonzero weights are kept.
+      masks: leaf name -> boolean array, True = kept. By default, the nonzero weights are kept;
+        NaN is not zero.
 
     Returns:
       The same tree with a `PackedNM` or `PackedBlocks` for each planned leaf; others untouched.
@@ -76,7 +80,8 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
         )
     leaves = planned_leaves(params, plan)
     if masks is None:
-        masks = compute_masks(params, plan)
+        ranked = compute_masks(params, plan)
+        masks = {n: _keep_nonzero(leaf, ranked[n], plan[n]) for n, leaf in leaves.items()}
         _check_nothing_is_dropped(leaves, masks)
     else:
         check_masks(masks, leaves)
@@ -132,6 +137,12 @@ def check_pattern(params: Any, plan: Plan, complaint: str) -> None:
 
 def _pack_leaf(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Packed:
     return Packed.kind_for(leaf_plan.pattern).pack(jnp.asarray(w), jnp.asarray(mask), leaf_plan)
+
+
+@partial(jax.jit, static_argnames="leaf_plan", inline=True)
+def _keep_nonzero(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
+    """The plan's mask, but the nonzero weights where they fit: its score may prefer zeros."""
+    return Packed.kind_for(leaf_plan.pattern).cover(w != 0, mask, leaf_plan)
 
 
 def _check_nothing_is_dropped(leaves: Masks, masks: Masks) -> None:

@@ -103,6 +103,17 @@ class Packed(MatrixOperators):
           leaf_plan: of the weight.
         """
 
+    @classmethod
+    @abc.abstractmethod
+    def cover(cls, nonzero: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
+        """The mask, replaced by `nonzero` where the mask misses some and the pattern holds all.
+
+        Args:
+          nonzero: booleans of the weight's shape.
+          mask: booleans of the same shape.
+          leaf_plan: of the weight.
+        """
+
     @abc.abstractmethod
     def check(self) -> None:
         """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""

@@ -1,15 +1,17 @@
 """`python -m experiments.train`: how a process ends."""
 
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import jax
 import pytest
 
-from experiments import train
+from experiments import compare, train
 from experiments.json_files import JsonLines
-from tests.experiments.training_processes import end, start
+from tests.experiments.training_processes import ROOT, end, start
 
 
 class LeftError(Exception):
@@ -66,6 +68,38 @@ def test_ctrl_c_pressed_again_and_again_leaves_no_traceback(tmp_path):
     assert "KeyboardInterrupt" not in error
 
 
+@pytest.mark.parametrize("status", [0, 1, 130, 143])
+def test_only_an_interrupted_process_skips_the_exit_of_python(status):
+    """XLA may still be compiling in a thread, and Python's own exit would then crash."""
+    code = (
+        "import atexit, sys; from experiments.distributed.processes import leave_if_interrupted;"
+        "atexit.register(print, 'exit of Python'); print('last line', end=' ');"
+        f"leave_if_interrupted({status}); sys.exit({status})"
+    )
+    run = [sys.executable, "-c", code]
+    ended = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == status, ended.stderr
+    assert ended.stdout.split() == ("last line" + " exit of Python" * (status != 130)).split()
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_first_step_is_compiled(tmp_path):
+    flags = ["--epochs", "12", "--method", "subp", "--pattern", "1x4@0.5", "--batch-size", "256"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.train", *flags, "--runs-dir", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "output folder:" not in process.stdout.readline():
+        assert process.poll() is None, process.communicate()
+    time.sleep(5)
+    process.send_signal(signal.SIGINT)
+    out, _ = end(process, status=130)
+    assert "stopped; --resume continues from epoch 0" in out
+
+
 @pytest.mark.parametrize(("is_open", "leaves"), [(False, False), (True, True)])
 def test_a_refusal_is_one_line(monkeypatch, capsys, is_open, leaves):
     """All processes are refused together; one that has begun may fail alone."""
@@ -81,3 +115,21 @@ def test_a_refusal_is_one_line(monkeypatch, capsys, is_open, leaves):
     assert train.main([]) == 1
     assert capsys.readouterr().err == "error: disk full\n"
     assert left == [1] * leaves
+
+
+def test_a_pattern_that_does_not_fit_is_explained_in_flags(tmp_path, capsys):
+    assert train.main(["--pattern", "3:7", "--runs-dir", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert "block1/conv1/kernel (3, 3, 16, 16): 16 inputs are not a multiple of 7" in err
+    assert "Choose another --pattern, or list them in --keep-dense" in err
+    assert "exclude=" not in err
+    assert "on_indivisible" not in err
+
+
+def test_patterns_of_a_comparison_that_do_not_fit_are_explained(tmp_path, capsys):
+    flags = ["--patterns", "3:7", "--methods", "ste", "--runs-dir", str(tmp_path)]
+    assert compare.main(flags) == 1
+    err = capsys.readouterr().err
+    assert "16 inputs are not a multiple of 7" in err
+    assert "Choose other patterns." in err
+    assert "exclude=" not in err

@@ -10,6 +10,7 @@ import numpy as np
 
 import experiments.training.flags
 from experiments.data.epochs import eval_epoch
+from experiments.distributed.processes import leave_if_interrupted
 from experiments.train import main
 from tests.experiments.tiny import tiny_task, with_predictions
 
@@ -46,4 +47,5 @@ if __name__ == "__main__":
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # As `experiments.train` does.
     print(f"{len(EXAMPLES.read)} test examples read", file=sys.stderr)
+    leave_if_interrupted(status)
     sys.exit(status)

@@ -179,6 +179,18 @@ def train(network, plan, method):
     return params, sparsifier, state
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
+def test_what_a_score_of_ones_own_keeps_ships(pattern, tmp_path):
+    network = plain_dict()
+    # Ranks the zeros of pruned weights first.
+    plan = nmjax.make_plan(network.params, pattern, score=lambda w: -jnp.abs(w))
+    pruned = nmjax.prune(network.params, plan)
+    packed = through_a_file(pruned, plan, tmp_path / "network.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, nmjax.unpack(packed), pruned)
+    expected = network.run(pruned, X)
+    np.testing.assert_allclose(network.run(packed, X), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_what_ships_is_what_was_trained(framework, method, tmp_path):

@@ -52,13 +52,29 @@ def test_pruned_weights_are_packed(files, capsys):
     assert f"{Path(out).stat().st_size:,} bytes" in text
 
 
+@pytest.mark.parametrize("command", ["prune", "pack"])
+@pytest.mark.parametrize("through_link", [False, True])
+def test_the_checkpoint_is_not_replaced(tmp_path, capsys, command, through_link):
+    checkpoint = out = tmp_path / "a.safetensors"
+    write_tensors(checkpoint, {"body/kernel": PARAMS["body"]["kernel"]}, {})
+    before = checkpoint.read_bytes()
+    if through_link:
+        out = tmp_path / "link"
+        out.symlink_to(checkpoint)
+    more = ["--prune"] if command == "pack" else []
+    _, err = run(capsys, command, str(checkpoint), "--pattern", "2:4", *more, "--out", str(out))
+    assert f"--out {out} would replace the checkpoint {checkpoint}: choose another file" in err
+    assert checkpoint.read_bytes() == before
+
+
 def test_weights_that_are_not_sparse_are_refused_by_name(files, capsys):
     dense, _, out = files
     command = ("pack", dense, "--pattern", "2:4", "--exclude", "stem", "--out", out)
     _, err = run(capsys, *command)
     assert "body/kernel (16, 8): 32 of 32 groups keep more than 2:4" in err
     assert "head/kernel (8, 4): 8 of 8 groups keep more than 2:4" in err
-    assert "--prune" in err
+    assert "these weights are not sparse yet; pass --prune to prune them by magnitude" in err
+    assert "nmjax.prune" not in err
     assert not Path(out).exists()
     run(capsys, *command, "--prune")
     loaded = nmjax.unpack(nmjax.load_packed(out))

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import nmjax
+from nmjax.optax_chains import KEEPING
 
 RNG = np.random.default_rng(0)
 RATE, LAMBDA = 0.01, 2e-4
@@ -218,6 +219,27 @@ WRONG_ORDER = {
     "nested": optax.chain(optax.clip(1.0), SGD, optax.chain(PULL, optax.clip(1.0))),
     "masked": optax.chain(SGD, optax.masked(PULL, {"a": True, "b": False})),
     "MultiSteps": optax.MultiSteps(optax.chain(SGD, PULL), 1),
+    "parts that keep the sign": optax.chain(
+        optax.stateless(lambda u, p: u),
+        optax.sgd(RATE),
+        PULL,
+        optax.chain(optax.trace(0.9), optax.scale_by_adam(), optax.add_decayed_weights(0.1)),
+        optax.scale(0.5),
+        optax.scale_by_learning_rate(SCHEDULE, flip_sign=False),
+    ),
+}
+NEGATE = optax.stateless(lambda updates, params: jax.tree.map(jnp.negative, updates))
+# Gradient ascent, written with a part that flips the sign back in a way that cannot be seen.
+ASCENT = {
+    "inject_hyperparams": optax.inject_hyperparams(optax.sgd)(learning_rate=RATE),
+    "masked": optax.masked(SGD, {"a": True, "b": True}),
+    "partition": optax.partition({"all": SGD}, {"a": "all", "b": "all"}),
+    "MultiSteps": optax.MultiSteps(SGD, 2).gradient_transformation(),
+    "muon": optax.contrib.muon(RATE),
+    "function": NEGATE,
+    "function in a chain": optax.chain(optax.clip(1.0), NEGATE),
+    "schedule": optax.scale_by_schedule(lambda count: -RATE),
+    "array": optax.scale(jnp.float32(-RATE)),
 }
 RIGHT_ORDER = {
     "alone": PULL,
@@ -230,6 +252,7 @@ RIGHT_ORDER = {
     "negative lambda": optax.chain(SGD, nmjax.add_sparse_refined(PLAN, -RATE * LAMBDA)),
     "unknown parts": optax.chain(optax.stateless(lambda u, p: u), PULL),
     "MultiSteps": optax.MultiSteps(optax.chain(PULL, SGD), 2),
+    **{f"ascent, {name}": optax.chain(FLIP, PULL, part) for name, part in ASCENT.items()},
 }
 
 
@@ -240,6 +263,28 @@ def test_the_term_after_the_learning_rate_is_reported(name, jit):
     update = jax.jit(tx.update) if jit else tx.update
     with pytest.warns(UserWarning, match=r"after the learning rate.*optax\.chain\(nmjax\.add"):
         update(GRADS, tx.init(PARAMS), PARAMS)
+
+
+def transformation(name):
+    """A transformation of optax with arguments of its own, if it needs some."""
+    make = getattr(optax, name)
+    needed = {"add_noise": (0.0, 0.5, 0), "scale_by_rprop": (0.1,)}
+    try:
+        return make(*needed.get(name, ()))
+    except TypeError:
+        return make(0.5)
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_transformations_that_keep_the_sign(name):
+    """In the first step, no gradient that is positive everywhere moves a weight up."""
+    tx = optax.chain(transformation(name), FLIP)
+    params = {"kernel": 1.0 + jnp.arange(6.0).reshape(3, 2)}
+    grads = jax.tree.map(lambda w: jnp.ones_like(w) + w, params)
+    assert (update(tx, params, grads)["kernel"] <= 0).all() or name == "centralize"
+    plan = nmjax.make_plan(PARAMS, "2:4")
+    with pytest.warns(UserWarning, match="after the learning rate"):
+        update(optax.chain(SGD, nmjax.add_sparse_refined(plan), transformation(name)))
 
 
 @pytest.mark.parametrize("name", RIGHT_ORDER)

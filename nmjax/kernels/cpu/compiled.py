@@ -134,17 +134,15 @@ def _blocks(
     before = [low for low, _ in window.padding]
     # The order that `src/ffi.cc` reads them in.
     moves = np.array([*taps, *window.strides, *before, *window.dilation], np.int64)
-    n = packed.pattern.n
+    n, dtype, structure = packed.pattern.n, packed.result_dtype(x), jax.tree.structure(packed)
 
     def kernel(x: jax.Array, bias: jax.Array, *arrays: jax.Array) -> jax.Array:
         # Of a split product, the arrays are the shard of one device.
-        part = jax.tree.unflatten(jax.tree.structure(packed), arrays)
+        part = jax.tree.unflatten(structure, arrays)
         shape = (x.shape[0], *window.output(x.shape[1:3], taps), part.outputs)
         # XLA's FFI has no optional operands: an empty array stands for a missing one.
         pointers = part.row_pointers
-        y = jax.ffi.ffi_call(
-            "nmjax_blocks", result_like(shape, part.result_dtype(x), x, part.values)
-        )(
+        y = jax.ffi.ffi_call("nmjax_blocks", result_like(shape, dtype, x, part.values))(
             x,
             part.values,
             part.indices,
@@ -179,13 +177,13 @@ def _groups(
 ) -> jax.Array:
     """(batch, inputs) -> (batch, outputs)."""
     # Read off the arrays, since inside `jax.shard_map` they may be a shard.
-    m = np.int64(x.shape[-1] // packed.values.shape[-3])
+    m, dtype = np.int64(x.shape[-1] // packed.values.shape[-3]), packed.result_dtype(x)
 
     def kernel(x: jax.Array, bias: jax.Array, values: jax.Array, codes: jax.Array) -> jax.Array:
         shape = (x.shape[0], values.shape[-1])
-        return jax.ffi.ffi_call(
-            "nmjax_groups", result_like(shape, packed.result_dtype(x), x, values)
-        )(x, values, codes, bias, m=m, relu=activation == "relu")
+        return jax.ffi.ffi_call("nmjax_groups", result_like(shape, dtype, x, values))(
+            x, values, codes, bias, m=m, relu=activation == "relu"
+        )
 
     return split(
         kernel,

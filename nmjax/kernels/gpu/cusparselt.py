@@ -8,7 +8,6 @@ cuSPARSELt. So keep packed weights in files, and compress them where they run.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -220,9 +219,10 @@ def _split(
     bias: jax.Array | None,
 ) -> jax.Array:
     """The product; each device computes some rows with the whole weight."""
+    structure = jax.tree.structure(w)
 
     def kernel(x: jax.Array, data: jax.Array, *biases: jax.Array) -> jax.Array:
-        part = dataclasses.replace(w, data=data)
+        part = jax.tree.unflatten(structure, [data])
         return _call("matmul", activation, dtype, x, part, *(biases or (None,)))
 
     # Devices split the rows of x. The compressed weight cannot be cut, so each has all of it.

@@ -33,6 +33,20 @@ def test_a_run_with_another_vocabulary_is_not_resumed(tmp_path):
         claim(tmp_path / "a", make_settings("32 pieces cd34"))
 
 
+def test_only_changed_flags_are_named_and_not_what_follows_from_them(tmp_path):
+    before = make_settings(epochs=12)
+    before["recipe"] |= {"epochs": 12, "warmup_epochs": 0.5, "lambda_w": 1 / 3}
+    now = make_settings(epochs=9)
+    now["recipe"] |= {"epochs": 9, "warmup_epochs": 0.375, "lambda_w": 4 / 9}
+    claim(tmp_path, before)
+    with pytest.raises(ValueError, match=r"with other settings: epochs is 9, not 12\. Give the"):
+        claim(tmp_path, now)
+    # The same flags, but the task's recipe has changed.
+    now["flags"] = before["flags"]
+    with pytest.raises(ValueError, match=r"warmup_epochs is 0\.375, not 0\.5; lambda_w is"):
+        claim(tmp_path, now)
+
+
 @pytest.mark.parametrize("content", ["", '{"flags": {', "[]", '{"flags": {}}'])
 def test_settings_that_were_cut_off_are_named_with_a_way_out(tmp_path, content):
     claim(tmp_path, make_settings())

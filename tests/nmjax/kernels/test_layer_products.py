@@ -107,17 +107,27 @@ EINSUMS = [
     ("bi,io->b", (3, 8), (8, 4), nmjax.Axes(-2, -1), False),  # sums w over o
     ("bii,io->bo", (3, 8, 8), (8, 4), nmjax.Axes(-2, -1), False),  # a diagonal
     ("ei,...io->e...o", (3, 8), (5, 8, 4), nmjax.Axes(-2, -1), False),
+    ("bi,io->bo", (3, 1), (8, 4), nmjax.Axes(-2, -1), False),  # repeats x
+    ("ebi,eio->beo", (1, 3, 8), (5, 8, 4), nmjax.Axes(-2, -1), False),
 ]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("case", EINSUMS, ids=lambda case: case[0])
+@pytest.mark.parametrize("case", EINSUMS, ids=lambda case: f"{case[0]}{case[1]}")
 def test_einsum(case, pattern, counted):
     subscripts, x_shape, w_shape, axes, is_fast = case
     x, packed = normal(x_shape, 1), packed_weight(w_shape, axes, pattern)
     expected = jnp.einsum(subscripts, x, packed.unpack())
     np.testing.assert_allclose(packed_einsum(subscripts, x, packed), expected, rtol=1e-5, atol=1e-5)
     assert bool(counted) == is_fast
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3,), (3, 8, 2)])
+def test_einsum_has_the_errors_of_jax(shape):
+    x, packed = normal(shape), packed_weight((8, 4), -2, "2:4")
+    for weight, einsum in ((packed.unpack(), jnp.einsum), (packed, packed_einsum)):
+        with pytest.raises(ValueError, match=r"Size of label|correct number of indices"):
+            einsum("bi,io->bo", x, weight)
 
 
 def test_summed_axes():
@@ -135,7 +145,7 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, "2:4/kernel"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_conv_general(name, pattern, counted):
     settings, is_fast = CONVOLUTIONS[name]
@@ -148,6 +158,37 @@ def test_conv_general(name, pattern, counted):
     got = packed_conv_general(x, packed, strides, padding, **settings)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     assert bool(counted) == is_fast
+
+
+KERNEL_AXES = nmjax.Axes(-2, -1, (-4, -3))
+# The plan's axes, the shapes of image and kernel, and the dimension numbers.
+UNPACKED_CONVOLUTIONS = {
+    "swapped_channels": (nmjax.Axes(-1, -2, (-4, -3)), (2, 6, 5, 8), ("NHWC", "HWIO", "NHWC")),
+    "swapped_taps": (nmjax.Axes(-2, -1, (-3, -4)), (2, 6, 5, 8), ("NHWC", "HWIO", "NHWC")),
+    "channels_first": (KERNEL_AXES, (2, 8, 6, 5), ("NCHW", "HWIO", "NCHW")),
+    "channels_first_result": (KERNEL_AXES, (2, 6, 5, 8), ("NHWC", "HWIO", "NCHW")),
+    "swapped_kernel": (KERNEL_AXES, (2, 6, 5, 8), ("NHWC", "HWOI", "NHWC")),
+    "swapped_image": (KERNEL_AXES, (2, 6, 5, 8), ("NWHC", "HWIO", "NWHC")),
+}
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "2:4/kernel"])
+@pytest.mark.parametrize("name", UNPACKED_CONVOLUTIONS)
+def test_conv_general_along_other_axes(name, pattern, counted):
+    axes, x_shape, dimension_numbers = UNPACKED_CONVOLUTIONS[name]
+    x, packed = normal(x_shape, 1), packed_weight((3, 3, 8, 8), axes, pattern)
+    settings = {"dimension_numbers": dimension_numbers}
+    expected = lax.conv_general_dilated(x, packed.unpack(), (1, 1), "SAME", **settings)
+    got = packed_conv_general(x, packed, (1, 1), "SAME", **settings)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert not counted
+
+
+def test_conv_general_has_the_default_axes_of_lax():
+    x, packed = normal((2, 8, 6, 6), 1), packed_weight((8, 8, 3, 3), -3, "2:4")
+    expected = lax.conv_general_dilated(x, packed.unpack(), (1, 1), "SAME")
+    got = packed_conv_general(x, packed, (1, 1), "SAME")
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("preferred", [None, jnp.float32, jnp.bfloat16])

@@ -68,6 +68,16 @@ def test_layers_left_dense_and_other_methods():
     np.testing.assert_allclose(half, Two().apply(pruned, X, method="half"), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5", "2:4/kernel"])
+def test_a_convolution_planned_along_its_outputs(pattern):
+    layer = nn.Conv(16, (3, 3))
+    params = layer.init(jax.random.key(0), X)["params"]
+    plan = nmjax.make_plan(params, pattern, axes={"kernel": nmjax.Axes(-1, -2, (-4, -3))})
+    expected = layer.apply({"params": nmjax.prune(params, plan)}, X)
+    got = packed_apply(layer)({"params": prune_and_pack(params, plan)}, X)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
 class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):

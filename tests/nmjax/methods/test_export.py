@@ -35,6 +35,11 @@ METHODS = {
 }
 
 
+def rank_signed(w):
+    """Ranks zeros above negative weights."""
+    return w
+
+
 def train(params, sparsifier, tx):
     state, opt_state = sparsifier.init(params, KEY), tx.init(params)
 
@@ -54,11 +59,18 @@ def train(params, sparsifier, tx):
     return params, state
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_what_was_trained_is_exported(method):
+@pytest.mark.parametrize(
+    ("method", "score"),
+    [
+        *((name, nmjax.magnitude) for name in METHODS),
+        ("ste", rank_signed),
+        ("one_shot", rank_signed),
+    ],
+)
+def test_what_was_trained_is_exported(method, score):
     pattern, make, transformation = METHODS[method]
     params = init()
-    plan = nmjax.make_plan(params, pattern)
+    plan = nmjax.make_plan(params, pattern, score=score)
     sparsifier = make(plan)
     tx = optax.chain(transformation(plan), optax.sgd(0.05, momentum=0.9))
     params, state = train(params, sparsifier, tx)

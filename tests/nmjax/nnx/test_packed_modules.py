@@ -272,6 +272,46 @@ def test_what_cannot_be_honored_is_refused_by_name(name):
         nmjax.nnx.pack(model, plan)
 
 
+class Doubled(nnx.Param):
+    def get_value(self, **kwargs):
+        return 2 * super().get_value(**kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:Variable hooks are deprecated")
+@pytest.mark.parametrize("hook", ["on_get_value", "on_set_value", "get_value"])
+def test_variables_with_hooks_are_refused(hook):
+    model = nnx.Linear(16, 8, rngs=rngs())
+    plan = nmjax.nnx.make_plan(model, "2:4", inputs=((3, 16),))
+    nmjax.nnx.prune(model, plan)
+    w = model.kernel[...]
+    hooks = {hook: lambda variable, value: 2 * value}
+    model.kernel = Doubled(w) if hook == "get_value" else nnx.Param(w, **hooks)
+    with pytest.raises(TypeError, match=rf"kernel: its variable has its own {hook}"):
+        nmjax.nnx.pack(model, plan)
+
+
+@pytest.mark.filterwarnings("ignore:Variable hooks are deprecated")
+def test_hooks_of_creation_do_not_run_again():
+    model = nnx.Linear(16, 8, rngs=rngs())
+    model.kernel = nnx.Param(model.kernel[...], on_create_value=lambda variable, value: 2 * value)
+    plan = nmjax.nnx.make_plan(model, "2:4", inputs=((3, 16),))
+    nmjax.nnx.prune(model, plan)
+    packed = nmjax.nnx.pack(model, plan)
+    np.testing.assert_array_equal(packed.kernel[...].unpack(), model.kernel[...])
+
+
+def test_packed_kernels_keep_their_metadata_but_not_the_sharding_of_dense_ones():
+    model = nnx.Linear(16, 8, rngs=rngs())
+    model.kernel.set_metadata(out_sharding=(None, "model"), tag="body")
+    plan = nmjax.nnx.make_plan(model, "2:4", inputs=((3, 16),))
+    nmjax.nnx.prune(model, plan)
+    packed = nmjax.nnx.pack(model, plan)
+    assert packed.kernel.tag == "body"
+    spec = nnx.get_partition_spec(nnx.state(packed, nnx.Param))["kernel"].get_value()
+    assert spec == jax.sharding.PartitionSpec()
+    np.testing.assert_allclose(packed(normal(3, 16)), model(normal(3, 16)), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("axes", [-1, (-2, -1)])
 @pytest.mark.parametrize(
     "model",
@@ -285,6 +325,15 @@ def test_other_axes_are_refused(model, axes):
     plan = nmjax.make_plan(nnx.state(model, nnx.Param), "2:4", axes={"kernel": axes})
     nmjax.nnx.prune(model, plan)
     with pytest.raises(TypeError, match=r"kernel: it is planned along .* sums over \(-3,\)"):
+        nmjax.nnx.pack(model, plan)
+
+
+def test_a_convolution_planned_along_its_outputs_is_refused():
+    model = conv(3, 3)
+    axes = {"kernel": nmjax.Axes(-1, -2, (-4, -3))}
+    plan = nmjax.make_plan(nnx.state(model, nnx.Param), "2:4", axes=axes)
+    nmjax.nnx.prune(model, plan)
+    with pytest.raises(TypeError, match=r"kernel: it is planned along \(-1,\).*sums over \(-2,\)"):
         nmjax.nnx.pack(model, plan)
 
 

@@ -207,16 +207,21 @@ def test_shapes_without_values():
     assert jax.eval_shape(PackedNM.unpack, packed).shape == (8, 3)
 
 
+# Small groups, large ones with positions, and large ones with a bitmask.
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(8, 64), NM(32, 64)], ids=str)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_outputs_may_be_sharded(axis_type):
+def test_outputs_may_be_sharded(axis_type, pattern):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
-    plan = LeafPlan(NM(2, 4), (-2,), (-1,), (16, 32))
+    plan = LeafPlan(pattern, (-2,), (-1,), (128, 32))
     w = jnp.asarray(np.random.default_rng(0).normal(size=plan.shape), jnp.float32)
     sharding = NamedSharding(mesh, PartitionSpec(None, "d"))
     with jax.set_mesh(mesh):
         packed = jax.jit(lambda w: packed_of(w, plan))(jax.device_put(w, sharding))
         assert packed.values.sharding.spec[-1] == packed.codes.sharding.spec[-1] == "d"
         np.testing.assert_array_equal(packed.unpack(), jnp.where(mask_of(w, plan), w, 0))
+        np.testing.assert_array_equal(jax.jit(PackedNM.unpack)(packed), packed.unpack())
+        values = jax.grad(lambda packed: (packed.unpack() * w).sum(), allow_int=True)(packed).values
+        np.testing.assert_array_equal(values, packed.values)
 
 
 # Sizes

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx, serialization
+from jax.sharding import AxisType, PartitionSpec
 
 import nmjax
 from nmjax import PackedBlocks, PackedNM
@@ -253,14 +254,46 @@ def test_zeros_and_nans_among_the_kept_weights_are_packed():
     assert_same_bits(nmjax.unpack(nmjax.pack(pruned, PLAN)), pruned)
 
 
-def test_a_mask_that_disagrees_with_the_zeros_is_not_used():
+SCORES = {"smallest": lambda w: -jnp.abs(w), "largest": lambda w: w, "equal": jnp.ones_like}
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("pattern", ["2:4", "2:4/kernel", "8:64", "1x4@0.5", "1x4@0.5/layer"])
+def test_nonzero_weights_are_packed_whatever_the_plan_ranks_first(pattern, score):
     """A plan's own score may rank zeros above weights."""
-    plan = nmjax.make_plan({"w": PARAMS["dense"]["kernel"]}, "2:4", score=lambda w: -jnp.abs(w))
-    pruned = nmjax.prune({"w": PARAMS["dense"]["kernel"]}, plan)
+    w = RNG.normal(size=(3, 3, 64, 8))
+    # One short group and block, and a NaN, which is a weight.
+    w[0, 0, :4, 0], w[:, :, 5, :4] = 0, 0
+    params = {"kernel": jnp.asarray(w, jnp.float32), "bias": jnp.ones(8)}
+    plan = nmjax.make_plan(params, pattern, score=SCORES[score])
+    pruned = nmjax.prune(params, plan)
+    kept = np.argwhere(np.asarray(pruned["kernel"]))[7]
+    pruned["kernel"] = pruned["kernel"].at[tuple(kept)].set(jnp.nan)
+    stack = jax.tree.map(lambda x: jnp.stack([x, x]), pruned)
+    replicated = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+
+    def pack(tree):
+        return nmjax.pack(tree, plan)
+
+    def shard_packed(tree):
+        everywhere = jax.tree.map(lambda _: PartitionSpec(), jax.eval_shape(pack, tree))
+        return jax.shard_map(
+            pack, mesh=replicated, in_specs=PartitionSpec(), out_specs=everywhere, check_vma=False
+        )(tree)
+
+    for packing in (pack, jax.jit(pack), shard_packed):
+        np.testing.assert_array_equal(nmjax.unpack(packing(pruned))["kernel"], pruned["kernel"])
+    np.testing.assert_array_equal(nmjax.unpack(jax.vmap(pack)(stack))["kernel"], stack["kernel"])
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5", "1x4@0.5/layer"])
+def test_dense_weights_inside_jit_follow_the_score(pattern):
+    params = {"w": PARAMS["dense"]["kernel"]}
+    plan = nmjax.make_plan(params, pattern, axes={"w": -2}, score=SCORES["smallest"])
     with pytest.raises(ValueError, match="16 of 32 weights would be dropped"):
-        nmjax.pack(pruned, plan)
-    packed = nmjax.pack(pruned, plan, {"w": pruned["w"] != 0})
-    assert_same_bits(nmjax.unpack(packed), pruned)
+        nmjax.pack(params, plan)
+    traced = nmjax.unpack(jax.jit(nmjax.pack)(params, plan))
+    assert_same_bits(traced, nmjax.prune(params, plan))
 
 
 def test_what_jit_closes_over():
