@@ -21,7 +21,7 @@ from nmjax.masks.scores import Score, check_score, magnitude
 from nmjax.patterns import Pattern, parse_pattern
 from nmjax.patterns.pattern import LeafPlan
 from nmjax.plans import DenseLeaf, Plan, check_plan
-from nmjax.selection import FoundAxes, PlannedLeaf, Selection, by_rule
+from nmjax.selection import FoundAxes, PlannedLeaf, Selection, by_rule, moved_apart
 from nmjax.tracing.program import described, is_array, read_program
 from nmjax.tracing.uses import Uses
 from nmjax.trees.equinox_layers import layer_classes
@@ -226,7 +226,7 @@ def _disagreement(leaf: LeafPlan, uses: Uses) -> str:
     if len(uses.shape) < len(leaf.shape) or uses.shape[-len(leaf.shape) :] != leaf.shape:
         return f"planned for shape {leaf.shape}, but it has shape {uses.shape}"
     products = [c for c in uses.contractions if c.reduction]
-    placed = [leaf.pattern.place(Axes(c.reduction, c.output, c.taps)) for c in products]
+    placed = [leaf.pattern.place(c.axes) for c in products]
     if not placed:
         unclear = isinstance(uses.axes(), Unknown) or not uses.is_used
         return "" if unclear else f"planned along {leaf.span}, but it is {uses.axes()}"
@@ -235,8 +235,10 @@ def _disagreement(leaf: LeafPlan, uses: Uses) -> str:
     else:
         agreeing = [axes for axes in placed if leaf.reduction_axes == axes.reduction]
     # Where products disagree, the user decides.
-    if len(agreeing) == len(placed) or (agreeing and leaf.source == "given"):
+    if agreeing and leaf.source == "given":
         return ""
+    if len(agreeing) == len(placed):
+        return moved_apart(leaf, uses)
     sums = " and ".join(", ".join(map(str, axes.reduction)) for axes in dict.fromkeys(placed))
     return f"planned along {leaf.span}, but the program sums over {sums}"
 
@@ -268,7 +270,7 @@ def _find_axes(
         in_product = name in uses and uses[name].contractions and not is_vector
         if isinstance(by_name, str) and (is_vector or (isinstance(axes, str) and not in_product)):
             axes = by_name
-        found[name] = FoundAxes(axes, "program")
+        found[name] = FoundAxes(axes, "program", uses.get(name))
     return found
 
 

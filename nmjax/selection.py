@@ -13,16 +13,18 @@ from nmjax.layouts.axes import Axes, GivenAxes, Shape, Unknown, given_axes
 from nmjax.patterns import Pattern
 from nmjax.patterns.pattern import LeafPlan
 from nmjax.plans import DenseLeaf
+from nmjax.tracing.uses import Uses
 from nmjax.trees.path_rules import first_match
 
 PlannedLeaf = LeafPlan | DenseLeaf
 
 
 class FoundAxes(NamedTuple):
-    """The axes of a leaf, or why it has none, and where they come from."""
+    """The axes of a leaf, or why it has none, where they come from, and what the program does."""
 
     axes: Axes | str | Unknown
     source: str
+    uses: Uses | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Selection:
         shape = tuple(getattr(leaf, "shape", ()))
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             return DenseLeaf(shape, "not an array", is_array=False)
-        axes, source = self._given(name, shape) or found
+        axes, source, uses = self._given(name, shape) or found
         # The layer's reason comes first: a bias is listed as a bias even if a rule excludes it.
         if isinstance(axes, str):
             return DenseLeaf(shape, axes)
@@ -69,7 +71,9 @@ class Selection:
                 f"taps=...)}}{instead}, exclude the leaf, or give it another pattern in rules="
             )
         reduction, output, taps = pattern.place(axes)
-        return LeafPlan(pattern, reduction, output, shape, taps or (), source)
+        planned = LeafPlan(pattern, reduction, output, shape, taps or (), source)
+        apart = moved_apart(planned, uses)
+        return DenseLeaf(shape, f"unknown axes: {apart}", is_unknown=True) if apart else planned
 
     def _given(self, name: str, shape: Shape) -> FoundAxes | None:
         rule = first_match(self.axes, name)
@@ -105,6 +109,24 @@ class Selection:
                     for name, leaf in matched.items()
                 )
             )
+
+
+def moved_apart(planned: LeafPlan, uses: Uses | None) -> str:
+    """How a program moves the weights of a group or block apart; empty if it does not.
+
+    The leaf may then be sparse while what the program multiplies by is not.
+    """
+    if uses is None or len(uses.shape) < len(planned.shape):
+        return ""
+    span, length, what = planned.pattern.unit(planned.axes)
+    for product in uses.contractions:
+        # Products along other axes are another fault, and a bias has no groups.
+        if planned.pattern.place(product.axes).reduction != planned.reduction_axes:
+            continue
+        for together, why in product.stretches(span, uses.shape):
+            if together % length:
+                return f"the program breaks its {what}: {why}"
+    return ""
 
 
 def by_rule(given: Mapping[str, Any] | None, argument: str) -> dict[str, Any]:

@@ -121,12 +121,16 @@ class Block1xN(Pattern):
 
         compete = "the blocks of a row, which compete" if self.uniform else "the competing blocks"
         return [
-            Whole(axes.output, self.n, f"blocks of {self.n} outputs")
+            self.unit(axes)
             if self.uniform
             else all_along(axes.output, "the layer, whose blocks compete"),
             all_along(axes.taps or (), "blocks, which hold all taps"),
             all_along(axes.reduction, compete),
         ]
+
+    def unit(self, axes: Axes) -> Whole:
+        """A block. The blocks of a row may be at any inputs."""
+        return Whole(axes.output, self.n, f"blocks of {self.n} outputs")
 
     @property
     def needs_taps(self) -> bool:

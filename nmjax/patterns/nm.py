@@ -106,7 +106,11 @@ class NM(Pattern):
     def wholes(self, shape: Shape, axes: Axes) -> list[Whole]:
         """A shard must hold whole groups."""
         del shape
-        return [Whole(axes.reduction, self.m, f"groups of {self.m}")]
+        return [self.unit(axes)]
+
+    def unit(self, axes: Axes) -> Whole:
+        """A group."""
+        return Whole(axes.reduction, self.m, f"groups of {self.m}")
 
     @property
     def needs_taps(self) -> bool:

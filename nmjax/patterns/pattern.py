@@ -113,6 +113,14 @@ class Pattern(abc.ABC):
         """The axes along which one group or block extends, for tables."""
         return (axes.reduction,)
 
+    def unit(self, axes: Axes) -> Whole:
+        """A group or a block: weights that a product must find side by side, and in line.
+
+        Args:
+          axes: as `place` returned them.
+        """
+        return Whole(axes.reduction, 1, "weights")
+
     @property
     def is_semi_structured(self) -> bool:
         """Whether every aligned group of 4 inputs keeps at most 2, as sparse tensor cores need."""

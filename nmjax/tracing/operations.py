@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nmjax.tracing.views import Piece, Shape, View, no_axis
@@ -84,15 +85,50 @@ def _all_gather(equation: core.JaxprEqn, view: View) -> View | None:
 def _slice(equation: core.JaxprEqn, view: View) -> View | None:
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     sizes = tuple(limit - start for start, limit in zip(starts, limits, strict=True))
-    return _cut(view, shape_of(equation.invars[0]), sizes)
+    cut = _cut(view, shape_of(equation.invars[0]), sizes, starts)
+    for axis, step in enumerate(equation.params["strides"] or ()):
+        if step > 1 and cut is not None:
+            cut = cut.cut(axis, 1, f"a slice in steps of {step}")
+    return cut
 
 
-def _cut(view: View, before: Shape, sizes: Shape) -> View | None:
-    """The view of a slice; None if it cuts through several axes of the weight at once."""
-    for pieces, size, part in zip(view.axes, before, sizes, strict=True):
+def _cut(view: View, before: Shape, sizes: Shape, starts: Sequence[int | None]) -> View | None:
+    """The view of a slice; None if it cuts through several axes of the weight at once.
+
+    A start is None if the program computes it.
+    """
+    cut = view
+    for axis, (size, part, start) in enumerate(zip(before, sizes, starts, strict=True)):
         # Merged axes, such as (experts, in), cannot say which of them the slice runs along.
-        if 1 < part < size and len({piece.axis for piece in pieces}) > 1:
+        if 1 < part < size and len({piece.axis for piece in view.axes[axis]}) > 1:
             return None
+        if part == size:
+            continue
+        if start is None:
+            cut = cut.cut(axis, 1, "a slice from a computed entry")
+        else:
+            why = f"a slice from entry {start} to {start + part}"
+            cut = cut.cut(axis, math.gcd(start, part), why, start)
+    return cut
+
+
+def _split(equation: core.JaxprEqn, view: View) -> View:
+    sizes = [int(size) for size in equation.params["sizes"]]
+    return view.cut(equation.params["axis"], math.gcd(*sizes), f"a split into {sizes}")
+
+
+def _pad(equation: core.JaxprEqn, view: View) -> View:
+    for axis, (low, high, between) in enumerate(equation.params["padding_config"]):
+        if low or high or between:
+            size = shape_of(equation.invars[0])[axis]
+            aligned = 1 if between else math.gcd(low, high, size)
+            view = view.cut(axis, aligned, f"padding by {low} and {high}", start=-low)
+    return view
+
+
+def _reverse(equation: core.JaxprEqn, view: View) -> View:
+    for axis in equation.params["dimensions"]:
+        view = view.reversed(axis, shape_of(equation.invars[0])[axis])
     return view
 
 
@@ -103,11 +139,6 @@ def _tile(equation: core.JaxprEqn, view: View) -> View:
             for pieces, repeats in zip(view.axes, equation.params["reps"], strict=True)
         ]
     )
-
-
-def _same(equation: core.JaxprEqn, view: View) -> View:
-    del equation
-    return view
 
 
 def _bitcast(equation: core.JaxprEqn, view: View) -> View | None:
@@ -122,11 +153,11 @@ MOVES: dict[str, Move] = {
     "bitcast_convert_type": _bitcast,
     "broadcast_in_dim": _broadcast,
     "expand_dims": _expand,
-    "pad": _same,
+    "pad": _pad,
     "reshape": _reshape,
-    "rev": _same,
+    "rev": _reverse,
     "slice": _slice,
-    "split": _same,
+    "split": _split,
     "squeeze": _squeeze,
     "tile": _tile,
     "transpose": _transpose,
@@ -142,10 +173,14 @@ def moves_whole_axes(equation: core.JaxprEqn) -> bool:
     return equation.primitive.name not in REDUCTIONS
 
 
-def side_by_side(equation: core.JaxprEqn, view: View) -> View:
+def side_by_side(equation: core.JaxprEqn, part: int, view: View) -> View:
     """The view of a part of a concatenation or a stack in the whole."""
     if equation.primitive.name == "concatenate":
-        return view
+        axis = equation.params["dimension"]
+        sizes = [shape_of(operand)[axis] for operand in equation.invars[: part + 1]]
+        before = sum(sizes[:-1])
+        why = f"a concatenation at entry {before}"
+        return view.cut(axis, math.gcd(before, sizes[-1]), why, start=-before)
     axes = list(view.axes)
     axes.insert(equation.params["axis"], no_axis(len(equation.invars)))
     return view.at(axes)
@@ -154,7 +189,11 @@ def side_by_side(equation: core.JaxprEqn, view: View) -> View:
 def gathered(equation: core.JaxprEqn, view: View) -> View | None:
     """The view of what a gather or a dynamic slice picks."""
     if equation.primitive.name == "dynamic_slice":
-        return _cut(view, shape_of(equation.invars[0]), equation.params["slice_sizes"])
+        # Literals only; a start that the program computes is not followed.
+        given = [getattr(start, "val", None) for start in equation.invars[1:]]
+        starts = [None if start is None else int(start) for start in given]
+        return _cut(view, shape_of(equation.invars[0]), equation.params["slice_sizes"], starts)
+    sizes = equation.params["slice_sizes"]
     numbers = equation.params["dimension_numbers"]
     removed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     kept = [axis for axis in range(len(view.axes)) if axis not in removed]
@@ -162,10 +201,13 @@ def gathered(equation: core.JaxprEqn, view: View) -> View | None:
     axes = [no_axis(size) for size in shape]
     for place, axis in zip(numbers.offset_dims, kept, strict=True):
         axes[place] = view.axes[axis]
+        if sizes[axis] < shape_of(equation.invars[0])[axis]:
+            view = view.cut(axis, 1, "a slice from a computed entry")
     others = [place for place in range(len(shape)) if place not in numbers.offset_dims]
     # A list of numbers along one axis reorders this axis, or takes a part of it.
     if len(others) == 1 and len(removed) == 1:
         axes[others[0]] = view.axes[removed[0]]
+        view = view.cut(removed[0], 1, "a list of entries")
     return view.at(axes)
 
 

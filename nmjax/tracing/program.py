@@ -226,7 +226,10 @@ class _WeightReader(Reader[Value]):
             return [self._pick(equation, operands, shapes[0], times)]
         if name in ("concatenate", "stack"):
             self._record_elementwise(operands, times)
-            views = [[side_by_side(equation, view) for view in v.views] for v in operands]
+            views = [
+                [side_by_side(equation, part, view) for view in value.views]
+                for part, value in enumerate(operands)
+            ]
             return [concatenated(operands, views)]
         return self._not_followed(equation, operands, shapes, times)
 

@@ -24,6 +24,7 @@ class Contraction:
       taps: spatial axes of a convolution.
       groups: feature groups of a convolution; 1 for everything else.
       split: axes of which the product sums over a part only.
+      operand: what the product multiplies by.
     """
 
     reduction: Span
@@ -31,6 +32,48 @@ class Contraction:
     taps: Span = ()
     groups: int = 1
     split: Span = ()
+    operand: View | None = None
+
+    @property
+    def axes(self) -> Axes:
+        """The roles of the weight's axes."""
+        return Axes(self.reduction, self.output, self.taps)
+
+    def stretches(self, span: Span, shape: Shape) -> list[tuple[int, str]]:
+        """How many consecutive weights stay together in the operand, and in line with each other.
+
+        Args:
+          span: axes of the weight along which the weights are consecutive, flattened together in
+            this order.
+          shape: of the weight.
+
+        Returns:
+          Numbers of weights, with what limits each. Groups stay whole if their size divides all of
+          the numbers; 0 stands for no limit.
+        """
+        if self.operand is None:
+            return []
+        view, step, steps = self.operand, 1, {}
+        for axis in reversed([axis % len(shape) for axis in span]):
+            steps[axis] = step
+            step *= shape[axis]
+        found = []
+        for axis, size in steps.items():
+            order = view.order(axis)
+            found.append((order.aligned * size, f"{order.why} along axis {axis - len(shape)}"))
+        along = [pieces for pieces in view.axes if any(p.axis in steps for p in pieces)]
+
+        def distance(pieces: Pieces) -> int:
+            return min(steps[p.axis] * p.stride for p in pieces if p.axis in steps)
+
+        # A product may sum over the axes of its operand in any order.
+        along.sort(key=distance, reverse=True)
+        run = 1
+        for piece in reversed([piece for pieces in along for piece in pieces if piece.size > 1]):
+            if piece.axis not in steps or steps[piece.axis] * piece.stride != run:
+                return [*found, (run, "a reshape, a transpose, or a repetition")]
+            run *= piece.size
+        return found if run == step else [*found, (run, "a shard")]
 
 
 @dataclass
@@ -168,6 +211,7 @@ def contraction(
         tuple(axis for axis in axes_of("taps") if axis not in summed),
         groups,
         tuple(split),
+        view,
     )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nmjax.tracing.operations import KEEP_ZEROS
-from nmjax.tracing.views import Shape, View, merged, no_axis, whole
+from nmjax.tracing.order import Order
+from nmjax.tracing.views import Shape, View, either, merged, no_axis, whole
 
 # What `lost_in` says of weights that were multiplied by each other before they met the input.
 PRODUCT = "a product without an input"
@@ -61,6 +62,8 @@ class Value:
         views = tuple(view for view in map(move, self.views) if view is not None)
         lost = {operation} if len(views) < len(self.views) else set()
         extent = move(self.extent or whole("", shape)) if self.is_activation else None
+        if extent is not None:
+            extent = extent.with_orders({axis: Order() for axis in range(len(extent.shape))})
         return dataclasses.replace(self, views=views, extent=extent, lost_in=self.lost_in | lost)
 
     def is_matrix(self, shape: Shape) -> bool:
@@ -245,9 +248,10 @@ def concatenated(operands: Sequence[Value], views: Sequence[Sequence[View]]) -> 
     joint: list[View] = []
     for leaf in sorted(weights):
         # Parts of the same weight, put together again in any order.
-        found = {view for part in views for view in part if view.leaf == leaf}
-        if len(found) == 1:
-            joint += found
+        found = [view for part in views for view in part if view.leaf == leaf]
+        view = either(found) if found else None
+        if view is not None:
+            joint.append(view)
         else:
             lost.add("concatenate")
     depends = any(operand.depends_on_input for operand in operands)
@@ -266,9 +270,9 @@ def joined(a: Value, b: Value) -> Value:
     for leaf in sorted(a.weights | b.weights):
         # A constant, such as an initial state, has nothing to say about the weight.
         found = [v.views_of(leaf) for v in (a, b) if leaf in v.weights or v.is_activation]
-        different = {view for each in found for view in each}
-        if all(found) and len(different) == 1:
-            views += different
+        view = either([view for each in found for view in each]) if any(found) else None
+        if all(found) and view is not None:
+            views.append(view)
         else:
             lost.add("a branch or a loop")
     return Value(

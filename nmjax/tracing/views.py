@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from nmjax.tracing.order import Order, together
 
 Shape = tuple[int, ...]
 
@@ -45,12 +47,56 @@ class View:
         concatenation of it keeps them, with another number of entries.
       keeps_zeros: whether the value is zero wherever the weight is zero. If it is not, a sparse
         weight does not make a sparse value.
+      orders: for each axis of the weight, the order of its entries; empty if all are as they were.
     """
 
     leaf: str
     shape: Shape
     axes: tuple[Pieces, ...]
     keeps_zeros: bool = True
+    orders: tuple[Order, ...] = ()
+
+    def order(self, axis: int) -> Order:
+        """The order along an axis of the weight."""
+        return self.orders[axis] if self.orders else Order()
+
+    def with_orders(self, orders: Mapping[int, Order]) -> View:
+        """The view with other orders along these axes of the weight."""
+        found = tuple(orders.get(axis, self.order(axis)) for axis in range(len(self.shape)))
+        # One form only, so that equal views compare equal.
+        return dataclasses.replace(self, orders=() if set(found) <= {Order()} else found)
+
+    def cut(self, place: int, length: int, why: str, start: int | None = None) -> View:
+        """The view after an operation that moves entries along one of its axes, or drops some.
+
+        Args:
+          place: the axis of the value.
+          length: stretches of this many of its entries stay together and aligned.
+          why: the operation, for an error message.
+          start: the first entry of a slice; None for other operations.
+        """
+        for piece in reversed(self.axes[place]):
+            if piece.size and length % piece.size == 0:
+                length //= piece.size
+                start = None if start is None else start // piece.size
+                continue
+            if piece.axis is None:
+                return self
+            aligned = math.gcd(length, piece.size) * piece.stride
+            start = None if start is None else start * piece.stride
+            order = self.order(piece.axis).cut(aligned, start, why)
+            return self.with_orders({piece.axis: order})
+        return self
+
+    def reversed(self, place: int, size: int) -> View:
+        """The view with an axis of the value, of this size, in reverse order."""
+        view = self
+        for piece in self.axes[place]:
+            if piece.axis is not None and piece.size > 1:
+                aligned = math.gcd(size, piece.size) * piece.stride
+                order = view.order(piece.axis).cut(aligned, None, "a reversal")
+                view = view.with_orders({piece.axis: order})
+        return view
 
     @property
     def weight_axes(self) -> frozenset[int]:
@@ -124,13 +170,33 @@ def merged(views: Sequence[View]) -> View | None:
 
     None if they put different entries of the weight at the same place.
     """
+    # A view without an axis, such as a norm, says nothing about the order along it.
+    orders = {
+        axis: {view.order(axis) for view in views if axis in view.weight_axes}
+        for axis in frozenset().union(*(view.weight_axes for view in views))
+    }
+    if any(len({order.start for order in found}) > 1 for found in orders.values()):
+        return None
     axes = []
     for places in zip(*(view.axes for view in views), strict=True):
         named = {pieces for pieces in places if any(p.axis is not None for p in pieces)}
         if len(named) > 1:
             return None
         axes.append(next(iter(named), places[0]))
-    return views[0].at(axes)
+    joint = {axis: together(sorted(found)) for axis, found in orders.items()}
+    return views[0].at(axes).with_orders(joint)
+
+
+def either(views: Sequence[View]) -> View | None:
+    """One view for parts of the same weight side by side, or for one of them.
+
+    None if they run over different axes of the weight, or lay them out differently.
+    """
+    first = views[0]
+    if len({dataclasses.replace(view, orders=()) for view in views}) > 1:
+        return None
+    axes = range(len(first.shape))
+    return first.with_orders({a: together([view.order(a) for view in views]) for a in axes})
 
 
 def _size(pieces: Pieces) -> int:
