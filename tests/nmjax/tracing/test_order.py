@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
@@ -169,6 +169,7 @@ def test_no_chain_of_moves_is_planned_without_the_pattern(data):
         step = random_move(data.draw, shape)
         steps.append(step)
         shape = jax.eval_shape(step, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+        assume(shape[0] > 1)  # A single row is a vector to the reader.
 
     def move(w):
         for step in steps:
