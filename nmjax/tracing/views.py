@@ -170,10 +170,12 @@ def merged(views: Sequence[View]) -> View | None:
 
     None if they put different entries of the weight at the same place.
     """
-    # A view without an axis, such as a norm, says nothing about the order along it.
+    # A mask, which does not keep zeros, may come from slices, and says nothing about the order of
+    # what it is applied to. Neither does a view without an axis, such as a norm.
+    ordered = [view for view in views if view.keeps_zeros] or views
     orders = {
-        axis: {view.order(axis) for view in views if axis in view.weight_axes}
-        for axis in frozenset().union(*(view.weight_axes for view in views))
+        axis: {view.order(axis) for view in ordered if axis in view.weight_axes}
+        for axis in frozenset().union(*(view.weight_axes for view in ordered))
     }
     if any(len({order.start for order in found}) > 1 for found in orders.values()):
         return None

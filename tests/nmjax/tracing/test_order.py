@@ -277,3 +277,21 @@ def test_shards_hold_whole_groups(size, is_planned):
     )
     assert ("w" in plan) == is_planned
     assert is_planned or "a shard" in plan.dense["w"]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:8", "4:8", "8:32"])
+@pytest.mark.parametrize("how", ["times", "where", "straight-through"])
+def test_masks_of_the_weight_itself_leave_its_groups_whole(pattern, how):
+    """Masks rank slices of the weight against each other, but they only set entries to zero."""
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 8))}
+    wanted = nmjax.make_plan(params, pattern, axes={"w": nmjax.Axes((-2,), (-1,))})
+
+    def forward(params, x):
+        w = params["w"]
+        mask = nmjax.compute_masks(params, wanted)["w"]
+        if how == "times":
+            return x @ (w * mask)
+        return x @ (jnp.where(mask, w, 0) if how == "where" else nmjax.prune_ste(w, mask))
+
+    plan = nmjax.make_plan(params, pattern, forward=forward, inputs=(jnp.ones((2, 64)),))
+    assert plan == wanted
