@@ -106,7 +106,8 @@ def test_a_loaded_state_runs(tmp_path):
         (
             [layer(), {"kernel": normal(8, 4), "bias": jax.random.split(jax.random.key(0), 4)}],
             [
-                "1/bias: like= has a random key (key<fry>) of shape (4,), the file has a leaf of shape (4,)"
+                "1/bias: like= has a random key (key<fry>) of shape (4,), "
+                "the file has a leaf of shape (4,)"
             ],
         ),
         ([layer(), {"kernel": normal(8, 4), "bias": 1.0}], ["1/bias is only in the file"]),
