@@ -134,7 +134,9 @@ def _check_earlier(
 
 
 def _changed_flags(now: Numbers, before: Numbers) -> set[str]:
-    new, old = now.get("flags", {}), before.get("flags", {})
+    both = (now.get("flags"), before.get("flags"))
+    # The file may hold anything, and not all settings have flags.
+    new, old = (flags if isinstance(flags, Mapping) else {} for flags in both)
     return {name for name in new.keys() | old.keys() if new.get(name) != old.get(name)}
 
 

@@ -54,7 +54,9 @@ def test_nothing_is_smaller_than_the_least(pattern, lead):
 
 def test_the_table():
     lines = str(sizes(PACKED)).split("\n")
-    assert " ".join(lines[0].split()) == "leaf pattern dense bytes packed lower bound packed / dense"
+    assert (
+        " ".join(lines[0].split()) == "leaf pattern dense bytes packed lower bound packed / dense"
+    )
     assert lines[3].split() == ["a/kernel", "2:4", "16,384", "9,216", "8,854", "0.5625"]
     assert lines[-1].split()[:2] == ["total", "144,640"]
     html = sizes(PACKED)._repr_html_()
