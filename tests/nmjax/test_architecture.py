@@ -27,7 +27,7 @@ FLOORS = {
         ("planning",),
         ("pruning",),
         ("transforms", "metrics", "packed"),
-        ("methods",),
+        ("methods", "post_training"),
         ("files",),
         ("kernels",),
         ("analysis",),

@@ -14,11 +14,12 @@ import nmjax
 import nmjax.kernels
 import nmjax.linen
 import nmjax.methods
+import nmjax.post_training
 from nmjax.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = (nmjax, nmjax.kernels, nmjax.linen, nmjax.methods)
+PACKAGES = (nmjax, nmjax.kernels, nmjax.linen, nmjax.methods, nmjax.post_training)
 
 # Names that users rely on: removing one is a breaking change.
 PROMISED = """
