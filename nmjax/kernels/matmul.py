@@ -11,18 +11,19 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from nmjax.kernels import reference
+from nmjax.kernels.arguments import check_floating, check_product, flat_bias
 from nmjax.kernels.cpu import compiled, gathered
 from nmjax.kernels.cpu.speedups import measured_speedup
+from nmjax.kernels.derivatives import differentiable
 from nmjax.kernels.gpu import cusparselt, decode
 from nmjax.kernels.gpu.devices import check_gpu
-from nmjax.kernels.operands import Activation, Padding, Window, as_window
+from nmjax.kernels.operands import Activation, Padding, as_window
 from nmjax.masks.scores import as_array
-from nmjax.packed.weight import Packed, is_packed
+from nmjax.packed.weight import Packed
 
 Implementation = Literal["ffi", "gather", "row_by_row", "xla", "decode", "cusparselt"] | None
 
@@ -169,10 +170,11 @@ def packed_matmul(
     >>> packed_matmul(jnp.ones((1, 4)), packed["kernel"]).tolist()
     [[7.0, 15.0]]
     """
-    _check(packed, activation, implementation)
+    check_product(packed, activation)
+    _check_name(implementation)
     inputs = packed.reduction_shape
     x = as_array(x, "inputs")
-    _check_floating(x)
+    check_floating(x)
     if packed.taps or packed.stack:
         raise ValueError(
             f"a weight of shape {packed.shape} is not one matrix: use nmjax.packed_conv for a "
@@ -187,7 +189,14 @@ def packed_matmul(
     batch = x.shape[: x.ndim - len(inputs)]
     rows = x.reshape(math.prod(batch), math.prod(inputs))
     way = _select(rows, packed, rows.shape[0], implementation)
-    y = _multiply(way, activation, rows, packed, _flat_bias(bias, packed))
+    y = differentiable(
+        partial(_on_platform, way, "matmul", activation=activation),
+        None,
+        activation,
+        rows,
+        packed,
+        flat_bias(bias, packed),
+    )
     return y.reshape(*batch, *packed.output_shape)
 
 
@@ -225,9 +234,10 @@ def packed_conv(
     Raises:
       TypeError, ValueError, NotImplementedError: as in `packed_matmul`.
     """
-    _check(packed, activation, implementation)
+    check_product(packed, activation)
+    _check_name(implementation)
     x = as_array(x, "inputs")
-    _check_floating(x)
+    check_floating(x)
     taps = packed.kernel_taps
     if not taps:
         raise ValueError(f"a weight of shape {packed.shape} has no taps: use nmjax.packed_matmul")
@@ -256,7 +266,14 @@ def packed_conv(
         way = Choice("xla", "the dilated kernel reaches far beyond the image")
     if IMPLEMENTATIONS[way.name].conv is None:
         raise NotImplementedError(f'implementation="{way.name}" multiplies matrices only')
-    y = _convolve(way, window, activation, images, packed, _flat_bias(bias, packed))
+    y = differentiable(
+        partial(_on_platform, way, "conv", activation=activation, window=window),
+        window,
+        activation,
+        images,
+        packed,
+        flat_bias(bias, packed),
+    )
     return y.reshape(*batch, *y.shape[1:])
 
 
@@ -285,26 +302,6 @@ def _select(x: jax.Array, packed: Packed, rows: int, implementation: Implementat
     return Choice(implementation, "asked for")
 
 
-# Compiled kernels have no derivative of their own, so the backward pass is that of the definition.
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _multiply(
-    way: Choice, activation: Activation, x: jax.Array, packed: Packed, bias: jax.Array | None
-) -> jax.Array:
-    return _on_platform(way, "matmul", x, packed, bias, activation=activation)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _convolve(
-    way: Choice,
-    window: Window,
-    activation: Activation,
-    x: jax.Array,
-    packed: Packed,
-    bias: jax.Array | None,
-) -> jax.Array:
-    return _on_platform(way, "conv", x, packed, bias, activation=activation, window=window)
-
-
 def _on_platform(
     way: Choice, kind: str, x: jax.Array, packed: Packed, bias: Any, **settings: Any
 ) -> jax.Array:
@@ -323,78 +320,9 @@ def _on_platform(
     )
 
 
-def _multiply_forward(way: Choice, activation: Activation, *operands: Any) -> tuple[Any, Any]:
-    y = _multiply(way, activation, *operands)
-    return y, (operands, y)
-
-
-def _multiply_backward(way: Choice, activation: Activation, saved: Any, g: jax.Array) -> Any:
-    del way
-    return _backward(None, activation, saved, g)
-
-
-def _convolve_forward(
-    way: Choice, window: Window, activation: Activation, *operands: Any
-) -> tuple[Any, Any]:
-    y = _convolve(way, window, activation, *operands)
-    return y, (operands, y)
-
-
-def _convolve_backward(
-    way: Choice, window: Window, activation: Activation, saved: Any, g: jax.Array
-) -> Any:
-    del way
-    return _backward(window, activation, saved, g)
-
-
-def _backward(window: Window | None, activation: Activation, saved: Any, g: jax.Array) -> Any:
-    """Through the dense product, which is linear: XLA drops its forward product."""
-    (x, packed, bias), y = saved
-    if activation == "relu":
-        # From the output, so that no backend has to save its sums.
-        g = jnp.where(y > 0, g, jnp.zeros_like(g))
-
-    def linear(x: jax.Array, packed: Packed, bias: jax.Array | None) -> jax.Array:
-        y = reference.dense_product(x, packed, window)
-        return reference.finish(y, bias, None, packed.result_dtype(x))
-
-    _, pull = jax.vjp(linear, x, packed, bias)
-    return pull(g)
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)
-_convolve.defvjp(_convolve_forward, _convolve_backward)
-
-
-def _check(packed: Any, activation: Any, implementation: Any) -> None:
-    if not is_packed(packed):
-        raise TypeError(
-            "expected a packed weight, a leaf of what nmjax.pack returns, got "
-            f"{type(packed).__name__}; the input comes first, as in packed_matmul(x, packed)"
-        )
-    packed.check_arrays()
-    if activation not in (None, "relu"):
-        raise ValueError(f'activation must be None or "relu", got {activation!r}')
+def _check_name(implementation: Any) -> None:
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, got "
             f"{implementation!r}"
         )
-
-
-def _check_floating(x: jax.Array) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
-        raise TypeError(
-            f"x must be floating, of at least 16 bits, got {x.dtype}{x.shape}; cast it first"
-        )
-
-
-def _flat_bias(bias: jax.Array | None, packed: Packed) -> jax.Array | None:
-    if bias is None:
-        return None
-    if jnp.shape(bias) != packed.output_shape:
-        raise ValueError(
-            f"bias has shape {jnp.shape(bias)}, expected {packed.output_shape}, the output axes "
-            f"of the weight {packed.shape}"
-        )
-    return jnp.ravel(jnp.asarray(bias))
