@@ -94,6 +94,30 @@ def prune_sr_ste(
     return _prune_sr_ste(w, mask, jnp.asarray(lambda_w, dtype=jnp.result_type(w)))
 
 
+def replace_ste(
+    w: Float[chex.Array, "*shape"], value: Float[chex.Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Forward `value`, whatever it is; backward the cotangent, to `w` alone.
+
+    >>> w = jnp.array([3.0, -1.0])
+    >>> jax.grad(lambda w: replace_ste(w, 0.5 * w).sum())(w).tolist()
+    [1.0, 1.0]
+    """
+    return _replace_ste(w, value)
+
+
+def pull_pruned(
+    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: chex.Numeric
+) -> Float[Array, "*shape"]:
+    """Forward `w`; backward `g -> g + lambda_w * ~mask * w`, the term of SR-STE alone.
+
+    >>> w, mask = jnp.array([3.0, -1.0]), jnp.array([True, False])
+    >>> jax.grad(lambda w: pull_pruned(w, mask, 0.5).sum())(w).tolist()
+    [1.0, 0.5]
+    """
+    return _pull_pruned(w, mask, jnp.asarray(lambda_w, dtype=jnp.result_type(w)))
+
+
 def sparse_refined_term(
     w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: chex.Numeric
 ) -> Float[Array, "*shape"]:
@@ -200,3 +224,38 @@ def _prune_sr_ste_backward(
 
 
 _prune_sr_ste.defvjp(_prune_sr_ste_forward, _prune_sr_ste_backward)
+
+
+@jax.custom_vjp
+def _replace_ste(
+    w: Float[chex.Array, "*shape"], value: Float[chex.Array, "*shape"]
+) -> Float[chex.Array, "*shape"]:
+    del w
+    return value
+
+
+def _replace_ste_forward(
+    w: Float[chex.Array, "*shape"], value: Float[chex.Array, "*shape"]
+) -> tuple[chex.Array, None]:
+    del w
+    return value, None
+
+
+_replace_ste.defvjp(_replace_ste_forward, _prune_ste_backward)
+
+
+@jax.custom_vjp
+def _pull_pruned(
+    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: Float[Array, ""]
+) -> Float[chex.Array, "*shape"]:
+    del mask, lambda_w
+    return w
+
+
+def _pull_pruned_forward(
+    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: Float[Array, ""]
+) -> tuple[chex.Array, _Residuals]:
+    return w, (w, mask, lambda_w)
+
+
+_pull_pruned.defvjp(_pull_pruned_forward, _prune_sr_ste_backward)

@@ -22,6 +22,8 @@ _LOOKS = {
     "sr_ste": ("SR-STE", BLUE),
     "sr_ste_decoupled": ("SR-STE after", SKY),
     "sr_ste_negative": ("SR-STE, λ<0", PINK),
+    "decaying_mask": ("decaying mask", GREEN),
+    "decaying_mask_scaled": ("decaying mask, scaled", SKY),
     "one_by_n": ("1xN", ORANGE),
     "subp_l1": ("SUBP, L1", SKY),
     "subp": ("SUBP", GREEN),

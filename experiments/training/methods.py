@@ -16,6 +16,8 @@ import optax
 from jax.typing import ArrayLike
 
 import nmjax
+import nmjax.methods
+from experiments.tasks.learning_rates import cosine, inverse_sqrt, linear, warmed_up
 from experiments.tasks.task import Recipe
 from nmjax import patterns
 from nmjax.patterns import Pattern
@@ -55,8 +57,6 @@ class Method(NamedTuple):
 
 
 Build = Callable[[nmjax.Plan, Recipe, int], Method]
-# (peak, steps of warm-up, steps in all) -> rate over the steps after the warm-up.
-Decay = Callable[[float, int, int], optax.Schedule]
 
 
 class Row(NamedTuple):
@@ -159,6 +159,28 @@ def sparse_refined_decoupled(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: 
     return sparse_refined(plan, recipe, steps_per_epoch)._replace(decoupled=True)
 
 
+def decaying_mask(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """Pruned weights fade out exponentially over 60% of the steps, with the pull of SR-STE."""
+    end = _share(0.6, recipe, steps_per_epoch)
+    return Method(
+        nmjax.methods.decaying_mask(plan, 0, end),
+        lambda lambda_w: nmjax.add_sparse_refined(plan, lambda_w),
+        refresh_every=1,
+        plan=plan,
+    )
+
+
+def decaying_mask_scaled(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+    """The gradient of a pruned weight fades with it, over 90% of the steps, without a pull."""
+    end = _share(0.9, recipe, steps_per_epoch)
+    return Method(
+        nmjax.methods.decaying_mask(plan, 0, end, gradient="scaled"),
+        _nothing,
+        refresh_every=1,
+        plan=plan,
+    )
+
+
 METHODS: dict[str, Row] = {
     "dense": Row(dense, 0.0, "no sparsity"),
     "one_shot": Row(one_shot, 0.0, "train dense, prune halfway, fine-tune with a fixed mask"),
@@ -172,6 +194,14 @@ METHODS: dict[str, Row] = {
     ),
     "sr_ste_negative": Row(
         sparse_refined, NEGATIVE_FRACTION, "STE that also pushes pruned weights away from zero"
+    ),
+    "decaying_mask": Row(
+        decaying_mask, 1.0, "SR-STE whose pruned weights fade out over 60% of the steps"
+    ),
+    "decaying_mask_scaled": Row(
+        decaying_mask_scaled,
+        0.0,
+        "pruned weights fade out over 90% of the steps, and their gradient with them",
     ),
     "one_by_n": Row(
         one_by_n,
@@ -250,13 +280,13 @@ def learning_rate(
     Source of the inverse square root: Vaswani et al., "Attention Is All You Need", 2017, equation
     3, whose peak is 1 / sqrt(width * warmup).
     """
-    decay = {"cosine": _cosine, "linear": _linear, "inverse_sqrt": _inverse_sqrt}[recipe.schedule]
+    decay = {"cosine": cosine, "linear": linear, "inverse_sqrt": inverse_sqrt}[recipe.schedule]
     # Each part has a warm-up and a decay of its own, scaled to its length.
     ends = (*restarts, recipe.epochs * steps_per_epoch)
     lengths = [end - start for start, end in zip((0, *restarts), ends, strict=True)]
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
     # Half of a part at most, so that a short run decays too.
-    parts = [_warmed_up(decay, recipe.learning_rate, min(warmup, n // 2), n) for n in lengths]
+    parts = [warmed_up(decay, recipe.learning_rate, min(warmup, n // 2), n) for n in lengths]
     return optax.join_schedules(parts, list(restarts))
 
 
@@ -305,6 +335,11 @@ def _nothing(lambda_w: ArrayLike) -> optax.GradientTransformation:
     return optax.identity()
 
 
+def _share(share: float, recipe: Recipe, steps_per_epoch: int) -> int:
+    """The step at which this share of the training is done."""
+    return max(round(share * recipe.epochs * steps_per_epoch), 1)
+
+
 def _soft_uniform(score: str, plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
     # Rounded to whole epochs, because masks are refreshed once per epoch.
     begin, end = (round(share * recipe.epochs) * steps_per_epoch for share in recipe.ramp)
@@ -341,27 +376,3 @@ def _state_masks(state: Any) -> Masks:
 
 # One object, so that dense runs at different patterns share one compilation.
 _DENSE = Method(nmjax.dense(), _nothing)
-
-
-def _warmed_up(decay: Decay, peak: float, warmup: int, steps: int) -> optax.Schedule:
-    decayed = decay(peak, warmup, steps)
-    if warmup == 0:
-        return decayed
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decayed], [warmup])
-
-
-def _cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
-    # optax refuses a decay over 0 steps.
-    return optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
-
-
-def _linear(peak: float, warmup: int, steps: int) -> optax.Schedule:
-    return optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))
-
-
-def _inverse_sqrt(peak: float, warmup: int, steps: int) -> optax.Schedule:
-    """Counts steps after the warm-up. Without a warm-up it acts as if that took one step."""
-    del steps
-    start = max(warmup, 1)
-    # `step` is negative during the warm-up, when optax evaluates this and ignores the result.
-    return lambda step: peak * jnp.sqrt(start / (start + jnp.maximum(step, 0)))

@@ -1,18 +1,22 @@
 """Methods of sparse training: the contract, one file per method, and schedules."""
 
+from nmjax.methods._decaying_mask import decaying_mask
 from nmjax.methods._dense import dense
 from nmjax.methods._one_shot import OneShotState, one_shot
 from nmjax.methods._soft_uniform_blocks import SoftBlocksState, soft_uniform_blocks
 from nmjax.methods._straight_through import straight_through
 from nmjax.methods.schedules import cosine_ramp, cubic_ramp, exponential_ramp, linear_ramp
-from nmjax.methods.sparsifier import Sparsifier
+from nmjax.methods.sparsifier import Clock, Method, Sparsifier
 
 __all__ = [
+    "Clock",
+    "Method",
     "OneShotState",
     "SoftBlocksState",
     "Sparsifier",
     "cosine_ramp",
     "cubic_ramp",
+    "decaying_mask",
     "dense",
     "exponential_ramp",
     "linear_ramp",

@@ -1,18 +1,36 @@
 """The contract of a method of sparse training: four pure functions.
 
 A training loop calls `init` once, `refresh` between steps, `apply` inside the loss, and `export`
-after training. Every method here works with one `refresh` per epoch. Methods whose masks follow
-from the weights have an empty state.
+after training. Methods whose masks follow from the weights have an empty state.
+
+What a method may do beyond a boolean mask:
+
+- **A factor in place of a mask.** `apply` may return any weights of the same shapes, and `export`
+  returns what `apply` does once the method has reached the pattern.
+- **A schedule.** The state holds the step of the last `refresh` (`Clock`), and `apply` computes
+  everything else from it. Then `refresh` costs nothing and runs under `jax.jit` before every step;
+  a loop that refreshes once per epoch gets a schedule that moves once per epoch.
+- **An optimizer of its own, and what it learns.** Such a method is a `Method`: a sparsifier, a
+  transformation of optax, and `follow`, which carries what the transformation learned over to the
+  sparsifier. Scores that are learned beside the weights live in the state of the transformation,
+  so the tree of parameters stays that of the model.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import jax
+import jax.numpy as jnp
+import optax
+
+from nmjax.masks.arguments import is_integer
 from nmjax.packed.packing import check_pattern
 from nmjax.plans import Plan
-from nmjax.pruning import Masks, prune
+from nmjax.pruning import Masks, planned_leaves, prune
+from nmjax.trees.leaves import map_named
 
 if TYPE_CHECKING:
     import chex
@@ -46,6 +64,122 @@ class Sparsifier(NamedTuple):
     refresh: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Numeric], chex.ArrayTree]
     apply: Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]
     export: Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]
+
+
+def _same(state: chex.ArrayTree, opt_state: chex.ArrayTree) -> chex.ArrayTree:
+    del opt_state
+    return state
+
+
+class Method(NamedTuple):
+    """A method with an optimizer part of its own.
+
+    A training step calls, in this order, and all inside `jax.jit` if you like:
+
+        state = sparsifier.refresh(state, params, step)
+        grads = jax.grad(loss)(params)  # of sparsifier.apply(params, state)
+        updates, opt_state = tx.update(grads, opt_state, params, masks=state.masks)
+        params = optax.apply_updates(params, updates)
+        state = method.follow(state, opt_state)
+
+    Pass `masks=` if the state has masks.
+
+    Attributes:
+      sparsifier: makes the forward pass sparse.
+      transformation: part of the optimizer's chain; the method says where it goes.
+      follow: `(state, opt_state) -> state`, after each update: carries what the transformation
+        learned over to the sparsifier's state. `opt_state` is that of the whole optimizer.
+    """
+
+    sparsifier: Sparsifier
+    transformation: optax.GradientTransformationExtraArgs
+    follow: Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree] = _same
+
+
+class Clock(NamedTuple):
+    """State of the methods that follow a schedule.
+
+    Attributes:
+      step: int32 scalar, the optimizer step of the last `refresh`; 0 before the first.
+    """
+
+    step: jax.Array
+
+
+def scheduled(
+    apply: Callable[[chex.ArrayTree, jax.Array], chex.ArrayTree],
+    plan: Plan,
+    end: int,
+    *,
+    init: Callable[[chex.ArrayTree], None] = lambda params: None,
+) -> Sparsifier:
+    """A sparsifier whose forward pass depends on the weights and the step.
+
+    Args:
+      apply: `(params, step) -> params`.
+      plan: that the weights have from step `end` on.
+      end: first step at which they have it.
+      init: checks the parameters.
+    """
+
+    def start(params: chex.ArrayTree, key: chex.PRNGKey) -> Clock:
+        del key
+        init(params)
+        return Clock(jnp.zeros([], jnp.int32))
+
+    def refresh(state: Clock, params: chex.ArrayTree, step: chex.Numeric) -> Clock:
+        del params
+        step_of(state)
+        return Clock(jnp.asarray(step, jnp.int32))
+
+    def export(params: chex.ArrayTree, state: Clock) -> chex.ArrayTree:
+        sparse = apply(params, step_of(state))
+        check_pattern(
+            sparse,
+            plan,
+            f"training has not reached the pattern: it does in the first refresh at or after step "
+            f"{end}, and the last was at step {_shown(state.step)}. These weights are not sparse "
+            "yet",
+        )
+        return sparse
+
+    return Sparsifier(start, refresh, lambda params, state: apply(params, step_of(state)), export)
+
+
+def map_planned(
+    function: Callable[[str, Any], Any], params: chex.ArrayTree, plan: Plan
+) -> chex.ArrayTree:
+    """Applies `(name, weight) -> weight` to the planned leaves, after checking that they fit."""
+    planned_leaves(params, plan)
+    return map_named(lambda name, leaf: function(name, leaf) if name in plan else leaf, params)
+
+
+def step_of(state: Any) -> jax.Array:
+    """The step in a state; raises TypeError if it has none."""
+    if not hasattr(state, "step"):
+        raise TypeError(
+            "expected a state, as sparsifier.init(params, key) and sparsifier.refresh(state, "
+            f"params, step) return it; got {type(state).__name__}"
+        )
+    return jnp.asarray(state.step)
+
+
+def check_steps(**steps: int) -> None:
+    """Raises TypeError or ValueError unless all are Python integers >= 0, in ascending order."""
+    for name, step in steps.items():
+        if isinstance(step, bool) or not is_integer(step):
+            raise TypeError(
+                f"{name} must be a Python integer, a number of optimizer steps; got {step!r} of "
+                f"type {type(step).__name__}"
+            )
+    order = list(steps.values())
+    if order[0] < 0 or any(a >= b for a, b in itertools.pairwise(order)):
+        given = ", ".join(f"{name}={step}" for name, step in steps.items())
+        raise ValueError(f"needs 0 <= {' < '.join(steps)} optimizer steps, got {given}")
+
+
+def _shown(step: Any) -> str:
+    return "an unknown step" if isinstance(step, jax.core.Tracer) else str(step)
 
 
 def stateless(
