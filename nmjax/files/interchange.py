@@ -76,6 +76,7 @@ def to_semi_structured(packed: PackedNM) -> SemiStructured:
     if not isinstance(packed, PackedNM):
         raise TypeError(f"expected a PackedNM, got {type(packed)}")
     plan = packed.leaf_plan
+    packed.pattern.check_consecutive("the semi-structured layout")
     if plan.pattern not in (NM(2, 4), NM(2, 4, flatten="kernel")):
         raise ValueError(f"semi-structured weights must be 2:4, got {plan.pattern}")
     if packed.dtype.itemsize != 2:

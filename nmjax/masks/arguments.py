@@ -25,6 +25,27 @@ def check_n_of_m(n: int, m: int) -> None:
         )
 
 
+def check_stride(stride: object) -> None:
+    """Raises TypeError or ValueError unless `stride` is an integer >= 1."""
+    if isinstance(stride, bool) or not is_integer(stride):
+        raise TypeError(
+            f"stride must be a Python integer, got {stride!r} of type {type(stride).__name__}"
+        )
+    if operator.index(stride) < 1:  # type: ignore[arg-type]
+        raise ValueError(
+            f"stride is the distance between the members of a group, at least 1; got {stride}"
+        )
+
+
+def group_name(m: int, stride: int) -> str:
+    """What error messages call the groups.
+
+    >>> group_name(4, 1), group_name(4, 16)
+    ('groups of 4', 'groups of 4 with stride 16')
+    """
+    return f"groups of {m}" + (f" with stride {stride}" if stride > 1 else "")
+
+
 def check_block(n: int, sparsity: float) -> None:
     """Raises TypeError or ValueError unless `n` is an integer >= 1 and 0 <= `sparsity` < 1."""
     if isinstance(n, bool) or not is_integer(n):

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nmjax.masks.arguments import check_n_of_m
+from nmjax.masks.arguments import check_n_of_m, check_stride, group_name
 from nmjax.masks.ranking import (
     ToKeys,
     check_real_floating,
@@ -56,8 +56,12 @@ def nm_mask(
     axis: SupportsIndex | Sequence[SupportsIndex] = -2,
     *,
     score: Score = magnitude,
+    stride: SupportsIndex = 1,
 ) -> Bool[Array, "*shape"]:
     """Keeps exactly the n highest scores of every m consecutive weights along `axis`.
+
+    With a stride s, the members of a group lie s apart: each run of m * s consecutive weights
+    holds s groups, and group r of a run has its members at r, r + s, ..., r + (m - 1) * s.
 
     In a tie, the weight at the lower index is kept. Every NaN counts as the highest score, so
     that it stays visible; -0.0 equals 0.0.
@@ -65,44 +69,53 @@ def nm_mask(
     Args:
       w: weights, real floating dtype.
       n: how many of each group are kept, 1 <= n <= m.
-      m: group size; divides the size of `axis`.
+      m: group size; `m * stride` divides the size of `axis`.
       axis: axis along which groups extend. Several axes are flattened in the order given, and the
         last varies fastest: `(-3, -2)` for the (heads, head_dim) of an attention output kernel,
         `(-2, -4, -3)` for the (I, H, W) of a convolution kernel stored as HWIO.
       score: function from the weights to scores of the same shape, real floating dtype.
+      stride: distance between the members of a group, at least 1.
 
     Returns:
-      Boolean array of `w`'s shape, True = kept. If every shard of `w` holds whole groups, the mask
-      is sharded like `w` and computed without communication.
+      Boolean array of `w`'s shape, True = kept. If every shard of `w` holds whole runs of
+      `m * stride` weights, the mask is sharded like `w` and computed without communication.
 
     Raises:
-      TypeError: `w` or its scores are not real floating point; `n`, `m`, or `axis` is not an
-        integer.
-      ValueError: not 1 <= n <= m; `axis` is out of range or repeated; `m` does not divide the size
-        of `axis`; the scores do not have `w`'s shape; a shard along an explicit mesh axis
-        holds part of a group.
+      TypeError: `w` or its scores are not real floating point; `n`, `m`, `stride`, or `axis` is
+        not an integer.
+      ValueError: not 1 <= n <= m; `stride` < 1; `axis` is out of range or repeated; `m * stride`
+        does not divide the size of `axis`; the scores do not have `w`'s shape; a shard along an
+        explicit mesh axis holds part of a run.
 
     Example:
       >>> w = jnp.array([0.1, -3.0, 2.0, 0.5])
       >>> nm_mask(w, 2, 4, axis=0).tolist()
       [False, True, True, False]
+      >>> nm_mask(w, 1, 2, axis=0, stride=2).tolist()  # 0.1 against 2.0, and -3.0 against 0.5
+      [False, True, True, False]
     """
     w = as_array(w)
     check_n_of_m(n, m)  # type: ignore[arg-type]
-    n, m = operator.index(n), operator.index(m)
-    axes = _group_axes(w, m, axis)
+    check_stride(stride)
+    n, m, stride = operator.index(n), operator.index(m), operator.index(stride)
+    axes = _group_axes(w, m, stride, axis)
     values, to_keys = _scored(lax.stop_gradient(w), score)
-    return _keep_highest(values, to_keys, n, m, axes)
+    return _keep_highest(values, to_keys, n, m, stride, axes)
 
 
-@partial(jax.jit, static_argnames=("to_keys", "n", "m", "axes"), inline=True)
+@partial(jax.jit, static_argnames=("to_keys", "n", "m", "stride", "axes"), inline=True)
 def _keep_highest(
-    values: Float[Array, "*shape"], to_keys: ToKeys, n: int, m: int, axes: tuple[int, ...]
+    values: Float[Array, "*shape"],
+    to_keys: ToKeys,
+    n: int,
+    m: int,
+    stride: int,
+    axes: tuple[int, ...],
 ) -> Bool[Array, "*shape"]:
     """The mask of checked values. Jitted, so that it is one computation outside `jax.jit` too."""
     # Counting compares all m^2 pairs of a group, so it pays for small m only. The network keeps one
     # bit per member in a 32-bit integer, so it ends at 32.
-    groups, ungroup, group_axis = _grouped(values, m, axes)
+    groups, ungroup, group_axis = _grouped(values, m, stride, axes)
     keep = _keep_by_rank if m <= 4 else _keep_by_network if m <= 32 else keep_highest
     return ungroup(keep(groups, to_keys, n, group_axis))
 
@@ -190,9 +203,9 @@ def _computed_once(x: UInt32[Array, "*shape"], axis: int) -> UInt32[Array, "*sha
 
 
 def _grouped(
-    x: Shaped[Array, "*shape"], m: int, axes: tuple[int, ...]
+    x: Shaped[Array, "*shape"], m: int, stride: int, axes: tuple[int, ...]
 ) -> tuple[Shaped[Array, "*groups"], Callable[[jax.Array], jax.Array], int]:
-    """Flattens `axes` and cuts them into groups of m.
+    """Flattens `axes` and cuts them into groups of m whose members lie `stride` apart.
 
     Returns:
       The groups, a function that undoes the grouping, and the axis of size m.
@@ -211,7 +224,9 @@ def _grouped(
         result = groups.reshape(merged).reshape(moved.shape)
         return result if order == sorted(order) else result.transpose(np.argsort(order))
 
-    return moved.reshape(merged).reshape(*before, size // m, m, *after), ungroup, first + 1
+    # Strided groups lie side by side along the axis behind the one of size m.
+    cut = (size // (m * stride), m) if stride == 1 else (size // (m * stride), m, stride)
+    return moved.reshape(merged).reshape(*before, *cut, *after), ungroup, first + 1
 
 
 def _scored(w: Float[Array, "*shape"], score: Score) -> tuple[Float[chex.Array, "*shape"], ToKeys]:
@@ -225,7 +240,10 @@ def _scored(w: Float[Array, "*shape"], score: Score) -> tuple[Float[chex.Array, 
 
 
 def _group_axes(
-    w: Shaped[Array, "*shape"], m: int, axis: SupportsIndex | Sequence[SupportsIndex]
+    w: Shaped[Array, "*shape"],
+    m: int,
+    stride: int,
+    axis: SupportsIndex | Sequence[SupportsIndex],
 ) -> tuple[int, ...]:
     """The last axes given, as few as hold whole groups; non-negative, in the order given."""
     given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
@@ -238,13 +256,15 @@ def _group_axes(
     if len(set(axes)) < len(axes):
         raise ValueError(f"axis {axis} repeats an axis of weights of shape {w.shape}")
     sizes = [w.shape[a] for a in axes]
-    if math.prod(sizes) % m:
+    run, what = m * stride, group_name(m, stride)
+    if math.prod(sizes) % run:
         raise ValueError(
-            f"groups of {m} do not fit: weights of shape {w.shape} have {math.prod(sizes)} along "
-            f"axis {axis}, which {m} does not divide; choose another m or keep this layer dense"
+            f"{what} do not fit: weights of shape {w.shape} have {math.prod(sizes)} along axis "
+            f"{axis}, which {run} does not divide; choose another m"
+            f"{' or stride' if stride > 1 else ''} or keep this layer dense"
         )
-    # If m divides the product of the last axes, no group extends into the axes before them. Fewer
-    # axes mean fewer transpositions, and the axes left out may be sharded in any way.
-    fewest = next(i for i in reversed(range(len(axes))) if math.prod(sizes[i:]) % m == 0)
-    check_shards(w, m, axes[fewest:], f"groups of {m} along axis {axis}")
+    # If a run divides the product of the last axes, no group extends into the axes before them.
+    # Fewer axes mean fewer transpositions, and the axes left out may be sharded in any way.
+    fewest = next(i for i in reversed(range(len(axes))) if math.prod(sizes[i:]) % run == 0)
+    check_shards(w, run, axes[fewest:], f"{what} along axis {axis}")
     return axes[fewest:]

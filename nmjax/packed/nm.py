@@ -1,7 +1,10 @@
 """One N:M weight in packed form: the kept values, and a few bits that say where they were.
 
 The weight is treated as a stack of matrices (inputs, outputs), for any layout, and each column of
-a matrix as groups of m. Outputs are the last axis of every array, so that neighboring outputs
+a matrix as groups of m. Strided groups are packed as consecutive ones of the weight whose inputs
+are permuted, run by run: group `run * stride + r` is the one that starts at r in its run.
+
+Outputs are the last axis of every array, so that neighboring outputs
 lie in neighboring lanes of a vector unit, and so that a sharding of the outputs still applies.
 
 The positions of a column's kept values make one string of bits, least significant first, padded
@@ -97,6 +100,11 @@ class PackedNM(Packed, pattern=NM):
                 f"values of shape {shape} cannot hold {self}; expected (..., {planned}, "
                 f"{pattern.n}, {plan.outputs}), or equal parts of the groups or the outputs"
             )
+        if groups % pattern.stride:
+            raise ValueError(
+                f"a shard of {groups} of the {planned} groups of {self} cuts a run of "
+                f"{pattern.stride} groups; shard the outputs instead"
+            )
         # A stack in front may have been mapped or scanned away, but the taps are of one weight.
         taps = tuple(plan.shape[axis] for axis in sorted(plan.tap_axes))
         if shape[:-3][-len(taps) :] != taps and taps:
@@ -125,7 +133,7 @@ class PackedNM(Packed, pattern=NM):
         missed = (wanted & ~kept).any(axis=-2, keepdims=True)
         fit = wanted.sum(axis=-2, keepdims=True) <= _pattern(leaf_plan).n
         groups = jnp.where(missed & fit, wanted, kept)
-        return split(_flat(groups), nonzero.shape, _spans(leaf_plan))
+        return _ungrouped(groups, nonzero.shape, leaf_plan)
 
     def check(self) -> None:
         """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""
@@ -203,6 +211,14 @@ class PackedNM(Packed, pattern=NM):
         # Groups run over (input, *taps) of each filter.
         return jnp.moveaxis(w.reshape(*self.reduction_shape, w.shape[-1]), 0, -2)
 
+    def by_group(self, x: jax.Array) -> jax.Array:
+        """Inputs (..., inputs) of a product in the order in which the groups are packed."""
+        m, stride = self.pattern.m, self.pattern.stride
+        if stride == 1:
+            return x
+        # A transposition: it costs one pass over x, and x is small beside the weight.
+        return x.reshape(*x.shape[:-1], -1, m, stride).swapaxes(-2, -1).reshape(x.shape)
+
     def positions(self) -> jax.Array:
         """Where in its group each value was: unsigned integers of `values`' shape, ascending."""
         self.check_arrays()
@@ -267,7 +283,7 @@ def _unpack(bits: jax.Array, codes: jax.Array, shape: Shape, leaf_plan: LeafPlan
             rank = count_below(code, members)
             here = jnp.take_along_axis(code, rank, axis=-2, mode="clip") == members
         groups = jnp.where(here, jnp.take_along_axis(bits, rank, axis=-2, mode="clip"), 0)
-    return split(_flat(groups), shape, _spans(leaf_plan))
+    return _ungrouped(groups, shape, leaf_plan)
 
 
 def _gather(bits: jax.Array, stored: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -326,8 +342,21 @@ def _unpack_codes(codes: jax.Array, groups: int, pattern: NM, xp: ModuleType) ->
 def _grouped(x: jax.Array, leaf_plan: LeafPlan) -> jax.Array:
     """(*stack, groups, m, outputs)."""
     x = merge(x, _spans(leaf_plan))
-    m = _pattern(leaf_plan).m
-    return x.reshape(*x.shape[:-2], x.shape[-2] // m, m, x.shape[-1])
+    m, stride = _pattern(leaf_plan).m, _pattern(leaf_plan).stride
+    *stack, inputs, outputs = x.shape
+    if stride > 1:
+        # Behind this swap, the members of a group are neighbors.
+        x = x.reshape(*stack, inputs // (m * stride), m, stride, outputs).swapaxes(-3, -2)
+    return x.reshape(*stack, inputs // m, m, outputs)
+
+
+def _ungrouped(groups: jax.Array, shape: Shape, leaf_plan: LeafPlan) -> jax.Array:
+    """Undoes `_grouped`, given the shape of the weight."""
+    *stack, count, m, outputs = groups.shape
+    stride = _pattern(leaf_plan).stride
+    if stride > 1:
+        groups = groups.reshape(*stack, count // stride, stride, m, outputs).swapaxes(-3, -2)
+    return split(groups.reshape(*stack, count * m, outputs), shape, _spans(leaf_plan))
 
 
 def _flat(groups: jax.Array) -> jax.Array:

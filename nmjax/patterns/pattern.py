@@ -193,7 +193,8 @@ def parse_pattern(text: str | Pattern) -> Pattern:
 
     Args:
       text: `"N:M"`, N kept of every M; `"N:M/kernel"` for `NM(N, M, flatten="kernel")`;
-        `"1xN@S"` for `Block1xN(N, S)`; `"1xN@S/layer"` for `Block1xN(N, S, uniform=False)`.
+        `"N:M/S"` for `NM(N, M, stride=S)`; `"1xN@S"` for `Block1xN(N, S)`; `"1xN@S/layer"` for
+        `Block1xN(N, S, uniform=False)`.
 
     Raises:
       TypeError: `text` is neither text nor a pattern.
@@ -201,7 +202,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
 
     >>> import nmjax
     >>> parse_pattern("2:4")
-    NM(n=2, m=4, flatten='channel')
+    NM(n=2, m=4, flatten='channel', stride=1)
     >>> parse_pattern("1x16@0.5")
     Block1xN(n=16, sparsity=0.5, uniform=True)
     """

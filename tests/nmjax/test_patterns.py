@@ -19,7 +19,9 @@ from nmjax.masks.arguments import as_fraction
 @st.composite
 def patterns(draw):
     m = draw(st.integers(1, 1024))
-    return NM(draw(st.integers(1, m)), m, flatten=draw(st.sampled_from(["channel", "kernel"])))
+    n, flatten = draw(st.integers(1, m)), draw(st.sampled_from(["channel", "kernel"]))
+    stride = draw(st.sampled_from([1, 2, 16, 10**6])) if flatten == "channel" else 1
+    return NM(n, m, flatten=flatten, stride=stride)
 
 
 @given(patterns())
@@ -29,9 +31,10 @@ def test_text_there_and_back(pattern):
 
 @given(patterns(), patterns())
 def test_equality_and_hash_go_by_value(a, b):
-    assert a == NM(a.n, a.m, flatten=a.flatten)
-    assert hash(a) == hash(NM(a.n, a.m, flatten=a.flatten))
-    assert (a == b) == ((a.n, a.m, a.flatten) == (b.n, b.m, b.flatten))
+    again = NM(a.n, a.m, flatten=a.flatten, stride=a.stride)
+    assert a == again
+    assert hash(a) == hash(again)
+    assert (a == b) == ((a.n, a.m, a.flatten, a.stride) == (b.n, b.m, b.flatten, b.stride))
 
 
 @given(patterns())
@@ -60,6 +63,9 @@ def test_index_bits_of_counted_sets(pattern, sets):
         ("2:4/channel", NM(2, 4)),
         ("2:4/kernel", NM(2, 4, flatten="kernel")),
         ("8:32 / kernel", NM(8, 32, flatten="kernel")),
+        ("2:4/16", NM(2, 4, stride=16)),
+        ("1:8 / 2", NM(1, 8, stride=2)),
+        ("2:4/1", NM(2, 4)),
     ],
 )
 def test_text_that_parses(text, pattern):
@@ -73,7 +79,7 @@ def test_a_pattern_passes_through_parsing():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "2", "2:", ":4", "2-4", "2:4:8", "-2:4", "2.0:4", "0.5", "2:4/filter", "a:b"],
+    ["", "2", "2:", ":4", "2-4", "2:4:8", "-2:4", "2.0:4", "0.5", "2:4/filter", "a:b", "2:4/-2"],
 )
 def test_text_that_does_not_parse(text):
     check_not_read(text)
@@ -115,7 +121,7 @@ def test_numbers_the_wrong_way_round_get_a_hint():
 
 
 @pytest.mark.parametrize("bad", [True, 2.0, np.float32(2), "2", None, np.array([2, 2])])
-@pytest.mark.parametrize("name", ["n", "m"])
+@pytest.mark.parametrize("name", ["n", "m", "stride"])
 def test_what_is_no_integer(bad, name):
     with pytest.raises(TypeError, match=f"{name} must be a Python integer"):
         NM(**{"n": 2, "m": 4, name: bad})
@@ -138,6 +144,24 @@ def test_numpy_integers_become_python_ones(integer):
 def test_unknown_flatten():
     with pytest.raises(ValueError, match='"channel" or "kernel", got \'filter\''):
         NM(2, 4, flatten="filter")
+
+
+def test_strides_that_are_refused():
+    with pytest.raises(ValueError, match=r'takes stride 1, got 16.* write "2:4/16"'):
+        NM(2, 4, flatten="kernel", stride=16)
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        parse_pattern("2:4/0")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("m", [4, 8])
+def test_semi_structured_is_at_most_2_of_every_4_neighbors(n, m, stride):
+    # Neighbors of one group compete for n places, and each group may keep any of its members.
+    group_of = [run * stride + r for run in range(4) for _ in range(m) for r in range(stride)]
+    fours = [group_of[i : i + 4] for i in range(0, len(group_of) - 3, 4)]
+    most = max(sum(min(n, four.count(group)) for group in set(four)) for four in fours)
+    assert NM(n, m, stride=stride).is_semi_structured == (most <= 2)
 
 
 def test_patterns_are_frozen_and_not_callable():
@@ -265,6 +289,8 @@ def test_what_does_not_fit():
     assert Block1xN(16, 0.5).misfit(5, 24) == "24 outputs are not a multiple of 16"
     assert NM(2, 4).misfit(6, 5) == "6 inputs are not a multiple of 4"
     assert NM(2, 4).misfit(8, 5) is None
+    assert NM(2, 4, stride=8).misfit(48, 5) == "48 inputs are not a multiple of 32 = 4 * 8"
+    assert NM(2, 4, stride=8).misfit(64, 5) is None
 
 
 @pytest.mark.parametrize("n", [0, -1])

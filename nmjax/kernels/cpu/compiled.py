@@ -110,7 +110,7 @@ def _check_blocks(packed: PackedBlocks) -> None:
 def _matmul_groups(
     x: jax.Array, packed: PackedNM, bias: jax.Array | None, activation: Activation
 ) -> jax.Array:
-    return batched(partial(_groups, activation=activation), x, packed, bias)
+    return batched(partial(_groups, activation=activation), packed.by_group(x), packed, bias)
 
 
 def _matmul_blocks(
