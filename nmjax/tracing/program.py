@@ -81,10 +81,14 @@ def read_program(forward: Callable[..., Any], params: Any, *inputs: Any) -> Prog
 
 
 class Trace(NamedTuple):
-    """A traced program: its jaxpr, and the names of its first arguments, which are weights."""
+    """A traced program: its jaxpr, the names of its first arguments, and closed-over constants.
+
+    The first arguments are weights.
+    """
 
     jaxpr: core.Jaxpr
     names: tuple[str, ...]
+    constants: tuple[Any, ...] = ()
 
 
 def trace(forward: Callable[..., Any], params: Any, *inputs: Any) -> Trace:
@@ -109,19 +113,28 @@ def trace(forward: Callable[..., Any], params: Any, *inputs: Any) -> Trace:
         return [result for result in results if isinstance(result, jax.Array)]
 
     with explaining_shape_errors(inputs):
-        jaxpr = jax.make_jaxpr(run)(*arrays).jaxpr
+        closed = jax.make_jaxpr(run)(*arrays)
     names = tuple(name for name, leaf in named.items() if is_array(leaf))
-    return Trace(jaxpr, names)
+    return Trace(closed.jaxpr, names, tuple(closed.consts))
 
 
 def read_trace(traced: Trace) -> Program:
     """Reads off a traced program what it does with each weight."""
     shapes = list(map(shape_of, traced.jaxpr.invars))
     weights = dict(zip(traced.names, shapes, strict=False))
-    reader = _WeightReader(weights)
-    values = [Value(frozenset({n}), (whole(n, shape),)) for n, shape in weights.items()]
-    reader.walk(traced.jaxpr, [*values, *[ACTIVATION] * (len(shapes) - len(values))])
+    reader = WeightReader(weights)
+    reader.walk(traced.jaxpr, arguments_of(traced))
     return Program(reader.uses, reader.other_multiply_adds)
+
+
+def arguments_of(traced: Trace) -> list[Value]:
+    """What is known of the arguments of a traced program."""
+    shapes = list(map(shape_of, traced.jaxpr.invars))
+    values = [
+        Value(frozenset({n}), (whole(n, shape),))
+        for n, shape in zip(traced.names, shapes, strict=False)
+    ]
+    return [*values, *[ACTIVATION] * (len(shapes) - len(values))]
 
 
 def described(given: Any) -> Any:
@@ -163,7 +176,7 @@ def constant(leaf: Any) -> Any:
     return (jnp.zeros if is_key else jnp.ones)(leaf.shape, leaf.dtype)
 
 
-class _WeightReader(Reader[Value]):
+class WeightReader(Reader[Value]):
     """Follows weights to their products."""
 
     def __init__(self, shapes: dict[str, Shape]) -> None:
@@ -237,7 +250,7 @@ class _WeightReader(Reader[Value]):
         self, product: Product, operands: Sequence[Value], shapes: Sequence[Shape], times: Times
     ) -> Value:
         pair = operands[:2]
-        sides = _weight_sides(product, pair)
+        sides = weight_sides(product, pair)
         multiply_adds = (times or 0) * product.multiply_adds
         charged = [pair[side] for side in sides] or pair
         self._count(frozenset(n for value in charged for n in value.weights), multiply_adds)
@@ -348,7 +361,7 @@ class _WeightReader(Reader[Value]):
         return [ACTIVATION for _ in equation.outvars]
 
 
-def _weight_sides(product: Product, pair: Sequence[Value]) -> list[int]:
+def weight_sides(product: Product, pair: Sequence[Value]) -> list[int]:
     """Which operands of a product are weights that meet an input; both or none if unclear."""
     left, right = pair
     found = []

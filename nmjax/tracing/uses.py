@@ -187,7 +187,7 @@ def contraction(
     roles: dict[int, set[str]] = {}
     covered: dict[int, int] = {}
     for axis, pieces in enumerate(view.axes):
-        stack, groups = _stack_of_groups(view, pieces, groups) if axis in output else (0, groups)
+        stack, groups = stack_of_groups(view, pieces, groups) if axis in output else (0, groups)
         for i, piece in enumerate(pieces):
             if piece.axis is not None:
                 role = "stack" if i < stack else named.get(axis, "stack")
@@ -215,7 +215,7 @@ def contraction(
     )
 
 
-def _stack_of_groups(view: View, pieces: Pieces, groups: int) -> tuple[int, int]:
+def stack_of_groups(view: View, pieces: Pieces, groups: int) -> tuple[int, int]:
     """How many of an output axis' pieces stack layers, and the feature groups in each layer."""
     # vmap makes one grouped convolution of a stack: a group, or some, for each layer.
     for i, piece in enumerate(pieces[:-1]):

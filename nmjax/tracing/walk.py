@@ -64,11 +64,14 @@ class Reader(abc.ABC, Generic[Value]):
 
         for equation in jaxpr.eqns:
             operands = [value_of(operand) for operand in equation.invars]
-            results = self._run(equation, operands, times)
+            results = self.interpret(equation, operands, times)
             known.update(zip(equation.outvars, results, strict=True))
         return [value_of(operand) for operand in jaxpr.outvars]
 
-    def _run(self, equation: core.JaxprEqn, operands: list[Value], times: Times) -> list[Value]:
+    def interpret(
+        self, equation: core.JaxprEqn, operands: list[Value], times: Times
+    ) -> list[Value]:
+        """The values of an equation's results, loops and branches included."""
         name, parameters = equation.primitive.name, equation.params
         if name == "scan":
             return self._scan(equation, operands, times)
@@ -77,23 +80,23 @@ class Reader(abc.ABC, Generic[Value]):
         if name == "cond":
             return self._cond(equation, operands, times)
         if name == "shard_map":
-            body = _open(parameters["jaxpr"])
+            body = opened(parameters["jaxpr"])
             outside, inside = map(shape_of, equation.invars), map(shape_of, body.invars)
             results = self.walk(body, list(map(self.resized, operands, outside, inside)), times)
             inside, outside = map(shape_of, body.outvars), map(shape_of, equation.outvars)
             return list(map(self.resized, results, inside, outside))
-        called = _called(equation)
+        called = called_program(equation)
         if called is not None:
-            return self.walk(called, operands, times)
+            return self.walk(opened(called), operands, times)
         return self.apply(equation, operands, times)
 
     def _scan(self, equation: core.JaxprEqn, operands: list[Value], times: Times) -> list[Value]:
-        body, length = _open(equation.params["jaxpr"]), equation.params["length"]
-        constants, carried = _parts_of_scan(equation.params)
+        body, length = opened(equation.params["jaxpr"]), equation.params["length"]
+        constants, carried = parts_of_scan(equation.params)
         first, carry = operands[:constants], operands[constants : constants + carried]
         shapes = map(shape_of, equation.invars[constants + carried :])
         entries = list(map(self.entry, operands[constants + carried :], shapes))
-        carry = self._settle(
+        carry = self.settle(
             carry, lambda carry: self.walk(body, [*first, *carry, *entries], None)[:carried]
         )
         results = self.walk(body, [*first, *carry, *entries], times and times * length)
@@ -107,16 +110,16 @@ class Reader(abc.ABC, Generic[Value]):
     def _while(
         self, parameters: Mapping[str, Any], operands: list[Value], times: Times
     ) -> list[Value]:
-        condition, body = _open(parameters["cond_jaxpr"]), _open(parameters["body_jaxpr"])
+        condition, body = opened(parameters["cond_jaxpr"]), opened(parameters["body_jaxpr"])
         for_condition = parameters["cond_nconsts"]
         carried = for_condition + parameters["body_nconsts"]
         constants, carry = operands[for_condition:carried], operands[carried:]
-        carry = self._settle(carry, lambda carry: self.walk(body, [*constants, *carry], None))
+        carry = self.settle(carry, lambda carry: self.walk(body, [*constants, *carry], None))
         self.walk(condition, [*operands[:for_condition], *carry], times)
         self.walk(body, [*constants, *carry], times)
         return carry
 
-    def _settle(self, carry: list[Value], step: Any) -> list[Value]:
+    def settle(self, carry: list[Value], step: Any) -> list[Value]:
         """Joins what a loop carries with what its body makes of it, until nothing changes."""
         # A state that starts as zeros depends on the input after the first pass, so the products
         # of that pass do not yet show what they multiply.
@@ -130,7 +133,7 @@ class Reader(abc.ABC, Generic[Value]):
         decider, *arguments = operands
         # Only the first branch counts as run, so that a total is the cost of one path.
         branches = [
-            self.walk(_open(branch), arguments, times if i == 0 else times and 0)
+            self.walk(opened(branch), arguments, times if i == 0 else times and 0)
             for i, branch in enumerate(equation.params["branches"])
         ]
         results = branches[0]
@@ -156,33 +159,33 @@ def shape_of(operand: Any) -> Shape:
     return tuple(getattr(operand.aval, "shape", ()))
 
 
-def _open(jaxpr: Any) -> core.Jaxpr:
+def opened(jaxpr: Any) -> core.Jaxpr:
     """The program itself, without the constants of a closed one."""
     opened: core.Jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return opened
 
 
-def _called(equation: core.JaxprEqn) -> core.Jaxpr | None:
+def called_program(equation: core.JaxprEqn) -> Any:
     """The program that a call runs on its operands: of jit, remat, custom derivatives, and so on.
 
-    None if the equation is not a call. The programs inside a reduction or a kernel take other
-    arguments than the equation does.
+    It may be closed, with constants of its own. None if the equation is not a call. The programs
+    inside a reduction or a kernel take other arguments than the equation does.
     """
     operands = list(map(shape_of, equation.invars))
     results = list(map(shape_of, equation.outvars))
     for parameter in equation.params.values():
-        body = _open(parameter)
+        body = opened(parameter)
         if not hasattr(body, "eqns") or equation.primitive.name in _NOT_CALLS:
             continue
         if [*map(shape_of, body.invars)] == operands and [*map(shape_of, body.outvars)] == results:
-            return body
+            return parameter
     return None
 
 
 _NOT_CALLS = frozenset(("reduce", "reduce_window", "scatter", "sort", "pallas_call"))
 
 
-def _parts_of_scan(parameters: Mapping[str, Any]) -> tuple[int, int]:
+def parts_of_scan(parameters: Mapping[str, Any]) -> tuple[int, int]:
     """How many constants and how many carried values a scan has."""
     if "ft_in" in parameters:  # jax 0.12 and later: a tree of (constants, carry, inputs).
         constants, carry, _ = (len(list(part)) for part in parameters["ft_in"].unpack())
