@@ -2,7 +2,10 @@
 
 from nmjax.methods._decaying_mask import decaying_mask
 from nmjax.methods._dense import dense
+from nmjax.methods._dense_then import dense_then
+from nmjax.methods._max_q import max_q
 from nmjax.methods._one_shot import OneShotState, one_shot
+from nmjax.methods._s_ste import SSteState, s_ste, s_ste_scale
 from nmjax.methods._soft_uniform_blocks import SoftBlocksState, soft_uniform_blocks
 from nmjax.methods._straight_through import straight_through
 from nmjax.methods.schedules import cosine_ramp, cubic_ramp, exponential_ramp, linear_ramp
@@ -12,15 +15,20 @@ __all__ = [
     "Clock",
     "Method",
     "OneShotState",
+    "SSteState",
     "SoftBlocksState",
     "Sparsifier",
     "cosine_ramp",
     "cubic_ramp",
     "decaying_mask",
     "dense",
+    "dense_then",
     "exponential_ramp",
     "linear_ramp",
+    "max_q",
     "one_shot",
+    "s_ste",
+    "s_ste_scale",
     "soft_uniform_blocks",
     "straight_through",
 ]

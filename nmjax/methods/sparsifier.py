@@ -109,22 +109,19 @@ class Clock(NamedTuple):
 def scheduled(
     apply: Callable[[chex.ArrayTree, jax.Array], chex.ArrayTree],
     plan: Plan,
-    end: int,
-    *,
-    init: Callable[[chex.ArrayTree], None] = lambda params: None,
+    end: float | str,
 ) -> Sparsifier:
     """A sparsifier whose forward pass depends on the weights and the step.
 
     Args:
       apply: `(params, step) -> params`.
       plan: that the weights have from step `end` on.
-      end: first step at which they have it.
-      init: checks the parameters.
+      end: first step at which they have it, or a name for it.
     """
 
     def start(params: chex.ArrayTree, key: chex.PRNGKey) -> Clock:
         del key
-        init(params)
+        planned_leaves(params, plan)
         return Clock(jnp.zeros([], jnp.int32))
 
     def refresh(state: Clock, params: chex.ArrayTree, step: chex.Numeric) -> Clock:
@@ -195,14 +192,14 @@ def stateless(
     )
 
 
-def masks_of(state: Any, kind: type[tuple[Any, ...]]) -> Masks:
-    """The masks of a method's state; raises TypeError if it is not one."""
+def masks_of(state: Any, kind: type[tuple[Any, ...]], field: str = "masks") -> Masks:
+    """The masks, or another field, of a method's state; raises TypeError if it is not one."""
     if not all(hasattr(state, field) for field in cast(Any, kind)._fields):
         raise TypeError(
             f"expected a state of type {kind.__name__}, as sparsifier.init(params, key) and "
             f"sparsifier.refresh(state, params, step) return it; got {type(state).__name__}"
         )
-    return cast(Masks, state.masks)
+    return cast(Masks, getattr(state, field))
 
 
 def export_masked(

@@ -34,6 +34,9 @@ METHODS = {
     "decaying_mask of the structure": Row(
         lambda: methods.decaying_mask(PLAN, 0, 3, decay="stepwise"), PLAN
     ),
+    "dense_then": Row(lambda: methods.dense_then(PLAN, 5), None),
+    "max_q": Row(lambda: methods.max_q(PLAN, nmjax.linear_ramp(0, 3), lambda_w=0.1), PLAN),
+    "s_ste": Row(lambda: methods.s_ste(PLAN), PLAN),
     "one_shot": Row(lambda: methods.one_shot(PLAN), PLAN),
     "one_shot later": Row(lambda: methods.one_shot(PLAN, at_step=3), PLAN),
     "one_shot with masks": Row(lambda: methods.one_shot(PLAN, masks=USER_MASKS), PLAN),
@@ -122,9 +125,9 @@ def test_seeds_under_vmap(sparsifier):
     together, run = jax.jit(jax.vmap(run))(params, keys), jax.jit(run)
     for i in range(3):
         ours = jax.tree.map(lambda x, i=i: np.asarray(x)[i], together)
-        chex.assert_trees_all_equal(
-            ours, run(jax.tree.map(lambda x, i=i: np.asarray(x)[i], params), keys[i])
-        )
+        alone = run(jax.tree.map(lambda x, i=i: np.asarray(x)[i], params), keys[i])
+        # Sums over a weight may round differently; a mask that differs would show.
+        chex.assert_trees_all_close(ours, alone, rtol=1e-6)
 
 
 def test_tree_dtypes_and_dense_leaves_are_kept(sparsifier):
@@ -151,7 +154,7 @@ def test_state_lies_where_the_weights_do(sparsifier, axis_type):
     for masks in (getattr(state, "masks", {}), getattr(after, "masks", {})):
         assert all(mask.sharding.is_equivalent_to(rows, mask.ndim) for mask in masks.values())
     alone = jax.jit(sparsifier.refresh)(sparsifier.init(PARAMS, KEY), PARAMS, 5)
-    chex.assert_trees_all_equal(sparse, jax.jit(sparsifier.apply)(PARAMS, alone))
+    chex.assert_trees_all_close(sparse, jax.jit(sparsifier.apply)(PARAMS, alone), rtol=1e-6)
 
 
 def test_a_state_from_a_checkpoint_goes_on_as_before(sparsifier):
@@ -198,4 +201,4 @@ def test_what_was_trained_is_exported_and_packed(row, sparsifier):
 def test_every_method_has_a_row():
     made_by = {name.split()[0] for name in METHODS}
     functions = {name for name in methods.__all__ if inspect.isfunction(getattr(methods, name))}
-    assert made_by == {name for name in functions if not name.endswith("_ramp")}
+    assert made_by == {name for name in functions if not name.endswith(("_ramp", "_scale"))}

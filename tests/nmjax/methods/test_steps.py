@@ -44,6 +44,9 @@ METHODS = {
     "decaying_mask of the structure": Row(
         lambda: methods.decaying_mask(PLAN, 0, 4, decay="stepwise", lambda_w=0.1)
     ),
+    "dense_then": Row(lambda: methods.dense_then(PLAN, 2, lambda_w=0.1)),
+    "max_q": Row(lambda: methods.max_q(PLAN, nmjax.linear_ramp(0, 4), lambda_w=0.1), True),
+    "s_ste": Row(lambda: methods.s_ste(PLAN)),
 }
 
 
