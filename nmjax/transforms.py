@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import chex
 
 # The words of `optax`'s own message, which is not part of its public API.
-_NO_PARAMS = (
+NO_PARAMS = (
     "You are using a transformation that requires the current value of parameters, but you are "
     "not passing `params` when calling `update`."
 )
@@ -110,7 +110,7 @@ def add_sparse_refined(
     ) -> tuple[chex.ArrayTree, optax.EmptyState | AddSparseRefinedState]:
         del extra_args
         if params is None:
-            raise ValueError(_NO_PARAMS)
+            raise ValueError(NO_PARAMS)
         strength = lambda_w(state.count) if callable(lambda_w) else lambda_w
         check_lambda(strength)
         planned = _planned(params, plan)

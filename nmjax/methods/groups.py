@@ -18,7 +18,8 @@ class Groups(NamedTuple):
     """A weight cut into groups.
 
     Attributes:
-      weights: (*others, groups, m); `others` are the axes that groups do not run along, in order.
+      weights: (*others, groups, m), or (*others, runs, stride, m) if the members of a group lie
+        apart; `others` are the axes that groups do not run along, in order.
       whole: undoes the cut, for any array of that shape.
     """
 
@@ -38,13 +39,23 @@ def cut(w: jax.Array, leaf: LeafPlan) -> Groups:
     moved = w.transpose(order)
     others = moved.shape[: w.ndim - len(along)]
     size = math.prod(moved.shape[len(others) :])
-    m = cast(NM, leaf.pattern).m
+    pattern = cast(NM, leaf.pattern)
+    m, stride = pattern.m, pattern.stride
+
+    # Split and merge one axis at a time: explicit sharding cannot follow more.
+    def apart(flat: jax.Array) -> jax.Array:
+        if stride == 1:
+            return flat.reshape(*others, size // m, m)
+        runs = flat.reshape(*others, size // (m * stride), m * stride)
+        return runs.reshape(*runs.shape[:-1], m, stride).swapaxes(-1, -2)
 
     def whole(groups: jax.Array) -> jax.Array:
-        # Split and merge one axis at a time: explicit sharding cannot follow more.
+        if stride > 1:
+            groups = groups.swapaxes(-1, -2)
+            groups = groups.reshape(*groups.shape[:-2], m * stride)
         return groups.reshape(*others, size).reshape(moved.shape).transpose(np.argsort(order))
 
-    return Groups(moved.reshape(*others, size).reshape(*others, size // m, m), whole)
+    return Groups(apart(moved.reshape(*others, size)), whole)
 
 
 def highest_dropped(groups: jax.Array, kept: jax.Array) -> jax.Array:

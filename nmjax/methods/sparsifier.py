@@ -175,6 +175,14 @@ def check_steps(**steps: int) -> None:
         raise ValueError(f"needs 0 <= {' < '.join(steps)} optimizer steps, got {given}")
 
 
+def check_count(**counts: int) -> None:
+    """Raises TypeError or ValueError unless all are Python integers >= 1."""
+    for name, count in counts.items():
+        check_steps(**{name: count})
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
 def _shown(step: Any) -> str:
     return "an unknown step" if isinstance(step, jax.core.Tracer) else str(step)
 
@@ -200,6 +208,27 @@ def masks_of(state: Any, kind: type[tuple[Any, ...]], field: str = "masks") -> M
             f"sparsifier.refresh(state, params, step) return it; got {type(state).__name__}"
         )
     return cast(Masks, getattr(state, field))
+
+
+def part_of(opt_state: Any, kind: type[tuple[Any, ...]]) -> Any:
+    """The state of one transformation within that of the whole optimizer.
+
+    Raises:
+      ValueError: the optimizer has no such part, or several.
+    """
+    fields = set(cast(Any, kind)._fields)
+
+    # By its fields, because a checkpoint may give back another class with the same ones.
+    def is_part(node: Any) -> bool:
+        return fields <= set(getattr(node, "_fields", ()))
+
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_part) if is_part(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"expected the state of an optimizer with one {kind.__name__}, that of the method's "
+            f"transformation; found {len(found)}"
+        )
+    return found[0]
 
 
 def export_masked(

@@ -74,6 +74,10 @@ def sgd(rate, momentum=0.9):
     return step
 
 
+def average(old, new, decay):
+    return decay * old + (1 - decay) * new
+
+
 def keep(w, n, m, axis=0):
     """The n largest of every m weights along an axis, 1 or 0; ties go to the lower index."""
     moved = np.moveaxis(np.abs(w), axis, -1)

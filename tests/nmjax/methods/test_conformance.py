@@ -201,4 +201,6 @@ def test_what_was_trained_is_exported_and_packed(row, sparsifier):
 def test_every_method_has_a_row():
     made_by = {name.split()[0] for name in METHODS}
     functions = {name for name in methods.__all__ if inspect.isfunction(getattr(methods, name))}
-    assert made_by == {name for name in functions if not name.endswith(("_ramp", "_scale"))}
+    others = {name for name in functions if name.endswith(("_ramp", "_scale"))}
+    # A `Method` has its row in test_steps, with its optimizer.
+    assert made_by == functions - others - {"step", "cast"}

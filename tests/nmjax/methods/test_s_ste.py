@@ -54,6 +54,18 @@ def test_groups_of_several_axes():
     np.testing.assert_allclose(sparse, soft * (w * soft).sum() / (soft**2).sum(), rtol=1e-5)
 
 
+def test_groups_whose_members_lie_apart():
+    plan = plan_of(nmjax.NM(1, 4, stride=2))
+    sparse = methods.s_ste(plan)
+    state = sparse.init(PARAMS, jax.random.key(0))
+    # Members r, r + 2, r + 4 and r + 6 of every eight.
+    order = np.arange(16).reshape(2, 4, 2).swapaxes(1, 2).ravel()
+    soft = np.empty_like(W)
+    soft[order] = soften(W[order], 1, 4)
+    found = sparse.apply(PARAMS, state)["kernel"]
+    np.testing.assert_allclose(found, soft * (W * soft).sum() / (soft**2).sum(), rtol=1e-5)
+
+
 def test_weights_without_a_scale_stay():
     ties = {"kernel": jnp.ones((4, 1))}
     sparsifier = methods.s_ste(nmjax.make_plan(ties, "2:4"))

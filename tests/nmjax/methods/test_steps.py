@@ -1,5 +1,6 @@
 """What a whole training step of every method must do, as a table: optimizer part included."""
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -46,6 +47,8 @@ METHODS = {
     ),
     "dense_then": Row(lambda: methods.dense_then(PLAN, 2, lambda_w=0.1)),
     "max_q": Row(lambda: methods.max_q(PLAN, nmjax.linear_ramp(0, 4), lambda_w=0.1), True),
+    "step": Row(lambda: methods.step(PLAN, 1, 3, b2=0.7), True),
+    "cast": Row(lambda: methods.cast(PLAN, 5, lambda_w=0.1, refresh_every=2)),
     "s_ste": Row(lambda: methods.s_ste(PLAN)),
 }
 
@@ -135,6 +138,13 @@ def test_devices_with_different_outputs_do_not_communicate(row):
         carry = jax.jit(begin)(params, KEY)
         text = jax.jit(step).lower(carry, jnp.int32(3)).compile().as_text()
     assert bool(COLLECTIVE.search(text)) == row.communicates
+
+
+def test_every_method_has_a_row():
+    made_by = {name.split()[0] for name in METHODS}
+    functions = {name for name in methods.__all__ if inspect.isfunction(getattr(methods, name))}
+    others = {name for name in functions if name.endswith(("_ramp", "_scale"))}
+    assert functions - others - {"dense", "one_shot", "soft_uniform_blocks"} == made_by
 
 
 def test_bfloat16_parameters_stay_bfloat16(row):
