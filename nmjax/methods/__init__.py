@@ -2,8 +2,9 @@
 
 from nmjax.methods._cast import CastState, ScaleByAdamSState, cast
 from nmjax.methods._decaying_mask import decaying_mask
-from nmjax.methods._dense import dense
-from nmjax.methods._dense_then import dense_then
+from nmjax.methods._dense import dense, dense_then
+from nmjax.methods._hu_2024 import Hu2024State, hu_2024
+from nmjax.methods._lbc import LbcState, LearnCandidatesState, lbc
 from nmjax.methods._max_q import max_q
 from nmjax.methods._one_shot import OneShotState, one_shot
 from nmjax.methods._s_ste import SSteState, s_ste, s_ste_scale
@@ -16,6 +17,9 @@ from nmjax.methods.sparsifier import Clock, Method, Sparsifier
 __all__ = [
     "CastState",
     "Clock",
+    "Hu2024State",
+    "LbcState",
+    "LearnCandidatesState",
     "Method",
     "OneShotState",
     "SSteState",
@@ -31,6 +35,8 @@ __all__ = [
     "dense",
     "dense_then",
     "exponential_ramp",
+    "hu_2024",
+    "lbc",
     "linear_ramp",
     "max_q",
     "one_shot",

@@ -49,6 +49,8 @@ METHODS = {
     "max_q": Row(lambda: methods.max_q(PLAN, nmjax.linear_ramp(0, 4), lambda_w=0.1), True),
     "step": Row(lambda: methods.step(PLAN, 1, 3, b2=0.7), True),
     "cast": Row(lambda: methods.cast(PLAN, 5, lambda_w=0.1, refresh_every=2)),
+    "lbc": Row(lambda: methods.lbc(PLAN, 0, 5, 0.1)),
+    "hu_2024": Row(lambda: methods.hu_2024(PLAN, refresh_every=2, lambda_w=0.1), True),
     "s_ste": Row(lambda: methods.s_ste(PLAN)),
 }
 
