@@ -10,7 +10,8 @@ EXTRA  ?= dev
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup torch models train test test-slow test-strict lint types bench bench-gpu clean
+.PHONY: help setup torch models train test test-slow test-strict lint types bench bench-gpu \
+        bench-aot clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -66,6 +67,21 @@ bench: $(READY)  ## run the benchmarks; writes experiments/benchmarks/results/*.
 
 bench-gpu: $(READY)  ## build, check and time 2:4 on an NVIDIA GPU (under 8 minutes)
 	$(BIN)/python -m experiments.benchmarks.gpu
+
+# The compilers of TPUs and NVIDIA GPUs run anywhere. The plugin for CUDA comes without NVIDIA's
+# libraries, gigabytes that only a GPU needs.
+AOT := .venv-aot
+
+$(AOT)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(AOT)
+	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[aot]'
+	jax=$$($(AOT)/bin/python -c 'import jax; print(jax.__version__)'); \
+	  $(AOT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax
+	touch $@
+
+bench-aot: $(AOT)/.ready  ## compile for TPUs and H100s that are not there (hours; runs go on)
+	$(AOT)/bin/python -m experiments.benchmarks.aot $(ARGS)
 
 clean:  ## remove the environments and the caches
 	rm -rf $(VENV) .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -52,19 +52,24 @@ COLLECTIVES = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+
 
 @dataclass(frozen=True)
 class Decoder:
-    """The sizes of a decoder; those of Llama 7B by default."""
+    """The sizes of a decoder; those of Llama 7B by default.
+
+    With fewer `key_heads` than `heads`, queries share keys and values.
+    """
 
     layers: int = 32
     width: int = 4096
     hidden: int = 11008
     heads: int = 32
     vocabulary: int = 32000
+    key_heads: int | None = None
 
     def kernels(self) -> dict[str, tuple[int, int]]:
         """Name -> (inputs, outputs) of each kernel of a block."""
         d, h = self.width, self.hidden
-        square = dict.fromkeys(("query", "key", "value", "out"), (d, d))
-        return {**square, "gate": (d, h), "up": (d, h), "down": (h, d)}
+        shared = (d, d // self.heads * (self.key_heads or self.heads))
+        attention = {"query": (d, d), "key": shared, "value": shared, "out": (d, d)}
+        return {**attention, "gate": (d, h), "up": (d, h), "down": (h, d)}
 
     def shapes(self, mesh: Mesh) -> Params:
         """The parameters as float32 shapes with shardings."""
@@ -86,7 +91,15 @@ class Decoder:
         }
 
 
-def loss(model: Decoder, plan: nmjax.Plan | None, params: Params, tokens: jax.Array) -> jax.Array:
+def loss(
+    model: Decoder,
+    plan: nmjax.Plan | None,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    lambda_w: float = LAMBDA_W,
+    remat: bool = True,
+) -> jax.Array:
     """Mean cross entropy of the next token, computed in bfloat16.
 
     Args:
@@ -94,16 +107,19 @@ def loss(model: Decoder, plan: nmjax.Plan | None, params: Params, tokens: jax.Ar
       plan: of the kernels of one block; None for dense.
       params: float32.
       tokens: (sequences, length + 1) integers.
+      lambda_w: weight of SR-STE's term; 0 is STE.
+      remat: the backward pass computes each block again; otherwise what it needs is kept.
     """
     x = params["embedding"].astype(jnp.bfloat16)[tokens[:, :-1]]
 
     def block(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         if plan is not None:
             # With the pull here, a mask lives no longer than its layer's turn in the loop.
-            weights = nmjax.sparsify(weights, plan, lambda_w=LAMBDA_W)
+            weights = nmjax.sparsify(weights, plan, lambda_w=lambda_w)
         return _block(model, weights, x), None
 
-    x, _ = jax.lax.scan(jax.checkpoint(block), _constrain(x, ACTIVATIONS), params["blocks"])
+    body = jax.checkpoint(block) if remat else block
+    x, _ = jax.lax.scan(body, _constrain(x, ACTIVATIONS), params["blocks"])
     logits = _normalize(x, params["norm"]) @ _gather(params["head"], P(None, "model"))
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), tokens[:, 1:]
@@ -114,7 +130,7 @@ def loss(model: Decoder, plan: nmjax.Plan | None, params: Params, tokens: jax.Ar
 def _block(model: Decoder, weights: Params, x: jax.Array) -> jax.Array:
     w = {name: _gather(weights[name], in_use) for name, (_, in_use) in LAYOUT.items()}
     normed = _normalize(x, weights["attention_norm"])
-    heads = (*x.shape[:2], model.heads, model.width // model.heads)
+    heads = (*x.shape[:2], -1, model.width // model.heads)
     query, key, value = ((normed @ w[name]).reshape(heads) for name in ("query", "key", "value"))
     attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
     x = _constrain(x + attended.reshape(x.shape) @ w["out"], ACTIVATIONS)
@@ -139,16 +155,25 @@ def _constrain(x: jax.Array, spec: P) -> jax.Array:
 
 
 def compile_step(
-    model: Decoder, mesh: Mesh, pattern: str | None, *, sequences: int, length: int
+    model: Decoder,
+    mesh: Mesh,
+    pattern: str | None,
+    *,
+    sequences: int,
+    length: int,
+    lambda_w: float = LAMBDA_W,
+    remat: bool = True,
 ) -> jax.stages.Compiled:
     """Compiles a training step from shapes.
 
     Args:
       model: sizes.
       mesh: with axes "data", over which sequences are split, and "model".
-      pattern: of SR-STE; None for dense.
+      pattern: of the sparse weights; None for dense.
       sequences: in a batch.
       length: of each, in tokens.
+      lambda_w: weight of SR-STE's term; 0 is STE.
+      remat: see `loss`.
 
     Raises:
       ValueError: shards cut groups.
@@ -159,9 +184,10 @@ def compile_step(
         plan = plan_block(model, mesh, pattern, sequences=sequences, length=length)
         nmjax.check_sharding(params["blocks"], plan)
     tx = optax.adamw(3e-4)
+    mean_loss = partial(loss, lambda_w=lambda_w, remat=remat)
 
     def step(params: Params, state: Any, tokens: jax.Array) -> tuple[Params, Any]:
-        grads = jax.grad(loss, argnums=2)(model, plan, params, tokens)
+        grads = jax.grad(mean_loss, argnums=2)(model, plan, params, tokens)
         # Gradients are summed where their weights lie.
         grads = jax.tree.map(_constrain, grads, specs)
         updates, state = tx.update(grads, state, params)
