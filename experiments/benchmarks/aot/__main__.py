@@ -11,7 +11,6 @@ more. The JSON file in results/ has all rows that are kept.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,8 @@ def main() -> None:
             # The compilers read their options once a process.
             command = [sys.executable, "-m", "experiments.benchmarks.aot", "--section", section]
             subprocess.run([*command, *sys.argv[1:]], check=True)
-    _write(flags.kept)
+    if not flags.list:
+        _write(flags.kept)
 
 
 def _flags() -> argparse.Namespace:
@@ -58,8 +58,8 @@ def _may_have(section: str, only: list[str]) -> bool:
 
 def _section(flags: argparse.Namespace) -> None:
     # First of all: the compilers read the environment when JAX starts them.
-    dump = Path(tempfile.mkdtemp()) if flags.section in ("schedules", "decode") else None
-    compilers.set_up(dump)
+    dump = Path(tempfile.mkdtemp())
+    compilers.set_up(dump if flags.section in ("schedules", "decode") else None)
     from experiments.benchmarks.aot import decode, gpu, masks, steps
     from experiments.benchmarks.aot.rows import chosen, compute
 
@@ -77,12 +77,11 @@ def _section(flags: argparse.Namespace) -> None:
         print("\n".join(row.key for row in rows))
     else:
         compute(rows, flags.kept, again=flags.again)
-    if dump is not None:
-        dump.rmdir()
+    dump.rmdir()
 
 
 def _write(kept: Path) -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    compilers.set_up()
     from experiments.benchmarks.aot.page import tables
     from experiments.benchmarks.aot.rows import collect
     from experiments.benchmarks.timing import write_results

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import nmjax
 from experiments.benchmarks.aot import bundles, compilers
 from experiments.benchmarks.aot.rows import Row
+from experiments.benchmarks.aot.statistics import statistics
 
 INPUTS, OUTPUTS = 4096, 14336
 BATCHES = (1, 8, 64)
@@ -54,14 +55,14 @@ def _estimate(
     with bundles.dumped(dump):
         compiled = jax.jit(function).lower(*shapes).compile()
         found = bundles.kernels(dump)
-    memory = compiled.memory_analysis()
-    size = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    estimate = bundles.estimate(found, size, chip)
+    memory = statistics(compiled)
+    # What it must read and write: its arguments and its results.
+    estimate = bundles.estimate(found, memory["peak"] - memory["temporaries"], chip)
     dense = _dense_bytes(batch, values) / bundles.BANDWIDTH[chip]
     return {
         "over_dense": estimate["estimate_us"] / (1e6 * dense),
         **estimate,
-        "temporaries": memory.temp_size_in_bytes,
+        "temporaries": memory["temporaries"],
     }
 
 
@@ -78,12 +79,14 @@ def _dense(batch: int, values: str) -> Program:
 
 
 def _packed(pattern: str, batch: int, values: str) -> Program:
+    library: Any = nmjax
+
     def packed(w: jax.Array) -> Any:
-        plan = nmjax.make_plan({"kernel": w}, pattern)
-        return nmjax.for_platform(nmjax.pack({"kernel": w}, plan), "tpu")["kernel"]
+        plan = library.make_plan({"kernel": w}, pattern)
+        return library.for_platform(library.pack({"kernel": w}, plan), "tpu")["kernel"]
 
     weight = jax.eval_shape(packed, jax.ShapeDtypeStruct((INPUTS, OUTPUTS), values))
-    multiply = partial(nmjax.packed_matmul, implementation="tpu")
+    multiply = partial(library.packed_matmul, implementation="tpu")
     return multiply, (_inputs(batch), weight)
 
 
