@@ -1,6 +1,25 @@
 """Prunes a trained network with data instead of training it again."""
 
+from nmjax.post_training._admm import admm
+from nmjax.post_training._alps import alps
+from nmjax.post_training._least_squares import least_squares
+from nmjax.post_training._scores import magnitude, ria, wanda
+from nmjax.post_training._sparse_gpt import sparse_gpt
+from nmjax.post_training._swaps import improve_by_swaps
+from nmjax.post_training.collecting import collect
 from nmjax.post_training.permutation import permute_inputs
-from nmjax.post_training.statistics import Statistics, collect
+from nmjax.post_training.statistics import Statistics
 
-__all__ = ["Statistics", "collect", "permute_inputs"]
+__all__ = [
+    "Statistics",
+    "admm",
+    "alps",
+    "collect",
+    "improve_by_swaps",
+    "least_squares",
+    "magnitude",
+    "permute_inputs",
+    "ria",
+    "sparse_gpt",
+    "wanda",
+]

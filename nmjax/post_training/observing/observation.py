@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nmjax.post_training.product_inputs import Layout, UnsupportedUseError, read_inputs
-from nmjax.post_training.totals import Total, Totals, added, in_whole_stack, zeros
+from nmjax.post_training.observing.product_inputs import Layout, UnsupportedUseError, read_inputs
+from nmjax.post_training.observing.totals import Total, Totals, added, in_whole_stack, zeros
 from nmjax.tracing.products import Product, read_product
 from nmjax.tracing.program import Trace, WeightReader, arguments_of, weight_sides
 from nmjax.tracing.uses import Uses

@@ -1,0 +1,1 @@
+"""Runs a traced program and sums up the inputs of its weights."""
