@@ -11,6 +11,25 @@ import optax
 Decay = Callable[[float, int, int], optax.Schedule]
 
 
+def in_parts(
+    schedule: str, peak: float, warmup: int, steps: int, restarts: tuple[int, ...]
+) -> optax.Schedule:
+    """A warm-up and a decay of its own for each part of a run.
+
+    Args:
+      schedule: of the decay: "cosine", "linear" or "inverse_sqrt".
+      peak: rate after the warm-up.
+      warmup: steps, cut to half of a short part.
+      steps: in all.
+      restarts: steps at which a new part begins.
+    """
+    decay = {"cosine": cosine, "linear": linear, "inverse_sqrt": inverse_sqrt}[schedule]
+    starts, ends = (0, *restarts), (*restarts, steps)
+    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    parts = [warmed_up(decay, peak, min(warmup, n // 2), n) for n in lengths]
+    return optax.join_schedules(parts, list(restarts))
+
+
 def warmed_up(decay: Decay, peak: float, warmup: int, steps: int) -> optax.Schedule:
     """Rises from 0 to the peak over the warm-up, and then decays."""
     decayed = decay(peak, warmup, steps)
@@ -31,7 +50,11 @@ def linear(peak: float, warmup: int, steps: int) -> optax.Schedule:
 
 
 def inverse_sqrt(peak: float, warmup: int, steps: int) -> optax.Schedule:
-    """Counts steps after the warm-up. Without a warm-up it acts as if that took one step."""
+    """Counts steps after the warm-up. Without a warm-up it acts as if that took one step.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, equation 3, whose peak is
+    1 / sqrt(width * warmup).
+    """
     del steps
     start = max(warmup, 1)
     # `step` is negative during the warm-up, when optax evaluates this and ignores the result.

@@ -35,8 +35,9 @@ class Flags(Options):
     Attributes:
       task: a file in experiments/tasks, such as digits, or PACKAGE.MODULE:FUNCTION for a task of
         your own. The file describes the task and its recipe.
-      method: dense, one_shot, ste, sr_ste, sr_ste_decoupled, sr_ste_negative, decaying_mask or
-        decaying_mask_scaled; for blocks also one_by_n, subp_l1 or subp.
+      method: dense, one_shot, ste, sr_ste, sr_ste_decoupled, sr_ste_negative, decaying_mask,
+        decaying_mask_scaled, dense_then, max_q, s_ste, step, cast or lbc; for blocks also
+        one_by_n, subp_l1 or subp.
       keep_dense: regular expressions for layers that stay dense. None for the task's own, usually
         the first and last layers.
       seeds: seeds for the initial weights and the data order. Several train together.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,9 @@ import optax
 from jax.typing import ArrayLike
 
 import nmjax
-import nmjax.methods
-from experiments.tasks.learning_rates import cosine, inverse_sqrt, linear, warmed_up
+from experiments.tasks.learning_rates import in_parts
 from experiments.tasks.task import Recipe
-from nmjax import patterns
+from nmjax import methods, patterns
 from nmjax.patterns import Pattern
 from nmjax.pruning import Masks
 
@@ -44,6 +44,8 @@ class Method(NamedTuple):
       masks: the sparsifier's state -> the masks that it remembers, which the optimizer also gets;
         None for methods that compute masks from the weights.
       plan: of the trained network, to pack it; None if that is dense.
+      adam: takes the place of Adam in a recipe that has it; None for Adam.
+      follow: (the sparsifier's state, the optimizer's) -> the sparsifier's, after each step.
     """
 
     sparsifier: nmjax.Sparsifier
@@ -54,6 +56,8 @@ class Method(NamedTuple):
     rearranges_at: int | None = None
     masks: Callable[[Any], Masks] | None = None
     plan: nmjax.Plan | None = None
+    adam: optax.GradientTransformation | None = None
+    follow: Callable[[Any, Any], Any] = lambda state, opt_state: state
 
 
 Build = Callable[[nmjax.Plan, Recipe, int], Method]
@@ -91,7 +95,7 @@ def dense(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
 def one_shot(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
     """Dense for half of the epochs, then pruned by magnitude and fine-tuned with that mask.
 
-    The learning rate starts again with the fine-tuning. The budget is that of the other methods.
+    The learning rate starts again with the fine-tuning. The budget is that of other methods.
 
     Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (ASP).
     """
@@ -125,8 +129,7 @@ def one_by_n(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
 def subp(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
     """SUBP: uniform blocks ranked by size and angular redundancy, dropped gradually, may regrow.
 
-    Masks are refreshed once per epoch, and the ramp is the recipe's. The pull on dropped weights is
-    that of SR-STE.
+    Masks are refreshed once per epoch. The ramp is the recipe's; the pull is that of SR-STE.
 
     Source: Xiang et al., "SUBP: Soft Uniform Block Pruning", NeurIPS 2023.
     """
@@ -159,26 +162,31 @@ def sparse_refined_decoupled(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: 
     return sparse_refined(plan, recipe, steps_per_epoch)._replace(decoupled=True)
 
 
-def decaying_mask(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
-    """Pruned weights fade out exponentially over 60% of the steps, with the pull of SR-STE."""
-    end = _share(0.6, recipe, steps_per_epoch)
-    return Method(
-        nmjax.methods.decaying_mask(plan, 0, end),
-        lambda lambda_w: nmjax.add_sparse_refined(plan, lambda_w),
-        refresh_every=1,
-        plan=plan,
-    )
+# (plan, recipe, the step that a share of the training ends at) -> a method of the library.
+Make = Callable[[nmjax.Plan, Recipe, int], nmjax.Sparsifier | methods.Method]
 
 
-def decaying_mask_scaled(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
-    """The gradient of a pruned weight fades with it, over 90% of the steps, without a pull."""
-    end = _share(0.9, recipe, steps_per_epoch)
-    return Method(
-        nmjax.methods.decaying_mask(plan, 0, end, gradient="scaled"),
-        _nothing,
-        refresh_every=1,
-        plan=plan,
-    )
+def by_schedule(share: float, make: Make, part: Literal["", "pull", "adam"] = "") -> Build:
+    """A method that moves with every step, until this share of the training is done.
+
+    `part` is "pull" for one with the sparse-refined term, "adam" for one that replaces Adam.
+    """
+
+    def build(plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
+        made = make(plan, recipe, max(round(share * recipe.epochs * steps_per_epoch) - 1, 1))
+        if not isinstance(made, methods.Method):
+            pull = partial(nmjax.add_sparse_refined, plan) if part else _nothing
+            return Method(made, pull, refresh_every=1, plan=plan)
+        if part == "adam" and recipe.optimizer == "sgd":
+            raise ValueError("this method replaces Adam, and the task's recipe trains with SGD")
+        method = Method(made.sparsifier, _nothing, refresh_every=1, plan=plan, follow=made.follow)
+        if part == "adam":
+            return method._replace(
+                adam=made.transformation, masks=lambda s: getattr(s, "masks", {})
+            )
+        return method._replace(transform=lambda lambda_w: made.transformation)
+
+    return build
 
 
 METHODS: dict[str, Row] = {
@@ -196,12 +204,46 @@ METHODS: dict[str, Row] = {
         sparse_refined, NEGATIVE_FRACTION, "STE that also pushes pruned weights away from zero"
     ),
     "decaying_mask": Row(
-        decaying_mask, 1.0, "SR-STE whose pruned weights fade out over 60% of the steps"
+        by_schedule(0.6, lambda plan, _, end: methods.decaying_mask(plan, 0, end), "pull"),
+        1.0,
+        "SR-STE whose pruned weights fade out over 60% of the steps",
     ),
     "decaying_mask_scaled": Row(
-        decaying_mask_scaled,
+        by_schedule(
+            0.9, lambda plan, _, end: methods.decaying_mask(plan, 0, end, gradient="scaled")
+        ),
         0.0,
         "pruned weights fade out over 90% of the steps, and their gradient with them",
+    ),
+    "dense_then": Row(
+        by_schedule(0.3, lambda plan, _, end: methods.dense_then(plan, end)),
+        0.0,
+        "dense for 30% of the steps, then STE",
+    ),
+    "max_q": Row(
+        by_schedule(0.25, lambda p, _, end: methods.max_q(p, nmjax.linear_ramp(0, end)), "pull"),
+        1.0,
+        "MaxQ: one group after the other becomes sparse, kept weights are weighed",
+    ),
+    "s_ste": Row(
+        by_schedule(1.0, lambda plan, _, end: methods.s_ste(plan)),
+        0.0,
+        "S-STE: kept weights shrink by the largest pruned one",
+    ),
+    "step": Row(
+        by_schedule(0.5, lambda plan, _, end: methods.step(plan, end // 5, end + 1), "adam"),
+        0.0,
+        "STEP: dense until Adam's second moment has settled, then STE with that moment",
+    ),
+    "cast": Row(
+        by_schedule(1.0, lambda plan, _, end: methods.cast(plan, end), "adam"),
+        0.0,
+        "CAST: dense, with an Adam that drives pruned weights to zero",
+    ),
+    "lbc": Row(
+        by_schedule(0.5, lambda plan, task, end: methods.lbc(plan, 0, end, task.learning_rate)),
+        0.0,
+        "LBC: every group learns which combination of weights to keep",
     ),
     "one_by_n": Row(
         one_by_n,
@@ -271,23 +313,9 @@ def learning_rate(
     """Linear warm-up from 0, then the recipe's decay; once from each restart to the next.
 
     Cosine and linear end at 0. The inverse square root is `peak * sqrt(warmup / step)`.
-
-    Args:
-      recipe: peak, epochs, warm-up and kind of decay.
-      steps_per_epoch: optimizer steps in an epoch.
-      restarts: steps, ascending, at which warm-up and decay start again.
-
-    Source of the inverse square root: Vaswani et al., "Attention Is All You Need", 2017, equation
-    3, whose peak is 1 / sqrt(width * warmup).
     """
-    decay = {"cosine": cosine, "linear": linear, "inverse_sqrt": inverse_sqrt}[recipe.schedule]
-    # Each part has a warm-up and a decay of its own, scaled to its length.
-    ends = (*restarts, recipe.epochs * steps_per_epoch)
-    lengths = [end - start for start, end in zip((0, *restarts), ends, strict=True)]
-    warmup = round(recipe.warmup_epochs * steps_per_epoch)
-    # Half of a part at most, so that a short run decays too.
-    parts = [warmed_up(decay, recipe.learning_rate, min(warmup, n // 2), n) for n in lengths]
-    return optax.join_schedules(parts, list(restarts))
+    steps, warmup = recipe.epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch)
+    return in_parts(recipe.schedule, recipe.learning_rate, warmup, steps, restarts)
 
 
 def total_rate(recipe: Recipe, steps_per_epoch: int) -> float:
@@ -302,10 +330,9 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The recipe's optimizer with the method's own term first in the chain, or after Adam.
 
-    SGD has the order of PyTorch's: coupled weight decay, momentum, a learning rate for each step.
-    First in the chain, the sparse-refined term is clipped with the gradient and goes through
-    momentum or Adam's preconditioner. Decoupled, it is a part of the update like AdamW's weight
-    decay.
+    SGD has PyTorch's order: coupled weight decay, momentum, a learning rate for each step. First in
+    the chain, the sparse-refined term is clipped with the gradient and goes through momentum or
+    Adam's preconditioner. Decoupled, it is a part of the update like AdamW's weight decay.
     """
     term, decay = method.transform(lambda_w), _weight_decay(recipe)
     if recipe.optimizer == "sgd":
@@ -313,7 +340,7 @@ def optimizer(
         direction = [decay, optax.trace(recipe.momentum)]
     else:
         adam = optax.scale_by_adam(recipe.momentum, recipe.second_momentum)
-        direction = [adam, decay]
+        direction = [method.adam or adam, decay]
     # After the term, as in the N:M paper's released code for RAFT.
     clip = [optax.clip_by_global_norm(recipe.clip)] if recipe.clip else []
     return optax.chain(
@@ -333,11 +360,6 @@ def _weight_decay(recipe: Recipe) -> optax.GradientTransformation:
 def _nothing(lambda_w: ArrayLike) -> optax.GradientTransformation:
     del lambda_w
     return optax.identity()
-
-
-def _share(share: float, recipe: Recipe, steps_per_epoch: int) -> int:
-    """The step at which this share of the training is done."""
-    return max(round(share * recipe.epochs * steps_per_epoch), 1)
 
 
 def _soft_uniform(score: str, plan: nmjax.Plan, recipe: Recipe, steps_per_epoch: int) -> Method:
@@ -370,9 +392,9 @@ def _has_several_axes(params: Any) -> Any:
 
 
 def _state_masks(state: Any) -> Masks:
-    masks: Masks = state.masks
+    masks: Masks = getattr(state, "masks", {})
     return masks
 
 
-# One object, so that dense runs at different patterns share one compilation.
+# One object, so that dense runs share one compilation.
 _DENSE = Method(nmjax.dense(), _nothing)

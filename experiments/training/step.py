@@ -280,12 +280,14 @@ def _step(training: Training, state: TrainState, batch: Batch) -> TrainState:
         )
         loss = losses.mean()
     params, collections, opt_state = kept
+    sparse_state = method.follow(state.sparse, opt_state)
     # Noted on the device and read at the end of the epoch, so that no step has to wait.
     is_first_bad = ~jnp.isfinite(loss) & (state.bad_step < 0)
     return state._replace(
         params=params,
         collections=collections,
         opt_state=opt_state,
+        sparse=sparse_state,
         step=state.step + 1,
         loss_sum=state.loss_sum + loss.astype(jnp.float32),
         bad_step=jnp.where(is_first_bad, state.step, state.bad_step),

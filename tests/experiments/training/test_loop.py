@@ -32,7 +32,18 @@ def params_of(report, seed=None):
     return params if seed is None else jax.tree.map(lambda leaf: leaf[seed], params)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Their training steps have tests of their own; here they only meet the loop.
+GRADUAL = ("decaying_mask", "decaying_mask_scaled", "dense_then", "max_q", "s_ste", "lbc")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=[pytest.mark.slow] * (method in GRADUAL))
+        for method in METHODS
+        if method not in ("step", "cast")
+    ],
+)
 def test_seeds_trained_together_equal_seeds_trained_alone(method):
     job = make_job(method)
     together, programs = last(train(job, seeds=(3, 5))), make_programs(job)
@@ -42,6 +53,16 @@ def test_seeds_trained_together_equal_seeds_trained_alone(method):
         for name in alone.test:
             np.testing.assert_allclose(together.test[name][index], alone.test[name][0], rtol=1e-4)
         assert together.density[index] == alone.density[0]
+
+
+@pytest.mark.parametrize("method", ["step", "cast"])
+def test_methods_that_replace_adam_train_with_it_alone(method):
+    job = make_job(method, optimizer="adamw", learning_rate=0.01)
+    report = last(train(job))
+    assert report.density == pytest.approx(0.25, abs=1e-3)
+    assert np.isfinite(report.train_loss).all()
+    with pytest.raises(ValueError, match="replaces Adam"):
+        make_job(method)
 
 
 @pytest.mark.parametrize("over_seeds", [one_by_one, across_cores(4)], ids=["one", "cores"])
