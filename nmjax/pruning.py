@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from nmjax.masks.scores import Score
 from nmjax.plans import LeafPlan, Plan, check_plan
-from nmjax.ste import apply_mask, check_mask, prune_sr_ste, prune_ste
+from nmjax.ste import apply_mask, check_has_values, check_mask, prune_sr_ste, prune_ste
 from nmjax.trees.leaves import IsLeaf, map_named, named_leaves
 from nmjax.trees.modules import check_no_module
 
@@ -42,6 +42,7 @@ def compute_masks(params: chex.ArrayTree, plan: Plan) -> dict[str, jax.Array]:
       ValueError: a planned leaf is missing from `params` or has another shape.
     """
     leaves = planned_leaves(params, plan)
+    check_leaves_have_values(leaves)
     return {name: leaf_mask(leaf, plan[name], plan.score) for name, leaf in leaves.items()}
 
 
@@ -190,6 +191,12 @@ def fits(shape: tuple[int, ...], leaf: LeafPlan) -> bool:
     return shape[max(len(shape) - len(leaf.shape), 0) :] == leaf.shape
 
 
+def check_leaves_have_values(leaves: Mapping[str, Any]) -> None:
+    """Raises TypeError if a leaf is a ShapeDtypeStruct."""
+    for name, leaf in leaves.items():
+        check_has_values(leaf, name)
+
+
 def check_masks(masks: Masks, leaves: Mapping[str, jax.Array]) -> None:
     """Raises ValueError or TypeError unless every leaf has a mask that fits, and no other has."""
     check_are_masks(masks)
@@ -231,7 +238,9 @@ def _apply_plan(
     if masks is None:
         masks = compute_masks(params, plan)
     else:
-        check_masks(masks, planned_leaves(params, plan))
+        leaves = planned_leaves(params, plan)
+        check_leaves_have_values(leaves)
+        check_masks(masks, leaves)
     # `masks` decides, not the plan: both have the same keys by now.
     return map_named(
         lambda name, leaf: prune_leaf(leaf, masks[name]) if name in masks else leaf, params

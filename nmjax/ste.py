@@ -6,7 +6,7 @@ Both functions treat the mask as a constant: no gradient flows to it.
 from __future__ import annotations
 
 import numbers
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +137,15 @@ def apply_mask(
     return jnp.where(mask, w, jnp.zeros_like(w))
 
 
+def check_has_values(x: Any, what: str) -> None:
+    """Raises TypeError if `x` is the shape of an array, not an array."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{what} must be an array, got a ShapeDtypeStruct, which has no values: {x.dtype}"
+            f"{x.shape}; for the shape of a result, call jax.eval_shape"
+        )
+
+
 def check_mask(w: chex.Array, mask: chex.Array, name: str = "the weight") -> None:
     """Raises ValueError or TypeError unless `mask` is boolean and has the shape of `w`."""
     if not hasattr(mask, "shape") or not hasattr(mask, "dtype"):
@@ -144,6 +153,7 @@ def check_mask(w: chex.Array, mask: chex.Array, name: str = "the weight") -> Non
             f"the mask of {name} must be a boolean array with True = kept, got "
             f"{type(mask).__name__}"
         )
+    check_has_values(mask, f"the mask of {name}")
     if jnp.shape(mask) != jnp.shape(w):
         raise ValueError(
             f"the mask of {name} has shape {jnp.shape(mask)}, but the weight has shape "
@@ -164,6 +174,7 @@ def check_lambda(lambda_w: chex.Numeric) -> None:
             f"lambda_w must be a number or a scalar array, such as 2e-4; got {lambda_w!r} of type "
             f"{type(lambda_w).__name__}"
         )
+    check_has_values(lambda_w, "lambda_w")
     # An array would broadcast over the weights without an error.
     if np.ndim(lambda_w) != 0:
         raise ValueError(f"lambda_w must be a scalar, got an array of shape {np.shape(lambda_w)}")
@@ -178,6 +189,7 @@ def check_weight(w: chex.Array) -> None:
     """Raises TypeError unless `w` is an array of a real floating dtype."""
     if not hasattr(w, "shape") or not hasattr(w, "dtype"):
         raise TypeError(f"expected an array of weights, got {type(w).__name__}")
+    check_has_values(w, "the weight")
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"weights must have a real floating dtype, got {w.dtype}")
 

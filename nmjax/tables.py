@@ -35,15 +35,14 @@ def text_table(header: Row, rows: Sequence[Row], *, right: Sequence[int] = ()) -
     kernel       64
     bias          8
     """
-    rows = [[printable(cell) for cell in row] for row in rows]
+    rows = [[*map(printable, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
+    # One format for a whole line: tables of files may have a hundred thousand lines.
+    columns = "  ".join(f"{{:{'>' if i in right else '<'}{w}}}" for i, w in enumerate(widths))
+
     def line(cells: Row) -> str:
-        padded = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(padded).rstrip()
+        return columns.format(*cells).rstrip()
 
     return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
 

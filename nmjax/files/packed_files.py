@@ -26,6 +26,7 @@ from nmjax.files.packed_manifest import Manifest, read_manifest, write_manifest
 from nmjax.files.restoring import restore_like
 from nmjax.files.tensor_files import NOTE, TensorFile, open_tensors, write_tensors
 from nmjax.packed.weight import Packed, is_packed
+from nmjax.ste import check_has_values
 from nmjax.tables import printable
 from nmjax.trees.leaves import DEEPEST, is_array, is_random_key, named_leaves, nest
 
@@ -83,8 +84,9 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
         if taken:
             raise ValueError(f"two arrays would be named {taken.pop()!r}; rename a leaf")
         tensors |= arrays
-    if left_out and not tensors:
-        raise TypeError(f"there is nothing to save, because no leaf is an array: {left_out}")
+    if not tensors:
+        reason = f"no leaf is an array: {left_out}" if left_out else "the tree has no leaves"
+        raise TypeError(f"there is nothing to save, because {reason}")
     write_tensors(path, tensors, {NOTE: write_manifest(sparse, keys, left_out)})
 
 
@@ -99,8 +101,9 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
     Args:
       path: the file.
       like: a tree with the structure of the result, such as a model: lists, tuples, dataclasses,
-        NNX states, boxes. Its arrays may be dense, packed, or ShapeDtypeStructs; only their names
-        and shapes count. Leaves that are not arrays are taken from it.
+        NNX states, boxes. Its arrays may be dense, packed, or ShapeDtypeStructs. Their names,
+        shapes and dtypes must be those of the file, so that nothing is cast in silence. Leaves that
+        are not arrays are taken from it.
 
     Returns:
       The structure of `like` with the file's leaves; without it, nested dicts. Arrays are on the
@@ -110,7 +113,7 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
       TypeError: `path` is not a path.
       ValueError: the file is damaged, forged, not a packed file or from a newer version; or it
         contains 64-bit numbers that do not fit in 32 bits and `jax_enable_x64` is off; or its
-        leaves are not those of `like` (the message lists names and shapes).
+        leaves are not those of `like` (the message lists names, shapes and dtypes).
       ImportError: safetensors is not installed.
 
     >>> import tempfile, nmjax
@@ -174,7 +177,14 @@ class PackedFile:
                 raise ValueError(
                     f"{printable(name)} should have dtype {dtype[:20]}, but has {values.dtype}"
                 )
-            packed = kind(**{**arrays, "leaf_plan": plan})
+            held = kind.stored_plan(plan, values.shape)
+            if held != plan:
+                warnings.warn(
+                    f"{printable(name)} was packed as {plan.pattern} by an earlier nmjax, which "
+                    f"counted blocks in floating point; it holds {held.pattern}, and is loaded so",
+                    stacklevel=2,
+                )
+            packed = kind(**{**arrays, "leaf_plan": held})
             _check(name, packed)
             yield name, packed
 
@@ -227,13 +237,15 @@ def _arrays(leaf: Packed) -> dict[str, np.ndarray]:
 
 def _on_host(name: str, leaf: Any) -> Any:
     """Copies a leaf to NumPy, which reads values without tracing or compiling anything."""
+    for array in jax.tree.leaves(leaf):
+        check_has_values(array, f"{name or 'the leaf'} cannot be saved: it")
     try:
         leaf = jax.random.key_data(leaf) if is_random_key(leaf) else leaf
         host = jax.tree.map(np.asarray, leaf)
     except Exception as error:  # JAX has a class for each of many reasons.
         raise TypeError(f"{name} cannot be saved: {error}") from error
     if any(array.dtype == object for array in jax.tree.leaves(host)):
-        raise TypeError(f"{name} cannot be saved: it has no numbers, such as a ShapeDtypeStruct")
+        raise TypeError(f"{name} cannot be saved: it has no numbers")
     return host
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from nmjax.packed.weight import is_packed
@@ -17,14 +18,14 @@ _LISTED = 20  # Names in a message.
 
 
 def restore_like(like: Tree, leaves: Mapping[str, Any]) -> Tree:
-    """Replaces the arrays of a tree by leaves of the same names and shapes.
+    """Replaces the arrays of a tree by leaves of the same names, shapes and dtypes.
 
     Args:
       like: a tree; leaves that are neither arrays nor random keys are kept.
       leaves: by name, packed or not.
 
     Raises:
-      ValueError: the names or shapes differ. The message lists them.
+      ValueError: the names, shapes or dtypes differ. The message lists them.
     """
     wanted = {
         name: leaf
@@ -40,6 +41,11 @@ def restore_like(like: Tree, leaves: Mapping[str, Any]) -> Tree:
             if _described(wanted[name]) != _described(leaves[name])
         ),
     ]
+    both = wanted.keys() & leaves.keys()
+    if any(_dtype(wanted[name]) != _dtype(leaves[name]) for name in both):
+        advice = "\nPass like= with the dtypes of the file, and cast what load_packed returns."
+    else:
+        advice = ""
     if complaints:
         lines = sorted(complaints)[:_LISTED]
         more = len(complaints) - len(lines)
@@ -47,6 +53,7 @@ def restore_like(like: Tree, leaves: Mapping[str, Any]) -> Tree:
             "its leaves are not those of like=:\n"
             + "\n".join(f"  {line}" for line in lines)
             + (f"\n  and {more} more" if more else "")
+            + advice
         )
     return map_named(
         lambda name, leaf: leaves[name] if name in wanted else leaf, like, is_leaf=is_packed
@@ -55,5 +62,10 @@ def restore_like(like: Tree, leaves: Mapping[str, Any]) -> Tree:
 
 def _described(leaf: Any) -> str:
     # The dtype of a random key names its generator, whose keys give other numbers.
-    kind = f"a random key ({leaf.dtype})" if is_random_key(leaf) else "a leaf"
+    kind = f"a random key ({leaf.dtype})" if is_random_key(leaf) else str(_dtype(leaf))
     return f"{kind} of shape {tuple(np.shape(leaf))}"
+
+
+def _dtype(leaf: Any) -> Any:
+    # Without x64, 64-bit integers of the file have become 32-bit ones; `like` may be of NumPy.
+    return leaf.dtype if is_random_key(leaf) else jax.dtypes.canonicalize_dtype(leaf.dtype)

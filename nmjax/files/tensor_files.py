@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,8 +51,7 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """What the header of a file says about a tensor.
 
     Attributes:
@@ -96,10 +95,10 @@ class TensorFile:
         with self.path.open("rb") as file:
             for name in names:
                 tensor = self.tensors[name]
-                file.seek(tensor.begin)
                 data = np.empty(tensor.nbytes, np.uint8)
                 try:
-                    if file.readinto(data.data) != tensor.nbytes:
+                    # A file may have far more empty tensors than bytes of data.
+                    if tensor.nbytes and not _fill(data, file, tensor.begin):
                         raise ValueError("the file has become shorter")
                     yield name, _array(tensor, data)
                 except ValueError as error:
@@ -205,6 +204,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _stored(entry: Mapping[str, Any], data: int) -> StoredTensor:
     begin, end = entry["data_offsets"]
     return StoredTensor(tuple(entry["shape"]), entry["dtype"], data + begin, end - begin)
+
+
+def _fill(data: np.ndarray, file: BinaryIO, begin: int) -> bool:
+    """Reads bytes of a file; returns whether it has as many."""
+    file.seek(begin)
+    return file.readinto(data.data) == len(data)  # type: ignore[attr-defined]
 
 
 def _array(tensor: StoredTensor, data: np.ndarray) -> np.ndarray:

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nmjax.masks.scores import as_array
 from nmjax.packed.weight import Packed, is_packed
+from nmjax.ste import check_has_values
 
 
 def check_product(packed: Any, activation: Any) -> None:
@@ -18,6 +20,7 @@ def check_product(packed: Any, activation: Any) -> None:
             f"{type(packed).__name__}; the input comes first, as in packed_matmul(x, packed)"
         )
     packed.check_arrays()
+    check_has_values(packed.values, "the packed weight")
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
 
@@ -34,9 +37,10 @@ def flat_bias(bias: jax.Array | None, packed: Packed) -> jax.Array | None:
     """The bias of the flattened outputs."""
     if bias is None:
         return None
+    bias = as_array(bias, "biases")
     if jnp.shape(bias) != packed.output_shape:
         raise ValueError(
             f"bias has shape {jnp.shape(bias)}, expected {packed.output_shape}, the output axes "
             f"of the weight {packed.shape}"
         )
-    return jnp.ravel(jnp.asarray(bias))
+    return jnp.ravel(bias)

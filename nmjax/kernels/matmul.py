@@ -141,6 +141,10 @@ def packed_matmul(
     outputs (the last axis of an N:M weight's arrays, the first of a 1xN weight's) stay sharded
     without communication. Operands sharded over explicit axes take the unpacked product.
 
+    On one CPU device, an infinity or NaN in `x` never meets a dropped weight. With several devices,
+    or on other platforms, plain XLA inside `jax.jit` multiplies it by the zero of the dropped
+    weight, and the output is NaN.
+
     Args:
       x: (..., *reduction axes of the weight), floating.
       packed: one leaf of what `nmjax.pack` returns; for a stack of layers, pass one layer, or use

@@ -9,6 +9,7 @@ import jax
 from nmjax.kernels.matmul import choose
 from nmjax.masks.arguments import is_integer
 from nmjax.packed.weight import is_packed
+from nmjax.ste import check_has_values
 
 
 def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
@@ -37,6 +38,7 @@ def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
     def is_slow(leaf: Any) -> bool:
         if not is_packed(leaf):
             return False
+        check_has_values(leaf.values, "the values of a packed weight")
         # Elsewhere every product unpacks, whatever was chosen.
         on_cpu = jax.default_backend() == "cpu"
         # The choice needs shapes only, and those of one layer.

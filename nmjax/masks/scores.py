@@ -46,6 +46,13 @@ def as_array(x: ArrayLike, what: str = "weights") -> jax.Array:
             is_numeric = False
         if not is_numeric:
             raise TypeError(f"expected an array of {what}, got {type(x).__name__}")
+    elif isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"expected an array of {what}, got a ShapeDtypeStruct, which has no values: {x.dtype}"
+            f"{x.shape}; for the shape of a result, call jax.eval_shape"
+        )
+    elif jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"expected an array of {what}, got a random key of shape {jnp.shape(x)}")
     return jnp.asarray(x)
 
 

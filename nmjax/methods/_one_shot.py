@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nmjax.masks.arguments import is_integer
-from nmjax.methods.sparsifier import Sparsifier, export_masked, masks_of
+from nmjax.methods.sparsifier import Sparsifier, check_step, export_masked, masks_of
 from nmjax.plans import Plan, check_plan
 from nmjax.pruning import Masks, check_are_masks, check_masks, compute_masks, planned_leaves, prune
 
@@ -86,6 +86,7 @@ def one_shot(plan: Plan, *, at_step: int = 0, masks: Masks | None = None) -> Spa
         return OneShotState(all_kept, jnp.array(False))
 
     def refresh(state: OneShotState, params: chex.ArrayTree, step: chex.Numeric) -> OneShotState:
+        check_step(step)
         masks_of(state, OneShotState)
         if at_step == 0:
             return state

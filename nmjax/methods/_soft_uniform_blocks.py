@@ -16,7 +16,7 @@ from nmjax.masks.arguments import as_fraction, check_number
 from nmjax.masks.blocks import keep_blocks, score_blocks, split_blocks, spread_blocks
 from nmjax.masks.scores import BlockScore, block_angular_redundancy, block_score, magnitude
 from nmjax.methods.schedules import Ramp, remaining
-from nmjax.methods.sparsifier import Sparsifier, export_masked, masks_of
+from nmjax.methods.sparsifier import Sparsifier, check_step, export_masked, masks_of
 from nmjax.patterns import Block1xN, is_blocks
 from nmjax.plans import Plan, check_plan
 from nmjax.pruning import planned_leaves, prune, sparsify
@@ -117,6 +117,7 @@ def soft_uniform_blocks(
     def refresh(
         state: SoftBlocksState, params: chex.ArrayTree, step: chex.Numeric
     ) -> SoftBlocksState:
+        check_step(step)
         masks_of(state, SoftBlocksState)
         own = jax.random.wrap_key_data(state.key, impl=_GENERATOR)
         next_key, *keys = jax.random.split(own, 1 + len(plan))

@@ -19,17 +19,20 @@ What a method may do beyond a boolean mask:
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from nmjax.masks.arguments import is_integer
 from nmjax.packed.packing import check_pattern
 from nmjax.plans import Plan
 from nmjax.pruning import Masks, planned_leaves, prune
+from nmjax.ste import check_has_values
 from nmjax.trees.leaves import map_named
 
 if TYPE_CHECKING:
@@ -192,12 +195,38 @@ def stateless(
     export: Callable[[chex.ArrayTree], chex.ArrayTree],
 ) -> Sparsifier:
     """A sparsifier with an empty state."""
+
+    def refresh(state: chex.ArrayTree, params: chex.ArrayTree, step: chex.Numeric) -> Any:
+        del params
+        check_step(step)
+        return state
+
     return Sparsifier(
         init=lambda params, key: (),
-        refresh=lambda state, params, step: state,
+        refresh=refresh,
         apply=lambda params, state: apply(params),
         export=lambda params, state: export(params),
     )
+
+
+def check_step(step: Any) -> None:
+    """Raises TypeError or ValueError unless `step` is a real number, or a scalar array of one."""
+    is_array = hasattr(step, "shape") and hasattr(step, "dtype")
+    if isinstance(step, bool) or not (is_array or isinstance(step, numbers.Real)):
+        raise TypeError(
+            "step counts optimizer steps, so it must be a number or a scalar array; got "
+            f"{type(step).__name__}, in sparsifier.refresh(state, params, step)"
+        )
+    check_has_values(step, "step")
+    if np.ndim(step) != 0:
+        raise ValueError(f"step must be a scalar, got an array of shape {np.shape(step)}")
+    if is_array and not is_real(step.dtype):
+        raise TypeError(f"step must be a real number, got an array of {step.dtype}")
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether numbers of a dtype can count steps."""
+    return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
 
 
 def masks_of(state: Any, kind: type[tuple[Any, ...]], field: str = "masks") -> Masks:

@@ -11,7 +11,7 @@ pointers that say where each row begins.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Self
 
@@ -133,6 +133,18 @@ class PackedBlocks(Packed, pattern=Block1xN):
         chosen = jnp.where(missed & fit, wanted, kept)
         chosen = chosen.reshape(*blocks.shape[:-3], -1, blocks.shape[-1])
         return split(_unblocked(chosen, leaf_plan), nonzero.shape, _spans(leaf_plan))
+
+    @classmethod
+    def stored_plan(cls, leaf_plan: LeafPlan, shape: Shape) -> LeafPlan:
+        """Earlier files hold one more block where floating point rounded the dropped ones down."""
+        pattern = _pattern(leaf_plan)
+        _, size, kept = _competition(leaf_plan)
+        # 0.29 * 100 is 28.999999999999996.
+        before = size - math.floor(pattern.sparsity * size)
+        if kept == before or len(shape) < 2 or shape[-2] != before:
+            return leaf_plan
+        held = Block1xN(pattern.n, (size - before) / size, pattern.uniform)
+        return replace(leaf_plan, pattern=held)
 
     def check(self) -> None:
         """Raises ValueError unless the arrays, of NumPy, are what `pack` could have made."""

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from nmjax.packed.bits import is_nonzero
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.plans import LeafPlan, Plan, check_plan
-from nmjax.pruning import Masks, check_masks, compute_masks, planned_leaves
+from nmjax.pruning import (
+    Masks,
+    check_leaves_have_values,
+    check_masks,
+    compute_masks,
+    planned_leaves,
+)
+from nmjax.ste import check_has_values
 from nmjax.trees.leaves import map_named, named_leaves
 
 
@@ -110,8 +117,18 @@ def unpack(packed: Any) -> Any:
 
     Args:
       packed: a tree with packed leaves; other leaves are returned unchanged.
+
+    Raises:
+      TypeError: a packed leaf holds ShapeDtypeStructs.
     """
-    return map_named(lambda _, x: x.unpack() if is_packed(x) else x, packed, is_leaf=is_packed)
+
+    def unpack_leaf(name: str, leaf: Any) -> Any:
+        if not is_packed(leaf):
+            return leaf
+        check_has_values(leaf.values, name or "the packed weight")
+        return leaf.unpack()
+
+    return map_named(unpack_leaf, packed, is_leaf=is_packed)
 
 
 def check_sparse(params: Any, plan: Plan) -> None:
@@ -135,6 +152,7 @@ def check_sparse(params: Any, plan: Plan) -> None:
 def check_pattern(params: Any, plan: Plan, complaint: str) -> None:
     """`check_sparse` with another complaint in front of the list of leaves."""
     leaves = planned_leaves(params, plan)
+    check_leaves_have_values(leaves)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
         raise TypeError(
             "whether weights are sparse depends on their values, which are unknown inside jax.jit "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -35,9 +36,12 @@ def _collect(tree: Any, above: KeyPath, found: dict[str, str]) -> None:
 
 
 def _is_module(node: Any) -> bool:
-    return any(
-        base.__name__ == "Module" and _is_from(base, "_module") for base in type(node).__mro__
-    )
+    return _is_module_class(type(node))  # type: ignore[arg-type]
+
+
+@functools.lru_cache  # Asked for every node of a tree, which has few classes.
+def _is_module_class(kind: type) -> bool:
+    return any(base.__name__ == "Module" and _is_from(base, "_module") for base in kind.__mro__)
 
 
 def _is_from(kind: type, submodule: str) -> bool:

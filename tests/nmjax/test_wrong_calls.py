@@ -1,6 +1,7 @@
 """Wrong arguments, at every door: each ends in an error of nmjax that says what it wants."""
 
 import linecache
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -24,6 +25,8 @@ MASKS, BLOCK_MASKS = nmjax.compute_masks(PARAMS, PLAN), nmjax.compute_masks(PARA
 MASK = MASKS["b/kernel"]
 SPARSE = nmjax.prune(PARAMS, PLAN)
 PACKED = nmjax.pack(SPARSE, PLAN)
+SHAPE = jax.ShapeDtypeStruct(W.shape, W.dtype)
+KEY_SHAPE = {"key": jax.eval_shape(lambda: KEY)}
 RAMP = nmjax.linear_ramp(0, 9)
 CHANNELS = nmjax.Channels((("a/kernel", -1),), (("a/bias", -1),))
 NAN, INF = float("nan"), float("inf")
@@ -32,6 +35,11 @@ NO_ARRAYS = ["text", None, {}, [], len, PLAN, [[1.0], [2.0, 3.0]]]
 
 def forward(params, x):
     return x @ params["a"]["kernel"] + params["a"]["bias"] + x @ params["b"]["kernel"]
+
+
+def saved(tree):
+    with tempfile.TemporaryDirectory() as folder:
+        nmjax.save_packed(f"{folder}/x.safetensors", tree)
 
 
 def changed(leaf):
@@ -49,13 +57,15 @@ WRONG = {
         *map(changed, ["text", len, None, [[1.0]], (8, 4), jax.random.key(1), W.astype(int), W.T]),
         {**PARAMS, 1: W},
     ],
+    # Functions that compute need values; plans need only shapes.
+    "shapes": [jax.eval_shape(lambda: PARAMS), changed(jax.ShapeDtypeStruct((8, 4), float))],
     "tree": ["2:4", None, [], len, 3, {**PARAMS, 1: W}],
     "masks": [
         *("text", [], 3, W, len, PARAMS, PLAN, {}, {"a": MASKS}),
-        *map(every_mask, [None, "text", [True], W, MASK.T]),
+        *map(every_mask, [None, "text", [True], jax.ShapeDtypeStruct(MASK.shape, bool), W, MASK.T]),
     ],
-    "array": [*NO_ARRAYS, W.astype(int), W > 0, W.astype(complex), KEY],
-    "input": [*NO_ARRAYS, jnp.ones((3, 8), int)],
+    "array": [*NO_ARRAYS, SHAPE, W.astype(int), W > 0, W.astype(complex), KEY],
+    "input": [*NO_ARRAYS, jax.ShapeDtypeStruct(X.shape, float), KEY, jnp.ones((3, 8), int)],
     "integer": ["2", None, 2.5, [2], True, 0, -1, NAN, len, "４"],
     "sparsity": ["0.5", None, [0.5], True, -0.1, 1.0, NAN, 50],
     "axis": ["x", None, 1.0, 5, (0, 0), (), True, NAN, {}, len],
@@ -64,7 +74,19 @@ WRONG = {
         *("two:four", ["2:4"], {}, nmjax.NM, PLAN, "5:4", "0:4", "1x0@0.5", "1x2@1.5", b"2:4"),
         *(PARAMS, "2:" + "4" * 5000, "1x2@nan"),
     ],
-    "lambda": ["1", NAN, INF, [1.0], {}, True, 1j, PLAN, np.ones(2), np.float32("nan")],
+    "lambda": [
+        "1",
+        NAN,
+        INF,
+        [1.0],
+        {},
+        True,
+        1j,
+        PLAN,
+        np.ones(2),
+        jax.ShapeDtypeStruct((), float),
+        np.float32("nan"),
+    ],
     "rules": [3, [3], [None], "(", "nothing", {"a": "2:4"}, len, PLAN],
     "pattern rules": ["a", ["a"], {3: "2:4"}, {"(": "2:4"}, {"nothing": "2:4"}, {"a": "x"}, PLAN],
     "axes rules": ["a", -2, {"kernel": "x"}, {"kernel": None}, {"kernel": 5}, {"kernel": ()}],
@@ -73,6 +95,8 @@ WRONG = {
     "block score": ["x", None, 3, lambda b: b, lambda b: None, lambda b: "x"],
     "choice": ["x", None, [], True, 3],
     "state": [None, {}, MASKS, PARAMS, (), PLAN, "text"],
+    # The number of the step, of a refresh.
+    "count": ["x", None, KEY, [1], np.ones(2), 1j, True, jax.ShapeDtypeStruct((), int)],
     "step": ["x", None, 0.5, NAN, -1, True, [1]],
     "time": ["x", None, [1], NAN, INF, -1, {}, len, True],
     "channels": ["x", None, {}, [], ("a/kernel", -1), PARAMS],
@@ -80,7 +104,9 @@ WRONG = {
     "order": ["x", None, [0], {}, [0.5] * 4, [0, 0, 1, 2]],
     "leaf axes": ["x", None, 3, {}, ("a/kernel", -1), ((1, 2),)],
     "inputs": [X, "x", None, (3, 8), {"x": X}, (), 3],
-    "packed": [W, PACKED, None, "text", PLAN],
+    "packed tree": [jax.eval_shape(lambda: PACKED)],
+    "nothing to save": [None, {}, [None], 3, jax.eval_shape(lambda: PACKED), KEY_SHAPE],
+    "packed": [W, PACKED, jax.eval_shape(lambda: PACKED["b"]["kernel"]), None, "text", PLAN],
 }
 
 
@@ -142,11 +168,11 @@ DOORS = [
     (nmjax.soft_uniform_blocks, [BLOCKS, RAMP], {0: "plan", 1: "function", "variant": "choice"}),
     (nmjax.soft_uniform_blocks, [BLOCKS, RAMP], {"temperature": "time", "soft": "text"}),
     (ONE_SHOT.init, [PARAMS, KEY], {0: "params"}),
-    (ONE_SHOT.refresh, [TAKEN, PARAMS, 3], {0: "state", 1: "params"}),
+    (ONE_SHOT.refresh, [TAKEN, PARAMS, 3], {0: "state", 1: "params", 2: "count"}),
     (ONE_SHOT.apply, [PARAMS, TAKEN], {0: "params", 1: "state"}),
     (ONE_SHOT.export, [SPARSE, TAKEN], {0: "params", 1: "state"}),
     (SUBP.init, [PARAMS, KEY], {0: "params"}),
-    (SUBP.refresh, [SOFT, PARAMS, 3], {0: "state", 1: "params"}),
+    (SUBP.refresh, [SOFT, PARAMS, 3], {0: "state", 1: "params", 2: "count"}),
     (SUBP.apply, [PARAMS, SOFT], {0: "params", 1: "state"}),
     (SUBP.export, [nmjax.prune(PARAMS, BLOCKS), SOFT], {0: "params", 1: "state"}),
     *((getattr(nmjax, n), [0, 9], {0: "time", 1: "time"}) for n in RAMPS),
@@ -170,8 +196,19 @@ DOORS = [
     (nmjax.l1_order, [PARAMS, CHANNELS], {0: "tree", 1: "channels"}),
     (nmjax.permute_channels, [PARAMS, CHANNELS, [3, 2, 1, 0]], {1: "channels", 2: "order"}),
     (nmjax.sort_channels, [PARAMS, [CHANNELS]], {0: "tree", 1: "groups"}),
-    (nmjax.unpack_slow, [PACKED], {"rows": "integer"}),
-    (nmjax.packed_matmul, [X, LAYER], {0: "input", 1: "packed", "implementation": "name"}),
+    (nmjax.unpack_slow, [PACKED], {0: "packed tree", "rows": "integer"}),
+    (nmjax.unpack, [PACKED], {0: "packed tree"}),
+    *((getattr(nmjax, n), [PARAMS, PLAN], {0: "shapes"}) for n in ("compute_masks", "sparsify")),
+    *((getattr(nmjax, n), [SPARSE, PLAN], {0: "shapes"}) for n in MADE_SPARSE),
+    (nmjax.prune, [PARAMS, PLAN, MASKS], {0: "shapes"}),
+    (nmjax.straight_through(PLAN).refresh, [(), PARAMS, 3], {2: "count"}),
+    (nmjax.straight_through(PLAN).apply, [PARAMS, ()], {0: "shapes"}),
+    (saved, [PACKED], {0: "nothing to save"}),
+    (
+        nmjax.packed_matmul,
+        [X, LAYER],
+        {0: "input", 1: "packed", 2: "bias", "implementation": "name"},
+    ),
 ]
 WRONG |= {
     # Masks of any names and shapes have a density.
@@ -179,6 +216,7 @@ WRONG |= {
     "no array": [wrong for wrong in NO_ARRAYS if wrong != []],
     "text": ["x", None, 3, []],
     "name": ["x", 3],
+    "bias": ["text", len, KEY, jax.random.split(KEY, 4), jax.ShapeDtypeStruct((4,), float), W],
 }
 PLACES = [(door, place) for door in DOORS for place in door[2]]
 

@@ -334,3 +334,37 @@ def test_loading_needs_no_pickle(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(run.stdout) == len(named_leaves(jax.tree.map(lambda x: x, PACKED)))
+
+
+# Files of earlier versions
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "held"),
+    [
+        ("1x2@0.29", (100, 4), "1x2@0.28"),
+        ("1x2@0.57/layer", (100, 8), "1x2@0.57/layer"),  # 228 of 400 in both ways of counting.
+        ("1x2@0.58/layer", (50, 4), "1x2@0.57/layer"),
+    ],
+)
+def test_blocks_that_were_counted_in_floating_point(tmp_path, text, shape, held):
+    w = jax.random.normal(jax.random.key(0), shape)
+    plan = nmjax.make_plan({"kernel": w}, held)
+    packed = nmjax.pack(nmjax.prune({"kernel": w}, plan), plan)
+    save_packed(tmp_path / "new", packed)
+    arrays, header = read_tensors(tmp_path / "new")
+    # The file says what the user wrote; its blocks were counted by floor(sparsity * blocks).
+    old = {"nmjax": header["nmjax"].replace(held, text)}
+    write_tensors(tmp_path / "old", arrays, old)
+    if text == held:
+        loaded = load_packed(tmp_path / "old")
+    else:
+        with pytest.warns(UserWarning, match=f"kernel was packed as {text}.*it holds {held}"):
+            loaded = load_packed(tmp_path / "old")
+    assert loaded["kernel"].leaf_plan.pattern == nmjax.parse_pattern(held)
+    np.testing.assert_array_equal(nmjax.unpack(loaded)["kernel"], nmjax.unpack(packed)["kernel"])
+    # Another count is a forgery.
+    forged = {"nmjax": header["nmjax"].replace(held, text.replace("@0.", "@0.1"))}
+    write_tensors(tmp_path / "forged", arrays, forged)
+    with pytest.raises(ValueError, match="cannot hold"):
+        load_packed(tmp_path / "forged")

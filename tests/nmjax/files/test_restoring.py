@@ -101,16 +101,24 @@ def test_a_loaded_state_runs(tmp_path):
         ([layer(), layer(), layer()], ["2/bias is missing in the file"]),
         (
             [layer(), {"kernel": normal(4, 8), "bias": normal(4)}],
-            ["1/kernel: like= has a leaf of shape (4, 8), the file has a leaf of shape (8, 4)"],
+            ["1/kernel: like= has float32 of shape (4, 8), the file has float32 of shape (8, 4)"],
         ),
         (
             [layer(), {"kernel": normal(8, 4), "bias": jax.random.split(jax.random.key(0), 4)}],
             [
                 "1/bias: like= has a random key (key<fry>) of shape (4,), "
-                "the file has a leaf of shape (4,)"
+                "the file has float32 of shape (4,)"
             ],
         ),
         ([layer(), {"kernel": normal(8, 4), "bias": 1.0}], ["1/bias is only in the file"]),
+        (
+            [layer(), {"kernel": normal(8, 4).astype(jnp.bfloat16), "bias": np.ones(4, int)}],
+            [
+                "1/kernel: like= has bfloat16 of shape (8, 4), the file has float32 of shape",
+                "1/bias: like= has int",
+                "Pass like= with the dtypes of the file",
+            ],
+        ),
     ],
 )
 def test_trees_of_other_leaves(tmp_path, like, complaints):
