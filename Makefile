@@ -34,19 +34,20 @@ train: $(READY)  ## compare the methods on scikit-learn's digits (5 to 10 minute
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: $(READY)  ## run the tests, except the slow ones (under 10 minutes on two cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not strict" $(ARGS)
 
 test-slow: $(READY)  ## run the tests that take minutes each
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
-# JAX's modes that refuse what it does quietly otherwise, compute in 64 bits, or do not compile.
-STRICT := JAX_DEBUG_NANS=1 JAX_NUMPY_DTYPE_PROMOTION=strict JAX_NUMPY_RANK_PROMOTION=raise \
-          JAX_ENABLE_X64=1 JAX_DISABLE_JIT=1 JAX_CHECK_TRACER_LEAKS=1
+# JAX's modes that refuse what it does quietly otherwise, all at once; then those that compute in 64
+# bits, or do not compile.
+REFUSE := JAX_DEBUG_NANS=1 JAX_NUMPY_DTYPE_PROMOTION=strict JAX_NUMPY_RANK_PROMOTION=raise \
+          JAX_CHECK_TRACER_LEAKS=1
 
 test-strict: $(READY)  ## call everything public under each of JAX's strict modes
-	set -e; for mode in $(STRICT); do \
-	  echo "$$mode"; \
-	  env "$$mode" $(BIN)/python -m pytest -q -n 2 tests/nmjax/test_strict_modes.py nmjax $(ARGS); \
+	set -e; for modes in "$(REFUSE)" JAX_ENABLE_X64=1 JAX_DISABLE_JIT=1; do \
+	  echo "$$modes"; \
+	  env $$modes $(BIN)/python -m pytest -q -n 2 tests/nmjax/test_strict_modes.py nmjax $(ARGS); \
 	done
 
 lint: $(READY)  ## check style with ruff

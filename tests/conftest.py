@@ -1,4 +1,9 @@
-"""Set before jax compiles anything: eight simulated devices, and where its programs are kept."""
+"""Set before jax compiles anything: eight simulated devices, how it compiles, and where to keep it.
+
+Tests compile long and run for a moment, so their programs are compiled fast, not well: without most
+of XLA's optimizations, and without its slower way to write fused loops. Tests marked as `optimized`
+get the optimizations; `--as-users-do` gives every test both.
+"""
 
 import os
 
@@ -9,33 +14,70 @@ import pytest
 
 from tests import shape_checks
 
-_DEVICES = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+def _add_flag(name, value):
+    """Tells XLA, here and in subprocesses, what the environment does not say yet."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if name not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
+
+
+_add_flag("xla_force_host_platform_device_count", 8)
 
 shape_checks.install()
 
 # Every example of another shape compiles another program, so the default run draws few. CI draws
 # many: --hypothesis-profile=thorough.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=5)
-hypothesis.settings.register_profile("thorough", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("default")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--as-users-do", action="store_true", help="compile with all optimizations")
+
+
 def pytest_configure(config):
+    _share_programs(config)
+    if not config.getoption("--as-users-do"):
+        if jax.__version_info__[:2] == (0, 10):  # Later compilers end at a flag they do not know.
+            _add_flag("xla_cpu_use_fusion_emitters", "false")
+        _set("jax_disable_most_optimizations", True)
+
+
+@pytest.hookimpl(tryfirst=True)  # Before the slow tests are left out.
+def pytest_collection_modifyitems(items):
+    """`one_in(n)` takes the cases whose indices add up to a multiple of n: every value comes up."""
+    for item in items:
+        one_in = item.get_closest_marker("one_in")
+        if one_in is not None and sum(item.callspec.indices.values()) % one_in.args[0]:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)  # Before the fixtures compile.
+def pytest_runtest_setup(item):
+    """Programs in memory were compiled for the tests before."""
+    is_fast = not (item.config.getoption("--as-users-do") or item.get_closest_marker("optimized"))
+    if jax.config.read("jax_disable_most_optimizations") != is_fast:
+        jax.clear_caches()
+        _set("jax_disable_most_optimizations", is_fast)
+
+
+def _set(name, value):
+    """Sets an option of jax here and in subprocesses."""
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
+
+def _share_programs(config):
     """Workers, subprocesses and the next run share compiled programs; `make clean` forgets them.
 
     jax finds a program by its text, the compiler's version and flags, and the machine.
     """
     if not config.pluginmanager.hasplugin("cacheprovider"):
         return
-    settings = {
-        "jax_compilation_cache_dir": str(config.cache.mkdir("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
+    _set("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
+    _set("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -252,11 +252,16 @@ def test_blocks_and_weights_that_stay(sparsity, n, uniform, inputs, rows):
 @pytest.mark.parametrize("text", ["0.29", "0.57", "0.58", "0.7", "0.9", "0.95", ".3", "1e-3"])
 @pytest.mark.parametrize("inputs", [10, 20, 50, 64, 100, 200, 300, 400, 1000])
 def test_the_decimal_as_written_counts(text, inputs):
-    """In floating point, 0.29 * 100 is just below 29."""
     dropped = math.floor(Fraction(text) * inputs)
     pattern = parse_pattern(f"1x2@{text}")
     assert pattern.kept_blocks(inputs) == inputs - dropped
     assert parse_pattern(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize(("text", "inputs"), [("0.29", 100), ("0.57", 100), ("0.58", 50)])
+def test_masks_drop_the_decimal_as_written(text, inputs):
+    """In floating point, 0.29 * 100 is just below 29."""
+    dropped = math.floor(Fraction(text) * inputs)
     w = jax.random.normal(jax.random.key(0), (inputs, 2))
     assert block_mask(w, 2, float(text)).sum() == 2 * (inputs - dropped)
 

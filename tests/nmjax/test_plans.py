@@ -17,7 +17,7 @@ from nmjax.trees.leaves import named_leaves
 
 
 def normal(shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 TWO_LAYERS = {

@@ -13,7 +13,7 @@ from nmjax import NM, make_plan
 
 
 def normal(shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def axes_of(plan):

@@ -21,6 +21,8 @@ from nmjax.files import interchange, torch_layout
 from nmjax.kernels import quantized
 from tests.nmjax.packed_weights import prune_and_pack
 
+pytestmark = pytest.mark.strict
+
 # Each dtype with each kind of pattern.
 WEIGHTS = [
     ("2:4", "float32"),

@@ -88,6 +88,7 @@ def test_a_plan_reduces_only_what_it_names():
     assert kept == {name: count // share.get(name, 2) for name, count in RESNET_MACS.items()}
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_xla_counts_the_same_for_the_resnet():
     # XLA also counts biases, normalizations and the mean: 6 in 100 here.
@@ -106,6 +107,7 @@ def test_attention():
     assert table.total.macs_kept == 4 * projection // 2 + table.other_macs
 
 
+@pytest.mark.optimized
 def test_xla_counts_the_same_for_attention():
     # XLA also counts the softmax: 3 in 100 here.
     x = jnp.ones((2, 64, 64))
@@ -113,6 +115,7 @@ def test_xla_counts_the_same_for_attention():
     assert counted <= xla_macs(nn.MultiHeadDotProductAttention(4), x) < 1.1 * counted
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "conv",
     [

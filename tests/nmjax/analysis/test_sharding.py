@@ -210,6 +210,7 @@ def test_what_cannot_be_a_sharding():
         nmjax.check_sharding(shapes(kernel=(8, 8)), plan, P(), mesh=MESH)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_what_passes_needs_no_communication_and_what_fails_does(axis_type):
     mesh = jax.make_mesh((8,), ("d",), (axis_type,))

@@ -84,6 +84,7 @@ def test_gradients():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dilation", [10_000, 2**40])
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
 def test_no_memory_for_the_gaps(pattern, dilation):

@@ -87,6 +87,7 @@ def products(draw):
     return pattern, (inputs, 32), rows, shares, seed, x_dtype
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("w_dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 @given(case=products())
@@ -186,6 +187,7 @@ def test_rows_are_independent_and_relu_keeps_nan():
         np.testing.assert_array_equal(y[:, 0], [4, np.nan, 0, 4])
 
 
+@pytest.mark.optimized
 def test_one_condition_for_mapped_inputs(monkeypatch):
     """With one for each input, XLA would compute both branches everywhere."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -198,6 +200,7 @@ def test_one_condition_for_mapped_inputs(monkeypatch):
     assert "conditional" in jax.jit(product).lower(x).compile().as_text()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", [None, "xla"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("shape", [(16, 32), (3, 3, 8, 32)], ids=["matrix", "kernel"])
@@ -220,6 +223,7 @@ def test_a_sharded_batch_is_not_asked_whether_it_is_finite(shape, axis_type, nam
     np.testing.assert_allclose(y, multiply(np.asarray(x), packed, implementation="xla"), atol=1e-4)
 
 
+@pytest.mark.optimized
 def test_a_shard_follows_the_rule():
     mesh = jax.make_mesh((4,), ("d",), (AxisType.Auto,), devices=jax.devices()[:4])
     params = {"kernel": jnp.ones((8, 16))}

@@ -157,6 +157,7 @@ def test_conv_is_a_convolution_with_the_unpacked_kernel(implementation, case, re
     assert_near(y, np.maximum(expected, 0) if relu else expected, dtype)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("pattern", ["2:4", "2:4/kernel", "1x4@0.5"])
 @pytest.mark.parametrize("padding", ["SAME", "VALID", 1, ((0, 1), 2)])
 def test_padding_as_xla_names_it(pattern, padding):
@@ -184,6 +185,7 @@ def test_conv_in_one_dimension(implementation):
     assert_near(y, expected, jnp.float32)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5", "1x4@0.5/layer"])
 def test_attention_projections_keep_their_axes(implementation, pattern):
@@ -259,6 +261,7 @@ def stacked(pattern):
     return prune_and_pack({"layer": {"kernel": numbers((3, 8, 16))}}, plan)["layer"]["kernel"]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -341,6 +344,7 @@ def test_an_index_out_of_range_is_refused_not_read():
             )
 
 
+@pytest.mark.optimized
 def test_nothing_of_the_dense_weight_is_computed():
     if load_library().instruction_set in (None, "portable"):
         pytest.skip("the weight is unpacked here")

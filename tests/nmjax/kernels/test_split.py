@@ -49,6 +49,7 @@ def collectives(compiled):
     return [name for name in COLLECTIVES if f"{name}(" in text]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
     ("pattern", "batch_axis", "output_axis"),
@@ -80,6 +81,7 @@ def test_batch_and_outputs_stay_where_they_are(pattern, batch_axis, output_axis,
     np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
+@pytest.mark.optimized
 def test_images_stay_where_they_are():
     mesh, images = make_mesh(), numbers((4, 6, 6, 8))
     packed = packed_weight((3, 3, 8, 32), "1x4@0.5")

@@ -149,6 +149,7 @@ def test_a_subclass_runs_once_and_where_it_stands():
     assert len(changed["intermediates"]["input"]) == 1
 
 
+@pytest.mark.optimized
 def test_nobody_reads_the_unpacked_kernel():
     if not nmjax.backends()["ffi"].startswith("ready: avx"):
         pytest.skip("the kernel is unpacked here")
@@ -202,6 +203,7 @@ def test_an_exported_network_runs_in_a_fresh_process(pattern, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), function(X), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_grouped_convolutions_beside_packed_layers(dtype):
     class Separable(nn.Module):

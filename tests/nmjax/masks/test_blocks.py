@@ -205,6 +205,7 @@ def test_eight_devices_mask_as_one(axis_type, spec, score, uniform):
     np.testing.assert_array_equal(jax.device_get(mask), alone)
 
 
+@pytest.mark.optimized
 def test_no_communication_where_shards_hold_whole_rows():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     w = jax.device_put(jnp.ones((16, 64)), NamedSharding(mesh, P(None, "d")))

@@ -38,6 +38,7 @@ def compiled_mask(w, n, m, axis):
     return jax.jit(lambda w: nm_mask(w, n, m, axis)).lower(w).compile()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("n", "m"), FORMULATIONS)
 @pytest.mark.parametrize(
     ("spec", "axis"),
@@ -60,6 +61,7 @@ def test_aligned_shards_need_no_communication(mesh, n, m, spec, axis):
     np.testing.assert_array_equal(mask, nm_mask(np.asarray(w), n, m, axis))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("shape", "spec", "axis"),
     [
@@ -112,6 +114,7 @@ def test_groups_across_shards_are_right_on_automatic_meshes():
     np.testing.assert_array_equal(jax.jit(lambda w: nm_mask(w, 2, 4))(sharded), nm_mask(w, 2, 4))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_2_4_mask_and_apply_needs_no_large_temporary(axis, dtype):
@@ -120,6 +123,7 @@ def test_2_4_mask_and_apply_needs_no_large_temporary(axis, dtype):
         assert jax.jit(f).lower(w).compile().memory_analysis().temp_size_in_bytes <= MIB
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("n", "m"), [(4, 8), (1, 16), (8, 32)])
 def test_medium_groups_store_one_word_each(n, m):
     w = jax.ShapeDtypeStruct((1024, 1024), "float32")
@@ -127,12 +131,14 @@ def test_medium_groups_store_one_word_each(n, m):
     assert temporary <= 4 * math.prod(w.shape) // m + MIB // 16
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("n", "m"), FORMULATIONS)
 def test_no_sort_gather_or_scatter(n, m):
     text = compiled_mask(jax.ShapeDtypeStruct((8 * m, 16), "float32"), n, m, -2).as_text()
     assert not re.findall(r" (sort|gather|scatter|top-k|topk|custom-call)\(", text)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("n", "m"), FORMULATIONS)
 def test_equal_masks_in_one_program_are_one_computation(n, m):
     """The forward pass and an optax transformation each ask for the mask of the same weights."""
@@ -151,6 +157,7 @@ def test_equal_masks_in_one_program_are_one_computation(n, m):
     assert operations(twice, w, w) == operations(once, w, w)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["2:4", "1:16"])
 def test_asking_twice_for_the_masks_is_as_good_as_handing_them_over(pattern):

@@ -90,6 +90,7 @@ def test_rows_are_worked_on_a_few_at_a_time(monkeypatch, limit):
     )
 
 
+@pytest.mark.optimized
 def test_similarities_of_all_rows_are_never_held_at_once():
     rows, inputs, size = 64, 512, 16
     shape = jax.ShapeDtypeStruct((rows, inputs, size), jnp.float32)

@@ -139,6 +139,7 @@ def test_shardings_are_kept(axis_type, layout):
         assert mask.sharding.is_equivalent_to(kernel.sharding, kernel.ndim), name
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_collectives_but_those_of_the_dense_step(axis_type, layout):
     mesh = make_mesh(axis_type)
@@ -152,6 +153,7 @@ def test_no_collectives_but_those_of_the_dense_step(axis_type, layout):
     assert sparse == dense
 
 
+@pytest.mark.optimized
 def test_shards_that_cut_groups_do_communicate():
     """The control: with 6 weights a shard and groups of 4, the count above must go up."""
     params = {"a": {"kernel": normal(48, 32), "bias": normal(32)}, "b": {"kernel": normal(32, 16)}}
@@ -254,6 +256,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("pattern", "optimizer"), [*(("2:4", name) for name in OPTIMIZERS), ("1:16", "momentum")]
 )
@@ -265,6 +268,7 @@ def test_forward_and_optimizer_share_one_mask(pattern, optimizer):
     assert mask_computations(pattern, optimizer, pull_in="loss") == ste
 
 
+@pytest.mark.optimized
 def test_masks_of_other_weights_are_not_shared():
     """The control: an optimizer with weights of its own must work their masks out."""
     optimizer = OPTIMIZERS["momentum"]

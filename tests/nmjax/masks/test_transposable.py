@@ -80,6 +80,7 @@ def test_scores_and_numbers_that_are_none():
     assert jax.grad(lambda w: (w * transposable_mask(w)).sum())(jnp.ones((4, 4))).sum() == 8
 
 
+@pytest.mark.optimized
 def test_shards_of_whole_tiles_need_no_communication():
     mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
     sharding = jax.sharding.NamedSharding(mesh, jax.P("a", "b"))

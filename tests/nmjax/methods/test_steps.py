@@ -126,6 +126,7 @@ def test_seeds_train_together(row):
         )
 
 
+@pytest.mark.optimized
 def test_devices_with_different_outputs_do_not_communicate(row):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     begin, step = make_step(row)

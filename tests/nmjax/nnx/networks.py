@@ -1,6 +1,7 @@
 """Networks for the tests of nmjax.nnx."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -48,7 +49,7 @@ def mapped(layer, x):
 
 
 def normal(*shape, seed=1):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def assert_same(a, b, **tolerance):

@@ -68,6 +68,7 @@ MODULES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("pattern", ["2:4", "1x4@0.5"])
 @pytest.mark.parametrize("name", MODULES)
 def test_packed_modules_compute_the_same(name, pattern):

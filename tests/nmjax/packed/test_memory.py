@@ -23,6 +23,7 @@ BYTES = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("pattern", BYTES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_does_not_grow_with_n(pattern, dtype):

@@ -208,6 +208,7 @@ def test_shapes_without_values():
 
 
 # Small groups, large ones with positions, and large ones with a bitmask.
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(8, 64), NM(32, 64)], ids=str)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_outputs_may_be_sharded(axis_type, pattern):

@@ -99,6 +99,7 @@ VARIANTS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.one_in(2)
 @VARIANTS
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_products_are_exact(decode, dtype, lane_outputs, tiles, batch, inputs, outputs):
