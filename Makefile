@@ -10,8 +10,8 @@ EXTRA  ?= dev
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup torch models train test test-slow test-strict lint types bench bench-gpu \
-        bench-aot clean
+.PHONY: help setup torch models train test test-slow test-strict test-optimized lint types bench \
+        bench-gpu bench-aot clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -44,11 +44,18 @@ test-slow: $(READY)  ## run the tests that take minutes each
 REFUSE := JAX_DEBUG_NANS=1 JAX_NUMPY_DTYPE_PROMOTION=strict JAX_NUMPY_RANK_PROMOTION=raise \
           JAX_CHECK_TRACER_LEAKS=1
 
-test-strict: $(READY)  ## call everything public under each of JAX's strict modes
+test-strict: $(READY)  ## call everything public under JAX's strict modes
 	set -e; for modes in "$(REFUSE)" JAX_ENABLE_X64=1 JAX_DISABLE_JIT=1; do \
 	  echo "$$modes"; \
 	  env $$modes $(BIN)/python -m pytest -q -n 2 tests/nmjax/test_strict_modes.py nmjax $(ARGS); \
 	done
+
+# Other tests are compiled fast, without most of XLA's optimizations.
+CORE := tests/nmjax/masks tests/nmjax/packed/test_nm.py tests/nmjax/packed/test_blocks.py \
+        tests/nmjax/kernels/test_products.py tests/nmjax/methods/test_conformance.py
+
+test-optimized: $(READY)  ## run the tests of masks, packing, products and methods, optimized by XLA
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --as-users-do $(CORE) $(ARGS)
 
 lint: $(READY)  ## check style with ruff
 	$(BIN)/python -m ruff check .
