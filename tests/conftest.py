@@ -5,6 +5,7 @@ of XLA's optimizations, and without its slower way to write fused loops. Tests m
 get the optimizations; `--as-users-do` gives every test both.
 """
 
+import collections
 import os
 
 import chex
@@ -47,11 +48,23 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # Before the slow tests are left out.
 def pytest_collection_modifyitems(items):
-    """`one_in(n)` takes the cases whose indices add up to a multiple of n: every value comes up."""
+    """`one_in(n)` takes the cases whose places add up to a multiple of n: every value comes up."""
+    values = collections.defaultdict(list)
     for item in items:
         one_in = item.get_closest_marker("one_in")
-        if one_in is not None and sum(item.callspec.indices.values()) % one_in.args[0]:
+        if one_in is None:
+            continue
+        test = item.nodeid.split("[")[0]
+        places = [_place(values[test, name], x) for name, x in item.callspec.params.items()]
+        if sum(places) % one_in.args[0]:
             item.add_marker(pytest.mark.slow)
+
+
+def _place(values, value):
+    """Where a parameter's value is in its list; arrays cannot be compared, so by identity."""
+    if not any(other is value for other in values):
+        values.append(value)
+    return next(i for i, other in enumerate(values) if other is value)
 
 
 @pytest.hookimpl(tryfirst=True)  # Before the fixtures compile.

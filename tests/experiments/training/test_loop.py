@@ -36,6 +36,7 @@ def params_of(report, seed=None):
 GRADUAL = ("decaying_mask", "decaying_mask_scaled", "dense_then", "max_q", "s_ste", "lbc")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "method",
     [

@@ -33,6 +33,7 @@ def convolved(x, w, strides, padding, dilation):
     return y
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("pattern", ["2:4", "2:4/kernel", "1x4@0.5", "1x4@0.5/layer"])
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ OWN = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("own", OWN)
 def test_a_layer_keeps_its_own_product(own, pattern):
@@ -203,6 +204,7 @@ LIFTED = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("lifted", LIFTED)
 def test_lifted_layers(lifted, pattern):
