@@ -8,6 +8,7 @@ more than reading the weights, and within one jitted training step the forward p
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -15,7 +16,14 @@ import jax.numpy as jnp
 
 from nmjax.masks.scores import Score
 from nmjax.plans import LeafPlan, Plan, check_plan
-from nmjax.ste import apply_mask, check_has_values, check_mask, prune_sr_ste, prune_ste
+from nmjax.ste import (
+    apply_mask,
+    check_has_values,
+    check_lambda,
+    check_mask,
+    sparse_refined,
+    straight_through,
+)
 from nmjax.trees.leaves import IsLeaf, map_named, named_leaves
 from nmjax.trees.modules import check_no_module
 
@@ -84,8 +92,9 @@ def sparsify(
     [4.0, 3.0, 0.0, 0.0]
     """
     if lambda_w is None:
-        return _apply_plan(prune_ste, params, plan, masks)
-    return _apply_plan(lambda w, mask: prune_sr_ste(w, mask, lambda_w), params, plan, masks)
+        return _apply_plan(straight_through, params, plan, masks)
+    check_lambda(lambda_w)
+    return _apply_plan(partial(sparse_refined, lambda_w), params, plan, masks)
 
 
 def prune(params: Params, plan: Plan, masks: Masks | None = None) -> Params:
@@ -98,12 +107,17 @@ def prune(params: Params, plan: Plan, masks: Masks | None = None) -> Params:
 
     Args, Returns, and Raises are those of `sparsify`.
     """
-    return _apply_plan(apply_mask, params, plan, masks)
+    return _apply_plan(lambda prune_one, *leaf: prune_one(*leaf), params, plan, masks)
 
 
 def leaf_mask(w: jax.Array, leaf: LeafPlan, score: Score) -> jax.Array:
     """The mask of one weight under its part of the plan."""
     return leaf.pattern.mask(w, leaf.axes, score)
+
+
+def prune_leaf(w: jax.Array, leaf: LeafPlan, score: Score) -> jax.Array:
+    """One weight under its part of the plan, with zeros where its mask is False."""
+    return leaf.pattern.prune(w, leaf.axes, score)
 
 
 def planned_leaves(
@@ -230,18 +244,17 @@ def _listed(names: Collection[Any]) -> list[str] | str:
 
 
 def _apply_plan(
-    prune_leaf: Callable[[jax.Array, jax.Array], jax.Array],
-    params: Params,
-    plan: Plan,
-    masks: Masks | None,
+    prune_with: Callable[..., jax.Array], params: Params, plan: Plan, masks: Masks | None
 ) -> Params:
-    if masks is None:
-        masks = compute_masks(params, plan)
-    else:
-        leaves = planned_leaves(params, plan)
-        check_leaves_have_values(leaves)
+    """Replaces planned leaves with `prune_with(prune, leaf)` or `prune_with(prune, leaf, mask)`."""
+    leaves = planned_leaves(params, plan)
+    check_leaves_have_values(leaves)
+    if masks is not None:
         check_masks(masks, leaves)
-    # `masks` decides, not the plan: both have the same keys by now.
-    return map_named(
-        lambda name, leaf: prune_leaf(leaf, masks[name]) if name in masks else leaf, params
-    )
+
+    def pruned(name: str, leaf: jax.Array) -> jax.Array:
+        if masks is None:
+            return prune_with(partial(prune_leaf, leaf=plan[name], score=plan.score), leaf)
+        return prune_with(apply_mask, leaf, masks[name])
+
+    return map_named(lambda name, leaf: pruned(name, leaf) if name in leaves else leaf, params)

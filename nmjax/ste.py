@@ -6,6 +6,8 @@ Both functions treat the mask as a constant: no gradient flows to it.
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
     import chex
     from jaxtyping import Array, Bool, Float
 
-    _Residuals = tuple[chex.Array, chex.Array, chex.Array]  # w, mask, lambda_w
+    _Residuals = tuple[chex.Array, chex.Array, chex.Array]  # w, sparse, lambda_w
+
+
+Prune = Callable[..., jax.Array]
 
 
 def prune_ste(
@@ -47,7 +52,7 @@ def prune_ste(
     """
     check_weight(w)
     check_mask(w, mask)
-    return _prune_ste(w, mask)
+    return straight_through(apply_mask, w, mask)
 
 
 def prune_sr_ste(
@@ -91,7 +96,19 @@ def prune_sr_ste(
     check_weight(w)
     check_mask(w, mask)
     check_lambda(lambda_w)
-    return _prune_sr_ste(w, mask, jnp.asarray(lambda_w, dtype=jnp.result_type(w)))
+    return sparse_refined(lambda_w, apply_mask, w, mask)
+
+
+def straight_through(prune: Prune, w: Float[chex.Array, "*shape"], *given: Any) -> jax.Array:
+    """`prune(w, *given)`, with the gradient of `prune_ste`: all of it goes to `w`."""
+    return _straight_through(prune, w, given)
+
+
+def sparse_refined(
+    lambda_w: chex.Numeric, prune: Prune, w: Float[chex.Array, "*shape"], *given: Any
+) -> jax.Array:
+    """`prune(w, *given)`, with the gradient of `prune_sr_ste`."""
+    return _sparse_refined(prune, w, given, jnp.asarray(lambda_w, dtype=jnp.result_type(w)))
 
 
 def replace_ste(
@@ -119,14 +136,19 @@ def pull_pruned(
 
 
 def sparse_refined_term(
-    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: chex.Numeric
+    w: Float[chex.Array, "*shape"], sparse: Float[chex.Array, "*shape"], lambda_w: chex.Numeric
 ) -> Float[Array, "*shape"]:
-    """The term that SR-STE adds to the gradient, `lambda_w * ~mask * w`, in `w`'s dtype."""
+    """The term that SR-STE adds to the gradient, `lambda_w * ~mask * w`, in `w`'s dtype.
+
+    Args:
+      w: weights.
+      sparse: `w` where the mask is True, else zero.
+      lambda_w: strength.
+    """
     # Reads "kept" off the sparse weights, not off the mask. The forward pass has stored the
     # sparse weights already, whereas XLA would compute the mask again in every fusion that reads
     # it. A kept weight that is zero looks pruned here, but its pull is zero either way.
-    kept = apply_mask(w, mask) != 0
-    return jnp.where(kept, jnp.zeros_like(w), jnp.asarray(lambda_w, w.dtype) * w)
+    return jnp.where(sparse != 0, jnp.zeros_like(w), jnp.asarray(lambda_w, w.dtype) * w)
 
 
 def apply_mask(
@@ -194,48 +216,59 @@ def check_weight(w: chex.Array) -> None:
         raise TypeError(f"weights must have a real floating dtype, got {w.dtype}")
 
 
-@jax.custom_vjp
-def _prune_ste(
-    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _straight_through(
+    prune: Prune, w: Float[chex.Array, "*shape"], given: tuple[Any, ...]
 ) -> Float[Array, "*shape"]:
-    return apply_mask(w, mask)
+    return prune(w, *given)
 
 
-def _prune_ste_forward(
-    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"]
+def _straight_through_forward(
+    prune: Prune, w: Float[chex.Array, "*shape"], given: tuple[Any, ...]
 ) -> tuple[chex.Array, None]:
-    return apply_mask(w, mask), None
+    return prune(w, *given), None
 
 
-def _prune_ste_backward(_: None, g: chex.Array) -> tuple[chex.Array, None]:
+def _straight_through_backward(
+    prune: Prune, residuals: None, g: chex.Array
+) -> tuple[chex.Array, None]:
+    del prune, residuals
     return g, None
 
 
-_prune_ste.defvjp(_prune_ste_forward, _prune_ste_backward)
+_straight_through.defvjp(_straight_through_forward, _straight_through_backward)
 
 
-@jax.custom_vjp
-def _prune_sr_ste(
-    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: Float[Array, ""]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sparse_refined(
+    prune: Prune,
+    w: Float[chex.Array, "*shape"],
+    given: tuple[Any, ...],
+    lambda_w: Float[Array, ""],
 ) -> Float[Array, "*shape"]:
     del lambda_w
-    return apply_mask(w, mask)
+    return prune(w, *given)
 
 
-def _prune_sr_ste_forward(
-    w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: Float[Array, ""]
+def _sparse_refined_forward(
+    prune: Prune,
+    w: Float[chex.Array, "*shape"],
+    given: tuple[Any, ...],
+    lambda_w: Float[Array, ""],
 ) -> tuple[chex.Array, _Residuals]:
-    return apply_mask(w, mask), (w, mask, lambda_w)
+    sparse = prune(w, *given)
+    return sparse, (w, sparse, lambda_w)
 
 
-def _prune_sr_ste_backward(
-    residuals: _Residuals, g: chex.Array
+def _sparse_refined_backward(
+    prune: Prune, residuals: _Residuals, g: chex.Array
 ) -> tuple[chex.Array, None, chex.Array]:
-    w, mask, lambda_w = residuals
-    return g + sparse_refined_term(w, mask, lambda_w), None, jnp.zeros_like(lambda_w)
+    del prune
+    w, sparse, lambda_w = residuals
+    return g + sparse_refined_term(w, sparse, lambda_w), None, jnp.zeros_like(lambda_w)
 
 
-_prune_sr_ste.defvjp(_prune_sr_ste_forward, _prune_sr_ste_backward)
+_sparse_refined.defvjp(_sparse_refined_forward, _sparse_refined_backward)
 
 
 @jax.custom_vjp
@@ -253,7 +286,11 @@ def _replace_ste_forward(
     return value, None
 
 
-_replace_ste.defvjp(_replace_ste_forward, _prune_ste_backward)
+def _replace_ste_backward(_: None, g: chex.Array) -> tuple[chex.Array, None]:
+    return g, None
+
+
+_replace_ste.defvjp(_replace_ste_forward, _replace_ste_backward)
 
 
 @jax.custom_vjp
@@ -267,7 +304,7 @@ def _pull_pruned(
 def _pull_pruned_forward(
     w: Float[chex.Array, "*shape"], mask: Bool[chex.Array, "*shape"], lambda_w: Float[Array, ""]
 ) -> tuple[chex.Array, _Residuals]:
-    return w, (w, mask, lambda_w)
+    return w, (w, apply_mask(w, mask), lambda_w)
 
 
-_pull_pruned.defvjp(_pull_pruned_forward, _prune_sr_ste_backward)
+_pull_pruned.defvjp(_pull_pruned_forward, partial(_sparse_refined_backward, apply_mask))

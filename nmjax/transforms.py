@@ -12,8 +12,8 @@ import optax
 
 from nmjax.optax_chains import runs_after_flipped_sign
 from nmjax.plans import Plan, check_plan
-from nmjax.pruning import Masks, check_are_masks, check_masks, is_below, leaf_mask, planned_leaves
-from nmjax.ste import check_lambda, sparse_refined_term
+from nmjax.pruning import Masks, check_are_masks, check_masks, is_below, planned_leaves, prune_leaf
+from nmjax.ste import apply_mask, check_lambda, sparse_refined_term
 from nmjax.trees.leaves import map_named, named_leaves
 
 if TYPE_CHECKING:
@@ -122,8 +122,13 @@ def add_sparse_refined(
         def add(name: str, g: Any, w: Any) -> Any:
             if name not in planned or g is None:
                 return g
-            mask = leaf_mask(w, plan[name], plan.score) if masks is None else masks[name]
-            return g + sparse_refined_term(w, mask, strength)
+            # The forward pass has computed the same sparse weights, so XLA computes them once.
+            sparse = (
+                prune_leaf(w, plan[name], plan.score)
+                if masks is None
+                else apply_mask(w, masks[name])
+            )
+            return g + sparse_refined_term(w, sparse, strength)
 
         if masks is not None:
             check_are_masks(masks)

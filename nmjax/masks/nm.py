@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, SupportsIndex
 
 import jax
@@ -31,6 +30,8 @@ import numpy as np
 from jax import lax
 
 from nmjax.masks.arguments import check_n_of_m, check_stride, group_name
+from nmjax.masks.network import kept_by_network
+from nmjax.masks.platforms import keep_primitive
 from nmjax.masks.ranking import (
     ToKeys,
     check_real_floating,
@@ -42,11 +43,12 @@ from nmjax.masks.ranking import (
 )
 from nmjax.masks.scores import Score, as_array, magnitude, score_weights
 from nmjax.masks.shards import check_shards
+from nmjax.ste import apply_mask
 
 if TYPE_CHECKING:
     import chex
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Bool, Float, Int, Int32, Shaped, UInt32
+    from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 
 def nm_mask(
@@ -94,16 +96,67 @@ def nm_mask(
       >>> nm_mask(w, 1, 2, axis=0, stride=2).tolist()  # 0.1 against 2.0, and -3.0 against 0.5
       [False, True, True, False]
     """
-    w = as_array(w)
+    return _keep(lax.stop_gradient(as_array(w)), n, m, axis, score, stride, as_mask=True)
+
+
+def nm_prune(
+    w: Float[ArrayLike, "*shape"],
+    n: SupportsIndex,
+    m: SupportsIndex,
+    axis: SupportsIndex | Sequence[SupportsIndex] = -2,
+    *,
+    score: Score = magnitude,
+    stride: SupportsIndex = 1,
+) -> Float[Array, "*shape"]:
+    """`w` where `nm_mask` is True, else zero, in a single pass over `w`.
+
+    Kept weights have the gradient 1, the others 0.
+    """
+    if score is magnitude:
+        return _keep(as_array(w), n, m, axis, score, stride, as_mask=False)
+    return apply_mask(as_array(w), nm_mask(w, n, m, axis, score=score, stride=stride))
+
+
+def _keep(
+    w: Float[Array, "*shape"],
+    n: SupportsIndex,
+    m: SupportsIndex,
+    axis: SupportsIndex | Sequence[SupportsIndex],
+    score: Score,
+    stride: SupportsIndex,
+    *,
+    as_mask: bool,
+) -> jax.Array:
+    """The mask, or the values ranked with zeros where it is False."""
     check_n_of_m(n, m)  # type: ignore[arg-type]
     check_stride(stride)
     n, m, stride = operator.index(n), operator.index(m), operator.index(stride)
-    axes = _group_axes(w, m, stride, axis)
-    values, to_keys = _scored(lax.stop_gradient(w), score)
-    return _keep_highest(values, to_keys, n, m, stride, axes)
+    axes = tuple(a - w.ndim for a in _group_axes(w, m, stride, axis))
+    values, to_keys = _scored(w, score)
+    kept: jax.Array = _keep_p.bind(
+        values, to_keys=to_keys, n=n, m=m, stride=stride, axes=axes, as_mask=as_mask
+    )
+    return kept
 
 
-@partial(jax.jit, static_argnames=("to_keys", "n", "m", "stride", "axes"), inline=True)
+def _keep_by_xla(
+    values: Float[Array, "*shape"],
+    *,
+    to_keys: ToKeys,
+    n: int,
+    m: int,
+    stride: int,
+    axes: tuple[int, ...],
+    as_mask: bool,
+) -> Bool[Array, "*shape"] | Float[Array, "*shape"]:
+    """What the primitive computes on platforms without a kernel of their own."""
+    mask = _keep_highest(values, to_keys, n, m, stride, tuple(a % values.ndim for a in axes))
+    return mask if as_mask else apply_mask(values, mask)
+
+
+_keep_p = keep_primitive("nm_keep", _keep_by_xla)
+
+
 def _keep_highest(
     values: Float[Array, "*shape"],
     to_keys: ToKeys,
@@ -112,7 +165,7 @@ def _keep_highest(
     stride: int,
     axes: tuple[int, ...],
 ) -> Bool[Array, "*shape"]:
-    """The mask of checked values. Jitted, so that it is one computation outside `jax.jit` too."""
+    """The mask of checked values."""
     # Counting compares all m^2 pairs of a group, so it pays for small m only. The network keeps one
     # bit per member in a 32-bit integer, so it ends at 32.
     groups, ungroup, group_axis = _grouped(values, m, stride, axes)
@@ -151,44 +204,13 @@ def _keep_by_network(
     groups: Float[Array, "*groups"], to_keys: ToKeys, n: int, axis: int
 ) -> Bool[Array, "*groups"]:
     """Keeps what a sorting network ranks among the first n of each group."""
-    # A network compares fixed pairs of positions, so "sorting" is a chain of elementwise minima and
-    # maxima over m slices. XLA fuses it into one pass, which it cannot do with a sort.
     keys = [to_keys(part) for part in slices(groups, axis)]
-    threshold = _sorted_descending(keys)[n - 1]
-    # Keys above the threshold all stay. The places that are left go to the keys equal to it, the
-    # lowest index first.
-    ties_left = n - sum((key > threshold).astype(jnp.int32) for key in keys)
     # One integer per group, with a bit for each member, is all that gets stored. Every weight reads
     # its answer back with a shift.
-    kept_bits = jnp.zeros_like(threshold, dtype=jnp.uint32)
-    for j, key in enumerate(keys):
-        tied = key == threshold
-        kept = (key > threshold) | (tied & (ties_left > 0))
-        ties_left -= tied.astype(jnp.int32)
+    kept_bits = jnp.zeros_like(keys[0], dtype=jnp.uint32)
+    for j, kept in enumerate(kept_by_network(keys, n)):
         kept_bits |= kept.astype(jnp.uint32) << j
     return (_computed_once(kept_bits, axis) >> index(groups, axis).astype(jnp.uint32)) & 1 == 1
-
-
-def _sorted_descending(values: Sequence[Int[Array, "*shape"]]) -> list[Int[Array, "*shape"]]:
-    """Sorts elementwise across arrays. XLA never computes the outputs that nobody reads."""
-    wires = list(values)
-    for i, j in _merge_exchange(len(wires)):
-        wires[i], wires[j] = jnp.maximum(wires[i], wires[j]), jnp.minimum(wires[i], wires[j])
-    return wires
-
-
-def _merge_exchange(size: int) -> Iterator[tuple[int, int]]:
-    """Comparator pairs of Batcher's merge exchange (Knuth, TAOCP 3, 5.2.2, algorithm M)."""
-    top = 1 << max(size - 1, 0).bit_length() >> 1
-    p = top
-    while p > 0:
-        q, r, d = top, 0, p
-        while True:
-            yield from ((i, i + d) for i in range(size - d) if i & p == r)
-            if q == p:
-                break
-            q, r, d = q // 2, p, q - p
-        p //= 2
 
 
 def _computed_once(x: UInt32[Array, "*shape"], axis: int) -> UInt32[Array, "*shape"]:

@@ -12,7 +12,7 @@ import jax
 
 from nmjax.layouts.axes import Axes, Shape
 from nmjax.masks.arguments import check_n_of_m, check_stride, group_name
-from nmjax.masks.nm import nm_mask
+from nmjax.masks.nm import nm_mask, nm_prune
 from nmjax.masks.scores import Score
 from nmjax.patterns.pattern import Pattern, Whole
 
@@ -123,8 +123,11 @@ class NM(Pattern):
 
     def mask(self, w: jax.Array, axes: Axes, score: Score) -> jax.Array:
         """Keeps the n highest scores of each group, as `nmjax.nm_mask` does."""
-        along = axes.reduction[0] if len(axes.reduction) == 1 else axes.reduction
-        return nm_mask(w, self.n, self.m, along, score=score, stride=self.stride)
+        return nm_mask(w, self.n, self.m, axes.reduction, score=score, stride=self.stride)
+
+    def prune(self, w: jax.Array, axes: Axes, score: Score) -> jax.Array:
+        """Computes and applies the mask in one pass over `w`."""
+        return nm_prune(w, self.n, self.m, axes.reduction, score=score, stride=self.stride)
 
     def wholes(self, shape: Shape, axes: Axes) -> list[Whole]:
         """A shard must hold whole groups, and so whole runs of them if they are strided."""

@@ -19,6 +19,7 @@ import jax
 
 from nmjax.layouts.axes import Axes, Shape, size_along
 from nmjax.masks.scores import Score
+from nmjax.ste import apply_mask
 
 Span = tuple[int, ...]
 
@@ -86,6 +87,10 @@ class Pattern(abc.ABC):
           axes: negative axes of `w`, as `place` returned them.
           score: importance of each weight.
         """
+
+    def prune(self, w: jax.Array, axes: Axes, score: Score) -> jax.Array:
+        """`w` where its mask is True, else zero. Arguments as those of `mask`."""
+        return apply_mask(w, self.mask(w, axes, score))
 
     @abc.abstractmethod
     def wholes(self, shape: Shape, axes: Axes) -> list[Whole]:

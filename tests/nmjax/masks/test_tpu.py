@@ -1,0 +1,124 @@
+"""The masks of TPUs: the kernel, run step by step on a CPU, and where it takes the place of XLA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nmjax
+from nmjax.masks.nm import nm_mask, nm_prune
+from nmjax.masks.ranking import magnitude_keys, signed_keys
+from nmjax.masks.tpu import nm_keep
+
+TIES_AND_ODD_VALUES = [0.0, -0.0, 1.0, -1.0, 2.0, np.nan, -np.nan, np.inf, -np.inf, 1e-40, -3.0]
+
+
+def weights(shape, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    values = rng.choice(TIES_AND_ODD_VALUES, shape).astype(np.float32)
+    return jnp.asarray(np.where(rng.random(shape) < 0.5, values, rng.normal(size=shape)), dtype)
+
+
+def kept_by_kernel(w, n, m, axis, to_keys=magnitude_keys):
+    """The mask and the pruned weights, as the kernel computes them."""
+    keep = jax.jit(
+        lambda w, as_mask: nm_keep(w, n, m, (axis,), to_keys, as_mask=as_mask, interpret=True),
+        static_argnums=1,
+    )
+    return keep(w, True), keep(w, False)
+
+
+def check_kernel(shape, dtype, n, m, axis):
+    w = weights(shape, dtype)
+    mask, pruned = kept_by_kernel(w, n, m, axis)
+    wanted = np.asarray(nm_mask(w, n, m, axis))
+    np.testing.assert_array_equal(mask, wanted)
+    assert pruned.dtype == w.dtype
+    zeroed = np.where(wanted, np.asarray(w, np.float32), 0)
+    np.testing.assert_array_equal(np.asarray(pruned, np.float32), zeroed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "n", "m", "axis"),
+    [
+        ((36, 130), "float32", 2, 4, -2),  # Ragged: no multiple of 8, 128, or the block.
+        ((2, 20, 24), "bfloat16", 2, 4, -2),
+        ((3, 132), "bfloat16", 2, 4, -1),
+        ((9, 6), "float32", 1, 3, -2),
+    ],
+)
+def test_kernel_equals_nm_mask(shape, dtype, n, m, axis):
+    check_kernel(shape, dtype, n, m, axis)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "dtype", "n", "m", "axis"),
+    [
+        ((2100, 8), "float32", 2, 4, -2),  # More than one block.
+        ((36, 132), "float32", 2, 4, -1),
+        ((40, 8), "float32", 4, 8, -2),
+        ((5, 48), "bfloat16", 4, 8, -1),
+        ((64, 5), "bfloat16", 1, 16, -2),
+        ((32, 5), "float32", 8, 32, -2),
+    ],
+)
+def test_kernel_equals_nm_mask_elsewhere(shape, dtype, n, m, axis):
+    check_kernel(shape, dtype, n, m, axis)
+
+
+def test_kernel_ranks_by_value_too():
+    scores = weights((16, 8), "float32")
+    mask, _ = kept_by_kernel(scores, 2, 4, -2, signed_keys)
+    np.testing.assert_array_equal(mask, nm_mask(scores, 2, 4, -2, score=lambda scores: scores))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "n", "m", "axis", "words"),
+    [
+        ((8, 8), "float16", 2, 4, -2, "float16"),
+        ((8, 8, 8), "float32", 2, 4, -3, "along one of the last two axes"),
+        ((128, 8), "float32", 2, 64, -2, "groups of 2 to 32"),
+        ((8, 9), "float32", 1, 3, -1, "if m divides 128"),
+        ((9, 8), "bfloat16", 1, 3, -2, "if m is even"),
+        ((0, 8), "float32", 2, 4, -2, "no weights"),
+    ],
+)
+def test_what_the_kernel_does_not_take(shape, dtype, n, m, axis, words):
+    w = jnp.zeros(shape, dtype)
+    with pytest.raises(NotImplementedError, match=words):
+        nm_keep(w, n, m, (axis,), magnitude_keys, as_mask=True)
+    # Without asking for the kernel, the mask comes from XLA on TPUs too.
+    text = lowered_for("tpu", lambda w: nm_mask(w, n, m, axis), w)
+    assert "tpu_custom_call" not in text
+
+
+def lowered_for(platform, f, *arguments):
+    return jax.jit(f).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_programs_for_tpus_have_the_kernel_and_no_others_do():
+    params = {"kernel": jnp.ones((16, 8))}
+    plan = nmjax.make_plan(params, "2:4")
+    tx = nmjax.add_sparse_refined(plan, 2e-4)
+
+    def step(params):
+        def loss(params):
+            return jnp.sum(nmjax.sparsify(params, plan)["kernel"] ** 2)
+
+        return tx.update(jax.grad(loss)(params), tx.init(params), params)[0]
+
+    assert lowered_for("tpu", step, params).count("nm_prune_2_4") >= 1
+    assert "tpu_custom_call" not in lowered_for("cpu", step, params)
+    mask = jax.vmap(lambda w: nm_mask(w, 2, 4))
+    assert "nm_mask_2_4" in lowered_for("tpu", mask, jnp.ones((3, 8, 8)))
+    assert "tpu_custom_call" not in lowered_for("cuda", mask, jnp.ones((3, 8, 8)))
+
+
+def test_pruning_has_the_gradient_of_its_mask():
+    w = jnp.array([[0.0], [-0.0], [0.0], [0.0], [3.0], [2.0], [1.0], [4.0]])
+    pruned, pull = jax.vjp(lambda w: nm_prune(w, 2, 4), w)
+    np.testing.assert_array_equal(pruned, jnp.where(nm_mask(w, 2, 4), w, 0))
+    np.testing.assert_array_equal(pull(jnp.ones_like(w))[0], nm_mask(w, 2, 4))
+    batched = jax.vmap(lambda w: nm_prune(w, 2, 4), in_axes=2)(jnp.stack([w, 2 * w], axis=2))
+    np.testing.assert_array_equal(batched, [pruned, 2 * pruned])
