@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int
 
 
-def kept_by_comparison(keys: Sequence[Int[Array, "*shape"]], n: int) -> list[Bool[Array, "*shape"]]:
-    """Keeps what fewer than n members beat; compares every pair, so it pays for few members.
+def kept_members(keys: Sequence[Int[Array, "*shape"]], n: int) -> list[Bool[Array, "*shape"]]:
+    """Keeps the n highest keys of each group; in a tie, the first.
 
     Args:
       keys: integers that sort like the scores, one array per member of a group.
-      n: how many members of each group are kept; in a tie, the first.
+      n: how many members of each group are kept.
     """
+    # Comparing every pair pays for few members only.
+    return kept_by_comparison(keys, n) if len(keys) <= 4 else list(kept_by_network(keys, n))
+
+
+def kept_by_comparison(keys: Sequence[Int[Array, "*shape"]], n: int) -> list[Bool[Array, "*shape"]]:
+    """Keeps what fewer than n members beat, as `kept_members` does."""
     beaten_by = [jnp.zeros_like(key) for key in keys]
     for j in range(len(keys)):
         for i in range(j):
@@ -34,7 +40,7 @@ def kept_by_comparison(keys: Sequence[Int[Array, "*shape"]], n: int) -> list[Boo
 def kept_by_network(
     keys: Sequence[Int[Array, "*shape"]], n: int
 ) -> Iterator[Bool[Array, "*shape"]]:
-    """The same, for any number of members: a sorting network finds the n-th highest key."""
+    """Keeps what a sorting network ranks among the first n, as `kept_members` does."""
     threshold = _sorted_descending(keys)[n - 1]
     # Keys above the threshold all stay. The places that are left go to the keys equal to it, the
     # lowest index first.

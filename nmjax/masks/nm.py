@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 
 from nmjax.masks.arguments import check_n_of_m, check_stride, group_name
-from nmjax.masks.network import kept_by_network
+from nmjax.masks.network import kept_by_network, kept_members
 from nmjax.masks.platforms import keep_primitive
 from nmjax.masks.ranking import (
     ToKeys,
@@ -154,7 +154,44 @@ def _keep_by_xla(
     return mask if as_mask else apply_mask(values, mask)
 
 
-_keep_p = keep_primitive("nm_keep", _keep_by_xla)
+def _keep_by_tpu(
+    values: Float[Array, "*shape"],
+    *,
+    to_keys: ToKeys,
+    n: int,
+    m: int,
+    stride: int,
+    axes: tuple[int, ...],
+    as_mask: bool,
+    interpret: bool = False,
+) -> Bool[Array, "*shape"] | Float[Array, "*shape"]:
+    """The same, by the kernel for TPUs."""
+    from nmjax.masks import tpu  # Here, since it loads Pallas.
+
+    del stride
+
+    def choose(members: Sequence[jax.Array]) -> list[jax.Array]:
+        return kept_members([to_keys(member) for member in members], n)
+
+    return tpu.keep_in_groups(values, choose, m, axes, as_mask=as_mask, interpret=interpret)
+
+
+def _tpu_takes(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    *,
+    m: int,
+    stride: int,
+    axes: tuple[int, ...],
+    **rule: object,
+) -> bool:
+    from nmjax.masks import tpu
+
+    del rule
+    return stride == 1 and tpu.misfit(shape, dtype, m, axes) is None
+
+
+_keep_p = keep_primitive("nm_keep", _keep_by_xla, _keep_by_tpu, _tpu_takes)
 
 
 def _keep_highest(

@@ -16,14 +16,17 @@ from jax import lax
 from jax._src import config  # JAX has no public name for what this module needs of it.
 from jax.interpreters import ad, batching, mlir, xla
 
-from nmjax.ste import apply_mask
-
 # `jax.extend.core.Primitive`, without importing `jax.extend`: that also loads Pallas, which takes
 # half a second.
 Primitive: Any = type(lax.add_p)
 
 
-def keep_primitive(name: str, by_xla: Callable[..., jax.Array]) -> Any:
+def keep_primitive(
+    name: str,
+    by_xla: Callable[..., jax.Array],
+    by_tpu: Callable[..., jax.Array],
+    tpu_takes: Callable[..., bool],
+) -> Any:
     """A primitive that keeps the highest of every m consecutive values.
 
     Its parameters are `n`, `m`, `stride`, negative `axes`, `to_keys`, and `as_mask`: whether it
@@ -32,6 +35,8 @@ def keep_primitive(name: str, by_xla: Callable[..., jax.Array]) -> Any:
     Args:
       name: as it appears in a jaxpr.
       by_xla: takes the values and the parameters; what platforms without a kernel run.
+      by_tpu: the same, with a kernel that sees the values of one device.
+      tpu_takes: whether `by_tpu` takes a shape, a dtype, and the parameters.
     """
     primitive = Primitive(name)
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
@@ -41,7 +46,8 @@ def keep_primitive(name: str, by_xla: Callable[..., jax.Array]) -> Any:
     ad.primitive_jvps[primitive] = functools.partial(_derivative, primitive)
     plain = mlir.lower_fun(by_xla, multiple_results=False)
     mlir.register_lowering(primitive, plain)
-    mlir.register_lowering(primitive, functools.partial(_lower_for_tpu, plain), platform="tpu")
+    for_tpu = functools.partial(_lower_for_tpu, plain, by_tpu, tpu_takes)
+    mlir.register_lowering(primitive, for_tpu, platform="tpu")
     return primitive
 
 
@@ -53,7 +59,7 @@ def _derivative(primitive: Any, values: Any, tangents: Any, **rule: Any) -> Any:
     """What is kept passes its tangent on. Masks have none: `nm_mask` stops gradients."""
     mask = primitive.bind(*values, **{**rule, "as_mask": True})
     (tangent,) = tangents
-    return primitive.bind(*values, **rule), apply_mask(tangent, mask)
+    return primitive.bind(*values, **rule), jnp.where(mask, tangent, jnp.zeros_like(tangent))
 
 
 def _shape(values: Any, *, as_mask: bool, **rule: Any) -> Any:
@@ -61,19 +67,23 @@ def _shape(values: Any, *, as_mask: bool, **rule: Any) -> Any:
     return values.update(dtype=bool, weak_type=False) if as_mask else values
 
 
-def _lower_for_tpu(plain: Callable[..., Any], ctx: Any, values: Any, **rule: Any) -> Sequence[Any]:
+def _lower_for_tpu(
+    plain: Callable[..., Any],
+    by_tpu: Callable[..., jax.Array],
+    tpu_takes: Callable[..., bool],
+    ctx: Any,
+    values: Any,
+    **rule: Any,
+) -> Sequence[Any]:
     """Lowers to the kernel if it takes these values, and otherwise as on other platforms."""
-    from nmjax.masks import tpu  # Loads Pallas.
-
     (source,), (result,) = ctx.avals_in, ctx.avals_out
-    takes = tpu.misfit(source.shape, source.dtype, rule["m"], rule["axes"]) is None
-    if rule["stride"] > 1 or not takes or not _is_whole(ctx.module_context.axis_context):
+    takes = tpu_takes(source.shape, source.dtype, **rule)
+    if not takes or not _is_whole(ctx.module_context.axis_context):
         return plain(ctx, values, **rule)
-    del rule["stride"]
     # A kernel sees one device's values and nothing of mesh axes.
     bare = ctx.replace(avals_in=[_bare(source)], avals_out=[_bare(result)])
     with config._check_vma(False):
-        return mlir.lower_fun(tpu.nm_keep, multiple_results=False)(bare, values, **rule)
+        return mlir.lower_fun(by_tpu, multiple_results=False)(bare, values, **rule)
 
 
 def _is_whole(context: Any) -> bool:

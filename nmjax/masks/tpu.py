@@ -23,11 +23,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from nmjax.masks.network import kept_by_comparison, kept_by_network
-from nmjax.masks.ranking import ToKeys
-
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int32
+
+Choose = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 SUBLANES, LANES = 8, 128  # of a register of 32-bit words
 
@@ -52,24 +51,22 @@ def misfit(shape: tuple[int, ...], dtype: Any, m: int, axes: tuple[int, ...]) ->
     return None
 
 
-def nm_keep(
+def keep_in_groups(
     values: Float[Array, "*shape"],
-    n: int,
+    choose: Choose,
     m: int,
     axes: tuple[int, ...],
-    to_keys: ToKeys,
     *,
     as_mask: bool,
     interpret: Any = False,
 ) -> Bool[Array, "*shape"] | Float[Array, "*shape"]:
-    """Keeps the n highest keys of every m consecutive values, as `nmjax.nm_mask` does.
+    """Keeps what `choose` picks of every m consecutive values.
 
     Args:
       values: float32 or bfloat16, at least two axes.
-      n: how many of each group are kept.
+      choose: from the m members of many groups, as float32, to booleans for each, True = kept.
       m: group size; divides the size of the axis.
       axes: `(-1,)` or `(-2,)`.
-      to_keys: `magnitude_keys` or `signed_keys`.
       as_mask: True returns the mask, False the values with zeros for those not kept.
       interpret: as in `pallas_call`; runs the kernel on other platforms.
 
@@ -77,7 +74,7 @@ def nm_keep(
       NotImplementedError: the kernel cannot take this shape, dtype, or pattern (see `misfit`).
     """
     if (reason := misfit(values.shape, values.dtype, m, axes)) is not None:
-        raise NotImplementedError(f"the TPU kernel cannot compute this {n}:{m} mask: {reason}")
+        raise NotImplementedError(f"the TPU kernel cannot compute masks of groups of {m}: {reason}")
     # A stack of matrices is one tall matrix: no group crosses from one into the next.
     matrix = values.reshape(-1, values.shape[-1])
     words_per_row = values.dtype.itemsize / 4
@@ -93,7 +90,7 @@ def nm_keep(
     result = jax.ShapeDtypeStruct(matrix.shape, jnp.int8 if as_mask else matrix.dtype)
     kept = pl.pallas_call(
         functools.partial(
-            _keep_block, n=n, m=m, to_keys=to_keys, along_lanes=along_lanes, as_mask=as_mask
+            _keep_block, choose=choose, m=m, along_lanes=along_lanes, as_mask=as_mask
         ),
         out_shape=result,
         grid=(pl.cdiv(rows, height), pl.cdiv(columns, LANES)),
@@ -107,7 +104,7 @@ def nm_keep(
             bytes_accessed=matrix.size * (matrix.dtype.itemsize + result.dtype.itemsize),
         ),
         interpret=interpret,
-        name=f"nm_{'mask' if as_mask else 'prune'}_{n}_{m}",
+        name=f"nm_{'mask' if as_mask else 'prune'}_{m}",
     )(matrix)
     # Pallas would store booleans as 32-bit integers.
     return (kept.astype(jnp.bool_) if as_mask else kept).reshape(values.shape)
@@ -119,9 +116,8 @@ def _keep_block(
     words: Any,
     tile: Any = None,
     *,
-    n: int,
+    choose: Choose,
     m: int,
-    to_keys: ToKeys,
     along_lanes: bool,
     as_mask: bool,
 ) -> None:
@@ -130,8 +126,7 @@ def _keep_block(
     source = x_ref.bitcast(jnp.int32)
     keep = functools.partial(
         _keep_words,
-        n=n,
-        to_keys=to_keys,
+        choose=choose,
         packed=packed,
         rows_compete=not along_lanes,
         ones=(0x3F803F80 if packed else 0x3F800000) if as_mask else None,
@@ -146,9 +141,6 @@ def _keep_block(
     out_ref[...] = kept
 
 
-Keep = Callable[[Sequence[jax.Array]], list[jax.Array]]
-
-
 def _each_transposed(source: Any, target: Any, tile: Any, keep_rows: Callable[..., None]) -> None:
     """Applies `keep_rows(from, to)` to the transposed tiles of a block."""
 
@@ -161,7 +153,9 @@ def _each_transposed(source: Any, target: Any, tile: Any, keep_rows: Callable[..
     lax.fori_loop(0, source.shape[0] // LANES, step, None)
 
 
-def _each_strided(members: int, keep: Keep, source: Any, target: Any) -> None:
+def _each_strided(
+    members: int, keep: Callable[[Sequence[jax.Array]], list[jax.Array]], source: Any, target: Any
+) -> None:
     """Applies `keep` to groups of consecutive rows, 8 groups at a time."""
     groups = min(SUBLANES, source.shape[0] // members)
     rows = groups * members
@@ -182,8 +176,7 @@ def _each_strided(members: int, keep: Keep, source: Any, target: Any) -> None:
 def _keep_words(
     words: Sequence[Int32[Array, "rows lanes"]],
     *,
-    n: int,
-    to_keys: ToKeys,
+    choose: Choose,
     packed: bool,
     rows_compete: bool,
     ones: int | None,
@@ -192,10 +185,10 @@ def _keep_words(
     # bfloat16 is the upper half of float32.
     parts = [[word << 16, word & _HIGH] if packed else [word] for word in words]
     if rows_compete:  # The rows in a word belong to one group.
-        kept = _kept([part for word in parts for part in word], n, to_keys)
+        kept = choose([_as_float(part) for word in parts for part in word])
         flags = [kept[i : i + len(parts[0])] for i in range(0, len(kept), len(parts[0]))]
     else:
-        by_row = [_kept(group, n, to_keys) for group in zip(*parts, strict=True)]
+        by_row = [choose([_as_float(part) for part in row]) for row in zip(*parts, strict=True)]
         flags = [list(of_word) for of_word in zip(*by_row, strict=True)]
     values = words if ones is None else [jnp.full_like(word, ones) for word in words]
     if not packed:
@@ -206,9 +199,5 @@ def _keep_words(
     ]
 
 
-def _kept(
-    bits: Sequence[Int32[Array, "rows lanes"]], n: int, to_keys: ToKeys
-) -> list[Bool[Array, "rows lanes"]]:
-    """Which members of a group are kept, from the bits of float32."""
-    keys = [to_keys(lax.bitcast_convert_type(member, jnp.float32)) for member in bits]
-    return list((kept_by_comparison if len(keys) <= 4 else kept_by_network)(keys, n))
+def _as_float(bits: Int32[Array, "rows lanes"]) -> Float[Array, "rows lanes"]:
+    return lax.bitcast_convert_type(bits, jnp.float32)

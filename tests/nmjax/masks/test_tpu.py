@@ -1,14 +1,15 @@
 """The masks of TPUs: the kernel, run step by step on a CPU, and where it takes the place of XLA."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import nmjax
-from nmjax.masks.nm import nm_mask, nm_prune
+from nmjax.masks.nm import _keep_by_tpu, nm_mask, nm_prune
 from nmjax.masks.ranking import magnitude_keys, signed_keys
-from nmjax.masks.tpu import nm_keep
 
 TIES_AND_ODD_VALUES = [0.0, -0.0, 1.0, -1.0, 2.0, np.nan, -np.nan, np.inf, -np.inf, 1e-40, -3.0]
 
@@ -21,11 +22,11 @@ def weights(shape, dtype, seed=0):
 
 def kept_by_kernel(w, n, m, axis, to_keys=magnitude_keys):
     """The mask and the pruned weights, as the kernel computes them."""
-    keep = jax.jit(
-        lambda w, as_mask: nm_keep(w, n, m, (axis,), to_keys, as_mask=as_mask, interpret=True),
-        static_argnums=1,
+    rule = {"n": n, "m": m, "stride": 1, "axes": (axis,), "to_keys": to_keys}
+    return tuple(
+        jax.jit(partial(_keep_by_tpu, **rule, as_mask=as_mask, interpret=True))(w)
+        for as_mask in (True, False)
     )
-    return keep(w, True), keep(w, False)
 
 
 def check_kernel(shape, dtype, n, m, axis):
@@ -87,7 +88,7 @@ def test_kernel_ranks_by_value_too():
 def test_what_the_kernel_does_not_take(shape, dtype, n, m, axis, words):
     w = jnp.zeros(shape, dtype)
     with pytest.raises(NotImplementedError, match=words):
-        nm_keep(w, n, m, (axis,), magnitude_keys, as_mask=True)
+        kept_by_kernel(w, n, m, axis)
     # Without asking for the kernel, the mask comes from XLA on TPUs too.
     text = lowered_for("tpu", lambda w: nm_mask(w, n, m, axis), w)
     assert "tpu_custom_call" not in text
@@ -108,10 +109,10 @@ def test_programs_for_tpus_have_the_kernel_and_no_others_do():
 
         return tx.update(jax.grad(loss)(params), tx.init(params), params)[0]
 
-    assert lowered_for("tpu", step, params).count("nm_prune_2_4") >= 1
+    assert lowered_for("tpu", step, params).count("nm_prune_4") >= 1
     assert "tpu_custom_call" not in lowered_for("cpu", step, params)
     mask = jax.vmap(lambda w: nm_mask(w, 2, 4))
-    assert "nm_mask_2_4" in lowered_for("tpu", mask, jnp.ones((3, 8, 8)))
+    assert "nm_mask_4" in lowered_for("tpu", mask, jnp.ones((3, 8, 8)))
     assert "tpu_custom_call" not in lowered_for("cuda", mask, jnp.ones((3, 8, 8)))
 
 
