@@ -99,6 +99,7 @@ def loss(
     *,
     lambda_w: float = LAMBDA_W,
     remat: bool = True,
+    unroll: int = 1,
 ) -> jax.Array:
     """Mean cross entropy of the next token, computed in bfloat16.
 
@@ -109,6 +110,7 @@ def loss(
       tokens: (sequences, length + 1) integers.
       lambda_w: weight of SR-STE's term; 0 is STE.
       remat: the backward pass computes each block again; otherwise what it needs is kept.
+      unroll: blocks that one turn of the loop has.
     """
     x = params["embedding"].astype(jnp.bfloat16)[tokens[:, :-1]]
 
@@ -119,7 +121,7 @@ def loss(
         return _block(model, weights, x), None
 
     body = jax.checkpoint(block) if remat else block
-    x, _ = jax.lax.scan(body, _constrain(x, ACTIVATIONS), params["blocks"])
+    x, _ = jax.lax.scan(body, _constrain(x, ACTIVATIONS), params["blocks"], unroll=unroll)
     logits = _normalize(x, params["norm"]) @ _gather(params["head"], P(None, "model"))
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), tokens[:, 1:]
@@ -163,6 +165,7 @@ def compile_step(
     length: int,
     lambda_w: float = LAMBDA_W,
     remat: bool = True,
+    unroll: int = 1,
 ) -> jax.stages.Compiled:
     """Compiles a training step from shapes.
 
@@ -174,6 +177,7 @@ def compile_step(
       length: of each, in tokens.
       lambda_w: weight of SR-STE's term; 0 is STE.
       remat: see `loss`.
+      unroll: see `loss`.
 
     Raises:
       ValueError: shards cut groups.
@@ -184,7 +188,7 @@ def compile_step(
         plan = plan_block(model, mesh, pattern, sequences=sequences, length=length)
         nmjax.check_sharding(params["blocks"], plan)
     tx = optax.adamw(3e-4)
-    mean_loss = partial(loss, lambda_w=lambda_w, remat=remat)
+    mean_loss = partial(loss, lambda_w=lambda_w, remat=remat, unroll=unroll)
 
     def step(params: Params, state: Any, tokens: jax.Array) -> tuple[Params, Any]:
         grads = jax.grad(mean_loss, argnums=2)(model, plan, params, tokens)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def set_up(dump: Path | None = None) -> None:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
 
 
+@cache  # The devices of two topologies are not the same, even if the topologies are.
 def tpu_devices(topology: str) -> list[Any]:
     """Devices of a chip of `CHIPS` or of a topology such as "v5p:4x4x4"."""
     name = CHIPS.get(topology, topology)

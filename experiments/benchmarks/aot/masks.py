@@ -39,6 +39,11 @@ MASKS: dict[str, Mask] = {"nmjax": nmjax.nm_mask, "qwix": qwix_mask}
 def program(what: str, mask: Mask, pattern: str, axis: int) -> Callable[[jax.Array], jax.Array]:
     """The mask of a matrix (`what` is "mask"), or the matrix with its mask applied ("apply")."""
     n, m = map(int, pattern.split(":"))
+    if what == "apply" and mask is nmjax.nm_mask:
+        # What users call: it may compute and apply a mask in one pass.
+        shape = {"kernel": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
+        plan = nmjax.make_plan(shape, nmjax.NM(n, m), axes={"kernel": (axis,)})
+        return lambda w: nmjax.prune({"kernel": w}, plan)["kernel"]
 
     def masked(w: jax.Array) -> jax.Array:
         kept = mask(w, n, m, axis)

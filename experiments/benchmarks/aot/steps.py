@@ -49,7 +49,7 @@ SEVENTY = large_model.Decoder(layers=80, width=8192, hidden=28672, heads=64, key
 SETTINGS = (
     Setting("7b", SEVEN, "v5p:4x4x4", 8, 8, 32),
     Setting("7b", SEVEN, "v5p:4x4x4", 64, 1, 64),
-    Setting("70b", SEVENTY, "v5p:8x8x16", 128, 8, 512),
+    Setting("70b", SEVENTY, "v5p:16x16x16", 512, 8, 1024),
 )
 LENGTH = 2048
 
@@ -70,6 +70,17 @@ def rows(layers: int | None = None) -> Iterator[Row]:
                 count = "" if layers is None else f"-{layers}-layers"
                 key = f"steps{count}/{setting.key}/{saved}/{name}"
                 yield Row(key, partial(_row, setting, pattern, method, remat))
+        yield from _unrolled_rows(setting)
+
+
+def _unrolled_rows(setting: Setting) -> Iterator[Row]:
+    """Two layers without a loop: the compiler counts the bytes of each."""
+    short = replace(setting, model=replace(setting.model, layers=2))
+    for pattern, method in _methods():
+        if method != "ste":
+            name = "dense" if pattern is None else f"{pattern}/{method}"
+            key = f"steps-2-layers-unrolled/{setting.key}/remat/{name}"
+            yield Row(key, partial(_row, short, pattern, method, True, unroll=2))
 
 
 def _methods() -> Iterator[tuple[str | None, str]]:
@@ -80,7 +91,9 @@ def _methods() -> Iterator[tuple[str | None, str]]:
         yield pattern, "ste"
 
 
-def _row(setting: Setting, pattern: str | None, method: str, remat: bool) -> dict[str, Any]:
+def _row(
+    setting: Setting, pattern: str | None, method: str, remat: bool, unroll: int = 1
+) -> dict[str, Any]:
     mesh = compilers.tpu_mesh(setting.topology, data=setting.data, model=setting.model_axis)
     compiled = large_model.compile_step(
         setting.model,
@@ -90,6 +103,7 @@ def _row(setting: Setting, pattern: str | None, method: str, remat: bool) -> dic
         length=LENGTH,
         lambda_w=large_model.LAMBDA_W if method == "sr-ste" else 0.0,
         remat=remat,
+        unroll=unroll,
     )
     return statistics(compiled)
 
