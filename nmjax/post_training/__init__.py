@@ -3,6 +3,7 @@
 from nmjax.post_training._admm import admm
 from nmjax.post_training._alps import alps
 from nmjax.post_training._least_squares import least_squares
+from nmjax.post_training._prune_with import prune_with
 from nmjax.post_training._scores import magnitude, ria, wanda
 from nmjax.post_training._sparse_gpt import sparse_gpt
 from nmjax.post_training._swaps import improve_by_swaps
@@ -19,6 +20,7 @@ __all__ = [
     "least_squares",
     "magnitude",
     "permute_inputs",
+    "prune_with",
     "ria",
     "sparse_gpt",
     "wanda",

@@ -87,17 +87,46 @@ def collect(
             "batches must be a list or an iterator of batches, each the input of forward or a "
             f"tuple of its inputs; got {type(batches).__name__}"
         )
+    return collected({}, forward, params, batches, plan, kind, start, progress, memory_limit)
+
+
+Observations = dict[Any, "Observation"]
+
+
+def collected(
+    observations: Observations,
+    forward: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    plan: Plan,
+    kind: Kind,
+    start: Statistics | None = None,
+    progress: bool | None = None,
+    memory_limit: int | None = None,
+) -> Statistics:
+    """Like `collect`, with programs that earlier calls with the same plan and kind have compiled.
+
+    Args:
+      observations: compiled programs by shapes; new ones are added.
+      forward: as in `collect`, like all that follow.
+      params: parameters.
+      batches: calibration data.
+      plan: of the leaves to observe.
+      kind: of statistics.
+      start: statistics to continue.
+      progress: whether to show progress.
+      memory_limit: bytes.
+    """
     leaves = planned_leaves(params, plan)
     layouts = {name: layout_of(plan[name], leaf.shape) for name, leaf in leaves.items()}
-    observers: dict[Any, _Observation] = {}
     totals = None if start is None else _totals_of(start)
     for number, batch in enumerate(tracked(batches, f"{kind} statistics", show=progress)):
-        inputs = batch if isinstance(batch, tuple) else (batch,)
+        inputs = inputs_of(batch)
         key = jax.tree.structure(inputs), *map(_described, jax.tree.leaves(inputs))
-        if key not in observers:
-            traced = _traced(forward, params, inputs, number)
-            observers[key] = _Observation(traced, layouts, kind, memory_limit)
-        totals = observers[key].add(totals, (params, inputs), number)
+        if key not in observations:
+            traced = traced_with(forward, params, inputs, number)
+            observations[key] = Observation(traced, layouts, kind, memory_limit)
+        totals = observations[key].add(totals, (params, inputs), number)
     if totals is None:
         raise ValueError("there are no batches; statistics need calibration data")
     found = Statistics(
@@ -109,13 +138,18 @@ def collect(
     return found
 
 
-class _Observation:
+def inputs_of(batch: Any) -> tuple[Any, ...]:
+    """The arguments of a forward pass after the parameters."""
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+class Observation:
     """A program that adds the statistics of a batch of certain shapes."""
 
     def __init__(
         self, traced: Trace, layouts: Mapping[str, Layout], kind: Kind, limit: int | None
     ) -> None:
-        reduce = _sum_of_squares if kind == "mean_square" else _sum_of_products
+        reduce = REDUCE[kind]
         self.found = stages(traced, layouts, reduce)
         check_all_met(traced, layouts, self.found)
         _check_memory(self.found, limit)
@@ -157,9 +191,10 @@ def check_all_met(traced: Trace, names: Iterable[str], found: Stages) -> None:
         )
 
 
-def _traced(
+def traced_with(
     forward: Callable[..., Any], params: Any, inputs: tuple[Any, ...], number: int
 ) -> Trace:
+    """The traced program; an error says which batch it was."""
     try:
         return trace(forward, params, *inputs)
     except Exception as error:
@@ -182,6 +217,12 @@ def _sum_of_squares(rows: Float[Array, "*stack rows in"]) -> Float[Array, "*stac
 def _sum_of_products(rows: Float[Array, "*stack rows in"]) -> Float[Array, "*stack in in"]:
     # Full precision: solvers factorize the result, and TPUs would multiply in bfloat16.
     return jnp.einsum("...ti,...tj->...ij", rows, rows, precision=lax.Precision.HIGHEST)
+
+
+REDUCE: dict[Kind, Callable[[jax.Array], jax.Array]] = {
+    "mean_square": _sum_of_squares,
+    "gram": _sum_of_products,
+}
 
 
 def _mean(total: jax.Array, rows: jax.Array) -> jax.Array:

@@ -64,9 +64,9 @@ def permute_inputs(
 
     Raises:
       TypeError: `w` is not a floating-point array; `window` is not an integer.
-      ValueError: `w` is not a matrix, or its scores are not finite; the pattern is not N:M, or m
-        does not divide the inputs; the window does not hold two groups or more, or holds too many
-        to try.
+      ValueError: `w` is not a matrix, or its scores are not finite; the pattern is not N:M of
+        consecutive weights, or m does not divide the inputs; the window does not hold two groups or
+        more, or holds too many to try.
 
     >>> w = jnp.array([[5.0], [4.0], [3.0], [2.0], [1.0], [1.0], [1.0], [1.0]])
     >>> w[permute_inputs(w, "2:4")].ravel().tolist()  # All of 5, 4, 3 and 2 can stay.
@@ -203,6 +203,7 @@ def _group_of(pattern: str | Pattern) -> tuple[int, int]:
             f"the order of the inputs makes no difference to {parsed}, whose blocks may be at any "
             "inputs; nmjax.sort_channels reorders outputs for such patterns"
         )
+    parsed.check_consecutive("permute_inputs")
     return parsed.n, parsed.m
 
 

@@ -33,10 +33,12 @@ class Stages(NamedTuple):
 
     Attributes:
       names: of the weights, in the order of their first products, as stages.
+      scans: name -> number of the outermost scan that runs over it, and the axis.
       totals: shapes and dtypes of the totals.
     """
 
     names: list[list[str]]
+    scans: dict[str, tuple[int, int]]
     totals: dict[str, Any]
 
 
@@ -67,16 +69,19 @@ def stages(traced: Trace, layouts: Mapping[str, Layout], reduce: Reduce) -> Stag
     are one stage.
     """
     names: list[list[str]] = []
+    scans: dict[str, tuple[int, int]] = {}
 
     def run(*arrays: jax.Array) -> Totals:
         observer = _observed(traced, arrays, layouts, reduce)
         for _, stage in itertools.groupby(observer.met.items(), lambda item: id(item[1])):
             names.append([name for name, _ in stage])
+        scans.update(observer.scans)
         return observer.totals
 
     avals: list[Any] = [variable.aval for variable in traced.jaxpr.invars]
     given = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    return Stages(names, jax.eval_shape(run, *given))
+    totals = jax.eval_shape(run, *given)
+    return Stages(names, scans, totals)
 
 
 def _observed(
@@ -111,6 +116,7 @@ class _Observer:
     Attributes:
       totals: of the weights met so far.
       met: for each of them, the first array that it was multiplied by.
+      scans: number of the outermost scan that runs over a weight, and the weight's axis.
     """
 
     def __init__(
@@ -123,6 +129,8 @@ class _Observer:
     ) -> None:
         self.totals: Totals = {}
         self.met = {} if met is None else met
+        self.scans: dict[str, tuple[int, int]] = {}
+        self._number = 0
         self._reader = reader
         self._layouts = layouts
         self._reduce = reduce
@@ -241,6 +249,8 @@ class _Observer:
         )
         inner = [*known[:constants], *carry, *entries]
         places = self._passed_one_by_one(known[end:], [x.shape for x in arrays[end:]])
+        self._number += 1
+        self.scans |= {leaf: (self._number, axis) for leaf, (axis, *_) in places.items()}
 
         def body(carry: Any, xs: Any) -> tuple[list[Any], Totals]:
             inside = self._inside([(leaf, axis) for leaf, (axis, *_) in places.items()])

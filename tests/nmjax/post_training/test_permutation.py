@@ -77,6 +77,7 @@ def test_a_score_decides_what_is_kept():
     ("shape", "pattern", "window", "message"),
     [
         ((8, 2), "1x2@0.5", None, "makes no difference to 1x2@0.5"),
+        ((16, 2), "2:4/2", None, "permute_inputs takes groups of consecutive weights"),
         ((2, 8, 2), "2:4", None, r"must be a matrix \(in, out\), got shape \(2, 8, 2\)"),
         ((6, 2), "2:4", None, "6 inputs, of weights of shape .* are not a multiple of 4"),
         ((16, 2), "2:4", 10, "two or more whole groups of 4 inputs, such as 8; got 10"),
