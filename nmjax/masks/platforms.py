@@ -77,13 +77,33 @@ def _lower_for_tpu(
 ) -> Sequence[Any]:
     """Lowers to the kernel if it takes these values, and otherwise as on other platforms."""
     (source,), (result,) = ctx.avals_in, ctx.avals_out
-    takes = tpu_takes(source.shape, source.dtype, **rule)
-    if not takes or not _is_whole(ctx.module_context.axis_context):
+    if not tpu_takes(source.shape, source.dtype, **rule):
         return plain(ctx, values, **rule)
-    # A kernel sees one device's values and nothing of mesh axes.
-    bare = ctx.replace(avals_in=[_bare(source)], avals_out=[_bare(result)])
+    if _is_whole(ctx.module_context.axis_context):
+        # A kernel sees one device's values and nothing of mesh axes.
+        ctx = ctx.replace(avals_in=[_bare(source)], avals_out=[_bare(result)])
+        keep = functools.partial(by_tpu, **rule)
+    elif (manual := _axes_to_take_apart(source.sharding)) is not None:
+        spec = source.sharding.spec
+        keep = jax.shard_map(
+            functools.partial(by_tpu, **rule),
+            mesh=source.sharding.mesh,
+            in_specs=spec,
+            out_specs=spec,
+            axis_names=manual,
+            check_vma=False,
+        )
+    else:  # XLA has yet to choose the sharding, and cannot partition a kernel.
+        return plain(ctx, values, **rule)
     with config._check_vma(False):
-        return mlir.lower_fun(by_tpu, multiple_results=False)(bare, values, **rule)
+        return mlir.lower_fun(keep, multiple_results=False)(ctx, values)
+
+
+def _axes_to_take_apart(sharding: Any) -> set[str] | None:
+    """The explicit axes of a mesh, or None if the compiler chooses along another of its axes."""
+    mesh = sharding.mesh
+    rest = set(mesh.axis_names) - set(mesh.manual_axes)
+    return rest if rest and rest == set(mesh.explicit_axes) else None
 
 
 def _is_whole(context: Any) -> bool:

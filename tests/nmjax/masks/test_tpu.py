@@ -1,11 +1,15 @@
 """The masks of TPUs: the kernel, run step by step on a CPU, and where it takes the place of XLA."""
 
+import importlib.util
+import subprocess
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nmjax
 from nmjax.masks.nm import _keep_by_tpu, nm_mask, nm_prune
@@ -123,3 +127,56 @@ def test_pruning_has_the_gradient_of_its_mask():
     np.testing.assert_array_equal(pull(jnp.ones_like(w))[0], nm_mask(w, 2, 4))
     batched = jax.vmap(lambda w: nm_prune(w, 2, 4), in_axes=2)(jnp.stack([w, 2 * w], axis=2))
     np.testing.assert_array_equal(batched, [pruned, 2 * pruned])
+
+
+def test_shards_of_explicit_axes_go_through_the_kernel():
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    for kind, taken_apart in ((AxisType.Explicit, True), (AxisType.Auto, False)):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), (kind,) * 2)
+        sharding = NamedSharding(mesh, PartitionSpec("data", "model"))
+        w = jax.ShapeDtypeStruct((32, 256), "float32", sharding=sharding)
+        text = lowered_for("tpu", lambda w: nm_prune(w, 2, 4), w)
+        assert ("nm_prune_4" in text) == taken_apart
+        inside = jax.shard_map(
+            lambda w: nm_prune(w, 2, 4),
+            mesh=mesh,
+            in_specs=sharding.spec,
+            out_specs=sharding.spec,
+        )
+        assert "nm_prune_4" in lowered_for("tpu", inside, w)
+
+
+# Compiles for a TPU that is not there, in its own process: flags must be set before JAX starts.
+COMPILED = """
+from experiments.benchmarks.aot.compilers import on_chip, set_up, tpu_devices
+set_up()
+import re, jax, numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from nmjax.masks.nm import nm_prune
+
+def check(w, n, m, axis, shards):
+    compiled = jax.jit(lambda w: nm_prune(w, n, m, axis)).lower(w).compile()
+    least = 2 * w.size * w.dtype.itemsize / shards
+    assert 0.99 * least < compiled.cost_analysis()["bytes accessed"] <= 1.05 * least
+    assert compiled.memory_analysis().temp_size_in_bytes == 0
+    assert not re.findall("all-|collective-|reduce-scatter| copy[(]", compiled.as_text())
+
+shape = (4096, 4096)
+for dtype in ("float32", "bfloat16"):
+    for axis in (-2, -1):
+        check(on_chip("v5e", shape, dtype), 2, 4, axis, 1)
+for n, m in ((4, 8), (1, 16), (8, 32)):
+    check(on_chip("v5e", shape, "float32"), n, m, -2, 1)
+devices = np.array(tpu_devices("v5e")).reshape(2, 2)
+mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+for spec in (P("data", "model"), P(("data", "model"), None)):
+    w = jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, spec))
+    check(w, 2, 4, -2, 4)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_compiled_for_a_tpu_it_reads_and_writes_once():
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)
