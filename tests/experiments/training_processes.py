@@ -1,6 +1,7 @@
 """Training runs in processes of their own, as users start them; they read the tiny task."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ def start(flags, *, devices=1, compiled=None, **environment):
 
     `compiled` is a folder in which processes keep what they compiled, for those that follow.
     """
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    count = f"--xla_force_host_platform_device_count={devices}"
+    # The tests' other flags, so that programs here and there compute the same.
+    environment["XLA_FLAGS"] = re.sub(r"\S+_device_count=\d+", count, os.environ["XLA_FLAGS"])
     # A compilation for speed takes longer than these runs.
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     if compiled is not None:

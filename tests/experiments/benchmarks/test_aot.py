@@ -161,6 +161,7 @@ def test_steps_stand_beside_their_dense_step():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_a_row_compiled_for_a_tpu(tmp_path):
     import subprocess

@@ -14,6 +14,7 @@ PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 @pytest.mark.slow  # Half a minute.
+@pytest.mark.optimized
 def test_programs_compile_for_an_h200(tmp_path):
     if not any(importlib.util.find_spec(plugin) for plugin in PLUGINS):
         pytest.skip("no jax-cuda13-plugin: 140 MB with jax-cuda13-pjrt, of jax's own version")
