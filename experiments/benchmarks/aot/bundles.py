@@ -8,6 +8,7 @@ time of the kernel: an estimate, not a measurement.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 
 BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|\d+)\s+((?:[A-Z]{2}\s*)*):")
-EXIT = re.compile(r"totalorder %\w+, (\d+) /\* loop exit test \*/")
+# The test may stand long before its branch, behind a predicate: `totalorder (%p3), %s26, 16`.
+EXIT = re.compile(r"%(\w+) = scmp\.\S+ (?:\([^)]*\), )?%\w+, (\d+) /\* loop exit test \*/")
+BACK = re.compile(r" sbr\.rel \(!%(\w+)\)")
 DELAY = 4  # bundles behind a branch that run before it takes effect
 
 
@@ -69,28 +72,29 @@ def kernels(folder: Path) -> list[Kernel]:
 
 
 def schedule(text: str) -> tuple[int, int]:
-    """Bundles of a schedule, and cycles: bundles times the trips of the loops around them."""
+    """Bundles of a schedule, and cycles: bundles times the trips of the loops around them.
+
+    Raises:
+      NotImplementedError: the schedule does not say how often a loop runs.
+    """
     starts: list[int] = []
     loops: list[tuple[int, int, int]] = []  # first bundle, last bundle, trips
-    trips = None
+    trips: dict[str, int] = {}  # by the register that the branch back reads
     address = -1
     for line in text.splitlines():
         if found := BUNDLE.match(line):
             address = int(found[1], 0)
             if "LB" in found[2]:
                 starts.append(address)
-        if found := EXIT.search(line):
-            trips = int(found[1])
-        if trips is not None and " sbr.rel " in line and starts:
-            loops.append((starts.pop(), address + DELAY, trips))
-            trips = None
+        trips |= {register: int(count) for register, count in EXIT.findall(line)}
+        if (found := BACK.search(line)) and found[1] in trips:
+            loops.append((starts.pop(), address + DELAY, trips[found[1]]))
+    if starts:
+        raise NotImplementedError(f"the loop at bundle {starts[-1]:#x} states no number of trips")
     cycles = address + 1
     for first, last, count in loops:
-        around = [n for a, b, n in loops if a <= first and last <= b and (a, b) != (first, last)]
-        outer = 1
-        for n in around:
-            outer *= n
-        cycles += (last - first + 1) * (count - 1) * outer
+        around = [n for a, b, n in loops if a < first and last <= b]
+        cycles += (last - first + 1) * (count - 1) * math.prod(around)
     return address + 1, cycles
 
 
