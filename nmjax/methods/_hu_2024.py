@@ -52,8 +52,8 @@ def hu_2024(
     """Trains with masks that are N:M along both axes, and decays what they drop.
 
     A transposable mask makes the forward product and the gradient of the input sparse products.
-    Masks stay for `refresh_every` steps, because finding them costs more than `nm_mask`. With mask
-    E, the weights get
+    Masks, from `nmjax.transposable_mask`, stay for `refresh_every` steps, because finding them
+    costs more than `nm_mask`. With mask E, the weights get
 
         g + lambda_w * ~E * w
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 import nmjax
 from nmjax.masks.transposable import _patterns, transposable_mask
@@ -49,6 +50,52 @@ def test_every_tile_is_optimal(pattern, high, wide, seed, dtype):
 @pytest.mark.parametrize(("n", "m", "count"), [(2, 4, 90), (1, 4, 24), (3, 4, 24), (1, 3, 6)])
 def test_number_of_patterns(n, m, count):
     assert _patterns(n, m).shape == (count, m * m)
+
+
+def optimum(tile, n):
+    """The exact optimum: the vertices of this linear program are 0 and 1."""
+    m = len(tile)
+    rows, columns = np.kron(np.eye(m), np.ones(m)), np.kron(np.ones(m), np.eye(m))
+    program = linprog(
+        -tile.ravel(), A_eq=np.concatenate([rows, columns]), b_eq=np.full(2 * m, n), bounds=(0, 1)
+    )
+    return -program.fun
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "tiles", "percent"),
+    [
+        (4, 8, 4, 0.5),
+        pytest.param(4, 8, 64, 0.02, marks=pytest.mark.slow),
+        pytest.param(8, 16, 64, 0.1, marks=pytest.mark.slow),
+        pytest.param(2, 8, 64, 0.2, marks=pytest.mark.slow),
+    ],
+)
+def test_large_tiles_are_close_to_the_optimum(n, m, tiles, percent):
+    w = np.random.default_rng(5).normal(size=(m, tiles * m)).astype(np.float32)
+    mask = np.asarray(transposable_mask(w, n, m))
+    assert (mask.sum(axis=0) <= n).all()
+    assert (mask.reshape(m, tiles, m).sum(axis=2) <= n).all()
+    scores = np.abs(w.astype(float))
+    best = sum(optimum(scores[:, i * m : (i + 1) * m], n) for i in range(tiles))
+    assert best * (1 - percent / 100) <= (scores * mask).sum() <= best * (1 + 1e-6)
+
+
+def test_large_tiles_of_any_size_and_sign():
+    """Scores that are tiny, all equal, negative or not finite."""
+    w = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
+    w[:, :8] *= 1e-30
+    w[:, 8:16] = 1
+    w[0, 16], w[1, 17] = np.nan, np.inf
+    mask = np.asarray(transposable_mask(w, 4, 8))
+    assert mask[0, 16]
+    assert mask[1, 17]
+    assert (mask.reshape(8, 4, 8).sum(axis=2) == 4).all()
+    assert (mask.sum(axis=0) == 4).all()
+    dropped = np.asarray(transposable_mask(w[:, 24:], 4, 8, score=lambda w: -jnp.abs(w)))
+    size = np.abs(w[:, 24:])
+    assert size[dropped].sum() < size[mask[:, 24:]].sum()
+    assert (dropped.sum(axis=0) == 4).all()
 
 
 def test_axes_and_stacks():
@@ -94,7 +141,7 @@ def test_shards_of_whole_tiles_need_no_communication():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"m": 8}, ValueError, "at most 4"),
+        ({"m": 8}, ValueError, r"tiles of 8 x 8 do not fit weights of shape \(8, 4\)"),
         ({"n": 5}, ValueError, "5"),
         ({"axes": (0, 0)}, ValueError, "same axis"),
         ({"axes": (0, 5)}, ValueError, "two axes"),
