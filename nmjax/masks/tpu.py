@@ -150,7 +150,8 @@ def _each_transposed(source: Any, target: Any, tile: Any, keep_rows: Callable[..
         keep_rows(tile, tile)
         target[here, :] = tile[...].T
 
-    lax.fori_loop(0, source.shape[0] // LANES, step, None)
+    steps = source.shape[0] // LANES
+    lax.fori_loop(0, steps, step, None, unroll=math.gcd(steps, 2))
 
 
 def _each_strided(
@@ -170,7 +171,7 @@ def _each_strided(
             to[place, :] = words
 
     # Small steps wait for their loads, so a few run side by side.
-    lax.fori_loop(0, steps, step, None, unroll=math.gcd(steps, 4) if members <= 4 else 1)
+    lax.fori_loop(0, steps, step, None, unroll=math.gcd(steps, 8) if members <= 4 else 1)
 
 
 def _keep_words(
