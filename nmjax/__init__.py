@@ -47,6 +47,7 @@ from nmjax.packed.blocks import PackedBlocks
 from nmjax.packed.nm import PackedNM
 from nmjax.packed.packing import check_sparse, pack, unpack
 from nmjax.packed.storage import LeafSize, Sizes, sizes
+from nmjax.packed.tiled import TiledNM, for_platform
 from nmjax.patterns import NM, Block1xN, parse_pattern
 from nmjax.planning import check_axes, make_plan
 from nmjax.plans import LeafPlan, Plan
@@ -73,6 +74,7 @@ __all__ = [
     "Sizes",
     "SoftBlocksState",
     "Sparsifier",
+    "TiledNM",
     "add_sparse_refined",
     "backends",
     "block_mask",
@@ -90,6 +92,7 @@ __all__ = [
     "exponential_ramp",
     "find_channels",
     "flip_rate",
+    "for_platform",
     "l1_order",
     "linear_ramp",
     "load_packed",

@@ -46,7 +46,8 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
 
     Args:
       path: the file, usually `*.safetensors`.
-      packed: a tree from `nmjax.pack`.
+      packed: a tree from `nmjax.pack`. Weights that `nmjax.for_platform` laid out are stored as
+        `nmjax.pack` made them.
 
     Raises:
       TypeError: `path` is not a path; safetensors does not know the dtype of a leaf; a leaf has no
@@ -69,7 +70,7 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
     left_out = []
     for name, leaf in leaves.items():
         if is_packed(leaf):
-            sparse[name] = leaf = _on_host(name, leaf)
+            sparse[name] = leaf = _on_host(name, leaf.portable())
             _check(name, leaf)
             arrays = {f"{name}/{field}": array for field, array in _arrays(leaf).items()}
         elif is_random_key(leaf):

@@ -55,7 +55,9 @@ def batched(
 def result_like(shape: tuple[int, ...], dtype: np.dtype, *operands: Any) -> jax.ShapeDtypeStruct:
     """A result that varies over the same manual axes of a mesh as its operands."""
     # A sum of all operands varies over every axis that one of them varies over.
-    sums = jax.eval_shape(lambda *operands: sum(jnp.sum(x) for x in operands), *operands)
+    sums = jax.eval_shape(
+        lambda *operands: sum(jnp.sum(x.astype(jnp.float32)) for x in operands), *operands
+    )
     varies = sums.manual_axis_type
     mesh = jax.sharding.get_abstract_mesh()
     sharding = None if mesh.empty else NamedSharding(mesh, PartitionSpec(*[None] * len(shape)))

@@ -22,10 +22,13 @@ from nmjax.kernels.derivatives import differentiable
 from nmjax.kernels.gpu import cusparselt, decode
 from nmjax.kernels.gpu.devices import check_gpu
 from nmjax.kernels.operands import Activation, Padding, as_window
+from nmjax.kernels.tpu import decode as tpu
+from nmjax.kernels.tpu.devices import check_tpu
 from nmjax.masks.scores import as_array
+from nmjax.packed.tiled import TiledNM
 from nmjax.packed.weight import Packed
 
-Implementation = Literal["ffi", "gather", "row_by_row", "xla", "decode", "cusparselt"] | None
+Implementation = Literal["ffi", "gather", "row_by_row", "xla", "decode", "cusparselt", "tpu"] | None
 
 
 class Row(NamedTuple):
@@ -52,22 +55,23 @@ class Choice(NamedTuple):
     Attributes:
       name: a row of `IMPLEMENTATIONS`.
       reason: in words.
-      on_cpus_only: whether other platforms unpack instead, decided when the program is compiled.
+      only_on: the only platform that runs it; others unpack instead, decided when the program is
+        compiled. None: every platform.
     """
 
     name: str
     reason: str
-    on_cpus_only: bool = False
+    only_on: str | None = None
 
 
-def _check_gpu(
-    check: Callable[[np.dtype, Packed, int], None],
+def _checked(
+    check: Callable[[np.dtype, Packed, int], None], check_device: Callable[[], None]
 ) -> Callable[[np.dtype, Packed, int], None]:
     """Adds a check of the device; the kernels' own calls may be traced for another."""
 
     def check_here(dtype: np.dtype, packed: Packed, rows: int) -> None:
         check(dtype, packed, rows)
-        check_gpu()
+        check_device()
 
     return check_here
 
@@ -80,19 +84,26 @@ IMPLEMENTATIONS: dict[str, Row] = {
         gathered.row_by_row_matmul, None, gathered.check, gathered.check_row_by_row_pays
     ),
     "xla": Row(reference.matmul, reference.conv, lambda dtype, packed, rows: None),
-    "decode": Row(decode.matmul, None, _check_gpu(decode.check)),
-    "cusparselt": Row(cusparselt.packed_matmul, None, _check_gpu(cusparselt.check)),
+    "decode": Row(decode.matmul, None, _checked(decode.check, check_gpu)),
+    "cusparselt": Row(cusparselt.packed_matmul, None, _checked(cusparselt.check, check_gpu)),
+    "tpu": Row(tpu.matmul, None, _checked(tpu.check, check_tpu)),
 }
 
 
 def choose(dtype: np.dtype, packed: Packed, rows: int) -> Choice:
-    """The implementation that measured fastest on CPUs.
+    """The implementation that measured fastest on CPUs; for TPUs, if the weight is laid out so.
 
     Args:
       dtype: of the input.
       packed: one weight, not a stack.
       rows: of x, or output pixels of all images.
     """
+    if isinstance(packed, TiledNM):
+        try:
+            tpu.check(dtype, packed, rows)
+        except NotImplementedError as reason:
+            return Choice("xla", str(reason))
+        return Choice("tpu", "laid out for TPUs", only_on="tpu")
     # The first row that can and pays wins. If none does, the best row's obstacle is the reason.
     reasons = []
     for name, row in IMPLEMENTATIONS.items():
@@ -104,7 +115,7 @@ def choose(dtype: np.dtype, packed: Packed, rows: int) -> Choice:
         except NotImplementedError as reason:
             reasons.append(str(reason))
         else:
-            return Choice(name, "; ".join([*reasons[:1], pays]), on_cpus_only=True)
+            return Choice(name, "; ".join([*reasons[:1], pays]), only_on="cpu")
     return Choice("xla", reasons[0])
 
 
@@ -309,7 +320,7 @@ def _select(x: jax.Array, packed: Packed, rows: int, implementation: Implementat
 def _on_platform(
     way: Choice, kind: str, x: jax.Array, packed: Packed, bias: Any, **settings: Any
 ) -> jax.Array:
-    """Runs an implementation; where it was chosen for CPUs, other platforms unpack the weight."""
+    """Runs an implementation; where it was chosen for one platform, others unpack."""
 
     def run(name: str, x: jax.Array, packed: Packed, bias: Any) -> jax.Array:
         product: jax.Array = getattr(IMPLEMENTATIONS[name], kind)(x, packed, bias=bias, **settings)
@@ -317,11 +328,14 @@ def _on_platform(
 
     # A program may be traced on one platform and compiled for another, so the platform is looked at
     # when it is compiled. What the user asked for by name runs, or fails, wherever it is.
-    if not way.on_cpus_only:
+    if way.only_on is None:
         return run(way.name, x, packed, bias)
-    return lax.platform_dependent(
-        x, packed, bias, cpu=partial(run, way.name), default=partial(run, "xla")
-    )
+    if way.only_on == "tpu":
+        # How many devices the program is for counts too, and it chooses by both.
+        y: jax.Array = tpu.matmul(x, packed, bias, **settings, may_unpack=True)
+        return y
+    branches = {way.only_on: partial(run, way.name)}
+    return lax.platform_dependent(x, packed, bias, **branches, default=partial(run, "xla"))
 
 
 def _check_name(implementation: Any) -> None:

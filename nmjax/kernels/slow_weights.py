@@ -39,11 +39,10 @@ def unpack_slow(packed: Any, *, rows: int = 1) -> Any:
         if not is_packed(leaf):
             return False
         check_has_values(leaf.values, "the values of a packed weight")
-        # Elsewhere every product unpacks, whatever was chosen.
-        on_cpu = jax.default_backend() == "cpu"
         # The choice needs shapes only, and those of one layer.
         layer = jax.eval_shape(lambda leaf: leaf.first_layer(), leaf)
-        return not on_cpu or choose(leaf.dtype, layer, rows).name == "xla"
+        # Platforms other than the one it was chosen for unpack.
+        return choose(leaf.dtype, layer, rows).only_on != jax.default_backend()
 
     return jax.tree.map(
         lambda leaf: leaf.unpack() if is_slow(leaf) else leaf, packed, is_leaf=is_packed

@@ -78,6 +78,16 @@ class PackedNM(Packed, pattern=NM):
         values, codes = _pack(as_bits(w), mask, nan_bits(w.dtype), leaf_plan)
         return cls(from_bits(values, w.dtype), codes, leaf_plan)
 
+    @classmethod
+    def at(cls, values: jax.Array, positions: jax.Array, leaf_plan: LeafPlan) -> Self:
+        """Packed values whose positions are known, as `positions` returns them."""
+        pattern = _pattern(leaf_plan)
+        code = positions
+        if _is_bitmask(pattern):
+            members = _column(pattern.m, positions.ndim, positions.dtype)[..., None]
+            code = (positions[..., None, :, :] == members).any(axis=-2)
+        return cls(values, pack_bits(_flat(code), _code_width(pattern)), leaf_plan)
+
     def unpack(self) -> jax.Array:
         """The weight, with zeros where nothing was kept. Its gradient reaches the values."""
         self.check_arrays()

@@ -48,10 +48,11 @@ class Packed(MatrixOperators):
     excess: ClassVar[str]
     _kinds: ClassVar[dict[type[Pattern], type[Packed]]] = {}
 
-    def __init_subclass__(cls, *, pattern: type[Pattern], **settings: Any) -> None:
-        """Makes the subclass the packed form of a kind of pattern."""
+    def __init_subclass__(cls, *, pattern: type[Pattern] | None, **settings: Any) -> None:
+        """Makes the subclass the packed form of a kind of pattern; None: another layout of one."""
         super().__init_subclass__(**settings)
-        Packed._kinds[pattern] = cls
+        if pattern is not None:
+            Packed._kinds[pattern] = cls
 
     @classmethod
     def kind_for(cls, pattern: Pattern) -> type[Packed]:
@@ -207,6 +208,10 @@ class Packed(MatrixOperators):
     @abc.abstractmethod
     def leading(self) -> Shape:
         """Sizes of the weight's axes that the pattern does not use: the arrays' leading axes."""
+
+    def portable(self) -> Packed:
+        """The same weight in the layout that `nmjax.pack` makes and files store."""
+        return self
 
     @property
     def spans(self) -> tuple[Span, ...]:

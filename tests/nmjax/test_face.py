@@ -27,7 +27,8 @@ PROMISED = """
     make_plan Plan LeafPlan compute_masks sparsify prune check_sharding
     add_sparse_refined Sparsifier straight_through one_shot dense soft_uniform_blocks
     cubic_ramp linear_ramp cosine_ramp exponential_ramp
-    pack unpack unpack_slow PackedNM PackedBlocks check_sparse sizes save_packed load_packed
+    pack unpack unpack_slow for_platform PackedNM TiledNM PackedBlocks check_sparse sizes
+    save_packed load_packed
     packed_matmul packed_conv backends
     Channels find_channels l1_order permute_channels sort_channels
     sad total_sad flip_rate density total_density cost blocks_per_row row_balance blocks_regrown

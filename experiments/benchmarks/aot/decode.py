@@ -20,6 +20,7 @@ import nmjax
 from experiments.benchmarks.aot import bundles, compilers
 from experiments.benchmarks.aot.rows import Row
 from experiments.benchmarks.aot.statistics import statistics
+from nmjax.kernels.tpu import decode as kernel
 
 INPUTS, OUTPUTS = 4096, 14336
 BATCHES = (1, 8, 64)
@@ -79,15 +80,22 @@ def _dense(batch: int, values: str) -> Program:
 
 
 def _packed(pattern: str, batch: int, values: str) -> Program:
-    library: Any = nmjax
+    plan = nmjax.make_plan({"kernel": jax.ShapeDtypeStruct((INPUTS, OUTPUTS), "bfloat16")}, pattern)
 
-    def packed(w: jax.Array) -> Any:
-        plan = library.make_plan({"kernel": w}, pattern)
-        return library.for_platform(library.pack({"kernel": w}, plan), "tpu")["kernel"]
+    def tiled(w: jax.Array) -> Any:
+        packed = nmjax.pack({"kernel": w}, plan)["kernel"]
+        return nmjax.for_platform(packed.with_values(packed.values.astype(values)), "tpu")
 
-    weight = jax.eval_shape(packed, jax.ShapeDtypeStruct((INPUTS, OUTPUTS), values))
-    multiply = partial(library.packed_matmul, implementation="tpu")
-    return multiply, (_inputs(batch), weight)
+    # The kernel itself: `packed_matmul` calls it by name only where JAX runs on a TPU.
+    weight = jax.eval_shape(tiled, jax.ShapeDtypeStruct((INPUTS, OUTPUTS), "bfloat16"))
+    if values != "int8":
+        return kernel.matmul, (_inputs(batch), weight)
+    scales = jax.ShapeDtypeStruct((OUTPUTS,), "float32")
+    return _scaled, (_inputs(batch), weight, scales)
+
+
+def _scaled(x: jax.Array, weight: nmjax.TiledNM, scales: jax.Array) -> jax.Array:
+    return kernel.matmul(x, weight, scales=scales)
 
 
 def _peer(checkout: Path, pattern: str, batch: int) -> Program:

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import nmjax
 from nmjax.kernels import matmul
 
-GPU = ("decode", "cusparselt")
-NAMES = [name for name in matmul.IMPLEMENTATIONS if name not in GPU]
+ELSEWHERE = ("decode", "cusparselt", "tpu")
+NAMES = [name for name in matmul.IMPLEMENTATIONS if name not in ELSEWHERE]
 DTYPES = ["float32", "bfloat16", "float16", "float8_e5m2"]
 # 1x4 blocks of 6 inputs keep an odd number, which a kernel takes in pairs.
 PATTERNS = ["2:4", "1:4", "4:8", "1:16", "3:4", "8:64", "1x4@0.5", "1x16@0.5", "1x4@0.6/layer"]

@@ -22,12 +22,14 @@ from tests.nmjax.packed_weights import prune_and_pack
 KERNELS = pytest.mark.skipif(
     load_library().instruction_set is None, reason=f"no kernels: {load_library().reason}"
 )
-GPU = ("decode", "cusparselt")
+ELSEWHERE = ("decode", "cusparselt", "tpu")
 NAMED = ["xla", pytest.param("ffi", marks=KERNELS)]
 IMPLEMENTATIONS = [None, *NAMED]
 # A new implementation joins by its row in the table.
 TABLE = [
-    pytest.param(name, marks=pytest.mark.skipif(name in GPU, reason="runs on NVIDIA GPUs only"))
+    pytest.param(
+        name, marks=pytest.mark.skipif(name in ELSEWHERE, reason="runs on GPUs or TPUs only")
+    )
     for name in matmul.IMPLEMENTATIONS
 ]
 DTYPES = [jnp.float32, jnp.bfloat16]

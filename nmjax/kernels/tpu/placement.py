@@ -1,0 +1,64 @@
+"""Calls of kernels that the compiler for TPUs cannot split over the axes of a mesh.
+
+It splits no kernel, and it refuses custom partitioning. So a kernel runs where one device holds
+whole operands: in programs for one device, and inside `jax.shard_map`. How many devices a program
+is for is known when it is lowered, not when it is traced.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def on_whole_operands(
+    kernel: Callable[..., jax.Array], otherwise: Callable[..., jax.Array] | None, *operands: Any
+) -> jax.Array:
+    """`kernel(*operands)` where a device has whole operands, and `otherwise(*operands)` elsewhere.
+
+    Args:
+      kernel: a function of arrays with a Pallas kernel for TPUs in it.
+      otherwise: the same in plain XLA; None raises NotImplementedError.
+      *operands: arrays.
+    """
+    ways = [None if f is None else jax.make_jaxpr(f)(*operands) for f in (kernel, otherwise)]
+    result: jax.Array = _primitive().bind(*operands, kernel=ways[0], otherwise=ways[1])
+    return result
+
+
+@functools.cache
+def _primitive() -> Any:
+    # Both load Pallas, which takes half a second.
+    from jax.extend.core import Primitive
+    from jax.interpreters import mlir, xla
+
+    primitive = Primitive("nmjax_on_whole_operands")
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    primitive.def_abstract_eval(lambda *operands, kernel, otherwise: kernel.out_avals[0])
+    mlir.register_lowering(primitive, functools.partial(_lower, False))
+    mlir.register_lowering(primitive, functools.partial(_lower, True), platform="tpu")
+    return primitive
+
+
+def _lower(on_tpu: bool, ctx: Any, *values: Any, kernel: Any, otherwise: Any) -> Any:
+    from jax.extend.core import jaxpr_as_fun
+    from jax.interpreters import mlir
+
+    chosen = kernel if on_tpu and _is_whole(ctx.module_context.axis_context) else otherwise
+    if chosen is None:
+        raise NotImplementedError(
+            'implementation="tpu" runs on TPUs, on one device or inside jax.shard_map: the '
+            "compiler cannot split its kernel over the automatic axes of a mesh"
+        )
+    return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(ctx, *values)
+
+
+def _is_whole(context: Any) -> bool:
+    """Whether a program is for one device, or its current part is."""
+    mesh = getattr(context, "mesh", None)
+    if mesh is None:
+        return getattr(context, "num_devices", 1) == 1
+    return mesh.size == 1 or set(context.manual_axes) == set(mesh.axis_names)

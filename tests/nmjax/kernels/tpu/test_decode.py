@@ -1,0 +1,187 @@
+"""Products with packed N:M weights on TPUs: the kernel, run by Pallas' interpreter."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import nmjax
+from nmjax.kernels.tpu import decode
+from tests.nmjax.packed_weights import prune_and_pack
+
+PATTERNS = ("2:4", "1:4", "1:8", "4:8", "1:2", "3:6", "2:4/16")
+product = partial(decode.matmul, interpret=True)
+
+
+def weight(pattern, inputs, outputs, dtype=jnp.bfloat16, seed=0):
+    """A packed matrix of small integers, with values of any dtype."""
+    w = np.random.default_rng(seed).integers(-8, 9, (inputs, outputs))
+    params = {"kernel": jnp.asarray(w, jnp.bfloat16)}
+    packed = prune_and_pack(params, nmjax.make_plan(params, pattern))["kernel"]
+    return packed.with_values(packed.values.astype(dtype))
+
+
+def dense(packed):
+    return np.asarray(packed.with_values(packed.values.astype(jnp.float32)).unpack(), np.float64)
+
+
+def integers(rows, inputs, dtype=jnp.bfloat16, seed=1):
+    x = np.random.default_rng(seed).integers(-8, 9, (rows, inputs))
+    return jnp.asarray(x, dtype)
+
+
+def assert_exact(x, packed, **arguments):
+    """Sums of small integers are exact, so only the result is rounded."""
+    y = product(x, nmjax.for_platform(packed), **arguments)
+    expected = np.asarray(x, np.float64) @ dense(packed)
+    np.testing.assert_array_equal(y, jnp.asarray(expected).astype(y.dtype))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "rows", "dtype"),
+    [
+        ("2:4", (200, 140), 3, jnp.bfloat16),
+        ("1:4", (72, 130), 8, jnp.bfloat16),
+        ("1:8", (640, 100), 1, jnp.float8_e5m2),
+        ("4:8", (64, 30), 5, jnp.float8_e4m3fn),
+        ("2:4", (96, 20), 64, jnp.int8),
+        ("3:6", (36, 17), 2, jnp.bfloat16),
+        ("2:4/16", (128, 24), 4, jnp.bfloat16),
+        ("2:4", (4 * 1040, 4), 2, jnp.bfloat16),  # two blocks of groups
+        ("1:4", (16, 520), 300, jnp.bfloat16),  # two blocks of rows and of outputs
+    ],
+)
+def test_products_are_exact(pattern, shape, rows, dtype):
+    assert_exact(integers(rows, shape[0]), weight(pattern, *shape, dtype))
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(PATTERNS),
+    st.integers(1, 12),
+    st.integers(1, 140),
+    st.integers(1, 64),
+    st.sampled_from([jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2]),
+    st.sampled_from([jnp.bfloat16, jnp.float32]),
+)
+def test_products_of_any_shape_are_exact(pattern, groups, outputs, rows, dtype, x_dtype):
+    pattern = nmjax.parse_pattern(pattern)
+    packed = weight(pattern, groups * pattern.run, outputs, dtype)
+    try:
+        decode.check(np.dtype(x_dtype), packed)
+    except NotImplementedError:
+        return
+    assert_exact(integers(rows, groups * pattern.run, x_dtype), packed)
+
+
+def test_float32_inputs_keep_their_precision():
+    x = jax.random.normal(jax.random.key(0), (3, 64))
+    for dtype in (jnp.bfloat16, jnp.int8):
+        packed = weight("2:4", 64, 16, dtype)
+        y = product(x, nmjax.for_platform(packed))
+        np.testing.assert_allclose(y, np.asarray(x, np.float64) @ dense(packed), atol=2e-5)
+
+
+def test_bias_activation_and_scales():
+    packed, x, bias = weight("1:4", 64, 16), integers(2, 64), jnp.arange(16.0)
+    expected = np.maximum(np.asarray(x, np.float64) @ dense(packed) + bias, 0)
+    y = product(x, nmjax.for_platform(packed), bias, "relu")
+    np.testing.assert_array_equal(y, jnp.asarray(expected, jnp.bfloat16))
+    packed, scales = weight("1:4", 64, 16, jnp.int8), jnp.full(16, 0.5)
+    y = product(x, nmjax.for_platform(packed), bias, scales=scales)
+    expected = np.asarray(x, np.float64) @ dense(packed) * 0.5 + bias
+    np.testing.assert_array_equal(y, jnp.asarray(expected, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_an_input_that_is_not_finite_makes_nan(dtype):
+    x = integers(2, 64).at[0, 5].set(jnp.inf)
+    y = product(x, nmjax.for_platform(weight("2:4", 64, 16, dtype)))
+    assert not np.isfinite(np.asarray(y[0], np.float32)).any()
+    assert np.isfinite(np.asarray(y[1], np.float32)).all()
+
+
+def test_mapped_inputs_and_mapped_weights():
+    packed, x = weight("2:4", 64, 16), jnp.stack([integers(2, 64), integers(2, 64, seed=2)])
+    tiled = nmjax.for_platform(packed)
+    expected = np.stack([product(part, tiled) for part in x])
+    np.testing.assert_array_equal(jax.vmap(product, (0, None))(x, tiled), expected)
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), tiled)
+    np.testing.assert_array_equal(jax.vmap(product)(x, stack), expected)
+
+
+def test_shards_of_outputs_and_rows():
+    mesh = jax.make_mesh((1, 2), ("rows", "outputs"), axis_types=(AxisType.Auto,) * 2)
+    x, packed = integers(2, 64), weight("2:4", 64, 256)
+    tiled = nmjax.for_platform(packed)
+    specs = jax.tree.map(lambda a: PartitionSpec(*[None] * (a.ndim - 1), "outputs"), tiled)
+    # Pallas' interpreter does not know manual axes; the compiler for TPUs does.
+    mapped = jax.shard_map(
+        product,
+        mesh=mesh,
+        in_specs=(PartitionSpec("rows"), specs),
+        out_specs=PartitionSpec("rows", "outputs"),
+        check_vma=False,
+    )
+    put = jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), tiled, specs)
+    np.testing.assert_array_equal(jax.jit(mapped)(x, put), product(x, tiled))
+
+
+def test_the_platform_decides_when_the_program_is_lowered():
+    packed, x = weight("2:4", 256, 128), integers(8, 256)
+    tiled = nmjax.for_platform(packed)
+    # Here it unpacks, and has the gradients of the product with the unpacked weight.
+    np.testing.assert_array_equal(x @ tiled, x @ packed)
+
+    def loss(x, packed):
+        return (x @ packed).astype(jnp.float32).sum()
+
+    got, wanted = (jax.grad(loss, (0, 1), allow_int=True)(x, w) for w in (tiled, packed))
+    np.testing.assert_array_equal(got[0], wanted[0])
+    values = jnp.moveaxis(got[1].values, 0, 1)
+    np.testing.assert_array_equal(values, wanted[1].values)
+    # For TPUs it calls the kernel, without a dense copy of the weight.
+    traced = jax.jit(nmjax.packed_matmul).trace(x, tiled)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, w: (x.astype(jnp.float16), w), "bfloat16 or float32, not float16"),
+        (lambda x, w: (x, w.astype(jnp.float32)), "cast them"),
+        (lambda x, w: (x, weight("5:8", 64, 16)), None),
+        (lambda x, w: (x, weight("1x4@0.5", 64, 16)), "128 outputs"),
+        (lambda x, w: (x, weight("1:32", 64, 16)), None),
+        (lambda x, w: (x, weight("8:16", 64, 16)), "32 bits"),
+        (
+            lambda x, w: (
+                x,
+                nmjax.for_platform(weight("2:4", 64, 16, jnp.int8)).astype(jnp.bfloat16),
+            ),
+            "cast before",
+        ),
+    ],
+)
+def test_what_the_kernel_cannot_take(change, words):
+    x, packed = change(integers(2, 64), weight("2:4", 64, 16))
+    if words is None:
+        assert_exact(x, packed)
+        return
+    with pytest.raises(NotImplementedError, match=words):
+        product(x, packed)
+    # By default the product unpacks.
+    assert nmjax.packed_matmul(x, packed).shape == (2, 16)
+
+
+def test_the_named_implementation_needs_a_tpu():
+    with pytest.raises(NotImplementedError, match="not on a TPU"):
+        nmjax.packed_matmul(integers(2, 64), weight("2:4", 64, 16), implementation="tpu")
+    assert "not on a TPU" in nmjax.backends()["tpu"]
