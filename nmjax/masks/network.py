@@ -41,7 +41,7 @@ def kept_by_network(
     keys: Sequence[Int[Array, "*shape"]], n: int
 ) -> Iterator[Bool[Array, "*shape"]]:
     """Keeps what a sorting network ranks among the first n, as `kept_members` does."""
-    threshold = _sorted_descending(keys)[n - 1]
+    threshold = nth_highest(keys, n)
     # Keys above the threshold all stay. The places that are left go to the keys equal to it, the
     # lowest index first.
     ties_left = n - sum((key > threshold).astype(jnp.int32) for key in keys)
@@ -49,6 +49,11 @@ def kept_by_network(
         tied = key == threshold
         yield (key > threshold) | (tied & (ties_left > 0))
         ties_left -= tied.astype(jnp.int32)
+
+
+def nth_highest(keys: Sequence[Int[Array, "*shape"]], n: int) -> Int[Array, "*shape"]:
+    """The n-th highest key of each group, by a sorting network."""
+    return _sorted_descending(keys)[n - 1]
 
 
 def _sorted_descending(values: Sequence[Int[Array, "*shape"]]) -> list[Int[Array, "*shape"]]:

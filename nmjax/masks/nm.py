@@ -8,8 +8,8 @@ Three algorithms give the same mask, and the group size decides which one runs:
 - m <= 4: count how many members of the group beat each weight. One pass; it stores only the
   mask.
 - m <= 32: a sorting network over the members of a group finds the n-th highest. It stores one bit
-  per member, 4 bytes per group. (For m above 8, XLA also widens narrow weights into a float32 copy
-  on CPUs, which have no 16-bit slices.)
+  per member, in 4 bytes per group; on GPUs, in one bit per weight. (For m above 8, XLA also widens
+  narrow weights into a float32 copy on CPUs, which have no 16-bit slices.)
 - any m: bisection for the n-th highest score (`nmjax.masks.ranking.keep_highest`). About 40 passes
   for any m, over one stored copy of the scores.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, SupportsIndex
 
 import jax
@@ -30,7 +31,7 @@ import numpy as np
 from jax import lax
 
 from nmjax.masks.arguments import check_n_of_m, check_stride, group_name
-from nmjax.masks.network import kept_by_network, kept_members
+from nmjax.masks.network import kept_members, nth_highest
 from nmjax.masks.platforms import keep_primitive
 from nmjax.masks.ranking import (
     ToKeys,
@@ -242,12 +243,36 @@ def _keep_by_network(
 ) -> Bool[Array, "*groups"]:
     """Keeps what a sorting network ranks among the first n of each group."""
     keys = [to_keys(part) for part in slices(groups, axis)]
+    threshold = nth_highest(keys, n)
     # One integer per group, with a bit for each member, is all that gets stored. Every weight reads
     # its answer back with a shift.
-    kept_bits = jnp.zeros_like(keys[0], dtype=jnp.uint32)
-    for j, kept in enumerate(kept_by_network(keys, n)):
-        kept_bits |= kept.astype(jnp.uint32) << j
-    return (_computed_once(kept_bits, axis) >> index(groups, axis).astype(jnp.uint32)) & 1 == 1
+    above = tied = jnp.zeros_like(threshold, dtype=jnp.uint32)
+    for j, key in enumerate(keys):
+        above |= (key > threshold).astype(jnp.uint32) << j
+        tied |= (key == threshold).astype(jnp.uint32) << j
+    # Keys above the threshold all stay. The places that are left go to the keys equal to it, the
+    # lowest index first: `x & (x - 1)` clears the lowest bit of x.
+    ties_left = n - lax.population_count(above).astype(jnp.int32)
+    dropped = tied
+    for i in range(n):
+        dropped = jnp.where(i < ties_left, dropped & (dropped - 1), dropped)
+    kept_bits = above | (tied ^ dropped)
+    stored: jax.Array = lax.platform_dependent(
+        kept_bits,
+        cuda=partial(_one_bit_per_member, members=len(keys)),
+        rocm=partial(_one_bit_per_member, members=len(keys)),
+        default=partial(_computed_once, axis=axis),
+    )
+    return (stored >> index(groups, axis).astype(jnp.uint32)) & 1 == 1
+
+
+def _one_bit_per_member(x: UInt32[Array, "*shape"], members: int) -> UInt32[Array, "*shape"]:
+    """Passes `x` through the narrowest type that has a bit for each member of a group."""
+    # XLA for GPUs stores `x` by itself, since its cost model finds m networks too expensive. So the
+    # mask is two kernels with a bit per weight between them. Formulations that it fuses into one
+    # kernel compute every group once for each of its weights, which takes longer.
+    narrow = jnp.uint8 if members <= 8 else jnp.uint16 if members <= 16 else jnp.uint32
+    return x.astype(narrow).astype(jnp.uint32)
 
 
 def _computed_once(x: UInt32[Array, "*shape"], axis: int) -> UInt32[Array, "*shape"]:

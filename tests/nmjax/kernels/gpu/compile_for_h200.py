@@ -58,6 +58,14 @@ def masked(w):
     return nmjax.nm_mask(w, 2, 4) * w
 
 
+def masked_4_8(w):
+    return nmjax.nm_mask(w, 4, 8) * w
+
+
+def masked_8_32(w):
+    return nmjax.nm_mask(w, 8, 32) * w
+
+
 def dense_training(w, x):
     return w - 0.1 * jax.grad(lambda w: jnp.square(x @ w).mean())(w)
 
@@ -93,12 +101,13 @@ def with_decode(w, x):
 def main():
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     on_h200 = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    programs = [masked, dense_training, sr_ste_training, sparse_dense]
+    programs = [masked, masked_4_8, masked_8_32, dense_training, sr_ste_training, sparse_dense]
     ready = {name for name, state in nmjax.backends().items() if state.startswith("ready")}
     programs += [with_cusparselt] * ("cusparselt" in ready) + [with_decode] * ("decode" in ready)
     found = {}
     for program in programs:
-        shapes = [(512, 256)] if program is masked else [(512, 256), (64, 512)]
+        is_mask = program.__name__.startswith("masked")
+        shapes = [(4096, 4096)] if is_mask else [(512, 256), (64, 512)]
         shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=on_h200) for s in shapes]
         compiled = jax.jit(program).lower(*shapes).compile()
         text = compiled.as_text()

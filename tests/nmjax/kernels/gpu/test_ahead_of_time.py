@@ -13,6 +13,7 @@ import pytest
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
+@pytest.mark.optimized
 @pytest.mark.slow  # Half a minute.
 @pytest.mark.optimized
 def test_programs_compile_for_an_h200(tmp_path):
@@ -35,6 +36,9 @@ def test_programs_compile_for_an_h200(tmp_path):
     assert run.returncode == 0, run.stderr[-4000:]
     programs = json.loads(run.stdout)
     assert programs["masked"]["operations"].count("fusion") == 1  # One pass over the weight.
+    for name in ("masked_4_8", "masked_8_32"):  # Two, with a bit per weight between them.
+        assert programs[name]["operations"].count("fusion") == 2
+        assert programs[name]["temporary"] <= 4096 * 4096 / 8 + 1024
     assert not any(program["sorts"] for program in programs.values())
     assert set(programs) >= {"masked", "dense_training", "sr_ste_training", "sparse_dense"}
     for name, calls in (
