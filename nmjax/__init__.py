@@ -8,6 +8,7 @@ the weights to ship.
 """
 
 from nmjax._version import __version__ as __version__
+from nmjax.allocation import allocate
 from nmjax.analysis.costs import Cost, cost
 from nmjax.analysis.sharding import check_sharding
 from nmjax.files.packed_files import load_packed, save_packed
@@ -76,6 +77,7 @@ __all__ = [
     "Sparsifier",
     "TiledNM",
     "add_sparse_refined",
+    "allocate",
     "backends",
     "block_mask",
     "blocks_per_row",

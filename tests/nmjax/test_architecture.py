@@ -26,7 +26,7 @@ FLOORS = {
         ("selection",),
         ("planning",),
         ("pruning",),
-        ("transforms", "metrics", "packed"),
+        ("transforms", "metrics", "allocation", "packed"),
         ("methods", "post_training"),
         ("files",),
         ("kernels",),

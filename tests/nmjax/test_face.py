@@ -25,7 +25,7 @@ PACKAGES = (nmjax, nmjax.kernels, nmjax.linen, nmjax.methods, nmjax.post_trainin
 PROMISED = """
     NM Block1xN Axes parse_pattern nm_mask block_mask transposable_mask prune_ste prune_sr_ste
     make_plan Plan LeafPlan compute_masks sparsify prune check_sharding
-    add_sparse_refined Sparsifier straight_through one_shot dense soft_uniform_blocks
+    add_sparse_refined allocate Sparsifier straight_through one_shot dense soft_uniform_blocks
     cubic_ramp linear_ramp cosine_ramp exponential_ramp
     pack unpack unpack_slow for_platform PackedNM TiledNM PackedBlocks check_sparse sizes
     save_packed load_packed
