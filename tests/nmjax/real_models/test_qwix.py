@@ -156,6 +156,14 @@ def test_nnx(rule, pattern):
     assert np.abs(model(X) - evaluated).max() > 1e-4
 
 
+@pytest.mark.parametrize(("n", "m", "stride"), [(2, 4, 16), (1, 8, 4), (2, 4, 1)])
+def test_masks_are_those_of_qwix(n, m, stride):
+    sparsity = pytest.importorskip("qwix._src.core.sparsity")
+    w = jnp.asarray(np.random.default_rng(0).integers(-5, 6, (2 * m * stride, 6)), "float32")
+    mask = sparsity.get_sparsity_mask(w, n, m, order="C", offset=stride)
+    np.testing.assert_array_equal(nmjax.nm_mask(w, n, m, stride=stride), mask)
+
+
 def test_packed_products_would_not_be_quantized():
     model = NnxNet(nnx.Rngs(0))
     plan = nmjax.nnx.make_plan(model, "2:4", inputs=(X,))
