@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nmjax.plans import Plan
 from nmjax.post_training.observing.observation import Stages, observe, stages, unused
@@ -46,7 +47,7 @@ def collect(
     over all rows x_t that meet the weight: tokens, pixels (patches for convolutions), steps of a
     recurrence. Layers under `lax.scan` and experts in a batch of matrices get one statistic each.
     The program is traced, so any forward pass works. Sums are in float32, Gram products in full
-    precision. Batches that are sharded over a mesh with automatic axes are summed over it.
+    precision. Batches that are sharded over a mesh are summed over it.
 
     Args:
       forward: the network's forward pass in evaluation, `forward(params, *inputs)`.
@@ -216,7 +217,16 @@ def _sum_of_squares(rows: Float[Array, "*stack rows in"]) -> Float[Array, "*stac
 
 def _sum_of_products(rows: Float[Array, "*stack rows in"]) -> Float[Array, "*stack in in"]:
     # Full precision: solvers factorize the result, and TPUs would multiply in bfloat16.
-    return jnp.einsum("...ti,...tj->...ij", rows, rows, precision=lax.Precision.HIGHEST)
+    sharding = jax.typeof(rows).sharding
+    is_sharded = any(axis is not None for axis in sharding.spec)
+    return jnp.einsum(
+        "...ti,...tj->...ij",
+        rows,
+        rows,
+        precision=lax.Precision.HIGHEST,
+        # On a mesh with explicit axes a sum over sharded rows must say where it goes: everywhere.
+        out_sharding=NamedSharding(sharding.mesh, PartitionSpec()) if is_sharded else None,
+    )
 
 
 REDUCE: dict[Kind, Callable[[jax.Array], jax.Array]] = {

@@ -209,10 +209,12 @@ def test_statistics_continue_where_they_stopped(plan, whole):
         collect(network, PARAMS, BATCHES, plan, "mean_square", start=part)
 
 
-def test_a_sharded_batch_gives_the_same(plan, whole):
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = [jax.device_put(x, jax.NamedSharding(mesh, P("data"))) for x in BATCHES]
-    found = collect(network, PARAMS, sharded, plan, "gram")
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_a_sharded_batch_gives_the_same(plan, whole, kind):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        sharded = [jax.device_put(x, jax.NamedSharding(mesh, P("data"))) for x in BATCHES]
+        found = collect(network, PARAMS, sharded, plan, "gram")
     np.testing.assert_allclose(found["last"], whole["last"], rtol=1e-5)
 
 
