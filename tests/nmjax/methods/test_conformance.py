@@ -56,7 +56,13 @@ METHODS = {
 }
 
 
-@pytest.fixture(params=METHODS)
+# Whole training steps of these run by default in test_steps.
+SLOW = ("max_q", "dense_then", "s_ste", "decaying_mask", "decaying_mask of the structure")
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS]
+)
 def row(request):
     return METHODS[request.param]
 

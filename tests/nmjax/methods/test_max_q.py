@@ -44,7 +44,12 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "case", ["published", "ramp alone", pytest.param("reversed", marks=pytest.mark.slow)]
+    "case",
+    [
+        "published",
+        pytest.param("ramp alone", marks=pytest.mark.slow),
+        pytest.param("reversed", marks=pytest.mark.slow),
+    ],
 )
 def test_training_is_that_of_the_formula(case):
     given, order = CASES[case]
@@ -84,6 +89,7 @@ def test_the_ramp_on_n_drops_more_and_more_of_each_group():
         np.testing.assert_allclose(at(step), W * keep(W, 8 - dropped, 8), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_taps_of_a_convolution_are_queried_too():
     w = np.random.default_rng(0).normal(size=(3, 3, 4, 2)).astype(np.float32)
     params = {"conv": {"kernel": jnp.asarray(w)}}

@@ -77,7 +77,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=[pytest.mark.slow] * ("at" in name.split())) for name in CASES],
+)
 def test_training_is_that_of_the_formula(case):
     switch, least, most, threshold, correct = CASES[case]
     method = methods.step(
