@@ -23,7 +23,9 @@ CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 
 BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|\d+)\s+((?:[A-Z]{2}\s*)*):")
 # The test may stand long before its branch, behind a predicate: `totalorder (%p3), %s26, 16`.
-EXIT = re.compile(r"%(\w+) = scmp\.\S+ (?:\([^)]*\), )?%\w+, (\d+) /\* loop exit test \*/")
+EXIT = re.compile(r"%(\w+) = scmp\.\S+ (?:\([^)]*\), )?%(\w+), (\d+) /\* loop exit test \*/")
+# A loop that the compiler has unrolled counts by more than one.
+STEP = re.compile(r"%(\w+) = sadd\.s32 (?:\([^)]*\), )?(\d+), %")
 BACK = re.compile(r" sbr\.rel \(!%(\w+)\)")
 DELAY = 4  # bundles behind a branch that run before it takes effect
 
@@ -80,13 +82,15 @@ def schedule(text: str) -> tuple[int, int]:
     starts: list[int] = []
     loops: list[tuple[int, int, int]] = []  # first bundle, last bundle, trips
     trips: dict[str, int] = {}  # by the register that the branch back reads
+    steps = {counter: int(step) for counter, step in STEP.findall(text)}
     address = -1
     for line in text.splitlines():
         if found := BUNDLE.match(line):
             address = int(found[1], 0)
             if "LB" in found[2]:
                 starts.append(address)
-        trips |= {register: int(count) for register, count in EXIT.findall(line)}
+        for register, counter, count in EXIT.findall(line):
+            trips[register] = math.ceil(int(count) / steps.get(counter, 1))
         if (found := BACK.search(line)) and found[1] in trips:
             loops.append((starts.pop(), address + DELAY, trips[found[1]]))
     if starts:

@@ -101,6 +101,18 @@ def test_the_test_of_an_outer_loop_may_stand_in_an_inner_one():
     assert bundles.schedule(text) == (80, 32 + 16 * (32 + 2 * 16))
 
 
+def test_an_unrolled_loop_counts_in_larger_steps():
+    # From 2:4 along the inputs in float32: 64 steps of the loop in `fori_loop(..., unroll=8)`.
+    text = """\
+  0x27 LB: >> { %s162_s26 = sadd.s32 8, %s1974_s26  ;;  %s1974_s26 = sphi %s2095_s26, %s162_s26 }
+  0x2f   : >> { %p159_p3 = scmp.ge.s32.totalorder %s162_s26, 64 /* loop exit test */ }
+  0xd8   : >> { %161 = sbr.rel (!%p159_p3) target = $region146 }
+  0xef   :  { %8 = vsyncpa [#allocation3], 1 }
+"""
+    once, body = 0xF0, 0xD8 + 4 - 0x27 + 1
+    assert bundles.schedule(text) == (once, once + 7 * body)
+
+
 def test_a_loop_without_trips_has_no_estimate():
     text = SCHEDULE.replace(", 32 /* loop", ", %s9 /* loop")
     with pytest.raises(NotImplementedError, match="loop at bundle 0x"):
