@@ -134,6 +134,8 @@ def _keep(
     n, m, stride = operator.index(n), operator.index(m), operator.index(stride)
     axes = tuple(a - w.ndim for a in _group_axes(w, m, stride, axis))
     values, to_keys = _scored(w, score)
+    if as_mask:  # Scores may depend on more than the weights; no gradient passes to that, either.
+        values = lax.stop_gradient(values)
     kept: jax.Array = _keep_p.bind(
         values, to_keys=to_keys, n=n, m=m, stride=stride, axes=axes, as_mask=as_mask
     )

@@ -12,10 +12,17 @@ import optax
 from jax import lax
 
 from nmjax.masks.arguments import check_number
-from nmjax.methods.sparsifier import Method, Sparsifier, check_count, map_planned, masks_of
+from nmjax.methods.sparsifier import (
+    Method,
+    Sparsifier,
+    check_count,
+    check_step,
+    map_planned,
+    masks_of,
+)
 from nmjax.packed.packing import check_pattern
 from nmjax.plans import Plan, check_plan
-from nmjax.pruning import Masks, compute_masks
+from nmjax.pruning import Masks, check_masks, compute_masks, planned_leaves
 from nmjax.ste import check_lambda, prune_ste
 from nmjax.transforms import NO_PARAMS
 from nmjax.trees.leaves import map_named
@@ -136,6 +143,8 @@ def _scale_by_adam_s(
         del extra_args
         if params is None:
             raise ValueError(NO_PARAMS)
+        if masks is not None:
+            check_masks(masks, planned_leaves(params, plan))
         kept = compute_masks(params, plan) if masks is None else masks
         count = optax.safe_increment(state.count)
         t = count.astype(jnp.float32)
@@ -165,6 +174,7 @@ def _sparsifier(plan: Plan, steps: int, every: int) -> Sparsifier:
         return CastState(compute_masks(params, plan), jnp.zeros([], jnp.int32))
 
     def refresh(state: CastState, params: chex.ArrayTree, step: chex.Numeric) -> CastState:
+        check_step(step)
         old = masks_of(state, CastState)
         step = jnp.asarray(step, jnp.int32)
         # What is cut off at the end are the smallest weights then.

@@ -15,6 +15,7 @@ from nmjax.methods.sparsifier import (
     Method,
     Sparsifier,
     check_count,
+    check_step,
     check_steps,
     export_masked,
     map_planned,
@@ -115,6 +116,7 @@ def _sparsifier(plan: Plan, every: int, dense_from: int | None) -> Sparsifier:
         return Hu2024State(masks_for(params), jnp.zeros([], jnp.int32))
 
     def refresh(state: Hu2024State, params: chex.ArrayTree, step: chex.Numeric) -> Hu2024State:
+        check_step(step)
         old = masks_of(state, Hu2024State)
         step = jnp.asarray(step, jnp.int32)
         masks = lax.cond(step % every == 0, lambda: masks_for(params), lambda: dict(old))

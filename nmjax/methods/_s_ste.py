@@ -144,10 +144,11 @@ def _shrink(plan: Plan, name: str, w: jax.Array) -> jax.Array:
 
 def _soft_threshold(w: jax.Array, mask: jax.Array, leaf: LeafPlan) -> jax.Array:
     groups, whole = cut(w, leaf)
-    threshold = highest_dropped(groups, cut(mask, leaf).weights)
-    # A selection, so that what is dropped becomes 0 and not -0.
+    kept = cut(mask, leaf).weights
+    threshold = highest_dropped(groups, kept)
+    # A selection, so that what is dropped becomes 0 and not -0. A NaN that is kept stays visible.
     shrunk = groups - jnp.sign(groups) * threshold
-    return whole(jnp.where(jnp.abs(groups) > threshold, shrunk, 0))
+    return whole(jnp.where(kept & ~(jnp.abs(groups) <= threshold), shrunk, 0))
 
 
 def _scale(w: jax.Array, shrunk: jax.Array) -> jax.Array:

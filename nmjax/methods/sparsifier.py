@@ -129,6 +129,7 @@ def scheduled(
 
     def refresh(state: Clock, params: chex.ArrayTree, step: chex.Numeric) -> Clock:
         del params
+        check_step(step)
         step_of(state)
         return Clock(jnp.asarray(step, jnp.int32))
 

@@ -105,7 +105,7 @@ def pack(params: Any, plan: Plan, masks: Masks | None = None) -> Any:
         visible = {n: mask for n, mask in masks.items() if not isinstance(mask, jax.core.Tracer)}
         # Inside `jax.jit`, operations on visible masks would be traced, too.
         with jax.ensure_compile_time_eval():
-            _check_misfits(visible, plan, "the masks keep more than the plan does")
+            check_misfits(visible, plan, "the masks keep more than the plan does")
     return map_named(
         lambda name, leaf: _pack_leaf(leaf, masks[name], plan[name]) if name in masks else leaf,
         params,
@@ -159,7 +159,7 @@ def check_pattern(params: Any, plan: Plan, complaint: str) -> None:
             "and other transformations; check or export them outside"
         )
     nonzero = {name: is_nonzero(jnp.asarray(leaf)) for name, leaf in leaves.items()}
-    _check_misfits(nonzero, plan, complaint)
+    check_misfits(nonzero, plan, complaint)
 
 
 def _pack_leaf(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Packed:
@@ -202,7 +202,8 @@ def _count_dropped(nonzero: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum(nonzero & ~mask, dtype=jnp.int32)
 
 
-def _check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:
+def check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:
+    """Raises ValueError with a complaint and a list if masks keep more than the plan does."""
     misfits = {name: _misfits(jnp.asarray(mask), plan[name]) for name, mask in kept.items()}
     if any(misfits.values()):
         raise ValueError(

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # The mask is compared with that of three steps before.
 _CHECK_EVERY = 3
+# Relative to the given rho. Weights that have the pattern already keep their mask under any rho,
+# and a fifth of it again and again would end at zero.
+_SMALLEST_RHO = 1e-6
 
 
 def alps(
@@ -108,7 +111,8 @@ def _searched(
         share = jnp.sum(s.mask != s.checked) / jnp.sum(s.mask)
         growth = jnp.where(share > 0.1, 1.3, jnp.where(share > 0.005, 1.2, 1.1))
         stands_still = share == 0
-        is_too_large = stands_still & (s.rho == s.first_rho)
+        may_shrink = s.first_rho > _SMALLEST_RHO * rho
+        is_too_large = stands_still & (s.rho == s.first_rho) & may_shrink
         after = s._replace(
             checked=s.mask,
             rho=jnp.where(stands_still, s.rho, s.rho * growth.astype(s.rho.dtype)),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve as solve_system
 
+from nmjax.packed.packing import check_misfits
 from nmjax.patterns.nm import NM
 from nmjax.plans import Plan
 from nmjax.post_training.solving import Params, Structure, damped, solved
 from nmjax.post_training.statistics import Statistics
-from nmjax.pruning import Masks
+from nmjax.pruning import Masks, check_masks, planned_leaves
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -43,8 +45,14 @@ def least_squares(
       Weights of dead inputs stay as they are, where kept.
 
     Raises:
-      ValueError: a leaf has no Gram matrix, or it does not fit the leaf; masks are missing.
+      ValueError: a leaf has no Gram matrix, or it does not fit the leaf; masks are missing, or
+        keep more than the plan does.
     """
+    check_masks(masks, planned_leaves(params, plan))
+    known = {name: mask for name, mask in masks.items() if not isinstance(mask, jax.core.Tracer)}
+    # Inside `jax.jit`, operations on visible masks would be traced, too.
+    with jax.ensure_compile_time_eval():
+        check_misfits(known, plan, "these masks keep more than the plan does; pass their own plan")
     return solved(params, plan, _solve, statistics=statistics, masks=masks, ridge=ridge)
 
 

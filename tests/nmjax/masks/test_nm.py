@@ -243,6 +243,17 @@ class TestTransformations:
 
         assert jnp.isfinite(jax.grad(loss)(w)).all()
 
+    def test_no_gradient_reaches_what_scores_depend_on(self, w, n, m):
+        def sparse(scale):
+            mask = nm_mask(w, n, m, score=lambda w: jnp.abs(w) * scale)
+            return mask.astype(jnp.float32)
+
+        scale = jnp.ones((w.shape[0], 1, 1))
+        for f in (sparse, jax.jit(sparse)):
+            found, tangent = jax.jvp(f, (scale,), (scale,))
+            np.testing.assert_array_equal(found, nm_mask(w, n, m))
+            assert not tangent.any()
+
     def test_abstract(self, w, n, m):
         out = jax.eval_shape(lambda w: nm_mask(w, n, m), jax.ShapeDtypeStruct(w.shape, w.dtype))
         assert (out.shape, out.dtype) == (w.shape, jnp.bool_)

@@ -82,6 +82,13 @@ def test_masks_come_from_the_weights_where_none_are_given():
 
 
 def test_wrong_arguments():
+    sparsifier, adam_s, _ = methods.cast(plan_of("2:4"), 5)
+    params = {"kernel": jnp.asarray(W)}
+    state, wrong = adam_s.init(params), {"kernel": jnp.ones((1,), bool)}
+    with pytest.raises(ValueError, match=r"the mask of kernel has shape \(1,\)"):
+        adam_s.update(params, state, params, masks=wrong)
+    with pytest.raises(TypeError, match="step counts optimizer steps"):
+        sparsifier.refresh(sparsifier.init(params, None), params, None)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         methods.cast(plan_of("2:4"), 0)
     with pytest.raises(TypeError, match="refresh_every must be a Python integer"):

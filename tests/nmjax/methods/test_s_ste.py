@@ -23,6 +23,14 @@ def soften(w, n, m, axis=0):
     return np.moveaxis(soft.reshape(moved.shape), -1, axis)
 
 
+def test_a_weight_that_is_not_a_number_stays_visible():
+    params = {"kernel": jnp.array([[jnp.nan], [3.0], [2.0], [1.0]])}
+    sparsifier = methods.s_ste(nmjax.make_plan(params, "2:4"))
+    state = methods.SSteState({"kernel": jnp.ones(())})
+    sparse = sparsifier.apply(params, state)["kernel"].ravel()
+    np.testing.assert_array_equal(sparse, [np.nan, 1, 0, 0])
+
+
 @pytest.mark.parametrize(("n", "m"), SCALES)
 def test_scale_of_gaussian_weights(n, m):
     w = np.random.default_rng(0).normal(size=(m, 2**17)).astype(np.float32)

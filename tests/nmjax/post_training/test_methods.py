@@ -98,6 +98,13 @@ def test_least_squares_changes_nothing_where_everything_is_kept():
     np.testing.assert_allclose(fitted, w, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", quick(METHODS, "alps"))
+def test_weights_with_the_pattern_stay(name):
+    x, _, w = layers.layer(16, 6, rows=300)
+    sparse = np.where(layers.in_groups(abs(w), 2, 4), w, 0)
+    np.testing.assert_allclose(pruned_by(name, sparse, gram_of(x)[1], "2:4"), sparse, atol=1e-5)
+
+
 def test_no_swap_is_left_that_lowers_the_error():
     x, _, w = layers.layer(16, 6, rows=300)
     gram, statistics = gram_of(x)
@@ -210,6 +217,9 @@ def test_statistics_that_do_not_fit_are_an_error():
         pruned_by("wanda", w, {"w": gram}, "2:4")
     with pytest.raises(ValueError, match="pruning_steps lie between 1 and steps=3, got 4"):
         pruned_by("admm", w, statistics, "2:4", steps=3, pruning_steps=4)
+    params, plan = planned(w, "1:4")
+    with pytest.raises(ValueError, match=r"keep more than the plan.*\n  w \(16, 4\): .* than 1:4"):
+        least_squares(params, plan, statistics, {"w": jnp.ones(w.shape, bool)})
     params, plan = planned(w, "1x2@0.5")
     with pytest.raises(ValueError, match=r"swaps need groups, .* w \(1x2@0.5\)"):
         improve_by_swaps(params, plan, statistics, nmjax.compute_masks(params, plan))
