@@ -271,9 +271,18 @@ def _conv(
     return True
 
 
-# Running sums use the order of one axis; results of several operands are tied one by one.
+def _keep(
+    trace: _LabelReader, equation: core.JaxprEqn, operands: Sequence[Labels], out: Labels
+) -> bool:
+    """The groups of a mask have their order along the axes that they run along."""
+    trace.fix([out[axis] for axis in equation.params["axes"]])
+    return _same_axes(trace, equation, operands, out)
+
+
+# Running sums and masks use the order of some axes; results of several operands are tied one by
+# one.
 _ORDERED = frozenset(
-    ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "optimization_barrier")
+    ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "nm_keep", "optimization_barrier")
 )
 _RULES: dict[str, Rule] = {
     "broadcast_in_dim": _broadcast,
@@ -285,4 +294,5 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("reduce_window_max", "reduce_window_sum", "reduce_window_min"), _window),
     "dot_general": _dot,
     "conv_general_dilated": _conv,
+    "nm_keep": _keep,
 }

@@ -32,6 +32,20 @@ def test_the_plan_is_what_the_program_sums_over():
     assert ((pruned["up"] != 0).reshape(32, 4, 4).sum(-1) == 2).all()
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1:8", "2:4/4"])
+def test_a_program_that_prunes_has_the_plan_of_the_dense_one(pattern):
+    plan = make_plan(PARAMS, pattern, forward=forward, inputs=(X,))
+
+    def masked(params):
+        return nmjax.prune(params, plan, nmjax.compute_masks(params, plan))
+
+    for sparse in (nmjax.prune, nmjax.sparsify, lambda params, _: masked(params)):
+        pruned = make_plan(
+            PARAMS, pattern, forward=lambda p, x, f=sparse: forward(f(p, plan), x), inputs=(X,)
+        )
+        assert pruned == plan
+
+
 def test_blocks_take_outputs_and_taps_from_the_program():
     def convolve(params, x):
         return jax.lax.conv(x, params["w"], (1, 1), "SAME")  # OIHW

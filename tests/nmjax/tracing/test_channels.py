@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nmjax.masks.nm import nm_mask
 from nmjax.tracing.channel_order import Channels, permute_channels
 from nmjax.tracing.channels import find_channels
 from nmjax.trees.leaves import named_leaves
@@ -160,6 +161,17 @@ def test_what_is_done_to_a_weight_before_its_use_is_followed():
     params = {"w": jnp.ones((3, 8)), "out": jnp.ones((8, 2))}
     (channels,) = find_channels(forward, params, jnp.ones((1, 3)))
     assert all_of(channels) == {"w:-1", "out:-2"}
+
+
+def test_the_order_within_the_groups_of_a_mask_stays():
+    variables = {name: jnp.ones((8, 8)) for name in ("first", "second", "third")}
+
+    def forward(variables, x):
+        second = jnp.where(nm_mask(variables["second"], 2, 4), variables["second"], 0)
+        return x @ variables["first"] @ second @ variables["third"]
+
+    found = find_channels(forward, variables, jnp.ones((1, 8)))
+    assert found == [Channels((("second", -1),), (("third", -2),))]
 
 
 def test_shapes_are_enough():
