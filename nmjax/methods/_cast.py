@@ -16,6 +16,7 @@ from nmjax.methods.sparsifier import (
     Method,
     Sparsifier,
     check_count,
+    check_rates,
     check_step,
     map_planned,
     masks_of,
@@ -100,8 +101,8 @@ def cast(
       teacher, and learned scales for halves of columns.
 
     Raises:
-      TypeError: `plan` is not a plan; a number of steps is not an integer.
-      ValueError: a number of steps is not positive; `lambda_w` is not finite.
+      TypeError: `plan` is not a plan; a number of steps is not an integer; another number is none.
+      ValueError: a number of steps is not positive; `lambda_w` is not finite; not 0 <= b1, b2 < 1.
 
     Source: Huang et al., "CAST: Continuous and Differentiable Semi-Structured Sparsity-Aware
     Training for Large Language Models", 2025, algorithms 1 and 2, by way of the notes of an
@@ -119,8 +120,8 @@ def cast(
     check_plan(plan)
     check_count(steps=steps, refresh_every=refresh_every)
     check_lambda(lambda_w)
-    for name, value in {"b1": b1, "b2": b2, "eps": eps}.items():
-        check_number(name, value)
+    check_rates(b1=b1, b2=b2)
+    check_number("eps", eps)
     transformation = _scale_by_adam_s(plan, steps, lambda_w, b1, b2, eps)
     return Method(_sparsifier(plan, steps, refresh_every), transformation)
 

@@ -13,12 +13,14 @@ import numpy as np
 import optax
 from jax import lax
 
+from nmjax.masks.arguments import check_number
 from nmjax.masks.ranking import keep_highest, signed_keys
 from nmjax.methods.groups import check_nm, cut
 from nmjax.methods.sparsifier import (
     Method,
     Sparsifier,
     check_count,
+    check_rates,
     check_steps,
     export_masked,
     masks_of,
@@ -107,9 +109,9 @@ def lbc(
       `follow`, which carries the masks over. Export raises while several candidates live.
 
     Raises:
-      TypeError: `plan` is not a plan; a number of steps is not an integer.
-      ValueError: not 0 <= begin < end; a leaf has another kind of pattern, or one with more than
-        1000 candidates.
+      TypeError: `plan` is not a plan; a number of steps is not an integer; another number is none.
+      ValueError: not 0 <= begin < end; not 0 <= momentum < 1; a leaf has another kind of pattern,
+        one with more than 1000 candidates, or no gradient.
 
     Source: Zhang et al., "Learning Best Combination for Efficient N:M Sparsity", NeurIPS 2022, and
     `ResNet/utils/conv_type.py` of zyxxmu/LBC, whose scores are parameters of the model. Theirs
@@ -130,6 +132,10 @@ def lbc(
     check_nm(plan, "lbc")
     check_steps(begin=begin, end=end)
     check_count(steps_per_epoch=steps_per_epoch)
+    check_rates(momentum=momentum)
+    check_number("weight_decay", weight_decay)
+    if not (callable(learning_rate) or hasattr(learning_rate, "dtype")):
+        check_number("learning_rate", learning_rate)
     members = {name: _members(name, leaf) for name, leaf in plan.items()}
 
     def update_leaf(
@@ -167,6 +173,7 @@ def lbc(
         if params is None:
             raise ValueError(NO_PARAMS)
         leaves, grads = planned_leaves(params, plan), named_leaves(updates)
+        _check_gradients(grads, leaves)
         done = {name: update_leaf(name, grads[name], w, state) for name, w in leaves.items()}
         masked = map_named(lambda name, g: done[name][0] if name in done else g, updates)
         scores, trace, live = ({n: parts[i] for n, parts in done.items()} for i in (1, 2, 3))
@@ -184,6 +191,15 @@ def lbc(
     return Method(
         _sparsifier(plan, end), optax.GradientTransformationExtraArgs(init, update), follow
     )
+
+
+def _check_gradients(grads: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    missing = sorted(leaves.keys() - grads.keys())
+    if missing:
+        raise ValueError(
+            f"lbc learns from the gradients of all planned leaves, but there are none of "
+            f"{', '.join(missing)}; train them, or list them in exclude= of make_plan"
+        )
 
 
 def _members(name: str, leaf: LeafPlan) -> np.ndarray:

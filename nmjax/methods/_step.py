@@ -14,6 +14,7 @@ from nmjax.masks.arguments import check_number
 from nmjax.methods.sparsifier import (
     Method,
     Sparsifier,
+    check_rates,
     check_steps,
     map_planned,
     masks_of,
@@ -112,8 +113,8 @@ def step(
       dense.)
 
     Raises:
-      TypeError: `plan` is not a plan; a number of steps is not an integer.
-      ValueError: not 0 <= min_steps < max_steps; `switch` is unknown.
+      TypeError: `plan` is not a plan; a number of steps is not an integer; another number is none.
+      ValueError: not 0 <= min_steps < max_steps; `switch` is unknown; not 0 <= b1, b2 < 1.
 
     Source: Lu et al., "STEP: Learning N:M Structured Sparsity Masks from Scratch with
     Precondition", ICML 2023, which has no public code; the details are those of
@@ -140,10 +141,11 @@ def step(
         raise ValueError(
             f'switch must be "settled", "absolute" or "absolute_geometric", got {switch!r}'
         )
-    for name, value in {"b1": b1, "b2": b2, "eps": eps}.items():
-        check_number(name, value)
+    check_rates(b1=b1, b2=b2)
+    check_number("eps", eps)
     if threshold is None:
         threshold = 0.1 if switch == "settled" else eps
+    check_number("threshold", threshold)
 
     window = max(round(1 / (1 - b2)), 1)
     measure = partial(_measure, plan, switch, b2)

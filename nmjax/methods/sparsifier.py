@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nmjax.masks.arguments import is_integer
+from nmjax.masks.arguments import check_number, is_integer
 from nmjax.packed.packing import check_pattern
 from nmjax.plans import Plan
 from nmjax.pruning import Masks, planned_leaves, prune
@@ -185,6 +185,14 @@ def check_count(**counts: int) -> None:
         check_steps(**{name: count})
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def check_rates(**rates: float) -> None:
+    """Raises TypeError or ValueError unless all are numbers >= 0 and below 1, as of averages."""
+    for name, rate in rates.items():
+        check_number(name, rate)
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} is a rate of decay, 0 <= {name} < 1; got {rate}")
 
 
 def _shown(step: Any) -> str:

@@ -85,6 +85,7 @@ def prune_with(
       The same tree, pruned; leaves outside the plan are unchanged.
 
     Raises:
+      TypeError: `method` is neither a name nor a function.
       ValueError: the method is unknown; `finished` without `sequential`; and as in `collect`.
       NotImplementedError, MemoryError: as in `collect`.
 
@@ -102,6 +103,8 @@ def prune_with(
     """
     if isinstance(method, str) and method not in _METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(_METHODS)}")
+    if not (isinstance(method, str) or callable(method)):
+        raise TypeError(f"method must be a name or a function, got {type(method).__name__}")
     prune, kind = _METHODS[method] if isinstance(method, str) else (method, "gram")
     if not sequential:
         if finished or on_finished:

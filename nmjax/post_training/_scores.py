@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from nmjax.masks.arguments import check_number
 from nmjax.plans import Plan
 from nmjax.post_training.solving import Params, Structure, solved
 from nmjax.post_training.statistics import Statistics
@@ -84,6 +85,7 @@ def ria(params: Params, plan: Plan, statistics: Statistics, *, power: float = 0.
     Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large
     Language Models", ICLR 2024, section 3.1.
     """
+    check_number("power", power)
     return solved(params, plan, _by_ria, statistics=statistics, gram=False, power=power)
 
 

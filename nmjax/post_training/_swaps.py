@@ -58,10 +58,13 @@ def improve_by_swaps(
         raise ValueError(
             f"swaps need groups, as N:M patterns have them, but there are {', '.join(others)}"
         )
-    return by_leaf(params, plan, _solve, statistics=statistics, masks=masks, steps=steps)
+    most: dict[str, Any] = {} if steps is None else {"steps": steps}
+    return by_leaf(params, plan, _solve, statistics=statistics, masks=masks, **most)
 
 
-def _solve(w: Array, gram: Array, mask: Array, structure: Structure, *, steps: int | None) -> Array:
+def _solve(
+    w: Array, gram: Array, mask: Array, structure: Structure, *, steps: int | None = None
+) -> Array:
     pattern: Any = structure.pattern
     order = grouped_order(pattern, len(w))
     limit = len(w) if steps is None else steps

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from nmjax.layouts.axes import Axes, size_along
+from nmjax.masks.arguments import check_number
 from nmjax.patterns.nm import NM
 from nmjax.patterns.pattern import Pattern
 from nmjax.plans import Plan
@@ -91,10 +92,13 @@ def solved(
       **settings: keyword arguments of `solve`, numbers.
 
     Raises:
-      ValueError: statistics or masks are missing for a leaf or do not fit it.
+      ValueError: statistics or masks are missing for a leaf or do not fit it; what a method makes
+        of a Gram matrix is not finite.
       TypeError: `statistics` are not `Statistics`.
     """
     found = by_leaf(params, plan, solve, statistics=statistics, gram=gram, masks=masks, **settings)
+    if statistics is not None and gram:
+        _check_finite(found)
     return map_named(
         lambda name, leaf: found[name].astype(leaf.dtype) if name in found else leaf, params
     )
@@ -112,6 +116,8 @@ def by_leaf(
 ) -> dict[str, jax.Array]:
     """Like `solved`, but returns what `solve` returned, in the shape of each leaf, by name."""
     leaves = planned_leaves(params, plan)
+    for setting, value in settings.items():
+        check_number(setting, value)
     if statistics is not None:
         _check_statistics(statistics, leaves, gram)
     if masks is not None:
@@ -181,6 +187,19 @@ def _check_statistics(
         raise ValueError(
             'this method needs Gram matrices: collect(..., kind="gram"). Of mean squares, only '
             "wanda and ria can make use"
+        )
+
+
+def _check_finite(found: Mapping[str, jax.Array]) -> None:
+    known = {name: x for name, x in found.items() if not isinstance(x, jax.core.Tracer)}
+    flags = jax.device_get({name: jnp.isfinite(x).all() for name, x in known.items()})
+    wrong = [f"  {name} {found[name].shape}" for name, is_finite in flags.items() if not is_finite]
+    if wrong:
+        raise ValueError(
+            "the solutions for these leaves are not finite:\n"
+            + "\n".join(wrong)
+            + "\nTheir weights are not, or their Gram matrices are singular: pass a larger ridge=, "
+            "or collect more data"
         )
 
 

@@ -93,5 +93,7 @@ def test_wrong_arguments():
         methods.cast(plan_of("2:4"), 0)
     with pytest.raises(TypeError, match="refresh_every must be a Python integer"):
         methods.cast(plan_of("2:4"), 5, refresh_every=2.0)
+    with pytest.raises(ValueError, match="b2 is a rate of decay, 0 <= b2 < 1; got 1"):
+        methods.cast(plan_of("2:4"), 5, b2=1.0)
     with pytest.raises(TypeError, match="lambda_w must be a number"):
         methods.cast(plan_of("2:4"), 5, lambda_w="x")

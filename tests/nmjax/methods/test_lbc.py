@@ -101,3 +101,7 @@ def test_wrong_arguments():
     method = methods.lbc(plan_of("2:4"), 0, 1, RATE).transformation
     with pytest.raises(ValueError, match="not passing `params`"):
         method.update(PARAMS, method.init(PARAMS))
+    with pytest.raises(ValueError, match="there are none of kernel; train them"):
+        method.update({"kernel": None}, method.init(PARAMS), PARAMS)
+    with pytest.raises(TypeError, match="learning_rate must be a number"):
+        methods.lbc(plan_of("2:4"), 0, 1, "x")

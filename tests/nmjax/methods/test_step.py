@@ -127,6 +127,10 @@ def test_export_before_the_switch():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="0 <= min_steps < max_steps"):
         methods.step(plan_of("1:4"), 5, 5)
+    with pytest.raises(ValueError, match="b2 is a rate of decay, 0 <= b2 < 1; got 1"):
+        methods.step(plan_of("2:4"), 1, 2, b2=1.0)
+    with pytest.raises(TypeError, match="threshold must be a number"):
+        methods.step(plan_of("2:4"), 1, 2, threshold="x")
     with pytest.raises(ValueError, match="switch must be"):
         methods.step(plan_of("1:4"), 1, 2, switch="auto")
     method = methods.step(plan_of("1:4"), 1, 2)

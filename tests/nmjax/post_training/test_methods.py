@@ -215,6 +215,13 @@ def test_statistics_that_do_not_fit_are_an_error():
         pruned_by("wanda", w[:8], statistics, "2:4")
     with pytest.raises(TypeError, match=r"must come from nmjax\.post_training\.collect, got dict"):
         pruned_by("wanda", w, {"w": gram}, "2:4")
+    with pytest.raises(TypeError, match="ridge must be a number"):
+        pruned_by("alps", w, statistics, "2:4", ridge="x")
+    with pytest.raises(TypeError, match="method must be a name or a function, got int"):
+        post_training.prune_with(None, {}, None, [], 5)
+    few = gram_of(x[:4])[1]  # Of rank 4.
+    with pytest.raises(ValueError, match=r"not finite:\n  w \(16, 4\)\n.* larger ridge="):
+        pruned_by("sparse_gpt", w, few, "2:4", ridge=-0.01)
     with pytest.raises(ValueError, match="pruning_steps lie between 1 and steps=3, got 4"):
         pruned_by("admm", w, statistics, "2:4", steps=3, pruning_steps=4)
     params, plan = planned(w, "1:4")
