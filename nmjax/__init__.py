@@ -10,7 +10,7 @@ the weights to ship.
 from nmjax._version import __version__ as __version__
 from nmjax.allocation import allocate
 from nmjax.analysis.costs import Cost, cost
-from nmjax.analysis.sharding import check_sharding
+from nmjax.analysis.sharding import check_sharding, shard_plan
 from nmjax.files.packed_files import load_packed, save_packed
 from nmjax.kernels.matmul import packed_conv, packed_matmul
 from nmjax.kernels.slow_weights import unpack_slow
@@ -113,6 +113,7 @@ __all__ = [
     "row_balance",
     "sad",
     "save_packed",
+    "shard_plan",
     "sizes",
     "soft_uniform_blocks",
     "sort_channels",

@@ -8,13 +8,15 @@ more than reading the weights, and within one jitted training step the forward p
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from nmjax.masks.scores import Score
+from nmjax.masks.platforms import on_shards
+from nmjax.masks.scores import Score, magnitude
 from nmjax.plans import LeafPlan, Plan, check_plan
 from nmjax.ste import (
     apply_mask,
@@ -112,12 +114,39 @@ def prune(params: Params, plan: Plan, masks: Masks | None = None) -> Params:
 
 def leaf_mask(w: jax.Array, leaf: LeafPlan, score: Score) -> jax.Array:
     """The mask of one weight under its part of the plan."""
-    return leaf.pattern.mask(w, leaf.axes, score)
+    return _keep(jax.lax.stop_gradient(w), leaf, score, as_mask=True)
 
 
 def prune_leaf(w: jax.Array, leaf: LeafPlan, score: Score) -> jax.Array:
     """One weight under its part of the plan, with zeros where its mask is False."""
-    return leaf.pattern.prune(w, leaf.axes, score)
+    return _keep(w, leaf, score, as_mask=False)
+
+
+@dataclass(frozen=True)
+class _Keep:
+    """What a plan does with a weight, as a function that can be hashed."""
+
+    leaf: LeafPlan
+    score: Score
+
+    def __call__(self, w: jax.Array, *, as_mask: bool) -> jax.Array:
+        pattern = self.leaf.pattern
+        return (pattern.mask if as_mask else pattern.prune)(w, self.leaf.axes, self.score)
+
+
+def _keep(w: jax.Array, leaf: LeafPlan, score: Score, *, as_mask: bool) -> jax.Array:
+    keep = _Keep(leaf, score)
+    # Other scores may look at the whole weight. Where a mesh axis is not automatic, the weight's
+    # type says how it lies.
+    if leaf.sharding is None or score is not magnitude or not _is_automatic(w):
+        return keep(w, as_mask=as_mask)
+    axes = [axis for span in leaf.pattern.runs_along(leaf.axes) for axis in span]
+    return on_shards(keep, w, leaf.sharding, axes, as_mask=as_mask)
+
+
+def _is_automatic(w: Any) -> bool:
+    mesh = jax.typeof(w).sharding.mesh
+    return not mesh.manual_axes and not mesh.explicit_axes
 
 
 def planned_leaves(

@@ -186,7 +186,7 @@ def compile_step(
     plan = None
     if pattern is not None:
         plan = plan_block(model, mesh, pattern, sequences=sequences, length=length)
-        nmjax.check_sharding(params["blocks"], plan)
+        plan = nmjax.shard_plan(params["blocks"], plan)
     tx = optax.adamw(3e-4)
     mean_loss = partial(loss, lambda_w=lambda_w, remat=remat, unroll=unroll)
 

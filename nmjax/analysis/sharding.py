@@ -1,12 +1,13 @@
-"""Checks before training that shards do not cut a plan's groups or blocks."""
+"""Shards and plans: checks that no group or block is cut, and plans that know how weights lie."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from nmjax.masks.shards import holds_whole, mesh_axes
 from nmjax.patterns.pattern import LeafPlan
@@ -74,6 +75,71 @@ def check_sharding(
             + "\n".join(complaints)
             + "\nWith this sharding, every step would gather these weights to compute their masks."
         )
+
+
+def shard_plan(
+    params: Any,
+    plan: Plan,
+    shardings: Any = None,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Plan:
+    """The plan for parameters that lie like this on a mesh with automatic axes.
+
+    On TPUs, XLA cannot partition the kernel that computes masks, and with automatic axes a program
+    does not show how its parameters lie. With this plan, `sparsify`, `add_sparse_refined` and all
+    else that computes masks by magnitude run the kernel on every shard, without communication.
+    Programs for other platforms stay as they are, and so do programs on one device, in
+    `jax.shard_map`, or with explicit axes, which need no such plan.
+
+    Use the plan where the parameters lie like this: elsewhere on the same mesh, a program for TPUs
+    first moves them.
+
+    Args:
+      params: arrays, or anything with their tree, shapes and dtypes (`jax.eval_shape`). Leaves may
+        have additional leading axes, such as that of the layers in a stack.
+      plan: from `nmjax.make_plan`.
+      shardings: as in `check_sharding`.
+      mesh: as in `check_sharding`.
+
+    Returns:
+      The plan with the shardings of its leaves. A leaf stays as it is if its sharding is no
+      `NamedSharding`, has explicit axes, or is `UNCONSTRAINED` in part.
+
+    Raises:
+      ValueError, TypeError: as `check_sharding`.
+
+    >>> import jax.numpy as jnp
+    >>> import nmjax
+    >>> params = {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
+    >>> mesh = AbstractMesh((2,), ("model",))
+    >>> plan = nmjax.make_plan(params, "2:4")
+    >>> shard_plan(params, plan, PartitionSpec(None, "model"), mesh=mesh)["kernel"].sharding.spec
+    P(None, 'model')
+    """
+    check_sharding(params, plan, shardings, mesh=mesh)
+    leaves = planned_leaves(params, plan)
+    chosen = _shardings(leaves, shardings, mesh)
+
+    def placed(name: str, leaf: Any) -> Any:
+        if name not in leaves:
+            return leaf
+        return dataclasses.replace(leaf, sharding=_on_automatic_axes(chosen[name], leaves[name]))
+
+    return dataclasses.replace(
+        plan, leaves=tuple((name, placed(name, leaf)) for name, leaf in plan.leaves)
+    )
+
+
+def _on_automatic_axes(sharding: Sharding, leaf: Any) -> NamedSharding | None:
+    """The sharding with an entry for each axis and without devices, or None."""
+    if not isinstance(sharding, NamedSharding) or PartitionSpec.UNCONSTRAINED in sharding.spec:
+        return None
+    mesh = sharding.mesh.abstract_mesh
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        return None
+    missing = (None,) * (len(leaf.shape) - len(sharding.spec))
+    return NamedSharding(mesh, PartitionSpec(*sharding.spec, *missing))
 
 
 def _complaints(shape: Shape, leaf: LeafPlan, sharding: Sharding) -> Iterator[str]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src import config  # JAX has no public name for what this module needs of it.
 from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import PartitionSpec
 
 # `jax.extend.core.Primitive`, without importing `jax.extend`: that also loads Pallas, which takes
 # half a second.
@@ -49,6 +50,55 @@ def keep_primitive(
     for_tpu = functools.partial(_lower_for_tpu, plain, by_tpu, tpu_takes)
     mlir.register_lowering(primitive, for_tpu, platform="tpu")
     return primitive
+
+
+def on_shards(
+    keep: Callable[..., jax.Array], w: Any, sharding: Any, axes: Sequence[int], *, as_mask: bool
+) -> jax.Array:
+    """`keep(w, as_mask=as_mask)`; programs for TPUs compute it shard by shard.
+
+    With automatic mesh axes, a program does not show how `w` lies, and XLA cannot partition a
+    kernel. So the caller says how it lies.
+
+    Args:
+      keep: hashable; returns the mask of `w`, or `w` with zeros for what is not kept. Shards of `w`
+        hold whole groups and blocks.
+      w: weights.
+      sharding: of the last axes of `w`, over an abstract mesh; further axes in front are not split.
+      axes: negative axes along which groups and blocks extend, for those who read the program.
+      as_mask: passed to `keep`.
+    """
+    rule = {"keep": keep, "sharding": sharding, "axes": tuple(axes)}
+    kept: jax.Array = _on_shards_p.bind(w, **rule, as_mask=as_mask)
+    return kept
+
+
+def _lower_on_shards(
+    ctx: Any,
+    values: Any,
+    *,
+    keep: Callable[..., jax.Array],
+    sharding: Any,
+    as_mask: bool,
+    **rule: Any,
+) -> Sequence[Any]:
+    del rule
+    keep = functools.partial(keep, as_mask=as_mask)
+    if _is_partitioned_over(sharding.mesh, ctx.module_context.axis_context):
+        ndim = ctx.avals_in[0].ndim
+        spec = PartitionSpec(*((None,) * ndim + tuple(sharding.spec))[-ndim:])
+        keep = jax.shard_map(
+            keep, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )
+    return mlir.lower_fun(keep, multiple_results=False)(ctx, values)
+
+
+def _is_partitioned_over(mesh: Any, context: Any) -> bool:
+    """Whether XLA partitions the program over this mesh, or one that looks the same to it."""
+    if getattr(context, "num_devices", None) != mesh.size:
+        return False
+    known = jax.sharding.get_abstract_mesh()
+    return known.empty or known == mesh
 
 
 def _batch(primitive: Any, values: Any, dims: Any, **rule: Any) -> tuple[jax.Array, int]:
@@ -116,3 +166,17 @@ def _is_whole(context: Any) -> bool:
 
 def _bare(aval: Any) -> Any:
     return jax.core.ShapedArray(aval.shape, aval.dtype)
+
+
+_on_shards_p = Primitive("nm_keep_on_shards")
+_on_shards_p.def_impl(functools.partial(xla.apply_primitive, _on_shards_p))
+_on_shards_p.def_abstract_eval(_shape)
+batching.primitive_batchers[_on_shards_p] = functools.partial(_batch, _on_shards_p)
+ad.primitive_jvps[_on_shards_p] = functools.partial(_derivative, _on_shards_p)
+mlir.register_lowering(
+    _on_shards_p,
+    mlir.lower_fun(
+        lambda w, *, keep, as_mask, **rule: keep(w, as_mask=as_mask), multiple_results=False
+    ),
+)
+mlir.register_lowering(_on_shards_p, _lower_on_shards, platform="tpu")

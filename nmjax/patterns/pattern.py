@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
+from jax.sharding import NamedSharding
 
 from nmjax.layouts.axes import Axes, Shape, size_along
 from nmjax.masks.scores import Score
@@ -147,6 +148,7 @@ class LeafPlan:
         them all. Axes in none of the three fields hold a stack of weights.
       source: where the axes come from: "program", "given" or "known layer". Plans that differ only
         in this are equal.
+      sharding: how the weight lies on a mesh with automatic axes, if `shard_plan` was told.
     """
 
     pattern: Pattern
@@ -155,6 +157,7 @@ class LeafPlan:
     shape: Shape = ()
     tap_axes: tuple[int, ...] = ()
     source: str = field(default="", compare=False)
+    sharding: NamedSharding | None = None
 
     @property
     def weights(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nmjax.tracing.channel_order import Channels, LeafAxis
-from nmjax.tracing.operations import ELEMENTWISE, REDUCTIONS
+from nmjax.tracing.operations import ELEMENTWISE, MASKS, REDUCTIONS
 from nmjax.tracing.program import read_trace, trace
 from nmjax.tracing.walk import Reader, Times, shape_of
 
@@ -282,7 +282,7 @@ def _keep(
 # Running sums and masks use the order of some axes; results of several operands are tied one by
 # one.
 _ORDERED = frozenset(
-    ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "nm_keep", "optimization_barrier")
+    ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "optimization_barrier", *MASKS)
 )
 _RULES: dict[str, Rule] = {
     "broadcast_in_dim": _broadcast,
@@ -294,5 +294,5 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("reduce_window_max", "reduce_window_sum", "reduce_window_min"), _window),
     "dot_general": _dot,
     "conv_general_dilated": _conv,
-    "nm_keep": _keep,
+    **dict.fromkeys(MASKS, _keep),
 }

@@ -18,8 +18,8 @@ _KEEP_ZEROS = """
     floor imag integer_pow log1p max min mul name neg optimization_barrier real reduce_precision
     round sharding_constraint sign sin sinh sqrt square stop_gradient tan tanh
 """
-# The masks of `nmjax.masks.nm`: the members of a group compete, but each entry stays at its place.
-_MASKS = "nm_keep"
+# The masks of `nmjax.masks`: the members of a group compete, but each entry stays at its place.
+MASKS = ("nm_keep", "nm_keep_on_shards")
 # Operations on values that all devices of a mesh axis hold alike, or that only move them.
 _ACROSS_DEVICES = """
     all_reduce layout_constraint mesh_cast pbroadcast pcast pmax pmin psum psum2 psum_invariant
@@ -34,7 +34,7 @@ _RUNNING = "cumlogsumexp cummax cummin cumprod cumsum"
 _REDUCTIONS = """
     argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor
 """
-KEEP_ZEROS = frozenset((_KEEP_ZEROS + _ACROSS_DEVICES + _MASKS).split())
+KEEP_ZEROS = frozenset((*(_KEEP_ZEROS + _ACROSS_DEVICES).split(), *MASKS))
 ELEMENTWISE = KEEP_ZEROS | frozenset((_CHANGE_ZEROS + _RUNNING).split())
 REDUCTIONS = frozenset(_REDUCTIONS.split())
 

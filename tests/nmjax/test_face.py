@@ -24,7 +24,7 @@ PACKAGES = (nmjax, nmjax.kernels, nmjax.linen, nmjax.methods, nmjax.post_trainin
 # Names that users rely on: removing one is a breaking change.
 PROMISED = """
     NM Block1xN Axes parse_pattern nm_mask block_mask transposable_mask prune_ste prune_sr_ste
-    make_plan Plan LeafPlan compute_masks sparsify prune check_sharding
+    make_plan Plan LeafPlan compute_masks sparsify prune check_sharding shard_plan
     add_sparse_refined allocate Sparsifier straight_through one_shot dense soft_uniform_blocks
     cubic_ramp linear_ramp cosine_ramp exponential_ramp
     pack unpack unpack_slow for_platform PackedNM TiledNM PackedBlocks check_sparse sizes
