@@ -52,9 +52,22 @@ class Tiling:
         return self.lane // self.field
 
     @property
+    def tile(self) -> int:
+        """Groups whose values share a register."""
+        return _SUBLANES * self.groups_per_word
+
+    @property
     def groups(self) -> int:
         """Groups that one register of codes serves."""
-        return _SUBLANES * self.shifts * self.groups_per_word
+        return self.tile * self.shifts
+
+    def code_rows(self, groups: int) -> int:
+        """Rows of codes for so many groups."""
+        return groups // (self.groups_per_word * self.shifts)
+
+    def chunk(self, pattern: NM) -> int:
+        """How few groups a kernel can take at a time: whole registers of codes and of inputs."""
+        return math.lcm(self.groups, _STEP // math.gcd(_STEP, pattern.m))
 
     def block(self, groups: int) -> int:
         """How many groups a kernel takes at a time, of a weight with so many."""
@@ -173,7 +186,7 @@ class TiledNM(Packed, pattern=None):
                 f"values of shape {shape} cannot hold {self}; expected (..., {self.pattern.n}, "
                 f"{groups}, {plan.outputs}), or equal parts of the outputs"
             )
-        rows = groups // (way.groups_per_word * way.shifts)
+        rows = way.code_rows(groups)
         self.check_array("codes", np.dtype(np.int32), (*shape[:-3], rows, shape[-1]))
 
     @classmethod

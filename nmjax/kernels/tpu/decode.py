@@ -7,11 +7,12 @@ matrix unit multiplies by the inputs at that place. Nothing is compared, and no 
 Dropped weights are zeros that meet the input, as in a dense product on TPUs, so an input that is
 not finite makes NaN. Sums are in float32. With int8 values the input is split into three int8 parts
 relative to the largest magnitude of its row, so that the product takes int8 throughout and is
-summed exactly: the input is rounded at 2 ** -23 of that magnitude.
+summed exactly: the input is rounded at 2 ** -22 of that magnitude.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -31,6 +32,9 @@ from nmjax.patterns.nm import NM
 
 # Rows and outputs that one step of the kernel takes. More outputs spread its fixed cost.
 _ROWS, _OUTPUTS = 256, 512
+# Outputs that it multiplies at a time, so that what it rebuilds stays in registers.
+_CHUNK_OUTPUTS = 256
+_LANES, _MIXED = 128, 256
 # A TPU core's memory has 64 MiB or more; the compiler grants 16 unless asked.
 _MEMORY = 48 * 2**20
 # x is split into parts of this many bits, of which it takes three for a float32's precision.
@@ -151,12 +155,15 @@ def _bfloat16_parts(x: jax.Array) -> jax.Array:
 def _int8_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Integers of 8 bits, least significant first, and the step of each row (rows, 1).
 
-    x is the sum of `parts[i] * 256 ** i * step`, to 2 ** -23 of the largest magnitude of its row.
+    x is the sum of `parts[i] * 256 ** i * step`, to 2 ** -22 of the largest magnitude of its row.
     """
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(axis=-1, keepdims=True)
-    # The largest becomes 2 ** 22 steps, so that the third part fits 8 bits after carries.
-    step = jnp.where(largest > 0, largest, 1) * np.float32(2.0 ** -(_PART * _PARTS - 2))
+    # A power of two, so that integers stay exact; without the mantissa it is the next one below.
+    bits = lax.bitcast_convert_type(largest, jnp.int32) & np.int32(0x7F800000)
+    power = jnp.maximum(lax.bitcast_convert_type(bits, jnp.float32), np.float32(2.0**-100))
+    # The largest is below 2 ** 22 steps, so that the third part fits 8 bits after carries.
+    step = power * np.float32(2.0 ** -(_PART * _PARTS - 3))
     rest = jnp.round(x / step).astype(jnp.int32)
     parts = []
     for _ in range(_PARTS):
@@ -182,21 +189,21 @@ def _planes_product(
     count, batch, _ = parts.shape
     groups, outputs = values.shape[1:]
     rows = count * batch
-    x = _by_place(parts.reshape(rows, -1), pattern, groups)
+    x = _in_tiles(parts.reshape(rows, -1), pattern, way, groups)
     block = way.block(groups)
     block_rows, block_outputs = min(rows, _ROWS), min(outputs, _OUTPUTS)
     grid = (pl.cdiv(rows, block_rows), pl.cdiv(outputs, block_outputs), groups // block)
-    code_rows = block // (way.groups_per_word * way.shifts)
     y: jax.Array = pl.pallas_call(
-        partial(_kernel, pattern, way),
+        partial(_kernel, pattern, way, not interpret),
         grid=grid,
         in_specs=[
-            pl.BlockSpec((pattern.m, block_rows, block), lambda r, o, g: (0, r, g)),
+            pl.BlockSpec((block_rows, block * pattern.m), lambda r, o, g: (r, g)),
             pl.BlockSpec((pattern.n, block, block_outputs), lambda r, o, g: (0, g, o)),
-            pl.BlockSpec((code_rows, block_outputs), lambda r, o, g: (g, o)),
+            pl.BlockSpec((way.code_rows(block), block_outputs), lambda r, o, g: (g, o)),
         ],
         out_specs=pl.BlockSpec((block_rows, block_outputs), lambda r, o, g: (r, o)),
         out_shape=result_like((rows, outputs), np.dtype(np.float32), x, values, codes),
+        cost_estimate=_cost(x, values, codes, grid[0], grid[1]),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_MEMORY
         ),
@@ -206,63 +213,129 @@ def _planes_product(
     return y.reshape(count, batch, outputs)
 
 
-def _by_place(x: jax.Array, pattern: NM, groups: int) -> jax.Array:
-    """The inputs at each place of the groups: (m, rows, groups), zeros behind the last group."""
-    # With a stride of 1 the members of a group are neighbors.
-    members = x.reshape(x.shape[0], -1, pattern.m, pattern.stride)
-    places = jnp.transpose(members, (2, 0, 1, 3)).reshape(pattern.m, x.shape[0], -1)
-    return jnp.pad(places, ((0, 0), (0, 0), (0, groups - places.shape[2])))
-
-
-def _kernel(pattern: NM, way: Tiling, x: Any, values: Any, codes: Any, y: Any) -> None:
-    """Adds the product of one block of groups to a block of the result."""
+def _cost(x: jax.Array, values: jax.Array, codes: jax.Array, row_blocks: int, blocks: int) -> Any:
+    """What XLA's scheduler should know: it sees nothing of a kernel's inside."""
     from jax.experimental import pallas as pl
 
-    sum_dtype = np.int32 if values.dtype == np.int8 else np.float32
-    total = jnp.zeros(y.shape, sum_dtype)
-    for place, weights in enumerate(_planes(pattern, way, values, codes)):
-        total += jnp.dot(x[place], weights(), preferred_element_type=sum_dtype)
-    first = pl.program_id(2) == 0
-
-    @pl.when(first)
-    def _() -> None:
-        y[...] = total.astype(np.float32)
-
-    @pl.when(~first)
-    def _() -> None:
-        y[...] += total.astype(np.float32)
+    outputs = values.shape[-1]
+    # The weight is read once for each block of rows, and x once for each block of outputs.
+    moved = (values.nbytes + codes.nbytes) * row_blocks + x.nbytes * blocks
+    return pl.CostEstimate(
+        flops=2 * x.size * outputs,  # The matrix unit multiplies the zeros, too.
+        bytes_accessed=moved + 4 * x.shape[0] * outputs,
+        transcendentals=0,
+    )
 
 
-def _planes(pattern: NM, way: Tiling, values: Any, codes: Any) -> Sequence[Callable[[], jax.Array]]:
-    """For each place of the groups, a function that makes its weights (groups, outputs).
+def _in_tiles(x: jax.Array, pattern: NM, way: Tiling, groups: int) -> jax.Array:
+    """The inputs in the order of the weights that the kernel rebuilds: (rows, groups * m).
 
-    Each plane is made when it is multiplied, because all of them at once do not fit into registers.
+    A register of values holds `tile` groups. Its weights are rebuilt place by place, so the inputs
+    of these groups come place by place too, with zeros behind the last group.
     """
+    tile, m = way.tile, pattern.m
+    rows, inputs = x.shape
+    if tile % pattern.stride:
+        # The members of a group lie in several tiles.
+        members = x.reshape(rows, -1, m, pattern.stride)
+        x = jnp.swapaxes(members, 2, 3).reshape(rows, inputs)
+        stride = 1
+    else:
+        stride = pattern.stride
+    x = jnp.pad(x, ((0, 0), (0, groups * m - inputs)))
+    if stride == tile:
+        return x
+    if (lanes := math.lcm(tile * m, _LANES)) > _MIXED or groups * m % lanes:
+        members = x.reshape(rows, -1, tile // stride, m, stride)
+        return jnp.swapaxes(members, 2, 3).reshape(rows, groups * m)
+    # Lanes are mixed by the matrix unit, exactly: XLA's transpose takes several passes.
+    order = np.arange(lanes).reshape(-1, tile // stride, m, stride).swapaxes(1, 2).ravel()
+    mix = np.zeros((lanes, lanes), np.int8)
+    mix[order, np.arange(lanes)] = 1
+    sum_dtype = np.int32 if x.dtype == np.int8 else np.float32
+    parts = x.reshape(rows, -1, lanes)
+    mixed = jnp.einsum(
+        "rkl,lj->rkj", parts, jnp.asarray(mix, x.dtype), preferred_element_type=sum_dtype
+    )
+    return mixed.astype(x.dtype).reshape(rows, groups * m)
+
+
+def _kernel(
+    pattern: NM, way: Tiling, unroll: bool, x: Any, values: Any, codes: Any, y: Any
+) -> None:
+    """Adds the product of one block of groups to a block of the result.
+
+    It takes so few groups and outputs at a time that they stay in registers.
+    """
+    from jax.experimental import pallas as pl
+
+    # Counted in registers of codes.
+    block, outputs = codes.shape[0] // 8, codes.shape[1]
+    chunk = min(way.chunk(pattern) // way.groups, block)
+    first = pl.program_id(2) == 0
+    for start in range(0, outputs, _CHUNK_OUTPUTS):
+        columns = slice(start, min(start + _CHUNK_OUTPUTS, outputs))
+        add = partial(_add_chunk, pattern, way, x, values, codes, columns)
+        width = columns.stop - columns.start
+        total = jnp.zeros((y.shape[0], width), _sum_dtype(values.dtype))
+        total = lax.fori_loop(
+            0, block // chunk, lambda i, t, add=add: add(i * chunk, chunk, t), total, unroll=unroll
+        )
+        if rest := block % chunk:
+            total = add(block - rest, rest, total)
+        total = total.astype(np.float32)
+        y[:, columns] = jnp.where(first, total, y[:, columns] + total)
+
+
+def _add_chunk(
+    pattern: NM,
+    way: Tiling,
+    x: Any,
+    values: Any,
+    codes: Any,
+    columns: slice,
+    start: Any,
+    count: int,
+    total: jax.Array,
+) -> jax.Array:
+    """Adds the product of some groups to the sums of some outputs.
+
+    The groups are those of `count` registers of codes, from `start`.
+    """
+    from jax.experimental import pallas as pl
+
+    def part(size: int) -> Any:
+        index = start * size
+        return pl.ds(index if isinstance(index, int) else pl.multiple_of(index, size), count * size)
+
+    weights = _weights(
+        pattern, way, values[:, part(way.groups), columns], codes[part(8), columns]
+    )
+    inputs = x[:, part(way.groups * pattern.m)]
+    return total + jnp.dot(inputs, weights, preferred_element_type=total.dtype)
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    return np.int32 if dtype == np.int8 else np.float32
+
+
+def _weights(pattern: NM, way: Tiling, values: jax.Array, codes: jax.Array) -> jax.Array:
+    """Weights in the order of `_in_tiles`: (groups * m, outputs)."""
     from jax.experimental.pallas import tpu as pltpu
 
     narrow = values.dtype if way.lane == 8 else jnp.bfloat16
     words = [pltpu.bitcast(values[i].astype(narrow), jnp.int32) for i in range(pattern.n)]
-    fields = _fields(codes[...], way)
-    masks = partial(_mask, fields, way)
-    if (pattern.n, pattern.m) == (2, 4):
-        planes = _planes_of_2_4(words[0], words[1], masks)
-    else:
-        planes = _planes_of_positions(pattern, words, masks)
-    return [partial(_as_values, narrow, plane) for plane in planes]
-
-
-def _as_values(dtype: Any, plane: Callable[[], jax.Array]) -> jax.Array:
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pltpu.bitcast(plane(), dtype)
-
-
-def _fields(codes: jax.Array, way: Tiling) -> jax.Array:
-    """Words of the shape of the values', with each group's code in the low bits of its lane."""
-    rows, outputs = codes.shape
-    tiles = codes.reshape(rows // 8, 8, outputs)
-    shifted = [tiles >> np.int32(i * way.field) for i in range(way.shifts)]
-    return jnp.stack(shifted, axis=1).reshape(rows * way.shifts, outputs)
+    planes = []
+    for i in range(words[0].shape[0] // 8):
+        tile, shift = divmod(i, way.shifts)
+        field = codes[8 * tile : 8 * tile + 8] >> np.int32(shift * way.field)
+        mask = partial(_mask, field, way)
+        kept = [word[8 * i : 8 * i + 8] for word in words]
+        if (pattern.n, pattern.m) == (2, 4):
+            planes += _planes_of_2_4(kept[0], kept[1], mask)
+        else:
+            planes += _planes_of_positions(pattern, kept, mask)
+    return pltpu.bitcast(jnp.concatenate(planes), narrow)
 
 
 def _mask(fields: jax.Array, way: Tiling, bit: int) -> jax.Array:
@@ -274,7 +347,7 @@ def _mask(fields: jax.Array, way: Tiling, bit: int) -> jax.Array:
 
 def _planes_of_2_4(
     first: jax.Array, second: jax.Array, mask: Callable[[int], jax.Array]
-) -> Sequence[Callable[[], jax.Array]]:
+) -> list[jax.Array]:
     """From the four bits that say what is kept.
 
     A place holds the first kept value if none is before it, and the second if none is behind it.
@@ -282,31 +355,25 @@ def _planes_of_2_4(
     differ = first ^ second
     kept = [mask(bit) for bit in range(4)]
     return [
-        lambda: first & kept[0],
-        lambda: kept[1] & (first ^ (kept[0] & differ)),
-        lambda: kept[2] & (second ^ (kept[3] & differ)),
-        lambda: second & kept[3],
+        first & kept[0],
+        kept[1] & (first ^ (kept[0] & differ)),
+        kept[2] & (second ^ (kept[3] & differ)),
+        second & kept[3],
     ]
 
 
 def _planes_of_positions(
     pattern: NM, words: Sequence[jax.Array], mask: Callable[[int], jax.Array]
-) -> Sequence[Callable[[], jax.Array]]:
+) -> list[jax.Array]:
     """From n positions: each bit of a position halves the places where its value can be."""
     width = (pattern.m - 1).bit_length()
-    trees = []
+    planes: list[jax.Array] = []
     for i, word in enumerate(words):
         level = [word]
         for bit in reversed(range(width)):
             kept = mask(i * width + bit)
             high = [a & kept for a in level]
             level = [half for a, h in zip(level, high, strict=True) for half in (a ^ h, h)]
-        trees.append(level)
-
-    def plane(place: int) -> jax.Array:
-        total = trees[0][place]
-        for tree in trees[1:]:
-            total = total | tree[place]
-        return total
-
-    return [partial(plane, place) for place in range(pattern.m)]
+        level = level[: pattern.m]
+        planes = level if i == 0 else [a | b for a, b in zip(planes, level, strict=True)]
+    return planes
