@@ -2,7 +2,8 @@
 
 The dense weight never exists in HBM. A tile's kept values and codes come in packed; for each place
 of the group, integer logic on whole registers makes the plane of weights at that place, which the
-matrix unit multiplies by the inputs at that place. Nothing is compared, and no rows move.
+matrix unit multiplies by the inputs at that place. Nothing is compared, and no rows move:
+the inputs come in the order in which a register's weights are rebuilt.
 
 Dropped weights are zeros that meet the input, as in a dense product on TPUs, so an input that is
 not finite makes NaN. Sums are in float32. With int8 values the input is split into three int8 parts
@@ -34,6 +35,10 @@ from nmjax.patterns.nm import NM
 _ROWS, _OUTPUTS = 256, 512
 # Outputs that it multiplies at a time, so that what it rebuilds stays in registers.
 _CHUNK_OUTPUTS = 256
+# With so few rows, the kernel's loop over groups is unrolled. With more, the matrix unit has enough
+# to do in each iteration, and compiling the loop unrolled would take minutes.
+_FEW_ROWS = 64
+# Lanes of a register, and how many of them a small product may reorder.
 _LANES, _MIXED = 128, 256
 # A TPU core's memory has 64 MiB or more; the compiler grants 16 unless asked.
 _MEMORY = 48 * 2**20
@@ -194,7 +199,7 @@ def _planes_product(
     block_rows, block_outputs = min(rows, _ROWS), min(outputs, _OUTPUTS)
     grid = (pl.cdiv(rows, block_rows), pl.cdiv(outputs, block_outputs), groups // block)
     y: jax.Array = pl.pallas_call(
-        partial(_kernel, pattern, way, not interpret),
+        partial(_kernel, pattern, way, not interpret and block_rows <= _FEW_ROWS),
         grid=grid,
         in_specs=[
             pl.BlockSpec((block_rows, block * pattern.m), lambda r, o, g: (r, g)),
@@ -308,9 +313,7 @@ def _add_chunk(
         index = start * size
         return pl.ds(index if isinstance(index, int) else pl.multiple_of(index, size), count * size)
 
-    weights = _weights(
-        pattern, way, values[:, part(way.groups), columns], codes[part(8), columns]
-    )
+    weights = _weights(pattern, way, values[:, part(way.groups), columns], codes[part(8), columns])
     inputs = x[:, part(way.groups * pattern.m)]
     return total + jnp.dot(inputs, weights, preferred_element_type=total.dtype)
 
