@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Int
+    from jaxtyping import Array, Bool, Int, Num
 
 
 def kept_members(keys: Sequence[Int[Array, "*shape"]], n: int) -> list[Bool[Array, "*shape"]]:
@@ -24,6 +24,12 @@ def kept_members(keys: Sequence[Int[Array, "*shape"]], n: int) -> list[Bool[Arra
     """
     # Comparing every pair pays for few members only.
     return kept_by_comparison(keys, n) if len(keys) <= 4 else list(kept_by_network(keys, n))
+
+
+def kept_of_distinct(keys: Sequence[Num[Array, "*shape"]], n: int) -> list[Bool[Array, "*shape"]]:
+    """Keeps the n highest keys of each group, no two of which are equal."""
+    threshold = nth_highest(keys, n)
+    return [key >= threshold for key in keys]
 
 
 def kept_by_comparison(keys: Sequence[Int[Array, "*shape"]], n: int) -> list[Bool[Array, "*shape"]]:
@@ -51,12 +57,12 @@ def kept_by_network(
         ties_left -= tied.astype(jnp.int32)
 
 
-def nth_highest(keys: Sequence[Int[Array, "*shape"]], n: int) -> Int[Array, "*shape"]:
+def nth_highest(keys: Sequence[Num[Array, "*shape"]], n: int) -> Num[Array, "*shape"]:
     """The n-th highest key of each group, by a sorting network."""
     return _sorted_descending(keys)[n - 1]
 
 
-def _sorted_descending(values: Sequence[Int[Array, "*shape"]]) -> list[Int[Array, "*shape"]]:
+def _sorted_descending(values: Sequence[Num[Array, "*shape"]]) -> list[Num[Array, "*shape"]]:
     """Sorts elementwise across arrays. XLA never computes the outputs that nobody reads."""
     # A network compares fixed pairs of positions, so "sorting" is a chain of elementwise minima and
     # maxima. XLA fuses it, which it cannot do with a sort.

@@ -31,11 +31,12 @@ import numpy as np
 from jax import lax
 
 from nmjax.masks.arguments import check_n_of_m, check_stride, group_name
-from nmjax.masks.network import kept_members, nth_highest
+from nmjax.masks.network import kept_members, kept_of_distinct, nth_highest
 from nmjax.masks.platforms import keep_primitive
 from nmjax.masks.ranking import (
     ToKeys,
     check_real_floating,
+    distinct_magnitudes,
     index,
     keep_highest,
     magnitude_keys,
@@ -174,6 +175,8 @@ def _keep_by_tpu(
     del stride
 
     def choose(members: Sequence[jax.Array]) -> list[jax.Array]:
+        if values.dtype == jnp.bfloat16 and to_keys is magnitude_keys:
+            return kept_of_distinct(distinct_magnitudes(members), n)
         return kept_members([to_keys(member) for member in members], n)
 
     return tpu.keep_in_groups(values, choose, m, axes, as_mask=as_mask, interpret=interpret)

@@ -6,7 +6,7 @@ Compared as integers, NaN, infinities, -0.0, and denormal numbers need no specia
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -97,6 +97,25 @@ def magnitude_keys(w: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
     # Without the sign bit, IEEE floats sort like the integers with the same bits. The minimum gives
     # every NaN the same key, whatever its payload.
     return jnp.minimum(bits & jnp.iinfo(bits.dtype).max, infinity + 1)
+
+
+def distinct_magnitudes(members: Sequence[Float[Array, "*shape"]]) -> list[Float[Array, "*shape"]]:
+    """Positive floats in the order of the members' |w|, the first of equals above the others.
+
+    Args:
+      members: up to 32 arrays with one member of every group each: values of bfloat16, as float32.
+    """
+    # The lower half of each is free, and its top bit too after a shift by one. So NaN and infinity
+    # become finite, and the position goes where no value reaches. With one more in the exponent,
+    # none is denormal: TPUs compare floats in one instruction, but flush those to zero.
+    keys = []
+    nan = 0x7F81 << 15
+    for j, member in enumerate(members):
+        low = 0x00800000 + len(members) - 1 - j
+        bits = lax.bitcast_convert_type(member, jnp.int32) & 0x7FFF0000
+        key = lax.bitcast_convert_type((bits >> 1) + low, jnp.float32)
+        keys.append(jnp.minimum(key, np.int32(nan + low).view(np.float32)))
+    return keys
 
 
 def signed_keys(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
