@@ -24,13 +24,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int32
+    from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 Choose = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 SUBLANES, LANES = 8, 128  # of a register of 32-bit words
 
 _BLOCK_ROWS = 2048  # 1 MiB of float32, so that copying a block takes longer than starting to
+_TILES = 4  # of 128 x 128 words, transposed at a time
+_UNROLLED = 64  # registers of words that a step of the loop takes
 _HIGH = np.int32(-(2**16))  # the bits of the odd row in a word of two bfloat16
 
 
@@ -85,8 +87,13 @@ def keep_in_groups(
     rows, columns = matrix.shape
     height = min(-(-rows // unit), max(1, _BLOCK_ROWS // unit)) * unit
     block = pl.BlockSpec((height, LANES), lambda i, j: (i, j))
-    words = round(height * words_per_row)
-    scratch = [(words, LANES), (LANES, LANES)] if along_lanes else [(words, LANES)]
+    word = jnp.float32 if words_per_row == 1 else jnp.int32
+    scratch = []
+    if along_lanes or as_mask or word == jnp.int32:
+        words = round(height * words_per_row)
+        if along_lanes:
+            words = math.gcd(words, _TILES * LANES)
+        scratch = [pltpu.VMEM((words, LANES), word)]
     result = jax.ShapeDtypeStruct(matrix.shape, jnp.int8 if as_mask else matrix.dtype)
     kept = pl.pallas_call(
         functools.partial(
@@ -96,7 +103,7 @@ def keep_in_groups(
         grid=(pl.cdiv(rows, height), pl.cdiv(columns, LANES)),
         in_specs=[block],
         out_specs=block,
-        scratch_shapes=[pltpu.VMEM(shape, jnp.int32) for shape in scratch],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=pl.CostEstimate(
             flops=matrix.size * m,
@@ -113,8 +120,7 @@ def keep_in_groups(
 def _keep_block(
     x_ref: Any,
     out_ref: Any,
-    words: Any,
-    tile: Any = None,
+    scratch: Any = None,
     *,
     choose: Choose,
     m: int,
@@ -123,35 +129,44 @@ def _keep_block(
 ) -> None:
     """The kernel's body: a block of 128 columns and whole groups."""
     packed = x_ref.dtype.itemsize == 2
-    source = x_ref.bitcast(jnp.int32)
     keep = functools.partial(
         _keep_words,
         choose=choose,
-        packed=packed,
         rows_compete=not along_lanes,
-        ones=(0x3F803F80 if packed else 0x3F800000) if as_mask else None,
+        ones=(np.int32(0x3F803F80) if packed else np.float32(1)) if as_mask else None,
     )
+    source = x_ref.bitcast(jnp.int32) if packed else x_ref
+
+    def finish(words: jax.Array, rows: Any = slice(None)) -> None:
+        kept = pltpu.bitcast(words, x_ref.dtype)
+        out_ref[rows, :] = (kept.astype(jnp.float32) != 0).astype(jnp.int8) if as_mask else kept
+
     if along_lanes:
-        _each_transposed(source, words, tile, functools.partial(_each_strided, m, keep))
+        _each_transposed(source, scratch, functools.partial(_each_strided, m, keep), finish)
+    elif scratch is None:
+        _each_strided(m, keep, source, out_ref)
     else:
-        _each_strided(m // 2 if packed else m, keep, source, words)
-    kept = pltpu.bitcast(words[...], x_ref.dtype)
-    if as_mask:
-        kept = (kept.astype(jnp.float32) != 0).astype(jnp.int8)
-    out_ref[...] = kept
+        _each_strided(m // 2 if packed else m, keep, source, scratch)
+        finish(scratch[...])
 
 
-def _each_transposed(source: Any, target: Any, tile: Any, keep_rows: Callable[..., None]) -> None:
+def _each_transposed(
+    source: Any, tiles: Any, keep_rows: Callable[..., None], finish: Callable[..., None]
+) -> None:
     """Applies `keep_rows(from, to)` to the transposed tiles of a block."""
+    # Several tiles at a time: some wait for loads while others compute.
+    size = tiles.shape[0]
+    halves = 1 if tiles.dtype == jnp.float32 else 2
 
     def step(i: Any, _: None) -> None:
-        here = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
-        tile[...] = source[here, :].T
-        keep_rows(tile, tile)
-        target[here, :] = tile[...].T
+        first = pl.multiple_of(i * size, size)
+        for j in range(0, size, LANES):
+            tiles[pl.ds(j, LANES), :] = source[pl.ds(first + j, LANES), :].T
+        keep_rows(tiles, tiles)
+        for j in range(0, size, LANES):
+            finish(tiles[pl.ds(j, LANES), :].T, pl.ds((first + j) * halves, LANES * halves))
 
-    steps = source.shape[0] // LANES
-    lax.fori_loop(0, steps, step, None, unroll=math.gcd(steps, 2))
+    lax.fori_loop(0, source.shape[0] // size, step, None)
 
 
 def _each_strided(
@@ -170,30 +185,29 @@ def _each_strided(
         for place, words in zip(member, kept, strict=True):
             to[place, :] = words
 
-    # Small steps wait for their loads, so a few run side by side.
-    lax.fori_loop(0, steps, step, None, unroll=math.gcd(steps, 8) if members <= 4 else 1)
+    # A group waits for its loads, so a few run side by side.
+    lax.fori_loop(0, steps, step, None, unroll=math.gcd(steps, _UNROLLED // members))
 
 
 def _keep_words(
-    words: Sequence[Int32[Array, "rows lanes"]],
+    words: Sequence[Shaped[Array, "rows lanes"]],
     *,
     choose: Choose,
-    packed: bool,
     rows_compete: bool,
-    ones: int | None,
+    ones: np.generic | None,
 ) -> list[jax.Array]:
     """The words with zeros for what is not kept; `ones` replaces the values that are."""
-    # bfloat16 is the upper half of float32.
-    parts = [[word << 16, word & _HIGH] if packed else [word] for word in words]
-    if rows_compete:  # The rows in a word belong to one group.
-        kept = choose([_as_float(part) for word in parts for part in word])
-        flags = [kept[i : i + len(parts[0])] for i in range(0, len(kept), len(parts[0]))]
-    else:
-        by_row = [choose([_as_float(part) for part in row]) for row in zip(*parts, strict=True)]
-        flags = [list(of_word) for of_word in zip(*by_row, strict=True)]
     values = words if ones is None else [jnp.full_like(word, ones) for word in words]
-    if not packed:
-        return [jnp.where(flag, word, 0) for (flag,), word in zip(flags, values, strict=True)]
+    if words[0].dtype == jnp.float32:
+        return [jnp.where(kept, word, 0) for kept, word in zip(choose(words), values, strict=True)]
+    # bfloat16 is the upper half of float32.
+    lower = [_as_float(word << 16) for word in words]
+    upper = [_as_float(word & _HIGH) for word in words]
+    if rows_compete:  # The rows in a word belong to one group.
+        kept = choose([half for halves in zip(lower, upper, strict=True) for half in halves])
+        flags = list(zip(kept[::2], kept[1::2], strict=True))
+    else:
+        flags = list(zip(choose(lower), choose(upper), strict=True))
     return [
         word & (jnp.where(low, 0xFFFF, 0) | jnp.where(high, _HIGH, 0))
         for (low, high), word in zip(flags, values, strict=True)
