@@ -134,6 +134,8 @@ def _keep(
     check_stride(stride)
     n, m, stride = operator.index(n), operator.index(m), operator.index(stride)
     axes = tuple(a - w.ndim for a in _group_axes(w, m, stride, axis))
+    if w.shape[axes[-1]] % (m * stride) == 0:
+        axes = axes[-1:]  # Its runs are those of all axes, and nothing has to move.
     values, to_keys = _scored(w, score)
     if as_mask:  # Scores may depend on more than the weights; no gradient passes to that, either.
         values = lax.stop_gradient(values)

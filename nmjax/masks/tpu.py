@@ -3,7 +3,8 @@
 TPU arrays lie in tiles of (8, 128) words of 32 bits. XLA relays an array out several times to cut
 groups of 4 out of such tiles. The kernel instead reads every m-th row of a block with a strided
 load, so that a register holds one member of 8 x 128 groups, and the members of a group compare
-elementwise. Groups along the last axis are first transposed, 128 x 128 words at a time.
+elementwise. Groups along the last axis are first transposed, 128 x 128 words at a time. Along an
+axis before the last two, members lie in tiles of their own already.
 
 A 32-bit word holds two rows of bfloat16. The kernel computes with words only, since not every TPU
 has 16-bit arithmetic.
@@ -31,6 +32,7 @@ Choose = Callable[[Sequence[jax.Array]], list[jax.Array]]
 SUBLANES, LANES = 8, 128  # of a register of 32-bit words
 
 _BLOCK_ROWS = 2048  # 1 MiB of float32, so that copying a block takes longer than starting to
+_MASK_ROWS = 32  # of a tile of 8-bit values
 _TILES = 4  # of 128 x 128 words, transposed at a time
 _UNROLLED = 64  # registers of words that a step of the loop takes
 _HIGH = np.int32(-(2**16))  # the bits of the odd row in a word of two bfloat16
@@ -40,8 +42,8 @@ def misfit(shape: tuple[int, ...], dtype: Any, m: int, axes: tuple[int, ...]) ->
     """Why the kernel cannot take groups of m along negative `axes`, or None."""
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}"
-    if len(shape) < 2 or axes not in ((-1,), (-2,)):
-        return f"it takes groups along one of the last two axes, not along {axes} of {len(shape)}"
+    if len(shape) < 2 or len(axes) != 1:
+        return f"it takes groups along one axis of at least two, not along {axes} of {len(shape)}"
     if not 2 <= m <= 32:
         return f"it takes groups of 2 to 32, not of {m}"
     if axes == (-1,) and LANES % m:
@@ -68,7 +70,7 @@ def keep_in_groups(
       values: float32 or bfloat16, at least two axes.
       choose: from the m members of many groups, as float32, to booleans for each, True = kept.
       m: group size; divides the size of the axis.
-      axes: `(-1,)` or `(-2,)`.
+      axes: one axis, negative.
       as_mask: True returns the mask, False the values with zeros for those not kept.
       interpret: as in `pallas_call`; runs the kernel on other platforms.
 
@@ -77,44 +79,114 @@ def keep_in_groups(
     """
     if (reason := misfit(values.shape, values.dtype, m, axes)) is not None:
         raise NotImplementedError(f"the TPU kernel cannot compute masks of groups of {m}: {reason}")
+    keep = _along_leading if axes[0] < -2 else _along_tiled
+    kept = keep(values, choose, m, axes[0], as_mask, interpret)
+    # Pallas would store booleans as 32-bit integers.
+    return (kept.astype(jnp.bool_) if as_mask else kept).reshape(values.shape)
+
+
+def _along_tiled(
+    values: Float[Array, "*shape"],
+    choose: Choose,
+    m: int,
+    axis: int,
+    as_mask: bool,
+    interpret: Any,
+) -> Shaped[Array, "rows columns"]:
+    """Groups along one of the last two axes, which the tiles cut."""
     # A stack of matrices is one tall matrix: no group crosses from one into the next.
     matrix = values.reshape(-1, values.shape[-1])
-    words_per_row = values.dtype.itemsize / 4
-    along_lanes = axes == (-1,)
-    unit = round(LANES / words_per_row) if along_lanes else SUBLANES * m
-    if as_mask:  # Masks have tiles of 32 rows.
-        unit = math.lcm(unit, 32)
+    packing = 4 // values.dtype.itemsize
+    along_lanes = axis == -1
+    unit = LANES * packing if along_lanes else SUBLANES * m
+    if as_mask:
+        unit = math.lcm(unit, _MASK_ROWS)
     rows, columns = matrix.shape
     height = min(-(-rows // unit), max(1, _BLOCK_ROWS // unit)) * unit
-    block = pl.BlockSpec((height, LANES), lambda i, j: (i, j))
-    word = jnp.float32 if words_per_row == 1 else jnp.int32
-    scratch = []
-    if along_lanes or as_mask or word == jnp.int32:
-        words = round(height * words_per_row)
-        if along_lanes:
-            words = math.gcd(words, _TILES * LANES)
-        scratch = [pltpu.VMEM((words, LANES), word)]
-    result = jax.ShapeDtypeStruct(matrix.shape, jnp.int8 if as_mask else matrix.dtype)
-    kept = pl.pallas_call(
+    words = height // packing
+    scratch = None
+    if along_lanes:
+        scratch = math.gcd(words, _TILES * LANES)
+    elif as_mask or packing > 1:
+        scratch = words
+    return _call(
         functools.partial(
             _keep_block, choose=choose, m=m, along_lanes=along_lanes, as_mask=as_mask
         ),
-        out_shape=result,
+        matrix,
         grid=(pl.cdiv(rows, height), pl.cdiv(columns, LANES)),
+        block=pl.BlockSpec((height, LANES), lambda i, j: (i, j)),
+        scratch=scratch,
+        m=m,
+        as_mask=as_mask,
+        interpret=interpret,
+    )
+
+
+def _along_leading(
+    values: Float[Array, "*shape"],
+    choose: Choose,
+    m: int,
+    axis: int,
+    as_mask: bool,
+    interpret: Any,
+) -> Shaped[Array, "before size between rows columns"]:
+    """Groups along an axis before the last two: members lie in tiles of their own."""
+    shape = values.shape
+    before, between = math.prod(shape[:axis]), math.prod(shape[axis + 1 : -2])
+    size, rows, columns = shape[axis], *shape[-2:]
+    most = max(1, _BLOCK_ROWS // m // _MASK_ROWS)
+    height = min(-(-rows // _MASK_ROWS), most) * _MASK_ROWS
+    members = min(size // m, max(1, _BLOCK_ROWS // m // height)) * m
+    return _call(
+        functools.partial(_keep_tiles, choose=choose, m=m, as_mask=as_mask),
+        values.reshape(before, size, between, rows, columns),
+        grid=(
+            before,
+            pl.cdiv(size, members),
+            between,
+            pl.cdiv(rows, height),
+            pl.cdiv(columns, LANES),
+        ),
+        block=pl.BlockSpec((1, members, 1, height, LANES), lambda *place: place),
+        scratch=None,
+        m=m,
+        as_mask=as_mask,
+        interpret=interpret,
+    )
+
+
+def _call(
+    body: Callable[..., None],
+    values: Float[Array, "*shape"],
+    *,
+    grid: tuple[int, ...],
+    block: pl.BlockSpec,
+    scratch: int | None,
+    m: int,
+    as_mask: bool,
+    interpret: Any,
+) -> Shaped[Array, "*shape"]:
+    """Runs `body` on every block, with `scratch` rows of words where it wants some."""
+    result = jax.ShapeDtypeStruct(values.shape, jnp.int8 if as_mask else values.dtype)
+    word = jnp.float32 if values.dtype == jnp.float32 else jnp.int32
+    kept: jax.Array = pl.pallas_call(
+        body,
+        out_shape=result,
+        grid=grid,
         in_specs=[block],
         out_specs=block,
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        scratch_shapes=[] if scratch is None else [pltpu.VMEM((scratch, LANES), word)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * len(grid)),
         cost_estimate=pl.CostEstimate(
-            flops=matrix.size * m,
+            flops=values.size * m,
             transcendentals=0,
-            bytes_accessed=matrix.size * (matrix.dtype.itemsize + result.dtype.itemsize),
+            bytes_accessed=values.size * (values.dtype.itemsize + result.dtype.itemsize),
         ),
         interpret=interpret,
         name=f"nm_{'mask' if as_mask else 'prune'}_{m}",
-    )(matrix)
-    # Pallas would store booleans as 32-bit integers.
-    return (kept.astype(jnp.bool_) if as_mask else kept).reshape(values.shape)
+    )(values)
+    return kept
 
 
 def _keep_block(
@@ -127,19 +199,15 @@ def _keep_block(
     along_lanes: bool,
     as_mask: bool,
 ) -> None:
-    """The kernel's body: a block of 128 columns and whole groups."""
+    """A block of 128 columns and whole groups along one of the tiled axes."""
     packed = x_ref.dtype.itemsize == 2
     keep = functools.partial(
-        _keep_words,
-        choose=choose,
-        rows_compete=not along_lanes,
-        ones=(np.int32(0x3F803F80) if packed else np.float32(1)) if as_mask else None,
+        _keep_words, choose=choose, rows_compete=not along_lanes, as_mask=as_mask
     )
-    source = x_ref.bitcast(jnp.int32) if packed else x_ref
+    source = _words(x_ref)
 
     def finish(words: jax.Array, rows: Any = slice(None)) -> None:
-        kept = pltpu.bitcast(words, x_ref.dtype)
-        out_ref[rows, :] = (kept.astype(jnp.float32) != 0).astype(jnp.int8) if as_mask else kept
+        out_ref[rows, :] = _result(words, x_ref.dtype, as_mask)
 
     if along_lanes:
         _each_transposed(source, scratch, functools.partial(_each_strided, m, keep), finish)
@@ -148,6 +216,39 @@ def _keep_block(
     else:
         _each_strided(m // 2 if packed else m, keep, source, scratch)
         finish(scratch[...])
+
+
+def _keep_tiles(x_ref: Any, out_ref: Any, *, choose: Choose, m: int, as_mask: bool) -> None:
+    """A block of whole groups along its second axis: (1, members, 1, rows, 128)."""
+    source = _words(x_ref)
+    at_once = _MASK_ROWS if as_mask else SUBLANES * (4 // x_ref.dtype.itemsize)
+    words = at_once * x_ref.dtype.itemsize // 4
+    tiles = x_ref.shape[3] // at_once
+    steps = x_ref.shape[1] // m * tiles
+
+    def step(i: Any, _: None) -> None:
+        # Not `//` and `%`, which round down and so ask for signs: i is not negative.
+        first, tile = lax.div(i, tiles) * m, lax.rem(i, tiles)
+        here = pl.ds(pl.multiple_of(tile * words, words), words)
+        there = pl.ds(pl.multiple_of(tile * at_once, at_once), at_once)
+        members = [source[0, first + j, 0, here, :] for j in range(m)]
+        kept = _keep_words(members, choose=choose, rows_compete=False, as_mask=as_mask)
+        for j, some in enumerate(kept):
+            out_ref[0, first + j, 0, there, :] = _result(some, x_ref.dtype, as_mask)
+
+    registers = m * words // SUBLANES
+    lax.fori_loop(0, steps, step, None, unroll=math.gcd(steps, max(1, _UNROLLED // registers)))
+
+
+def _words(ref: Any) -> Any:
+    """float32 as it is, and pairs of bfloat16 as 32-bit integers."""
+    return ref if ref.dtype == jnp.float32 else ref.bitcast(jnp.int32)
+
+
+def _result(words: Shaped[Array, "words lanes"], dtype: Any, as_mask: bool) -> jax.Array:
+    """What `_keep_words` made, in the dtype of the output."""
+    kept = pltpu.bitcast(words, dtype)
+    return (kept.astype(jnp.float32) != 0).astype(jnp.int8) if as_mask else kept
 
 
 def _each_transposed(
@@ -194,11 +295,13 @@ def _keep_words(
     *,
     choose: Choose,
     rows_compete: bool,
-    ones: np.generic | None,
+    as_mask: bool,
 ) -> list[jax.Array]:
-    """The words with zeros for what is not kept; `ones` replaces the values that are."""
-    values = words if ones is None else [jnp.full_like(word, ones) for word in words]
-    if words[0].dtype == jnp.float32:
+    """The words with zeros for what is not kept, and for a mask ones for what is."""
+    whole = words[0].dtype == jnp.float32
+    ones = np.float32(1) if whole else np.int32(0x3F803F80)
+    values = [jnp.full_like(word, ones) for word in words] if as_mask else words
+    if whole:
         return [jnp.where(kept, word, 0) for kept, word in zip(choose(words), values, strict=True)]
     # bfloat16 is the upper half of float32.
     lower = [_as_float(word << 16) for word in words]

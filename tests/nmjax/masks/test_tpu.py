@@ -50,6 +50,7 @@ def check_kernel(shape, dtype, n, m, axis):
         ((2, 20, 24), "bfloat16", 2, 4, -2),
         ((3, 132), "bfloat16", 2, 4, -1),
         ((9, 6), "float32", 1, 3, -2),
+        ((2, 12, 3, 5, 130), "bfloat16", 2, 4, -4),  # Along a leading axis.
     ],
 )
 def test_kernel_equals_nm_mask(shape, dtype, n, m, axis):
@@ -66,6 +67,9 @@ def test_kernel_equals_nm_mask(shape, dtype, n, m, axis):
         ((5, 48), "bfloat16", 4, 8, -1),
         ((64, 5), "bfloat16", 1, 16, -2),
         ((32, 5), "float32", 8, 32, -2),
+        ((600, 8), "bfloat16", 1, 8, -1),
+        ((18, 40, 6), "float32", 1, 3, -3),
+        ((68, 33, 6), "float32", 2, 4, -3),  # More than one block.
     ],
 )
 def test_kernel_equals_nm_mask_elsewhere(shape, dtype, n, m, axis):
@@ -82,7 +86,7 @@ def test_kernel_ranks_by_value_too():
     ("shape", "dtype", "n", "m", "axis", "words"),
     [
         ((8, 8), "float16", 2, 4, -2, "float16"),
-        ((8, 8, 8), "float32", 2, 4, -3, "along one of the last two axes"),
+        ((8,), "float32", 2, 4, -1, "along one axis of at least two"),
         ((128, 8), "float32", 2, 64, -2, "groups of 2 to 32"),
         ((8, 9), "float32", 1, 3, -1, "if m divides 128"),
         ((9, 8), "bfloat16", 1, 3, -2, "if m is even"),
