@@ -130,13 +130,18 @@ def _along_leading(
     axis: int,
     as_mask: bool,
     interpret: Any,
-) -> Shaped[Array, "before size between rows columns"]:
+) -> Shaped[Array, "*result"]:
     """Groups along an axis before the last two: members lie in tiles of their own."""
     shape = values.shape
+    if LANES % m == 0 and _padding(*shape[-2:]) > _padding(shape[-1], shape[axis]):
+        # XLA lays such weights out with this axis last, so moving it there moves nothing.
+        moved = jnp.moveaxis(values, axis, -1)
+        kept = _along_tiled(moved, choose, m, -1, as_mask, interpret).reshape(moved.shape)
+        return jnp.moveaxis(kept, -1, axis)
     before, between = math.prod(shape[:axis]), math.prod(shape[axis + 1 : -2])
     size, rows, columns = shape[axis], *shape[-2:]
-    most = max(1, _BLOCK_ROWS // m // _MASK_ROWS)
-    height = min(-(-rows // _MASK_ROWS), most) * _MASK_ROWS
+    unit = _tile_rows(values.dtype, as_mask)
+    height = min(-(-rows // unit), max(1, _BLOCK_ROWS // m // unit)) * unit
     members = min(size // m, max(1, _BLOCK_ROWS // m // height)) * m
     return _call(
         functools.partial(_keep_tiles, choose=choose, m=m, as_mask=as_mask),
@@ -154,6 +159,12 @@ def _along_leading(
         as_mask=as_mask,
         interpret=interpret,
     )
+
+
+def _padding(rows: int, columns: int) -> float:
+    """The size of a matrix's tiles over that of the matrix."""
+    tiles = -(-rows // SUBLANES) * -(-columns // LANES)
+    return tiles * SUBLANES * LANES / (rows * columns)
 
 
 def _call(
@@ -177,7 +188,7 @@ def _call(
         in_specs=[block],
         out_specs=block,
         scratch_shapes=[] if scratch is None else [pltpu.VMEM((scratch, LANES), word)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * len(grid)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=[pltpu.PARALLEL] * len(grid)),
         cost_estimate=pl.CostEstimate(
             flops=values.size * m,
             transcendentals=0,
@@ -221,7 +232,7 @@ def _keep_block(
 def _keep_tiles(x_ref: Any, out_ref: Any, *, choose: Choose, m: int, as_mask: bool) -> None:
     """A block of whole groups along its second axis: (1, members, 1, rows, 128)."""
     source = _words(x_ref)
-    at_once = _MASK_ROWS if as_mask else SUBLANES * (4 // x_ref.dtype.itemsize)
+    at_once = _tile_rows(x_ref.dtype, as_mask)
     words = at_once * x_ref.dtype.itemsize // 4
     tiles = x_ref.shape[3] // at_once
     steps = x_ref.shape[1] // m * tiles
@@ -238,6 +249,11 @@ def _keep_tiles(x_ref: Any, out_ref: Any, *, choose: Choose, m: int, as_mask: bo
 
     registers = m * words // SUBLANES
     lax.fori_loop(0, steps, step, None, unroll=math.gcd(steps, max(1, _UNROLLED // registers)))
+
+
+def _tile_rows(dtype: Any, as_mask: bool) -> int:
+    """Rows of the tiles of both values and result."""
+    return _MASK_ROWS if as_mask else SUBLANES * (4 // np.dtype(dtype).itemsize)
 
 
 def _words(ref: Any) -> Any:

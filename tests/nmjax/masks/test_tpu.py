@@ -69,7 +69,8 @@ def test_kernel_equals_nm_mask(shape, dtype, n, m, axis):
         ((32, 5), "float32", 8, 32, -2),
         ((600, 8), "bfloat16", 1, 8, -1),
         ((18, 40, 6), "float32", 1, 3, -3),
-        ((68, 33, 6), "float32", 2, 4, -3),  # More than one block.
+        ((68, 7, 130), "bfloat16", 2, 4, -3),  # More than one block.
+        ((68, 33, 6), "float32", 2, 4, -3),  # Laid out with this axis last.
     ],
 )
 def test_kernel_equals_nm_mask_elsewhere(shape, dtype, n, m, axis):
@@ -172,6 +173,10 @@ for dtype in ("float32", "bfloat16"):
         check(on_chip("v5e", shape, dtype), 2, 4, axis, 1)
 for n, m in ((4, 8), (1, 16), (8, 32)):
     check(on_chip("v5e", shape, "float32"), n, m, -2, 1)
+for dtype in ("float32", "bfloat16"):
+    check(on_chip("v5e", (4096, 32, 128), dtype), 2, 4, -3, 1)  # Inputs of heads.
+    check(on_chip("v5e", (4096, 12, 64), dtype), 2, 4, -3, 1)
+    check(on_chip("v5e", (32, 128, 4096), dtype), 2, 4, (-3, -2), 1)  # Heads to outputs.
 devices = np.array(tpu_devices("v5e")).reshape(2, 2)
 mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 for spec in (P("data", "model"), P(("data", "model"), None)):
