@@ -26,7 +26,7 @@ from jax import lax
 from nmjax.kernels.calls import batched, result_like
 from nmjax.kernels.operands import Activation
 from nmjax.kernels.reference import dense_product, finish
-from nmjax.kernels.tpu.placement import on_whole_operands
+from nmjax.kernels.tpu.placement import explicit_axes, on_shards, on_whole_operands
 from nmjax.packed.tiled import TiledNM, Tiling, tiling
 from nmjax.packed.weight import Packed
 from nmjax.patterns.nm import NM
@@ -76,8 +76,15 @@ def matmul(
     """
     check(x.dtype, packed, x.shape[0])
     tiled = packed if isinstance(packed, TiledNM) else TiledNM.of(packed)
+    call = partial(_call, activation, interpret, may_unpack)
+    if axes := explicit_axes(x, tiled):
+
+        def shard(x: jax.Array, tiled: TiledNM, *vectors: jax.Array | None) -> jax.Array:
+            return call(x, (tiled, vectors[0]), vectors[1])
+
+        return on_shards(shard, axes, x, tiled, scales, bias)
     # Beyond one batch of rows, `jax.vmap` adds more rows to the same weight.
-    return batched(partial(_call, activation, interpret, may_unpack), x, (tiled, scales), bias)
+    return batched(call, x, (tiled, scales), bias)
 
 
 def check(dtype: np.dtype, packed: Packed, rows: int = 1) -> None:
