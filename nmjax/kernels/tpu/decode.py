@@ -35,8 +35,8 @@ from nmjax.patterns.nm import NM
 _ROWS, _OUTPUTS = 256, 512
 # Outputs that it multiplies at a time, so that what it rebuilds stays in registers.
 _CHUNK_OUTPUTS = 256
-# With so few rows, the kernel's loop over groups is unrolled. With more, the matrix unit has enough
-# to do in each iteration, and compiling the loop unrolled would take minutes.
+# With so few rows and n up to 2, the kernel's loop over groups is unrolled. Otherwise an iteration
+# has enough to do, and the unrolled loop would compile several times as long.
 _FEW_ROWS = 64
 # Lanes of a register, and how many of them a small product may reorder.
 _LANES, _MIXED = 128, 256
@@ -205,8 +205,9 @@ def _planes_product(
     block = way.block(groups)
     block_rows, block_outputs = min(rows, _ROWS), min(outputs, _OUTPUTS)
     grid = (pl.cdiv(rows, block_rows), pl.cdiv(outputs, block_outputs), groups // block)
+    unroll = not interpret and block_rows <= _FEW_ROWS and pattern.n <= 2
     y: jax.Array = pl.pallas_call(
-        partial(_kernel, pattern, way, not interpret and block_rows <= _FEW_ROWS),
+        partial(_kernel, pattern, way, unroll),
         grid=grid,
         in_specs=[
             pl.BlockSpec((block_rows, block * pattern.m), lambda r, o, g: (r, g)),

@@ -55,7 +55,7 @@ def assert_exact(x, packed, **arguments):
     [
         ("2:4", (200, 140), 3, jnp.float8_e5m2),
         pytest.param("1:8", (640, 100), 1, jnp.float8_e5m2, marks=pytest.mark.slow),
-        ("2:4", (96, 20), 64, jnp.int8),
+        pytest.param("2:4", (96, 20), 64, jnp.int8, marks=pytest.mark.slow),
         pytest.param("3:6", (36, 17), 2, jnp.bfloat16, marks=pytest.mark.slow),
         ("1:4", (16, 520), 257, jnp.bfloat16),  # two blocks of rows and of outputs
         pytest.param("5:8", (64, 16), 2, jnp.bfloat16, marks=pytest.mark.slow),
