@@ -24,6 +24,7 @@ from nmjax.kernels.gpu.devices import check_gpu
 from nmjax.kernels.operands import Activation, Padding, as_window
 from nmjax.kernels.tpu import decode as tpu
 from nmjax.kernels.tpu.devices import check_tpu
+from nmjax.kernels.tpu.placement import explicit_axes
 from nmjax.masks.scores import as_array
 from nmjax.packed.tiled import TiledNM
 from nmjax.packed.weight import Packed
@@ -150,7 +151,8 @@ def packed_matmul(
     `jax.shard_map`, the arrays of `packed` may be a shard of its outputs; the result is then that
     shard's. Under `jax.jit` on a mesh with automatic axes, a sharded batch of `x` and sharded
     outputs (the last axis of an N:M weight's arrays, the first of a 1xN weight's) stay sharded
-    without communication. Operands sharded over explicit axes take the unpacked product.
+    without communication. Operands sharded over explicit axes take the unpacked product, unless the
+    weight is laid out for TPUs and only rows of `x` and outputs are sharded.
 
     On one CPU device, an infinity or NaN in `x` never meets a dropped weight. With several devices,
     or on other platforms, plain XLA inside `jax.jit` multiplies it by the zero of the dropped
@@ -300,6 +302,8 @@ def _select(x: jax.Array, packed: Packed, rows: int, implementation: Implementat
     """
     # The compiler cannot split a custom call over explicit axes.
     cut = any(any(jax.typeof(operand).sharding.spec) for operand in jax.tree.leaves((x, packed)))
+    if cut and isinstance(packed, TiledNM):
+        cut = explicit_axes(x, packed) is None
     if implementation is None:
         if cut:
             return Choice("xla", "sharded over explicit axes of a mesh")

@@ -26,7 +26,7 @@ from jax import lax
 from nmjax.kernels.calls import batched, result_like
 from nmjax.kernels.operands import Activation
 from nmjax.kernels.reference import dense_product, finish
-from nmjax.kernels.tpu.placement import on_whole_operands
+from nmjax.kernels.tpu.placement import explicit_axes, on_shards, on_whole_operands
 from nmjax.packed.tiled import TiledNM, Tiling, tiling
 from nmjax.packed.weight import Packed
 from nmjax.patterns.nm import NM
@@ -35,8 +35,8 @@ from nmjax.patterns.nm import NM
 _ROWS, _OUTPUTS = 256, 512
 # Outputs that it multiplies at a time, so that what it rebuilds stays in registers.
 _CHUNK_OUTPUTS = 256
-# With so few rows, the kernel's loop over groups is unrolled. With more, the matrix unit has enough
-# to do in each iteration, and compiling the loop unrolled would take minutes.
+# With so few rows and n up to 2, the kernel's loop over groups is unrolled. Otherwise an iteration
+# has enough to do, and the unrolled loop would compile several times as long.
 _FEW_ROWS = 64
 # Lanes of a register, and how many of them a small product may reorder.
 _LANES, _MIXED = 128, 256
@@ -76,8 +76,15 @@ def matmul(
     """
     check(x.dtype, packed, x.shape[0])
     tiled = packed if isinstance(packed, TiledNM) else TiledNM.of(packed)
+    call = partial(_call, activation, interpret, may_unpack)
+    if axes := explicit_axes(x, tiled):
+
+        def shard(x: jax.Array, tiled: TiledNM, *vectors: jax.Array | None) -> jax.Array:
+            return call(x, (tiled, vectors[0]), vectors[1])
+
+        return on_shards(shard, axes, x, tiled, scales, bias)
     # Beyond one batch of rows, `jax.vmap` adds more rows to the same weight.
-    return batched(partial(_call, activation, interpret, may_unpack), x, (tiled, scales), bias)
+    return batched(call, x, (tiled, scales), bias)
 
 
 def check(dtype: np.dtype, packed: Packed, rows: int = 1) -> None:
@@ -198,8 +205,9 @@ def _planes_product(
     block = way.block(groups)
     block_rows, block_outputs = min(rows, _ROWS), min(outputs, _OUTPUTS)
     grid = (pl.cdiv(rows, block_rows), pl.cdiv(outputs, block_outputs), groups // block)
+    unroll = not interpret and block_rows <= _FEW_ROWS and pattern.n <= 2
     y: jax.Array = pl.pallas_call(
-        partial(_kernel, pattern, way, not interpret and block_rows <= _FEW_ROWS),
+        partial(_kernel, pattern, way, unroll),
         grid=grid,
         in_specs=[
             pl.BlockSpec((block_rows, block * pattern.m), lambda r, o, g: (r, g)),

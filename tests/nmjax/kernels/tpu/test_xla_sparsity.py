@@ -15,7 +15,14 @@ def packed(pattern, dtype=jnp.float8_e4m3fn):
     return prune_and_pack(params, nmjax.make_plan(params, pattern))["kernel"]
 
 
-@pytest.mark.parametrize("pattern", ["1:2", "1:4", "1:6"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param("1:2", marks=pytest.mark.slow),
+        "1:4",
+        pytest.param("1:6", marks=pytest.mark.slow),
+    ],
+)
 def test_both_ways_are_exact(pattern):
     weight = packed(pattern)
     values, positions = to_xla(weight)
