@@ -54,9 +54,6 @@ def decaying_mask(
     In a frame the masks are hard and the gradient is that of STE; the forward pass is dense until
     `begin`, and the last frame goes on after `end`. Call `refresh` before every step.
 
-    At 1:16 under SGD, the exponential decay with SR-STE's pull beats SR-STE in the project's first
-    trials; under Adam, the scaled gradient without a pull does.
-
     Args:
       plan: from `nmjax.make_plan`; with a decaying structure, all its patterns are N:M.
       begin: optimizer step at which the decay begins.

@@ -50,8 +50,7 @@ def max_q(
     all weights at one tap, for convolutions with several taps only. The gradient passes straight
     through, not multiplied by m. Masks are recomputed from the weights in every forward pass.
 
-    The ramp alone is `soft=False`; the soft mask alone is `ramp=None`. In the project's first
-    trials at 1:16 the ramp did better without the soft mask, and reversed it did not help.
+    The ramp alone is `soft=False`; the soft mask alone is `ramp=None`.
 
     Args:
       plan: from `nmjax.make_plan`, with N:M patterns.
