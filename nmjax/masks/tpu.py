@@ -79,10 +79,25 @@ def keep_in_groups(
     """
     if (reason := misfit(values.shape, values.dtype, m, axes)) is not None:
         raise NotImplementedError(f"the TPU kernel cannot compute masks of groups of {m}: {reason}")
+    if (other := _axis_by_columns(values, m, axes)) is not None:
+        # A kernel reads arrays by rows, and XLA would copy these. Their transpose moves nothing.
+        return keep_in_groups(values.mT, choose, m, other, as_mask=as_mask, interpret=interpret).mT
     keep = _along_leading if axes[0] < -2 else _along_tiled
     kept = keep(values, choose, m, axes[0], as_mask, interpret)
     # Pallas would store booleans as 32-bit integers.
     return (kept.astype(jnp.bool_) if as_mask else kept).reshape(values.shape)
+
+
+def _axis_by_columns(values: jax.Array, m: int, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where groups lie in the transpose, if XLA stores such matrices by columns.
+
+    It does where that fills fewer tiles, as those of 512 x 1376. None if the kernel cannot use it.
+    """
+    rows, columns = values.shape[-2:]
+    other = {(-2,): (-1,), (-1,): (-2,)}.get(axes)
+    if other is None or _padding(rows, columns) <= _padding(columns, rows):
+        return None
+    return other if misfit(values.mT.shape, values.dtype, m, other) is None else None
 
 
 def _along_tiled(

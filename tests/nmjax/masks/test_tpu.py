@@ -50,6 +50,7 @@ def check_kernel(shape, dtype, n, m, axis):
         ((2, 20, 24), "bfloat16", 2, 4, -2),
         ((3, 132), "bfloat16", 2, 4, -1),
         ((9, 6), "float32", 1, 3, -2),
+        ((2, 64, 12), "float32", 2, 4, -2),  # XLA stores these by columns.
         ((2, 12, 3, 5, 130), "bfloat16", 2, 4, -4),  # Along a leading axis.
     ],
 )
@@ -61,7 +62,7 @@ def test_kernel_equals_nm_mask(shape, dtype, n, m, axis):
 @pytest.mark.parametrize(
     ("shape", "dtype", "n", "m", "axis"),
     [
-        ((2100, 8), "float32", 2, 4, -2),  # More than one block.
+        ((2100, 128), "float32", 2, 4, -2),  # More than one block.
         ((36, 132), "float32", 2, 4, -1),
         ((40, 8), "float32", 4, 8, -2),
         ((5, 48), "bfloat16", 4, 8, -1),
