@@ -5,12 +5,13 @@
 
 Nothing runs on such a device: the numbers are what the vendors' compilers say of the programs
 that they make. Each row is kept in runs/aot as soon as it is computed; --again computes it once
-more. The JSON file in results/ has all rows that are kept.
+more. The JSON file in results/ has all rows that are kept, and what it had of other rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -84,9 +85,11 @@ def _write(kept: Path) -> None:
     compilers.set_up()
     from experiments.benchmarks.aot.page import tables
     from experiments.benchmarks.aot.rows import collect
-    from experiments.benchmarks.timing import write_results
+    from experiments.benchmarks.timing import RESULTS, write_results
 
-    rows = collect(kept)
+    written = RESULTS / "aot.json"
+    earlier = json.loads(written.read_text())["results"]["rows"] if written.exists() else []
+    rows = collect(kept, earlier)
     versions = {name: _version(name) for name in ("libtpu", "jax-cuda13-pjrt", "qwix")}
     file = write_results("aot", {"compilers": versions, "rows": rows})
     print(tables(rows))

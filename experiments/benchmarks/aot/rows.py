@@ -58,10 +58,11 @@ def kept(folder: Path, key: str) -> Path:
     return folder / (key.replace("/", "__").replace(":", "-") + ".json")
 
 
-def collect(folder: Path) -> list[dict[str, Any]]:
-    """All rows that a folder keeps, by key."""
-    rows = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-    return sorted(rows, key=lambda row: str(row["key"]))
+def collect(folder: Path, earlier: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """All rows that a folder keeps, and those of earlier runs that it does not have, by key."""
+    kept_here = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    rows = {str(row["key"]): row for row in [*earlier, *kept_here]}
+    return [rows[key] for key in sorted(rows)]
 
 
 def _short(found: dict[str, Any]) -> str:

@@ -173,6 +173,8 @@ def test_rows_are_kept(tmp_path, capsys):
     first, second = rows.collect(tmp_path)
     assert (first["key"], first["ratio"]) == ("masks/v5e/2:4", 1.5)
     assert second["refused"] == "no such unit"
+    earlier = [{"key": "gpu/2:4", "kernels": 1}, {"key": "masks/v5e/2:4", "ratio": 14.0}]
+    assert rows.collect(tmp_path, earlier) == [earlier[0], first, second]
     assert "[1/1] masks/v5e/2:4: ratio 1.5" in capsys.readouterr().out
 
 
