@@ -180,6 +180,7 @@ def packed_matmul(
       ValueError: shapes do not fit; an unknown activation or implementation.
       NotImplementedError: the implementation asked for cannot take these operands.
 
+    >>> import jax.numpy as jnp
     >>> import nmjax
     >>> params = {"kernel": jnp.array([[1.0, 5.0], [2.0, 6.0], [3.0, 7.0], [4.0, 8.0]])}
     >>> plan = nmjax.make_plan(params, "2:4")

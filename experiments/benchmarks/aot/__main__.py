@@ -88,7 +88,7 @@ def _write(kept: Path) -> None:
     from experiments.benchmarks.timing import RESULTS, write_results
 
     written = RESULTS / "aot.json"
-    earlier = json.loads(written.read_text())["results"]["rows"] if written.exists() else []
+    earlier = json.loads(written.read_text("utf-8"))["results"]["rows"] if written.exists() else []
     rows = collect(kept, earlier)
     versions = {name: _version(name) for name in ("libtpu", "jax-cuda13-pjrt", "qwix")}
     file = write_results("aot", {"compilers": versions, "rows": rows})

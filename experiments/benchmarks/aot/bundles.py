@@ -68,7 +68,7 @@ def kernels(folder: Path) -> list[Kernel]:
         name = re.match(r"\d+-(.+)-\d+-final_bundles\.txt", file.name)
         # Two files begin alike: an analysis and the schedule itself.
         if name and "schedule-analysis" not in file.name and "<" not in file.name:
-            text = file.read_text(errors="replace")
+            text = file.read_text("utf-8", errors="replace")
             found.append(Kernel(name[1], *schedule(text)))
     return sorted(found, key=lambda kernel: -kernel.cycles)
 

@@ -60,7 +60,7 @@ def kept(folder: Path, key: str) -> Path:
 
 def collect(folder: Path, earlier: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     """All rows that a folder keeps, and those of earlier runs that it does not have, by key."""
-    kept_here = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    kept_here = [json.loads(file.read_text("utf-8")) for file in folder.glob("*.json")]
     rows = {str(row["key"]): row for row in [*earlier, *kept_here]}
     return [rows[key] for key in sorted(rows)]
 

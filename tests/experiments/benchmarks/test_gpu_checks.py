@@ -46,8 +46,10 @@ def on_cpu(library, monkeypatch, tmp_path):
     """As on a machine that has cuSPARSELt and a GPU."""
     state = CusparseLt("1.2.3", library=library)
     monkeypatch.setattr(cusparselt, "load_cusparselt", lambda: state)
-    for module in (cusparselt, matmul, dense_layer):
+    for module in (cusparselt, dense_layer):
         monkeypatch.setattr(module, "check_gpu", lambda *dtype: None)
+    row = matmul.IMPLEMENTATIONS["cusparselt"]._replace(check=cusparselt.check)
+    monkeypatch.setitem(matmul.IMPLEMENTATIONS, "cusparselt", row)
     monkeypatch.setenv("NMJAX_CACHE_DIR", str(tmp_path))
     jax.clear_caches()
 
