@@ -94,7 +94,8 @@ def _axis_by_columns(values: jax.Array, m: int, axes: tuple[int, ...]) -> tuple[
     It does where that fills fewer tiles, as those of 512 x 1376. None if the kernel cannot use it.
     """
     rows, columns = values.shape[-2:]
-    other = {(-2,): (-1,), (-1,): (-2,)}.get(axes)
+    transposed: dict[tuple[int, ...], tuple[int, ...]] = {(-2,): (-1,), (-1,): (-2,)}
+    other = transposed.get(axes)
     if other is None or _padding(rows, columns) <= _padding(columns, rows):
         return None
     return other if misfit(values.mT.shape, values.dtype, m, other) is None else None
