@@ -33,7 +33,7 @@ models: $(READY)  ## install other libraries' models; without them, the tests th
 train: $(READY)  ## compare the methods on scikit-learn's digits (5 to 10 minutes on two cores)
 	$(BIN)/python -m experiments.compare $(ARGS)
 
-test: $(READY)  ## run the tests, except the slow ones (under 10 minutes on two cores)
+test: $(READY)  ## run the tests, except the slow ones (about 10 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not strict" $(ARGS)
 
 test-slow: $(READY)  ## run the tests that take minutes each
