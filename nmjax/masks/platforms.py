@@ -129,7 +129,7 @@ def _lower_for_tpu(
     (source,), (result,) = ctx.avals_in, ctx.avals_out
     if not tpu_takes(source.shape, source.dtype, **rule):
         return plain(ctx, values, **rule)
-    if _is_whole(ctx.module_context.axis_context):
+    if is_whole(ctx.module_context.axis_context):
         # A kernel sees one device's values and nothing of mesh axes.
         ctx = ctx.replace(avals_in=[_bare(source)], avals_out=[_bare(result)])
         keep = functools.partial(by_tpu, **rule)
@@ -156,7 +156,7 @@ def _axes_to_take_apart(sharding: Any) -> set[str] | None:
     return rest if rest and rest == set(mesh.explicit_axes) else None
 
 
-def _is_whole(context: Any) -> bool:
+def is_whole(context: Any) -> bool:
     """Whether a device computes on arrays as the program has them: nothing is left to partition."""
     if hasattr(context, "manual_axes"):
         manual = set(context.manual_axes) | set(context.mesh.manual_axes)

@@ -7,6 +7,7 @@ through `jax.jit`, `jax.tree.map`, `jax.device_put` and checkpoints like any oth
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from functools import partial
 from typing import Any
@@ -163,6 +164,8 @@ def check_pattern(params: Any, plan: Plan, complaint: str) -> None:
 
 
 def _pack_leaf(w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Packed:
+    # How the dense weight lies on a mesh says nothing of the packed arrays, and is not in files.
+    leaf_plan = dataclasses.replace(leaf_plan, sharding=None)
     return Packed.kind_for(leaf_plan.pattern).pack(jnp.asarray(w), jnp.asarray(mask), leaf_plan)
 
 

@@ -1,5 +1,6 @@
 """`python -m experiments.train`: how a process ends."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -85,16 +86,18 @@ def test_only_an_interrupted_process_skips_the_exit_of_python(status):
 @pytest.mark.slow
 def test_ctrl_c_while_the_first_step_is_compiled(tmp_path):
     flags = ["--epochs", "12", "--method", "subp", "--pattern", "1x4@0.5", "--batch-size", "256"]
+    # Compiled from nothing, which takes seconds, and says when it begins.
+    modes = {"JAX_LOG_COMPILES": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.train", *flags, "--runs-dir", str(tmp_path)],
         cwd=ROOT,
+        env={**os.environ, **modes},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while "output folder:" not in process.stdout.readline():
+    while "Compiling jit(_step)" not in process.stderr.readline():
         assert process.poll() is None, process.communicate()
-    time.sleep(5)
     process.send_signal(signal.SIGINT)
     out, _ = end(process, status=130)
     assert "stopped; --resume continues from epoch 0" in out

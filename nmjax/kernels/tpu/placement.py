@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from nmjax.masks.platforms import is_whole
+
 
 def on_whole_operands(
     kernel: Callable[..., jax.Array], otherwise: Callable[..., jax.Array] | None, *operands: Any
@@ -108,18 +110,10 @@ def _lower(on_tpu: bool, ctx: Any, *values: Any, kernel: Any, otherwise: Any) ->
     from jax.extend.core import jaxpr_as_fun
     from jax.interpreters import mlir
 
-    chosen = kernel if on_tpu and _is_whole(ctx.module_context.axis_context) else otherwise
+    chosen = kernel if on_tpu and is_whole(ctx.module_context.axis_context) else otherwise
     if chosen is None:
         raise NotImplementedError(
             'implementation="tpu" runs on TPUs, on one device or inside jax.shard_map: the '
             "compiler cannot split its kernel over the automatic axes of a mesh"
         )
     return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(ctx, *values)
-
-
-def _is_whole(context: Any) -> bool:
-    """Whether a program is for one device, or its current part is."""
-    mesh = getattr(context, "mesh", None)
-    if mesh is None:
-        return getattr(context, "num_devices", 1) == 1
-    return mesh.size == 1 or set(context.manual_axes) == set(mesh.axis_names)

@@ -157,3 +157,10 @@ for pattern in ("2:4", "1:4", "4:8"):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_compiled_for_tpus_nothing_is_moved():
     subprocess.run([sys.executable, "-c", COMPILED], check=True)
+
+
+def test_packed_weights_do_not_remember_the_mesh(mesh):
+    params, plan = stacked(mesh)
+    pruned = nmjax.prune(params, plan)
+    packed = nmjax.pack(pruned, nmjax.shard_plan(params, plan))
+    assert jax.tree.structure(packed) == jax.tree.structure(nmjax.pack(pruned, plan))
