@@ -1,18 +1,18 @@
-"""Methods of sparse training: the contract, one file per method, and schedules."""
+"""Methods of sparse training: the contract, schedules, and one file per method."""
 
-from nmjax.methods._cast import CastState, ScaleByAdamSState, cast
-from nmjax.methods._decaying_mask import decaying_mask
-from nmjax.methods._dense import dense, dense_then
-from nmjax.methods._hu_2024 import Hu2024State, hu_2024
-from nmjax.methods._lbc import LbcState, LearnCandidatesState, lbc
-from nmjax.methods._max_q import max_q
-from nmjax.methods._one_shot import OneShotState, one_shot
-from nmjax.methods._s_ste import SSteState, s_ste, s_ste_scale
-from nmjax.methods._soft_uniform_blocks import SoftBlocksState, soft_uniform_blocks
-from nmjax.methods._step import ScaleByStepState, StepState, step
-from nmjax.methods._straight_through import straight_through
+from nmjax.methods.from_weights._decaying_mask import decaying_mask
+from nmjax.methods.from_weights._dense import dense, dense_then
+from nmjax.methods.from_weights._max_q import max_q
+from nmjax.methods.from_weights._straight_through import straight_through
 from nmjax.methods.schedules import cosine_ramp, cubic_ramp, exponential_ramp, linear_ramp
 from nmjax.methods.sparsifier import Clock, Method, Sparsifier
+from nmjax.methods.with_memory._hu_2024 import Hu2024State, hu_2024
+from nmjax.methods.with_memory._one_shot import OneShotState, one_shot
+from nmjax.methods.with_memory._s_ste import SSteState, s_ste, s_ste_scale
+from nmjax.methods.with_memory._soft_uniform_blocks import SoftBlocksState, soft_uniform_blocks
+from nmjax.methods.with_optimizer._cast import CastState, ScaleByAdamSState, cast
+from nmjax.methods.with_optimizer._lbc import LbcState, LearnCandidatesState, lbc
+from nmjax.methods.with_optimizer._step import ScaleByStepState, StepState, step
 
 __all__ = [
     "CastState",

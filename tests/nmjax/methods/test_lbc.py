@@ -11,7 +11,7 @@ import pytest
 
 import nmjax
 from nmjax import methods
-from nmjax.methods._lbc import _live_count
+from nmjax.methods.with_optimizer._lbc import _live_count
 from tests.nmjax.methods.replay import PARAMS, W, gradient, plan_of, replay, sgd, train
 
 RATE, MOMENTUM, DECAY, BEGIN, END = 0.05, 0.9, 0.01, 2, 18

@@ -1,0 +1,1 @@
+"""Methods whose masks follow from the weights and the step."""

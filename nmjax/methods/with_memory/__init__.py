@@ -1,0 +1,1 @@
+"""Methods that remember masks or scales from one step to the next."""

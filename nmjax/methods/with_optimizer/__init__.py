@@ -1,0 +1,1 @@
+"""Methods that bring their own part of the optimizer."""
