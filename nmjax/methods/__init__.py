@@ -4,8 +4,11 @@ from nmjax.methods.from_weights._decaying_mask import decaying_mask
 from nmjax.methods.from_weights._dense import dense, dense_then
 from nmjax.methods.from_weights._max_q import max_q
 from nmjax.methods.from_weights._straight_through import straight_through
+from nmjax.methods.products._matmul import training_matmul
+from nmjax.methods.products._mvue import mvue_24
 from nmjax.methods.schedules import cosine_ramp, cubic_ramp, exponential_ramp, linear_ramp
 from nmjax.methods.sparsifier import Clock, Method, Sparsifier
+from nmjax.methods.with_memory._bi_mask import BiMaskState, backward_weights, bi_mask
 from nmjax.methods.with_memory._hu_2024 import Hu2024State, hu_2024
 from nmjax.methods.with_memory._one_shot import OneShotState, one_shot
 from nmjax.methods.with_memory._s_ste import SSteState, s_ste, s_ste_scale
@@ -15,6 +18,7 @@ from nmjax.methods.with_optimizer._lbc import LbcState, LearnCandidatesState, lb
 from nmjax.methods.with_optimizer._step import ScaleByStepState, StepState, step
 
 __all__ = [
+    "BiMaskState",
     "CastState",
     "Clock",
     "Hu2024State",
@@ -28,6 +32,8 @@ __all__ = [
     "SoftBlocksState",
     "Sparsifier",
     "StepState",
+    "backward_weights",
+    "bi_mask",
     "cast",
     "cosine_ramp",
     "cubic_ramp",
@@ -39,10 +45,12 @@ __all__ = [
     "lbc",
     "linear_ramp",
     "max_q",
+    "mvue_24",
     "one_shot",
     "s_ste",
     "s_ste_scale",
     "soft_uniform_blocks",
     "step",
     "straight_through",
+    "training_matmul",
 ]

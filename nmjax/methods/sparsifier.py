@@ -195,6 +195,12 @@ def check_rates(**rates: float) -> None:
             raise ValueError(f"{name} is a rate of decay, 0 <= {name} < 1; got {rate}")
 
 
+def is_due(step: jax.Array, last: chex.Numeric, every: int) -> jax.Array:
+    """Whether a multiple of `every` steps lies between two refreshes, or at the later one."""
+    # Not `step % every == 0`: a loop that refreshes once per epoch may skip every multiple.
+    return step // every != jnp.asarray(last) // every
+
+
 def _shown(step: Any) -> str:
     return "an unknown step" if isinstance(step, jax.core.Tracer) else str(step)
 

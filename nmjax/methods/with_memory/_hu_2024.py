@@ -18,6 +18,7 @@ from nmjax.methods.sparsifier import (
     check_step,
     check_steps,
     export_masked,
+    is_due,
     map_planned,
     masks_of,
 )
@@ -119,7 +120,8 @@ def _sparsifier(plan: Plan, every: int, dense_from: int | None) -> Sparsifier:
         check_step(step)
         old = masks_of(state, Hu2024State)
         step = jnp.asarray(step, jnp.int32)
-        masks = lax.cond(step % every == 0, lambda: masks_for(params), lambda: dict(old))
+        due = is_due(step, state.step, every)
+        masks = lax.cond(due, lambda: masks_for(params), lambda: dict(old))
         return Hu2024State(masks, step)
 
     def apply(params: chex.ArrayTree, state: Hu2024State) -> chex.ArrayTree:

@@ -18,6 +18,7 @@ from nmjax.methods.sparsifier import (
     check_count,
     check_rates,
     check_step,
+    is_due,
     map_planned,
     masks_of,
 )
@@ -179,8 +180,8 @@ def _sparsifier(plan: Plan, steps: int, every: int) -> Sparsifier:
         old = masks_of(state, CastState)
         step = jnp.asarray(step, jnp.int32)
         # What is cut off at the end are the smallest weights then.
-        is_due = (step % every == 0) | (step >= steps)
-        masks = lax.cond(is_due, lambda: compute_masks(params, plan), lambda: dict(old))
+        due = is_due(step, state.step, every) | (step >= steps)
+        masks = lax.cond(due, lambda: compute_masks(params, plan), lambda: dict(old))
         return CastState(masks, step)
 
     def apply(params: chex.ArrayTree, state: CastState) -> chex.ArrayTree:

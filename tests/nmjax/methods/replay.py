@@ -64,7 +64,7 @@ def gradient(sparse):
 
 def sgd(rate, momentum=0.9):
     """A step of momentum, as optax.sgd takes it."""
-    trace = np.zeros_like(W)
+    trace = 0.0
 
     def step(w, g):
         nonlocal trace

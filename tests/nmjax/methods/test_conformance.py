@@ -34,6 +34,7 @@ METHODS = {
     "decaying_mask of the structure": Row(
         lambda: methods.decaying_mask(PLAN, 0, 3, decay="stepwise"), PLAN
     ),
+    "bi_mask": Row(lambda: methods.bi_mask(PLAN, lambda_w=0.1, refresh_every=2, tries=3), PLAN),
     "dense_then": Row(lambda: methods.dense_then(PLAN, 5), None),
     "max_q": Row(lambda: methods.max_q(PLAN, nmjax.linear_ramp(0, 3), lambda_w=0.1), PLAN),
     "s_ste": Row(lambda: methods.s_ste(PLAN), PLAN),
@@ -56,8 +57,18 @@ METHODS = {
 }
 
 
+# Endings of functions that help a method.
+NOT_METHODS = ("_ramp", "_scale", "_weights", "_matmul", "mvue_24")
+
 # Whole training steps of these run by default in test_steps.
-SLOW = ("max_q", "dense_then", "s_ste", "decaying_mask", "decaying_mask of the structure")
+SLOW = (
+    "bi_mask",
+    "max_q",
+    "dense_then",
+    "s_ste",
+    "decaying_mask",
+    "decaying_mask of the structure",
+)
 
 
 @pytest.fixture(
@@ -208,6 +219,6 @@ def test_what_was_trained_is_exported_and_packed(row, sparsifier):
 def test_every_method_has_a_row():
     made_by = {name.split()[0] for name in METHODS}
     functions = {name for name in methods.__all__ if inspect.isfunction(getattr(methods, name))}
-    others = {name for name in functions if name.endswith(("_ramp", "_scale"))}
+    others = {name for name in functions if name.endswith(NOT_METHODS)}
     # A `Method` has its row in test_steps, with its optimizer.
     assert made_by == functions - others - {"step", "cast", "lbc", "hu_2024"}

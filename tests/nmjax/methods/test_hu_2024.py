@@ -75,6 +75,16 @@ def test_training_is_that_of_the_formula(dense_from):
             sparsifier.export(params, state)
 
 
+def test_a_loop_that_skips_the_multiples_refreshes_too():
+    sparsifier = methods.hu_2024(plan_of("2:4"), refresh_every=10).sparsifier
+    state = sparsifier.init(PARAMS, jax.random.key(0))
+    other = {"kernel": PARAMS["kernel"][::-1]}
+    early = sparsifier.refresh(state, other, 9)
+    np.testing.assert_array_equal(early.masks["kernel"], state.masks["kernel"])
+    late = sparsifier.refresh(early, other, 13)
+    np.testing.assert_array_equal(late.masks["kernel"], transposable(W[::-1]))
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"(?s)tiles of M x M.*kernel \(16, 4\): 2:8"):
         methods.hu_2024(plan_of("2:8"))

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nmjax
 from nmjax import methods
+from tests.nmjax.methods.test_conformance import NOT_METHODS
 
 KEY = jax.random.key(0)
 COLLECTIVE = re.compile(r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter")
@@ -52,6 +53,7 @@ METHODS = {
     "lbc": Row(lambda: methods.lbc(PLAN, 0, 5, 0.1)),
     "hu_2024": Row(lambda: methods.hu_2024(PLAN, refresh_every=2, lambda_w=0.1), True),
     "s_ste": Row(lambda: methods.s_ste(PLAN)),
+    "bi_mask": Row(lambda: methods.bi_mask(PLAN, lambda_w=0.1, refresh_every=2, tries=2), True),
 }
 
 
@@ -146,7 +148,7 @@ def test_devices_with_different_outputs_do_not_communicate(row):
 def test_every_method_has_a_row():
     made_by = {name.split()[0] for name in METHODS}
     functions = {name for name in methods.__all__ if inspect.isfunction(getattr(methods, name))}
-    others = {name for name in functions if name.endswith(("_ramp", "_scale"))}
+    others = {name for name in functions if name.endswith(NOT_METHODS)}
     assert functions - others - {"dense", "one_shot", "soft_uniform_blocks"} == made_by
 
 

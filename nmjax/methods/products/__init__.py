@@ -1,0 +1,1 @@
+"""Products for training: another weight, or fewer gradients, in the backward pass."""
