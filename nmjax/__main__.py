@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import gc
 import io
-import json
 import math
 import os
-import re
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,19 +18,28 @@ import numpy as np
 
 from nmjax.analysis.layer_times import layer_times
 from nmjax.files.checkpoints import Checkpoint, open_checkpoint
-from nmjax.files.packed_files import open_packed, save_packed
+from nmjax.files.packed_files import open_packed
 from nmjax.files.packed_manifest import FORMAT
-from nmjax.files.tensor_files import NOTE, TensorFile, open_tensors, read_note, write_tensors
+from nmjax.files.tensor_files import NOTE, TensorFile, read_note
+from nmjax.files.tensorwise.packed_checkpoints import packed_shapes, write_packed
+from nmjax.files.tensorwise.pruned_checkpoints import (
+    PruneOne,
+    check_output,
+    is_folder,
+    prune_in_slabs,
+    write_pruned,
+)
+from nmjax.files.tensorwise.shards import ShardedFile, is_sharded, open_safetensors
+from nmjax.files.tensorwise.statistics_files import Calibrated
 from nmjax.files.whole_files import check_target
 from nmjax.kernels.gpu.cusparselt import check_semi_structured
 from nmjax.kernels.matmul import choose, expected_speedup
 from nmjax.options import as_options, make_parser, parse_axes, split_rules
-from nmjax.packed.packing import check_pattern, pack
 from nmjax.packed.storage import sizes
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.planning import make_plan
 from nmjax.plans import DenseLeaf, Plan
-from nmjax.pruning import compute_masks, prune
+from nmjax.post_training._prune_with import METHODS
 from nmjax.tables import printable, text_table
 from nmjax.trees.leaves import named_leaves, nest
 
@@ -87,8 +94,8 @@ def _fail(message: str) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    file = open_tensors(arguments.file)
-    if read_note(file.metadata).get("format") == FORMAT:
+    file = open_safetensors(arguments.file)
+    if isinstance(file, TensorFile) and read_note(file.metadata).get("format") == FORMAT:
         # Each leaf is read, which checks it, but only its shapes are kept.
         opened = open_packed(file)
         leaves = {
@@ -106,10 +113,10 @@ def _info(arguments: argparse.Namespace) -> None:
     for key, text in file.metadata.items():
         if key != NOTE:
             print(f"{printable(key)}: {printable(text)}")
-    print(f"\n{arguments.file}: {arguments.file.stat().st_size:,} bytes")
+    print(f"\n{arguments.file}: {file.nbytes:,} bytes")
 
 
-def _tensor_rows(file: TensorFile) -> list[tuple[str, str, str, str, str]]:
+def _tensor_rows(file: TensorFile | ShardedFile) -> list[tuple[str, str, str, str, str]]:
     readable = [name for name, tensor in file.tensors.items() if tensor.dtype is not None]
     # One tensor at a time is in memory.
     zeros = {
@@ -133,6 +140,7 @@ def _tensor_rows(file: TensorFile) -> list[tuple[str, str, str, str, str]]:
 
 def _plan(arguments: argparse.Namespace) -> None:
     checkpoint = _open(arguments)
+    _warn_left_out(checkpoint)
     shapes = checkpoint.shapes
     with _slashes_noted(checkpoint):
         # A table that says why a layer stays dense is more useful here than an error.
@@ -141,55 +149,53 @@ def _plan(arguments: argparse.Namespace) -> None:
     if not plan.warning:  # Otherwise the table ends with it.
         print(_unknown_axes(plan), end="")
     # Sizes and products follow from shapes, so nothing is read or packed here.
-    packed = jax.eval_shape(lambda params: _packed(params, plan), shapes)
+    packed = nest(packed_shapes(checkpoint, plan))
     print(f"\n{sizes(packed)}\n\n{_products(packed)}")
 
 
-def _check_output(arguments: argparse.Namespace) -> None:
-    """Checks that the output can be written, and does not replace the checkpoint."""
-    out, checkpoint = arguments.out, arguments.checkpoint
-    check_target(out)
-    if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
-        raise ValueError(
-            f"--out {out} would replace the checkpoint {checkpoint}: choose another file"
-        )
-
-
 def _prune(arguments: argparse.Namespace) -> None:
-    _check_output(arguments)
-    checkpoint = _open(arguments)
+    checkpoint = _open_for_output(arguments)
+    for name, code in checkpoint.left_out.items():
+        print(f"{printable(name)} of dtype {code}, which NumPy and JAX lack, is copied.\n")
     with _slashes_noted(checkpoint):
         plan = _plan_output(checkpoint, arguments)
-        pruned = named_leaves(prune(checkpoint.read(), plan))
-    stored = named_leaves(checkpoint.tree)
-    # What came from a file keeps the name that it had there.
-    names = {name: x.key if isinstance(x.key, str) else name for name, x in stored.items()}
-    patterns = {names[name]: str(leaf.pattern) for name, leaf in plan.items()}
-    note = {"format": "dense", "version": 1, "patterns": patterns}
-    tensors = {names[name]: leaf for name, leaf in pruned.items()}
-    write_tensors(arguments.out, tensors, {**checkpoint.metadata, NOTE: json.dumps(note)})
+        files = write_pruned(arguments.out, checkpoint, plan, _method(arguments, checkpoint, plan))
     print(as_options(str(plan)))
-    _print_output(arguments, plan)
+    _print_output(arguments, plan, files)
+
+
+def _method(arguments: argparse.Namespace, checkpoint: Checkpoint, plan: Plan) -> PruneOne:
+    """What prunes each leaf."""
+    if (arguments.method == "magnitude") != (arguments.statistics is None):
+        raise ValueError(
+            f"--method {arguments.method} "
+            + ("needs" if arguments.statistics is None else "does not use")
+            + " --statistics"
+        )
+    if arguments.statistics is None:
+        return lambda name, leaf, w: prune_in_slabs(leaf, w)
+    keys = {name: str(x.key) for name, x in named_leaves(checkpoint.tree).items()}
+    return Calibrated(*METHODS[arguments.method], arguments.statistics, plan, keys)
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    _check_output(arguments)
-    checkpoint = _open(arguments)
+    checkpoint = _open_for_output(arguments)
+    _warn_left_out(checkpoint)
     with _slashes_noted(checkpoint):
         plan = _plan_output(checkpoint, arguments)
-        params = checkpoint.read()
-        if arguments.prune:
-            params = prune(params, plan)
-        else:
-            check_pattern(
-                params,
-                plan,
-                "these weights are not sparse yet; pass --prune to prune them by magnitude",
-            )
-        packed = _packed(params, plan)
-    save_packed(arguments.out, packed)
-    print(sizes(packed))
-    _print_output(arguments, plan)
+        write_packed(arguments.out, checkpoint, plan, prune=arguments.prune)
+    print(sizes(nest(packed_shapes(checkpoint, plan))))
+    _print_output(arguments, plan, [arguments.out])
+
+
+def _open_for_output(arguments: argparse.Namespace) -> Checkpoint:
+    """Opens a checkpoint after checking that the output can be written and does not replace it."""
+    out = arguments.out
+    if arguments.run is _pack or not (is_folder(out) and is_sharded(arguments.checkpoint)):
+        check_target(out)
+    checkpoint = _open(arguments)
+    check_output(out, checkpoint)
+    return checkpoint
 
 
 def _plan_output(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Plan:
@@ -197,9 +203,9 @@ def _plan_output(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Plan:
     return _make_plan(checkpoint.shapes, arguments, on_indivisible=dense)
 
 
-def _print_output(arguments: argparse.Namespace, plan: Plan) -> None:
+def _print_output(arguments: argparse.Namespace, plan: Plan, files: Sequence[Path]) -> None:
     print(_unknown_axes(plan), end="")
-    print(f"\n{arguments.out}: {arguments.out.stat().st_size:,} bytes")
+    print(f"\n{arguments.out}: {sum(file.stat().st_size for file in files):,} bytes")
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -218,9 +224,12 @@ def _open(arguments: argparse.Namespace) -> Checkpoint:
                 f"Only {printable(checkpoint.where)} is read; the rest of the checkpoint is left "
                 "out. Pass --subtree to choose another part.\n"
             )
+    return checkpoint
+
+
+def _warn_left_out(checkpoint: Checkpoint) -> None:
     for name, code in checkpoint.left_out.items():
         print(f"WARNING: {printable(name)} is left out, because NumPy and JAX have no {code}.\n")
-    return checkpoint
 
 
 @contextmanager
@@ -255,13 +264,6 @@ def _make_plan(params: Any, arguments: argparse.Namespace, *, on_indivisible: An
         on_indivisible=on_indivisible,
         on_unknown=arguments.on_unknown,
     )
-
-
-def _packed(params: Any, plan: Plan) -> Any:
-    with warnings.catch_warnings():
-        # The commands print this warning themselves, because it names arguments of functions.
-        warnings.filterwarnings("ignore", message=re.escape(plan.warning or "WARNING"))
-        return pack(params, plan, compute_masks(params, plan))
 
 
 def _unknown_axes(plan: Plan) -> str:

@@ -42,19 +42,32 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nmjax {__version__}")
     commands = parser.add_subparsers(required=True, metavar="info | plan | prune | pack | bench")
     info = _add_command(commands, run, "info", "Show what a packed or safetensors file contains.")
-    info.add_argument("file", type=Path, help="a .safetensors file")
+    info.add_argument("file", type=Path, help="a .safetensors file, or the index of several")
     plan = _add_command(commands, run, "plan", "Show what a pattern does to each layer.")
     _add_plan(plan, on_unknown="dense")
     pruning = _add_command(
         commands,
         run,
         "prune",
-        "Prune the weights of a checkpoint by magnitude, and write them dense, under their names.",
+        "Prune the weights of a checkpoint, and write them dense, under their names.",
     )
     packing = _add_command(commands, run, "pack", "Pack the weights of a checkpoint.")
     for command in (pruning, packing):
         _add_plan(command, on_unknown="error")
         _add_output(command)
+    pruning.add_argument(
+        "--method",
+        choices=("magnitude", "wanda", "ria", "sparse_gpt", "admm", "alps"),
+        default="magnitude",
+        help="all but magnitude need --statistics (default: %(default)s)",
+    )
+    pruning.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="a .safetensors file with a tensor for each pruned weight, under the weight's name: "
+        "the mean square of each input, or the Gram matrix of the inputs over their number of rows",
+    )
     packing.add_argument(
         "--prune", action="store_true", help="prune the weights by magnitude before packing them"
     )
@@ -81,7 +94,10 @@ def _add_command(
 
 def _add_plan(parser: argparse.ArgumentParser, *, on_unknown: str) -> None:
     parser.add_argument(
-        "checkpoint", type=Path, help="a .safetensors or .npz file, or an Orbax checkpoint folder"
+        "checkpoint",
+        type=Path,
+        help="a .safetensors or .npz file, the index of several .safetensors files or their "
+        "folder, or an Orbax checkpoint folder",
     )
     parser.add_argument("--pattern", required=True, help='a pattern such as "2:4" or "1x16@0.9"')
     parser.add_argument(
@@ -126,7 +142,11 @@ def _add_plan(parser: argparse.ArgumentParser, *, on_unknown: str) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, required=True, help="the .safetensors file to write", metavar="FILE"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the .safetensors file to write; a folder if `prune` is to keep several files",
     )
     parser.add_argument(
         "--dense-if-indivisible",

@@ -5,6 +5,7 @@
 | safetensors | `a/b/kernel` | nested dicts |
 | safetensors with PyTorch's header or names | `a.b.weight` | nested dicts, in PyTorch's layout |
 | `.npz` | as in safetensors | as of safetensors |
+| the index of safetensors files, or its folder | as in safetensors | as of safetensors |
 | a folder that Orbax wrote | | the saved tree, as dicts and lists |
 
 NNX states saved by Orbax have one more level, `a/b/kernel/value`. It is removed, so that leaves
@@ -28,7 +29,8 @@ import numpy as np
 
 from nmjax.files.npz_files import open_npz
 from nmjax.files.orbax_folders import open_orbax
-from nmjax.files.tensor_files import open_tensors, read_note
+from nmjax.files.tensor_files import TensorFile, read_note
+from nmjax.files.tensorwise.shards import ShardedFile, is_sharded, open_safetensors
 from nmjax.layouts import optimizer_leaves
 from nmjax.layouts.axes import Shape
 from nmjax.trees.leaves import DEEPEST, named_leaves, nest
@@ -63,6 +65,7 @@ class Checkpoint:
       from_torch: whether the layout is PyTorch's, and slashes replace the dots in the names.
       metadata: the text in the header of a safetensors file.
       left_out: name -> dtype of tensors that cannot be read.
+      safetensors: the headers of the file or files, if they are safetensors.
       read_all: reads arrays by their keys.
     """
 
@@ -73,6 +76,7 @@ class Checkpoint:
     from_torch: bool = False
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    safetensors: TensorFile | ShardedFile | None = None
 
     @property
     def shapes(self) -> Any:
@@ -101,7 +105,7 @@ class Checkpoint:
                     f"{self.path} has no subtree {subtree!r}: expected {key!r}, found {found}"
                 )
             tree = children[key]
-        return dataclasses.replace(self, tree=tree, where=subtree)
+        return self._below(subtree, tree)
 
     def params(self) -> Checkpoint:
         """The subtree called `params`; everything if the checkpoint contains nothing else.
@@ -136,7 +140,16 @@ class Checkpoint:
         where, params = next(iter(found.items()), ("", self.tree))
         if len(named_leaves(params)) == len(names):
             return self
-        return dataclasses.replace(self, tree=params, where=where)
+        return self._below(where, params)
+
+    def _below(self, where: str, tree: Any) -> Checkpoint:
+        prefix = f"{where}/" if where else ""
+        left_out = {
+            name: code
+            for name, code in self.left_out.items()
+            if (name.replace(".", "/") if self.from_torch else name).startswith(prefix)
+        }
+        return dataclasses.replace(self, tree=tree, where=where, left_out=left_out)
 
 
 def read_checkpoint(path: str | os.PathLike[str], subtree: str = "") -> Any:
@@ -145,7 +158,8 @@ def read_checkpoint(path: str | os.PathLike[str], subtree: str = "") -> Any:
     It warns of tensors that it leaves out because NumPy and JAX have no such dtype.
 
     Args:
-      path: a `.safetensors` or `.npz` file, or a folder that Orbax wrote.
+      path: a `.safetensors` or `.npz` file, the index of several safetensors files
+        (`*.safetensors.index.json`) or its folder, or a folder that Orbax wrote.
       subtree: the part to return, such as `"params"` or `"state/params"`; by default everything.
 
     Raises:
@@ -177,7 +191,7 @@ def read_params(path: str | os.PathLike[str]) -> tuple[Any, str]:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads names and shapes; raises what `read_checkpoint` raises."""
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         folder = open_orbax(path)
         tree = jax.tree.map_with_path(
             lambda key, leaf: Stored(tuple(leaf.shape), np.dtype(leaf.dtype), key), folder.tree
@@ -188,12 +202,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         arrays = open_npz(path)
         stored = {name: Stored(x.shape, x.dtype, name) for name, x in arrays.arrays.items()}
         return _nested(Checkpoint(path, stored, arrays.read))
-    file = open_tensors(path)
+    file = open_safetensors(path)
     if read_note(file.metadata).get("format") == "packed":
         raise ValueError(f"{path} already contains packed parameters")
     known = {n: Stored(x.shape, x.dtype, n) for n, x in file.tensors.items() if x.dtype is not None}
     left_out = {n: x.code for n, x in file.tensors.items() if x.dtype is None}
-    return _nested(Checkpoint(path, known, file.read, metadata=file.metadata, left_out=left_out))
+    return _nested(
+        Checkpoint(
+            path, known, file.read, metadata=file.metadata, left_out=left_out, safetensors=file
+        )
+    )
 
 
 def _nested(flat: Checkpoint) -> Checkpoint:

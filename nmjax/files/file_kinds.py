@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+# The end of the name of the index of a checkpoint in several files.
+INDEX = ".safetensors.index.json"
 READ = "nmjax reads .safetensors and .npz files, and folders that Orbax wrote"
 
 _CONVERT_TORCH = (
@@ -43,14 +45,14 @@ def check_file(path: Path) -> None:
 
     Raises:
       FileNotFoundError: nothing is there.
-      ValueError: it is something else, or the index of a checkpoint in several files.
+      ValueError: it is something else, or the index of a checkpoint that is not safetensors.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file; {READ}")
-    if path.name.endswith(".index.json"):
-        raise ValueError(f"{path} is the index of {_SHARDS}")
+    if path.name.endswith(".index.json") and not path.name.endswith(INDEX):
+        raise ValueError(f"{path} is the index of files of another format: {_CONVERT_TORCH}")
 
 
 def foreign_kind(path: Path) -> str:
@@ -65,13 +67,10 @@ def foreign_kind(path: Path) -> str:
 
 
 def check_folder(path: Path) -> None:
-    """Raises ValueError if a folder holds the parts of a checkpoint in several files."""
-    if any(path.glob("*.index.json")) or len(list(path.glob("*.safetensors"))) > 1:
-        raise ValueError(f"{path} is a folder of {_SHARDS}")
-
-
-_SHARDS = (
-    "a sharded checkpoint, whose tensors are in several files. Pass one shard (one .safetensors "
-    "file) at a time, or merge them into one file first, for example with safetensors.torch: load "
-    f"every shard with load_file, and save all tensors with save_file ({READ})"
-)
+    """Raises ValueError if a folder holds safetensors files in place of an Orbax checkpoint."""
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        raise ValueError(
+            f"{path} is a folder of safetensors files without an index (*{INDEX}); pass one of the "
+            f"files, such as {files[0]} ({READ})"
+        )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -64,7 +64,7 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
     check_path(path)
     leaves = named_leaves(packed, is_leaf=is_packed)
     nest(leaves)
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, dict[str, np.ndarray]] = {}
     sparse: dict[str, Packed] = {}
     keys: dict[str, str] = {}
     left_out = []
@@ -72,23 +72,20 @@ def save_packed(path: str | os.PathLike[str], packed: Any) -> None:
         if is_packed(leaf):
             sparse[name] = leaf = _on_host(name, leaf.portable())
             _check(name, leaf)
-            arrays = {f"{name}/{field}": array for field, array in _arrays(leaf).items()}
+            tensors[name] = arrays_of(name, leaf)
         elif is_random_key(leaf):
-            arrays = {name: _on_host(name, leaf)}
+            tensors[name] = {name: _on_host(name, leaf)}
             keys[name] = _kind_of_key(name, leaf)
         elif is_array(leaf):
-            arrays = {name: _on_host(name, leaf)}
+            tensors[name] = {name: _on_host(name, leaf)}
         else:
             left_out.append(name)
-            continue
-        taken = tensors.keys() & arrays.keys()
-        if taken:
-            raise ValueError(f"two arrays would be named {taken.pop()!r}; rename a leaf")
-        tensors |= arrays
+    check_distinct(tensors)
     if not tensors:
         reason = f"no leaf is an array: {left_out}" if left_out else "the tree has no leaves"
         raise TypeError(f"there is nothing to save, because {reason}")
-    write_tensors(path, tensors, {NOTE: write_manifest(sparse, keys, left_out)})
+    flat = {key: array for arrays in tensors.values() for key, array in arrays.items()}
+    write_tensors(path, flat, {NOTE: write_manifest(sparse, keys, left_out)})
 
 
 def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
@@ -231,9 +228,21 @@ def open_packed(file: TensorFile) -> PackedFile:
     return PackedFile(file, manifest, list(dense))
 
 
-def _arrays(leaf: Packed) -> dict[str, np.ndarray]:
-    """The arrays of a packed leaf by field."""
-    return {field: getattr(leaf, field) for field in leaf.array_names(leaf.leaf_plan)}
+def arrays_of(name: str, leaf: Any) -> dict[str, Any]:
+    """The arrays that store a leaf, or their shapes, by the names of their tensors."""
+    if not is_packed(leaf):
+        return {name: leaf}
+    fields = leaf.array_names(leaf.leaf_plan)
+    return {f"{name}/{field}": getattr(leaf, field) for field in fields}
+
+
+def check_distinct(tensors: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError if two leaves would be stored under one name."""
+    taken: set[str] = set()
+    for arrays in tensors.values():
+        if both := taken & arrays.keys():
+            raise ValueError(f"two arrays would be named {both.pop()!r}; rename a leaf")
+        taken |= arrays.keys()
 
 
 def _on_host(name: str, leaf: Any) -> Any:

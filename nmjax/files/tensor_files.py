@@ -8,6 +8,7 @@ bytes that JAX and safetensors share are supported.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from nmjax.tables import printable
 
 # The header's key under which nmjax describes the contents of a file, as JSON.
 NOTE = "nmjax"
+# Bytes that are copied at once.
+_PART = 2**22
 
 _DTYPES = {
     name: np.dtype(dtype)
@@ -66,6 +69,19 @@ class StoredTensor(NamedTuple):
     begin: int
     nbytes: int
 
+    @classmethod
+    def of(cls, name: str, array: Any) -> StoredTensor:
+        """The entry of an array that is not in a file yet, or of anything with its shape and dtype.
+
+        Raises:
+          TypeError: the format does not support the dtype.
+        """
+        dtype = np.dtype(array.dtype)
+        code = next((code for code, known in _DTYPES.items() if known == dtype), None)
+        if code is None:
+            raise TypeError(f"{name} has dtype {dtype}, which safetensors does not support")
+        return cls(tuple(array.shape), code, 0, math.prod(array.shape) * dtype.itemsize)
+
     @property
     def dtype(self) -> np.dtype | None:
         """Its dtype; None if NumPy and JAX have no such dtype of whole bytes."""
@@ -86,6 +102,29 @@ class TensorFile:
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file on disk."""
+        return self.path.stat().st_size
+
+    def read_bytes(self, name: str) -> Iterator[np.ndarray]:
+        """Reads the bytes of a tensor of any dtype in parts, each of which is used before the next.
+
+        Raises:
+          ValueError: the file has become shorter.
+        """
+        tensor = self.tensors[name]
+        part = np.empty(min(tensor.nbytes, _PART), np.uint8)
+        with self.path.open("rb") as file:
+            for begin in range(0, tensor.nbytes, _PART):
+                data = part[: tensor.nbytes - begin]
+                if not _fill(data, file, tensor.begin + begin):
+                    raise ValueError(
+                        f"{self.path} cannot be read: {printable(name)[:80]}: the file has become "
+                        "shorter"
+                    )
+                yield data
+
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Reads tensors one after the other.
 
@@ -100,7 +139,11 @@ class TensorFile:
                     # A file may have far more empty tensors than bytes of data.
                     if tensor.nbytes and not _fill(data, file, tensor.begin):
                         raise ValueError("the file has become shorter")
-                    yield name, _array(tensor, data)
+                    array = _array(tensor, data)
+                    del data
+                    yield name, array
+                    # Or it would be in memory together with the next one.
+                    del array
                 except ValueError as error:
                     raise ValueError(
                         f"{self.path} cannot be read: {printable(name)[:80]}: {error}"

@@ -207,7 +207,7 @@ def _count_dropped(nonzero: jax.Array, mask: jax.Array) -> jax.Array:
 
 def check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:
     """Raises ValueError with a complaint and a list if masks keep more than the plan does."""
-    misfits = {name: _misfits(jnp.asarray(mask), plan[name]) for name, mask in kept.items()}
+    misfits = {name: describe_misfits(jnp.asarray(mask), plan[name]) for name, mask in kept.items()}
     if any(misfits.values()):
         raise ValueError(
             f"{complaint}:\n"
@@ -217,7 +217,7 @@ def check_misfits(kept: Masks, plan: Plan, complaint: str) -> None:
         )
 
 
-def _misfits(kept: jax.Array, leaf_plan: LeafPlan) -> str:
+def describe_misfits(kept: jax.Array, leaf_plan: LeafPlan) -> str:
     """What is wrong with a weight that keeps these entries; empty if nothing is."""
     kind = Packed.kind_for(leaf_plan.pattern)
     wrong, of = kind.misfits(kept, leaf_plan)

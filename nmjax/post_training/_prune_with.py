@@ -34,7 +34,7 @@ from nmjax.trees.leaves import map_named, named_leaves
 Params = TypeVar("Params")
 Method = Callable[[Any, Plan, Statistics], Any]
 
-_METHODS: dict[str, tuple[Method, Kind]] = {
+METHODS: dict[str, tuple[Method, Kind]] = {
     "magnitude": (magnitude, "mean_square"),
     "wanda": (wanda, "mean_square"),
     "ria": (ria, "mean_square"),
@@ -101,11 +101,11 @@ def prune_with(
     >>> prune_with(forward, params, plan, [x], "wanda")["kernel"].ravel().tolist()
     [0.0, 0.0, 2.0, 1.0]
     """
-    if isinstance(method, str) and method not in _METHODS:
-        raise ValueError(f"unknown method {method!r}; choose from {', '.join(_METHODS)}")
+    if isinstance(method, str) and method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if not (isinstance(method, str) or callable(method)):
         raise TypeError(f"method must be a name or a function, got {type(method).__name__}")
-    prune, kind = _METHODS[method] if isinstance(method, str) else (method, "gram")
+    prune, kind = METHODS[method] if isinstance(method, str) else (method, "gram")
     if not sequential:
         if finished or on_finished:
             raise ValueError(

@@ -15,7 +15,7 @@ import pytest
 import nmjax
 from nmjax import __main__
 from nmjax.__main__ import main
-from nmjax.files.tensor_files import read_tensors, write_tensors
+from nmjax.files.tensor_files import open_tensors, read_tensors, write_tensors
 from nmjax.files.torch_layout import to_torch
 from tests.nmjax.files.test_lazy_files import write_with_f4
 
@@ -120,7 +120,13 @@ def test_tensors_of_unknown_dtypes_are_named(tmp_path, capsys):
         out = () if command == "plan" else ("--out", tmp_path / "out")
         prune = ("--prune",) if command == "pack" else ()
         text, _ = run(capsys, command, tmp_path / "x", "--pattern", "2:4", *out, *prune)
-        assert "WARNING: b/blocks is left out, because NumPy and JAX have no F4." in text
+        if command == "prune":
+            assert "b/blocks of dtype F4, which NumPy and JAX lack, is copied." in text
+        else:
+            assert "WARNING: b/blocks is left out, because NumPy and JAX have no F4." in text
+    pruned = open_tensors(tmp_path / "out")
+    assert pruned.tensors["b/blocks"][:2] == ((8,), "F4")
+    assert b"".join(map(bytes, pruned.read_bytes("b/blocks"))) == b"1234"
     text, _ = run(capsys, "info", tmp_path / "x")
     (row,) = (line for line in text.splitlines() if line.startswith("b/blocks"))
     assert row.split() == ["b/blocks", "8", "F4", "4", "?"]

@@ -1,6 +1,5 @@
 """Files of other kinds: the error says what they may be, what to do, and what is read."""
 
-import json
 import pickle
 
 import numpy as np
@@ -55,16 +54,15 @@ def test_a_damaged_safetensors_file_is_not_called_something_else(tmp_path):
         read_checkpoint(tmp_path / "x.safetensors")
 
 
-def test_shards(tmp_path):
-    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    for i, name in enumerate(names):
-        write_tensors(tmp_path / name, {f"layers.{i}.weight": np.ones((4, 8))}, {"format": "pt"})
-    shards = f"a sharded checkpoint.*one shard .* at a time, or merge them.*{READ}"
-    with pytest.raises(ValueError, match=f"is a folder of {shards}"):
+def test_folders_and_indices_of_other_files(tmp_path):
+    for i in (1, 2):
+        write_tensors(tmp_path / f"part{i}.safetensors", {"a.weight": np.ones((4, 8))}, {})
+    words = r"without an index \(\*\.safetensors\.index\.json\); pass one of the files, such as "
+    with pytest.raises(ValueError, match=f"{words}.*part1.*{READ}"):
         read_checkpoint(tmp_path)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {f"layers.{i}.weight": names[i] for i in (0, 1)}}))
-    with pytest.raises(ValueError, match=f"is the index of {shards}"):
-        read_checkpoint(index)
     # A shard alone is a file like any other.
-    assert read_checkpoint(tmp_path / names[0])["layers"]["0"]["weight"].shape == (4, 8)
+    assert read_checkpoint(tmp_path / "part1.safetensors")["a"]["weight"].shape == (4, 8)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=f"the index of files of another format: .*{TORCH}"):
+        read_checkpoint(index)

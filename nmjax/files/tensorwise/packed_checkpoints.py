@@ -1,0 +1,95 @@
+"""Packs the weights of a checkpoint into a file, one leaf after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nmjax.files.checkpoints import Checkpoint
+from nmjax.files.packed_files import arrays_of, check_distinct
+from nmjax.files.packed_manifest import write_manifest
+from nmjax.files.tensor_files import NOTE, StoredTensor
+from nmjax.files.tensorwise.pruned_checkpoints import prune_in_slabs
+from nmjax.files.tensorwise.writing import Parts, write_parts
+from nmjax.packed.bits import is_nonzero
+from nmjax.packed.packing import describe_misfits, pack
+from nmjax.packed.weight import Packed, is_packed
+from nmjax.plans import LeafPlan, Plan
+from nmjax.pruning import compute_masks
+from nmjax.trees.leaves import named_leaves
+
+
+def packed_shapes(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The packed tree by name, with shapes in place of arrays: nothing is read or packed."""
+    shapes = named_leaves(checkpoint.shapes)
+    return {
+        name: jax.eval_shape(lambda w, name=name: _packed(name, plan[name], w), shape)
+        if name in plan
+        else shape
+        for name, shape in shapes.items()
+    }
+
+
+def write_packed(out: Path, checkpoint: Checkpoint, plan: Plan, *, prune: bool) -> None:
+    """Writes what `nmjax.save_packed` would write of the packed checkpoint.
+
+    Args:
+      out: the file to write.
+      checkpoint: what to read.
+      plan: of its tree.
+      prune: whether to prune the planned leaves by magnitude first.
+
+    Raises:
+      ValueError: `prune` is False, and a planned leaf is not sparse (the message lists all).
+      OSError: the file cannot be written.
+    """
+    if not prune:
+        _check_sparse(checkpoint, plan)
+    shapes = packed_shapes(checkpoint, plan)
+    arrays = {name: arrays_of(name, leaf) for name, leaf in shapes.items()}
+    check_distinct(arrays)
+    entries = {key: StoredTensor.of(key, x) for part in arrays.values() for key, x in part.items()}
+    wide = {key: x.dtype.itemsize for part in arrays.values() for key, x in part.items()}
+    header = {key: entries[key] for key in sorted(entries, key=lambda key: (-wide[key], key))}
+    sparse = {name: leaf for name, leaf in shapes.items() if is_packed(leaf)}
+    parts = _parts(checkpoint, plan, prune=prune)
+    write_parts(out, header, parts, {NOTE: write_manifest(sparse, {}, [])})
+
+
+def _parts(checkpoint: Checkpoint, plan: Plan, *, prune: bool) -> Iterator[Parts]:
+    leaves = named_leaves(checkpoint.tree)
+    names = {leaf.key: name for name, leaf in leaves.items()}
+    for key, array in checkpoint.read_all(names):
+        name = names[key]
+        leaf: Any = array
+        if name in plan:
+            if prune:
+                array = prune_in_slabs(plan[name], array)
+            leaf = jax.tree.map(np.asarray, _packed(name, plan[name], array))
+        for field, part in arrays_of(name, leaf).items():
+            yield field, [part]
+
+
+def _packed(name: str, leaf: LeafPlan, w: Any) -> Packed:
+    plan, params = Plan(((name, leaf),)), {name: w}
+    packed: Packed = pack(params, plan, compute_masks(params, plan))[name]
+    return packed
+
+
+def _check_sparse(checkpoint: Checkpoint, plan: Plan) -> None:
+    names = {x.key: name for name, x in named_leaves(checkpoint.tree).items() if name in plan}
+    complaints = []
+    for key, array in checkpoint.read_all(names):
+        name = names[key]
+        text = describe_misfits(is_nonzero(jax.numpy.asarray(array)), plan[name])
+        if text:
+            complaints.append(f"  {name} {array.shape}: {text}")
+    if complaints:
+        raise ValueError(
+            "these weights are not sparse yet; pass --prune to prune them by magnitude:\n"
+            + "\n".join(complaints)
+        )
