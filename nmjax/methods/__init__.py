@@ -8,6 +8,14 @@ from nmjax.methods.products._matmul import training_matmul
 from nmjax.methods.products._mvue import mvue_24
 from nmjax.methods.schedules import cosine_ramp, cubic_ramp, exponential_ramp, linear_ramp
 from nmjax.methods.sparsifier import Clock, Method, Sparsifier
+from nmjax.methods.tickets._free_tickets import (
+    FreeTicketsState,
+    ensemble,
+    free_tickets,
+    tickets_of,
+)
+from nmjax.methods.tickets._rates import ticket_rate
+from nmjax.methods.tickets._sup_tickets import SupTicketsState, sup_tickets
 from nmjax.methods.with_memory._bi_mask import BiMaskState, backward_weights, bi_mask
 from nmjax.methods.with_memory._hu_2024 import Hu2024State, hu_2024
 from nmjax.methods.with_memory._one_shot import OneShotState, one_shot
@@ -21,6 +29,7 @@ __all__ = [
     "BiMaskState",
     "CastState",
     "Clock",
+    "FreeTicketsState",
     "Hu2024State",
     "LbcState",
     "LearnCandidatesState",
@@ -32,6 +41,7 @@ __all__ = [
     "SoftBlocksState",
     "Sparsifier",
     "StepState",
+    "SupTicketsState",
     "backward_weights",
     "bi_mask",
     "cast",
@@ -40,7 +50,9 @@ __all__ = [
     "decaying_mask",
     "dense",
     "dense_then",
+    "ensemble",
     "exponential_ramp",
+    "free_tickets",
     "hu_2024",
     "lbc",
     "linear_ramp",
@@ -52,5 +64,8 @@ __all__ = [
     "soft_uniform_blocks",
     "step",
     "straight_through",
+    "sup_tickets",
+    "ticket_rate",
+    "tickets_of",
     "training_matmul",
 ]

@@ -35,6 +35,9 @@ METHODS = {
         lambda: methods.decaying_mask(PLAN, 0, 3, decay="stepwise"), PLAN
     ),
     "bi_mask": Row(lambda: methods.bi_mask(PLAN, lambda_w=0.1, refresh_every=2, tries=3), PLAN),
+    "sup_tickets": Row(lambda: methods.sup_tickets(PLAN, 0, 3, 1, lambda_w=0.1), PLAN),
+    "sup_tickets of blocks": Row(lambda: methods.sup_tickets(BLOCKS, 0, 1, 3), BLOCKS),
+    "free_tickets": Row(lambda: methods.free_tickets(PLAN, 2, 2, 2, drop=0.5), PLAN),
     "dense_then": Row(lambda: methods.dense_then(PLAN, 5), None),
     "max_q": Row(lambda: methods.max_q(PLAN, nmjax.linear_ramp(0, 3), lambda_w=0.1), PLAN),
     "s_ste": Row(lambda: methods.s_ste(PLAN), PLAN),
@@ -58,10 +61,22 @@ METHODS = {
 
 
 # Endings of functions that help a method.
-NOT_METHODS = ("_ramp", "_scale", "_weights", "_matmul", "mvue_24")
+NOT_METHODS = (
+    "_ramp",
+    "_scale",
+    "_weights",
+    "_matmul",
+    "_rate",
+    "mvue_24",
+    "tickets_of",
+    "ensemble",
+)
 
 # Whole training steps of these run by default in test_steps.
 SLOW = (
+    "sup_tickets",
+    "sup_tickets of blocks",
+    "free_tickets",
     "bi_mask",
     "max_q",
     "dense_then",

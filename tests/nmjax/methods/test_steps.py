@@ -53,6 +53,8 @@ METHODS = {
     "lbc": Row(lambda: methods.lbc(PLAN, 0, 5, 0.1)),
     "hu_2024": Row(lambda: methods.hu_2024(PLAN, refresh_every=2, lambda_w=0.1), True),
     "s_ste": Row(lambda: methods.s_ste(PLAN)),
+    "sup_tickets": Row(lambda: methods.sup_tickets(PLAN, 1, 2, 2, lambda_w=0.1), True),
+    "free_tickets": Row(lambda: methods.free_tickets(PLAN, 1, 2, 2), True),
     "bi_mask": Row(lambda: methods.bi_mask(PLAN, lambda_w=0.1, refresh_every=2, tries=2), True),
 }
 

@@ -1,0 +1,1 @@
+"""Tickets: several sparse networks found along one run, averaged or used together."""
