@@ -9,6 +9,7 @@ from nmjax.post_training._sparse_gpt import sparse_gpt
 from nmjax.post_training._swaps import improve_by_swaps
 from nmjax.post_training.collecting import collect
 from nmjax.post_training.permutation import permute_inputs
+from nmjax.post_training.reordering import reorder_channels
 from nmjax.post_training.statistics import Statistics
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "magnitude",
     "permute_inputs",
     "prune_with",
+    "reorder_channels",
     "ria",
     "sparse_gpt",
     "wanda",
