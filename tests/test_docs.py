@@ -82,10 +82,10 @@ def test_commands_exist(page):
 def test_the_commands_of_nmjax_take_the_options_in_the_guide(monkeypatch):
     commands = re.findall(r"^python -m nmjax (.*)", "\n".join(blocks(WITH_CODE[1], "bash")), re.M)
     called = []
-    for command in ("info", "plan", "pack", "bench"):
+    for command in ("info", "plan", "prune", "pack", "bench"):
         monkeypatch.setitem(_COMMANDS, command, lambda arguments: called.append(1))
-    assert [main(command.split()) for command in commands] == [0] * 4
-    assert len(called) == 4
+    assert [main(command.split()) for command in commands] == [0] * 5
+    assert len(called) == 5
 
 
 MOVED = re.findall(

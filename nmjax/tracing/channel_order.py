@@ -79,7 +79,9 @@ def l1_order(variables: Any, channels: Channels) -> jax.Array:
     return jnp.argsort(-sum(norms[1:], norms[0]), stable=True).astype(jnp.int32)
 
 
-def permute_channels(variables: Any, channels: Channels, order: jax.Array | Sequence[int]) -> Any:
+def permute_channels(
+    variables: Any, channels: Channels, order: jax.Array | np.ndarray | Sequence[int]
+) -> Any:
     """Puts the channels of a network into another order.
 
     Args:
