@@ -14,7 +14,7 @@ from nmjax.masks.arguments import check_number
 from nmjax.masks.scores import score_weights
 from nmjax.patterns.nm import NM
 from nmjax.plans import LeafPlan, Plan
-from nmjax.pruning import leaf_mask, planned_leaves
+from nmjax.pruning import check_leaves_have_values, leaf_mask, planned_leaves
 
 if TYPE_CHECKING:
     import chex
@@ -50,9 +50,9 @@ def allocate(
       Path rule -> pattern for `make_plan(..., rules=)`; None for leaves that stay dense.
 
     Raises:
-      TypeError: `budget` is not a number.
+      TypeError: `budget` is not a number; "greedy" inside `jax.jit`, where weights have no values.
       ValueError: not 0 < budget <= 1, or 1:m everywhere is above it; the method is unknown; a
-        pattern is not N:M; `params` do not fit the plan.
+        pattern is not N:M; `params` do not fit the plan; scores are NaN or infinite.
 
     Source: ERK: Evci et al., "Rigging the Lottery", ICML 2020, section 3. Ours rounds.
 
@@ -119,6 +119,7 @@ def _erk_share(leaf: LeafPlan) -> float:
 def _by_score(
     leaves: dict[str, jax.Array], plan: Plan, sizes: dict[str, int], limit: float
 ) -> _Counts:
+    _check_scores(leaves, plan)
     scores = {name: _kept_scores(w, plan[name], plan) for name, w in leaves.items()}
     counts = {name: _size(plan[name]) for name in leaves}
     while _kept(plan, sizes, counts) > limit * (1 + 1e-9):
@@ -131,6 +132,20 @@ def _by_score(
         name = min(loss, key=lambda name: loss[name])
         counts[name] = _below(counts[name])
     return counts
+
+
+def _check_scores(leaves: dict[str, jax.Array], plan: Plan) -> None:
+    check_leaves_have_values(leaves)
+    if any(isinstance(w, jax.core.Tracer) for w in leaves.values()):
+        raise TypeError(
+            'method="greedy" depends on the values of the weights, which are unknown inside '
+            'jax.jit: allocate outside, or by "erk", which needs only shapes'
+        )
+    wrong = [n for n, w in leaves.items() if not jnp.isfinite(score_weights(w, plan.score)).all()]
+    if wrong:
+        raise ValueError(
+            f"scores must be finite, but some of {', '.join(wrong)} are NaN or infinite"
+        )
 
 
 def _kept_scores(w: jax.Array, leaf: LeafPlan, plan: Plan) -> dict[int, float]:

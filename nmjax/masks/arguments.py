@@ -106,6 +106,13 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
 
 
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError unless a number is finite and above 0; TypeError if it is no number."""
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and above 0, got {value}")
+
+
 def is_integer(value: object) -> bool:
     """Whether `value` can serve as an index. Tracers and arrays of several numbers cannot."""
     try:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
+from nmjax.masks.arguments import check_positive
 from nmjax.masks.ranking import keep_highest, signed_keys
 from nmjax.plans import Plan
 from nmjax.post_training.solving import Params, Structure, normalized, solved
@@ -51,13 +52,13 @@ def admm(
 
     Raises:
       ValueError: a leaf has no Gram matrix, or it does not fit the leaf; not 1 <= pruning_steps <=
-        steps.
+        steps; rho is not above 0.
 
     Source: Boza, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024.
     """
     if not 1 <= pruning_steps <= steps:
         raise ValueError(f"pruning_steps lie between 1 and steps={steps}, got {pruning_steps}")
-
+    check_positive("rho", rho)
     return solved(
         params,
         plan,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nmjax.masks.arguments import check_positive
 from nmjax.plans import Plan
 from nmjax.post_training._least_squares import fitted
 from nmjax.post_training.solving import Params, Structure, damped, normalized, solved
@@ -57,12 +58,13 @@ def alps(
       The same tree, pruned; leaves outside the plan are unchanged.
 
     Raises:
-      ValueError: a leaf has no Gram matrix, or it does not fit the leaf.
+      ValueError: a leaf has no Gram matrix, or it does not fit the leaf; rho is not above 0.
 
     Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large
     Language Models", NeurIPS 2024, algorithm 1. The last step is exact in place of projected
     conjugate gradients, and all is in float32 in place of float64.
     """
+    check_positive("rho", rho)
     return solved(params, plan, _solve, statistics=statistics, ridge=ridge, rho=rho, steps=steps)
 
 

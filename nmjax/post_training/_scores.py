@@ -94,14 +94,19 @@ def _by_magnitude(w: Array, structure: Structure) -> Array:
 
 
 def _by_wanda(w: Array, s: Array, structure: Structure) -> Array:
-    return _kept(w, jnp.abs(w) * jnp.sqrt(s)[:, None], structure)
+    return _kept(w, jnp.abs(w) * jnp.sqrt(_alive(s))[:, None], structure)
 
 
 def _by_ria(w: Array, s: Array, structure: Structure, *, power: float) -> Array:
     size = jnp.abs(w)
     # An input or an output of zeros alone has no shares.
     shares = [size / jnp.maximum(size.sum(axis, keepdims=True), 1e-30) for axis in (0, 1)]
-    return _kept(w, (shares[0] + shares[1]) * s[:, None] ** (power / 2), structure)
+    return _kept(w, (shares[0] + shares[1]) * _alive(s)[:, None] ** (power / 2), structure)
+
+
+def _alive(s: Float[Array, " in"]) -> Float[Array, " in"]:
+    """The mean squares, or ones if all are zero: data that say nothing leave the magnitudes."""
+    return jnp.where(jnp.any(s > 0), s, 1)
 
 
 def _kept(

@@ -52,7 +52,9 @@ def sparse_gpt(
 
 
 def _solve(w: Array, gram: Array, structure: Structure, *, ridge: float) -> Array:
-    dead = jnp.diagonal(gram) == 0
+    diagonal = jnp.diagonal(gram)
+    # If no input lives, the data say nothing, and the magnitudes decide.
+    dead = (diagonal == 0) & jnp.any(diagonal > 0)
     return _pruned(jnp.where(dead[:, None], 0, w), damped(gram, ridge), structure)
 
 

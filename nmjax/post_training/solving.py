@@ -164,7 +164,9 @@ def normalized(
     A weight of the scaled problem is the weight times the scale. Dead inputs have a tiny scale.
     """
     scale = jnp.sqrt(jnp.diagonal(gram))
-    scale = jnp.maximum(scale, 1e-6 * jnp.maximum(jnp.max(scale), 1e-30))
+    largest = jnp.max(scale)
+    # Without any input that lives, all weights count alike.
+    scale = jnp.where(largest > 0, jnp.maximum(scale, 1e-6 * largest), 1)
     return gram / scale / scale[:, None] + ridge * jnp.eye(len(gram), dtype=gram.dtype), scale[
         :, None
     ]

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,3 +89,12 @@ def test_impossible_budgets_are_errors():
         nmjax.allocate(PARAMS, planned(), 0.5, "uniform")
     with pytest.raises(ValueError, match=r"only N:M patterns .* small \(1x4@0.5\)"):
         nmjax.allocate(PARAMS, planned(rules={"small": "1x4@0.5"}), 0.5)
+
+
+def test_greedy_needs_finite_values():
+    name = next(iter(PARAMS))
+    wrong = PARAMS | {name: PARAMS[name] * np.nan}
+    with pytest.raises(ValueError, match=f"some of {name}.* are NaN or infinite"):
+        nmjax.allocate(wrong, planned(), 0.5, "greedy")
+    with pytest.raises(TypeError, match=r"unknown inside jax\.jit.*only shapes"):
+        jax.jit(lambda params: nmjax.allocate(params, planned(), 0.5, "greedy"))(PARAMS)

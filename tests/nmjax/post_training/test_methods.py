@@ -150,6 +150,19 @@ def test_dead_inputs_singular_grams_and_bfloat16_are_no_trouble(name):
     assert layers.error(x, np.float64(params["w"]), np.float64(found)) < 0.5
 
 
+@pytest.mark.parametrize("name", quick(METHODS, "alps", "wanda"))
+def test_without_any_input_the_magnitudes_decide(name):
+    w = np.random.default_rng(0).normal(size=(16, 4))
+    params, plan = planned(w, "2:4")
+    found = getattr(post_training, name)(params, plan, gram_of(np.zeros((9, 16)))[1])["w"]
+    if name == "ria":  # Its shares count, and the activations do not.
+        ones = gram_of(np.ones((9, 16)))[1]
+        expected = post_training.ria(params, plan, ones, power=0.0)["w"]
+    else:
+        expected = nmjax.prune(params, plan)["w"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def network(params, image):
     def conv(x, w, groups=1):
         numbers = ("NHWC", "HWIO", "NHWC")
@@ -224,6 +237,9 @@ def test_statistics_that_do_not_fit_are_an_error():
         pruned_by("sparse_gpt", w, few, "2:4", ridge=-0.01)
     with pytest.raises(ValueError, match="pruning_steps lie between 1 and steps=3, got 4"):
         pruned_by("admm", w, statistics, "2:4", steps=3, pruning_steps=4)
+    for name, rho in (("alps", 0), ("admm", -1.0), ("alps", float("nan"))):
+        with pytest.raises(ValueError, match="rho must be finite and above 0, got"):
+            pruned_by(name, w, statistics, "2:4", rho=rho)
     params, plan = planned(w, "1:4")
     with pytest.raises(ValueError, match=r"keep more than the plan.*\n  w \(16, 4\): .* than 1:4"):
         least_squares(params, plan, statistics, {"w": jnp.ones(w.shape, bool)})
