@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .PHONY: help setup torch models train test test-slow test-strict test-optimized lint types bench \
-        bench-gpu bench-aot clean
+        bench-gpu bench-aot docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -91,5 +91,10 @@ $(AOT)/.ready: constraints.txt pyproject.toml
 bench-aot: $(AOT)/.ready  ## compile for TPUs and H100s that are not there (hours; runs go on)
 	$(AOT)/bin/python -m experiments.benchmarks.aot $(ARGS)
 
+docs: $(READY)  ## build the documentation in docs/_build/html; warnings are errors
+	rm -rf docs/api/generated
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html $(ARGS)
+
 clean:  ## remove the environments and the caches
-	rm -rf $(VENV) .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  docs/_build docs/api/generated

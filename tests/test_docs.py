@@ -1,17 +1,27 @@
 """The README and the pages in docs: their code runs, and what they point to exists."""
 
+import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
+import nmjax
 from nmjax.__main__ import _COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [README, ROOT / "CHANGELOG.md", CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
 WITH_CODE = [README, ROOT / "docs" / "guide.md", ROOT / "docs" / "serving.md"]
+
+TOCTREE = re.findall(r"^([\w/]+)$", (ROOT / "docs/index.md").read_text(), re.MULTILINE)
+API = ROOT / "docs/api"
+GUIDES = sorted((ROOT / "docs/guides").glob("*.ipynb"))
 
 
 def blocks(page, language):
@@ -63,6 +73,7 @@ def test_every_page_can_be_reached_from_the_readme():
             for page in new
             for link in re.findall(r"\]\(([^)#\s]+\.md)", page.read_text())
         }
+        links |= {ROOT / "docs" / f"{entry}.md" for entry in TOCTREE if ROOT / "docs/index.md" in new}
         new = links - reached
     assert set(PAGES) <= reached
 
@@ -103,3 +114,43 @@ def test_what_moved_is_where_the_changelog_says(before, now):
 
 def test_the_changelog_lists_moved_names():
     assert len(MOVED) >= 50
+
+
+@pytest.mark.parametrize("module", "nmjax linen nnx methods post_training kernels".split())
+def test_every_public_name_has_a_page(module):
+    module = nmjax if module == "nmjax" else importlib.import_module(f"nmjax.{module}")
+    text = (API / f"{module.__name__.split('.')[-1]}.md").read_text()
+    assert re.search(rf"currentmodule:: {module.__name__}$", text, re.MULTILINE)
+    listed = re.findall(r"^   (\w+)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(module.__all__)
+
+
+def test_the_page_of_files_names_what_exists():
+    listed = re.findall(r"^   ([\w.]+)$", (API / "files.md").read_text(), re.MULTILINE)
+    assert listed
+    assert all(pkgutil.resolve_name(f"nmjax.{entry}") for entry in listed)
+
+
+def test_contributing_names_files_that_exist():
+    paths = re.findall(r"`((?:nmjax|tests|experiments|docs)/[^`\s]*)`", CONTRIBUTING.read_text())
+    assert len(paths) > 5
+    for path in paths:
+        assert (ROOT / path).exists() or path == "docs/_build/html", path
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_guides_are_stored_with_their_outputs(guide):
+    cells = [cell for cell in json.loads(guide.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_guides_run(guide, tmp_path):
+    notebook = nbformat.read(guide, as_version=4)
+    resources = {"metadata": {"path": tmp_path}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
