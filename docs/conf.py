@@ -1,4 +1,4 @@
-"""Sphinx builds the documentation with this file: `make docs`. Nothing is fetched from the network."""
+"""What `make docs` gives to Sphinx. Building and reading the pages needs no network."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def escape_marks(
             lines[i] = "".join(parts)
 
 
-def skip_field(
-    app: Any, what: str, name: str, thing: Any, skip: bool, options: Any
-) -> bool | None:
+def skip_field(app: Any, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
     """The fields of a NamedTuple stand under "Attributes"; their own docstrings say nothing."""
     return True if (thing.__doc__ or "").startswith("Alias for field number") else None
 

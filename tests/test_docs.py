@@ -73,7 +73,9 @@ def test_every_page_can_be_reached_from_the_readme():
             for page in new
             for link in re.findall(r"\]\(([^)#\s]+\.md)", page.read_text())
         }
-        links |= {ROOT / "docs" / f"{entry}.md" for entry in TOCTREE if ROOT / "docs/index.md" in new}
+        links |= {
+            ROOT / "docs" / f"{entry}.md" for entry in TOCTREE if ROOT / "docs/index.md" in new
+        }
         new = links - reached
     assert set(PAGES) <= reached
 
@@ -116,7 +118,7 @@ def test_the_changelog_lists_moved_names():
     assert len(MOVED) >= 50
 
 
-@pytest.mark.parametrize("module", "nmjax linen nnx methods post_training kernels".split())
+@pytest.mark.parametrize("module", ["nmjax", "linen", "nnx", "methods", "post_training", "kernels"])
 def test_every_public_name_has_a_page(module):
     module = nmjax if module == "nmjax" else importlib.import_module(f"nmjax.{module}")
     text = (API / f"{module.__name__.split('.')[-1]}.md").read_text()
