@@ -43,7 +43,9 @@ autosummary_filename_map = {
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "inherited-members": False}
+autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
+maximum_signature_line_length = 70
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -52,7 +54,7 @@ html_theme = "sphinx_book_theme"
 html_title = "nmjax"
 html_copy_source = False
 html_show_sourcelink = False
-html_theme_options = {"show_toc_level": 2, "use_download_button": False}
+html_theme_options = {"show_toc_level": 2, "use_download_button": False, "navbar_persistent": []}
 
 
 def code_role(
