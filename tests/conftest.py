@@ -67,6 +67,17 @@ def _place(values, value):
     return next(i for i, other in enumerate(values) if other is value)
 
 
+# What options of jax are set to that refuse nothing, or change nothing.
+_OFF = (False, "standard", "allow")
+
+
+def pytest_itemcollected(item):
+    """`not_under(*options)` skips a test where one of these options of jax is on."""
+    for marker in item.iter_markers("not_under"):
+        if on := [name for name in marker.args if getattr(jax.config, name) not in _OFF]:
+            item.add_marker(pytest.mark.skip(reason=f"not under {' and '.join(on)}"))
+
+
 @pytest.hookimpl(tryfirst=True)  # Before the fixtures compile.
 def pytest_runtest_setup(item):
     """Programs in memory were compiled for the tests before."""

@@ -104,6 +104,6 @@ def _mask_in_step(
 ) -> Bool[Array, "in out"]:
     """The pattern's mask, and of the other weights the largest that may stay in this step."""
     mask = structure.keep(z**2)
-    dropped = mask.size - jnp.sum(mask)
-    extra = jnp.round(dropped * jnp.clip(1 - share, 0) ** 3).astype(jnp.int32)
+    dropped = (mask.size - jnp.sum(mask)).astype(z.dtype)
+    extra = jnp.round(dropped * jnp.clip(1 - share, 0).astype(z.dtype) ** 3).astype(jnp.int32)
     return mask | keep_highest(jnp.where(mask, -1, jnp.abs(z)), signed_keys, extra, (0, 1))

@@ -76,7 +76,7 @@ def fitted(
         # The kept inputs first: the system has only as many unknowns as the pattern keeps.
         chosen = jnp.argsort(~kept, stable=True)[:most]
         is_kept = kept[chosen]
-        system = h[chosen][:, chosen] * (is_kept[:, None] & is_kept)
+        system = jnp.where(is_kept[:, None] & is_kept[None], h[chosen][:, chosen], 0)
         system += jnp.diag(jnp.where(is_kept, 0, 1).astype(h.dtype))
         values = solve_system(system, jnp.where(is_kept, target[chosen], 0), assume_a="pos")
         return jnp.zeros(inputs, h.dtype).at[chosen].set(values)

@@ -126,7 +126,7 @@ def _swept(
                 i = first + j
                 after = jnp.where(kept[j], current[i], 0)
                 error = (current[i] - after) / own[i, i]
-                current = (current - own[i][:, None] * error).at[i].set(after)
+                current = (current - jnp.outer(own[i], error)).at[i].set(after)
                 return current, errors.at[i].set(error)
 
             return lax.fori_loop(0, group, of_input, state)

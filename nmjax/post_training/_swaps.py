@@ -105,8 +105,8 @@ def _swapped(
         u, p = group * m + rest // m, group * m + rest % m
         mask = mask.at[u, outputs].set(mask[u, outputs] | gains)
         mask = mask.at[p, outputs].set(mask[p, outputs] & ~gains)
-        delta = gram[:, p] * w[p, outputs] - gram[:, u] * w[u, outputs]
-        return mask, c + jnp.where(gains, delta, 0), number + 1, gains.any()
+        delta = gram[:, p] * w[p, outputs][None] - gram[:, u] * w[u, outputs][None]
+        return mask, c + jnp.where(gains[None], delta, 0), number + 1, gains.any()
 
     start = (mask, gram @ jnp.where(mask, 0, w), jnp.array(0), jnp.array(True))
     found: jax.Array = lax.while_loop(lambda s: s[3] & (s[2] < limit), step, start)[0]

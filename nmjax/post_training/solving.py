@@ -127,7 +127,8 @@ def by_leaf(
         groups = 1 if statistics is None else statistics.rows[name].shape[-1]
         view = Matrices(plan[name], w.shape, groups)
         _check_fits(name, view, statistics)
-        matrices = view.of(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
+        # Casts on purpose, which JAX's strict promotion would refuse; so NumPy's promotes.
+        matrices = view.of(w.astype(np.promote_types(w.dtype, np.float32)))
         operands = [matrices]
         if statistics is not None:
             statistic = statistics[name] if gram else statistics.mean_square(name)
@@ -166,10 +167,8 @@ def normalized(
     scale = jnp.sqrt(jnp.diagonal(gram))
     largest = jnp.max(scale)
     # Without any input that lives, all weights count alike.
-    scale = jnp.where(largest > 0, jnp.maximum(scale, 1e-6 * largest), 1)
-    return gram / scale / scale[:, None] + ridge * jnp.eye(len(gram), dtype=gram.dtype), scale[
-        :, None
-    ]
+    scale = jnp.where(largest > 0, jnp.maximum(scale, 1e-6 * largest), 1)[:, None]
+    return gram / scale.T / scale + ridge * jnp.eye(len(gram), dtype=gram.dtype), scale
 
 
 def _check_statistics(

@@ -1,5 +1,6 @@
 """Fixtures of the optax tests: each transformation, with a number and with a schedule."""
 
+import jax.numpy as jnp
 import pytest
 
 from tests.nmjax.optax_cases import PLAN, TRANSFORMATIONS
@@ -13,4 +14,5 @@ def row(request):
 @pytest.fixture(params=["number", "schedule"])
 def tx(request, row):
     value = row.value
-    return row.make(PLAN, value if request.param == "number" else lambda count: value / (1 + count))
+    is_number = request.param == "number"
+    return row.make(PLAN, value if is_number else lambda count: value / jnp.float32(1 + count))

@@ -66,8 +66,8 @@ def plain_dict():
     }
 
     def run(params, x):
-        hidden = nn.relu(x @ params["up"]["kernel"] + params["up"]["bias"])
-        return hidden @ params["down"]["kernel"] + params["down"]["bias"]
+        hidden = nn.relu(x @ params["up"]["kernel"] + params["up"]["bias"][None])
+        return hidden @ params["down"]["kernel"] + params["down"]["bias"][None]
 
     return functional_framework(params, run)
 

@@ -181,6 +181,7 @@ def test_seeds_under_vmap(tx):
         assert_trees_close(jax.tree.map(lambda x, i=i: x[i], updates), alone)
 
 
+@pytest.mark.not_under("jax_numpy_dtype_promotion")
 def test_tree_map_params_finds_no_parameters_in_the_state(tx):
     chain = optax.chain(tx, optax.scale_by_adam())
     state = chain.init(PARAMS)

@@ -34,7 +34,7 @@ NO_ARRAYS = ["text", None, {}, [], len, PLAN, [[1.0], [2.0, 3.0]]]
 
 
 def forward(params, x):
-    return x @ params["a"]["kernel"] + params["a"]["bias"] + x @ params["b"]["kernel"]
+    return x @ params["a"]["kernel"] + params["a"]["bias"][None] + x @ params["b"]["kernel"]
 
 
 def saved(tree):

@@ -8,6 +8,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nmjax.kernels.operands import Window
@@ -32,7 +33,7 @@ def depthwise_conv(x: jax.Array, w: jax.Array, window: Window) -> jax.Array:
     taps, channels = w.shape[:-2], x.shape[-1]
     output = window.output(x.shape[1:-1], taps)
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    sums = jnp.promote_types(dtype, jnp.float32)
+    sums = np.promote_types(dtype, np.float32)
     padded = jnp.pad(x, ((0, 0), *window.padding, (0, 0)))
 
     def shifted(tap: tuple[int, ...]) -> jax.Array:
@@ -49,7 +50,7 @@ def depthwise_conv(x: jax.Array, w: jax.Array, window: Window) -> jax.Array:
         )
 
     products = (
-        shifted(tap).astype(sums) * w[(*tap, 0)].astype(sums)
+        shifted(tap).astype(sums) * jnp.expand_dims(w[(*tap, 0)].astype(sums), range(x.ndim - 1))
         for tap in itertools.product(*map(range, taps))
     )
     return functools.reduce(operator.add, products).astype(dtype)

@@ -63,6 +63,8 @@ def sparse_dense(
     x, w = jnp.asarray(x), jnp.asarray(w)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be real floating, got {x.dtype}{x.shape}")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"w must be real floating, got {w.dtype}{w.shape}")
     if w.ndim != 2 or x.shape[-1:] != w.shape[:1]:
         raise ValueError(f"x {x.shape} and w {w.shape} should be (..., inputs), (inputs, outputs)")
     dtype = jnp.promote_types(x.dtype, w.dtype)

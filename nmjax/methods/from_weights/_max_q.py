@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nmjax.masks.arguments import check_number
@@ -114,7 +115,7 @@ def _dense_groups(
 ) -> jax.Array:
     """True in the groups that are still dense."""
     groups, whole = cut(w, leaf)
-    size = jnp.sum(jnp.abs(groups).astype(jnp.promote_types(w.dtype, jnp.float32)), axis=-1)
+    size = jnp.sum(jnp.abs(groups).astype(np.promote_types(w.dtype, np.float32)), axis=-1)
     # Axes in front of the planned ones hold a stack of weights, each with its own ranking.
     axes = tuple(range(w.ndim - len(leaf.shape), size.ndim))
     total = math.prod(size.shape[axis] for axis in axes)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nmjax.masks.nm import nm_mask
@@ -152,8 +153,9 @@ def _soft_threshold(w: jax.Array, mask: jax.Array, leaf: LeafPlan) -> jax.Array:
 
 
 def _scale(w: jax.Array, shrunk: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    dtype = np.promote_types(w.dtype, np.float32)
     dot = partial(jnp.sum, dtype=dtype)
-    norm = dot(shrunk.astype(dtype) ** 2)
+    w, shrunk = w.astype(dtype), shrunk.astype(dtype)
+    norm = dot(shrunk**2)
     # A weight of zeros, or of ties only, has nothing to scale.
-    return jnp.where(norm > 0, dot(w.astype(dtype) * shrunk) / jnp.where(norm > 0, norm, 1), 1)
+    return jnp.where(norm > 0, dot(w * shrunk) / jnp.where(norm > 0, norm, 1), 1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -156,14 +157,19 @@ def _scale_by_adam_s(
         def mix(name: str, m: jax.Array, w: jax.Array) -> jax.Array:
             if name not in plan:
                 return m
-            pull = (1 - alpha) * m + alpha * lambda_w * jnp.sign(w)
+            wide = np.promote_types(m.dtype, np.float32)
+            share, mean, sign = (x.astype(wide) for x in (alpha, m, jnp.sign(w)))
+            pull = (1 - share) * mean + share * jnp.asarray(lambda_w, wide) * sign
             return jnp.where(kept[name], m, pull.astype(m.dtype))
 
         mixed = map_named(mix, mu, params)
         nu = optax.tree.update_moment_per_elem_norm(mixed, state.nu, b2, 2)
 
         def direct(u: jax.Array, v: jax.Array) -> jax.Array:
-            return ((u / (1 - b1**t)) / (jnp.sqrt(v / (1 - b2**t)) + eps)).astype(u.dtype)
+            wide = np.promote_types(u.dtype, np.float32)
+            given = (u, 1 - b1**t, v, 1 - b2**t)
+            mean, part, square, share = (x.astype(wide) for x in given)
+            return (mean / part / (jnp.sqrt(square / share) + eps)).astype(u.dtype)
 
         return jax.tree.map(direct, mixed, nu), ScaleByAdamSState(count, mu, nu)
 

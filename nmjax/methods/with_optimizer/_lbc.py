@@ -144,7 +144,7 @@ def lbc(
         scores, trace, live = (part[name] for part in (state.scores, state.trace, state.live))
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         groups, whole = cut(g, plan[name])
-        wide = jnp.promote_types(w.dtype, jnp.float32)
+        wide = np.promote_types(w.dtype, np.float32)
         products = groups.astype(wide) * cut(w, plan[name]).weights.astype(wide)
         kept = whole(_held(live, members[name]))
         slope = _matmul(products, members[name].T) + weight_decay * scores

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -158,7 +159,7 @@ def step(
             low = (count > window) & (jnp.abs(newest - oldest) < threshold * newest)
         else:
             filled = jnp.minimum(count, window)
-            low = jnp.sum(changes) / filled < threshold
+            low = jnp.sum(changes) / filled.astype(changes.dtype) < threshold
         return (count > max_steps) | ((count > min_steps) & low)
 
     def init(params: chex.ArrayTree) -> ScaleByStepState:
@@ -192,7 +193,10 @@ def step(
         momentum = 1 - b1 ** count.astype(jnp.float32)
 
         def direct(m: jax.Array, v: jax.Array) -> jax.Array:
-            return ((m / momentum) / (jnp.sqrt(v / correction) + small)).astype(m.dtype)
+            wide = np.promote_types(m.dtype, np.float32)
+            given = (m, momentum, v, correction, small)
+            mean, part, square, share, least = (x.astype(wide) for x in given)
+            return (mean / part / (jnp.sqrt(square / share) + least)).astype(m.dtype)
 
         directed = jax.tree.map(direct, mu, nu)
         return directed, ScaleByStepState(count, mu, nu, changes, switched, seen)

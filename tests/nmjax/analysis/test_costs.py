@@ -188,11 +188,11 @@ def test_state_beside_the_parameters_counts_as_activation():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda w: w.astype(jnp.bfloat16),
+        lambda w: w.astype(jnp.bfloat16).astype(w.dtype),
         lambda w: w.T,
         lambda w: w.reshape(2, 8, 16).reshape(16, 16),
         lambda w: w * 2.0 - w.mean(),
-        lambda w: w / jnp.linalg.norm(w, axis=0),
+        lambda w: w / jnp.linalg.norm(w, axis=0, keepdims=True),
         lambda w: jnp.where(jnp.ones((16, 16), bool), w, 0),
         jax.jit(lambda w: w + 1),
         jax.checkpoint(lambda w: w + 1),

@@ -212,6 +212,10 @@ def test_a_row_makes_an_implementation(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32, jnp.bfloat16])
 def test_dtypes_promote_as_in_jax(dtype):
+    if jax.config.jax_numpy_dtype_promotion == "strict" and dtype != jnp.float32:
+        with pytest.raises(jax.dtypes.TypePromotionError):
+            nmjax.packed_matmul(X.astype(dtype), DENSE)
+        return
     y = nmjax.packed_matmul(X.astype(dtype), DENSE)
     assert y.dtype == jnp.promote_types(dtype, jnp.float32)
 

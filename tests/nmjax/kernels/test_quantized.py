@@ -68,6 +68,7 @@ def test_rounding_is_to_the_nearest_step(seed, dtype):
     assert np.abs(np.asarray(made.packed.values)).max(axis=(0, 1)).tolist() == [127] * 5
 
 
+@pytest.mark.not_under("jax_debug_nans")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_visible(bad):
     w = np.ones((8, 2), np.float32)

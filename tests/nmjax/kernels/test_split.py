@@ -65,7 +65,7 @@ def collectives(compiled):
 def test_batch_and_outputs_stay_where_they_are(pattern, batch_axis, output_axis, with_bias):
     mesh, x, packed = make_mesh(), numbers((8, 16)), packed_weight((16, 64), pattern)
     bias = numbers((64,), 2) if with_bias else None
-    expected = np.maximum(x @ nmjax.unpack(packed) + (bias if with_bias else 0), 0)
+    expected = np.maximum(x @ nmjax.unpack(packed) + (bias[None] if with_bias else 0), 0)
     x = jax.device_put(x, NamedSharding(mesh, P(batch_axis)))
     packed = put_weight(packed, output_axis, mesh)
 

@@ -130,7 +130,7 @@ class Noisy(nn.Dense):
         calls = self.variable("counts", "calls", lambda: 0)
         calls.value += 1
         self.sow("intermediates", "input", x)
-        noise = jax.random.normal(self.make_rng("noise"), (self.features,))
+        noise = jax.random.normal(self.make_rng("noise"), (1, 1, 1, self.features))
         return super().__call__(x) + noise
 
 

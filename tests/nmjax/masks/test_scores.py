@@ -70,7 +70,7 @@ def test_of_equally_large_blocks_the_one_like_no_other_scores_highest():
 
 def test_the_size_of_a_block_does_not_change_angles():
     blocks = random_blocks(1, (2, 6, 8), zeros=0)
-    factors = jnp.linspace(0.5, 2, 6)[:, None]
+    factors = jnp.linspace(0.5, 2, 6)[None, :, None]
     difference = scores.block_angular_redundancy(blocks, 1.0) - scores.block_angular_redundancy(
         blocks, 0.0
     )

@@ -81,6 +81,7 @@ def test_large_tiles_are_close_to_the_optimum(n, m, tiles, percent):
     assert best * (1 - percent / 100) <= (scores * mask).sum() <= best * (1 + 1e-6)
 
 
+@pytest.mark.not_under("jax_debug_nans")
 def test_large_tiles_of_any_size_and_sign():
     """Scores that are tiny, all equal, negative or not finite."""
     w = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
@@ -110,12 +111,13 @@ def test_axes_and_stacks():
 
 def test_both_products_are_sparse():
     w = jax.random.normal(jax.random.key(0), (16, 8))
-    pruned = w * transposable_mask(w)
+    pruned = jnp.where(transposable_mask(w), w, 0)
     for side in (pruned, pruned.T):
         params = {"kernel": side}
         nmjax.check_sparse(params, nmjax.make_plan(params, "2:4"))
 
 
+@pytest.mark.not_under("jax_debug_nans")
 def test_scores_and_numbers_that_are_none():
     w = jnp.zeros((4, 4)).at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf).at[2, 2].set(-jnp.inf)
     mask = transposable_mask(w, 1, 4)

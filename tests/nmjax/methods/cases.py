@@ -26,7 +26,7 @@ USER_MASKS = {name: np.asarray(~mask) for name, mask in MASKS.items()}
 
 def drift(params, step):
     """Parameters that change, so that magnitude masks do too."""
-    return jax.tree.map(lambda w: w + 0.3 * step * jnp.cos(7 * w), params)
+    return jax.tree.map(lambda w: w + 0.3 * jnp.float32(step) * jnp.cos(7 * w), params)
 
 
 def gradient(sparsifier, state):

@@ -11,7 +11,7 @@ import nmjax
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (64, 16))
 # Inputs count less and less, so that training changes which weights are large.
-TARGETS = X * jnp.linspace(1, 0, 16) @ jax.random.normal(jax.random.key(1), (16, 8))
+TARGETS = X * jnp.linspace(1, 0, 16)[None] @ jax.random.normal(jax.random.key(1), (16, 8))
 STEPS, PER_EPOCH = 60, 10
 
 

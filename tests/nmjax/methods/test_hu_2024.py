@@ -47,6 +47,7 @@ class Adam:
         )
 
 
+@pytest.mark.not_under("jax_numpy_dtype_promotion")
 @pytest.mark.parametrize("dense_from", [None, 17])
 def test_training_is_that_of_the_formula(dense_from):
     kept = {}

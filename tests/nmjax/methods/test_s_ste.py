@@ -23,6 +23,7 @@ def soften(w, n, m, axis=0):
     return np.moveaxis(soft.reshape(moved.shape), -1, axis)
 
 
+@pytest.mark.not_under("jax_debug_nans")
 def test_a_weight_that_is_not_a_number_stays_visible():
     params = {"kernel": jnp.array([[jnp.nan], [3.0], [2.0], [1.0]])}
     sparsifier = methods.s_ste(nmjax.make_plan(params, "2:4"))

@@ -108,9 +108,9 @@ def test_only_the_absolute_switch_depends_on_the_scale_of_the_loss():
         state, grads = tx.init(PARAMS), jax.tree.map(lambda w: scale * jnp.sin(9 * w), PARAMS)
 
         def body(state, step):
-            return tx.update(jax.tree.map(lambda g: g * (1 + 1 / (1 + step)), grads), state)[
-                1
-            ], None
+            return tx.update(
+                jax.tree.map(lambda g: g * (1 + 1 / jnp.float32(1 + step)), grads), state
+            )[1], None
 
         return int(jax.lax.scan(body, state, jnp.arange(STEPS))[0].switched_at)
 

@@ -23,4 +23,6 @@ def test_straight_through_with_lambda_pulls():
     grads = gradient(sparsifier, sparsifier.init(PARAMS, KEY))
     for name in "ab":
         w, mask = PARAMS[name]["kernel"], MASKS[f"{name}/kernel"]
-        np.testing.assert_allclose(grads[name]["kernel"], 1 + 0.5 * w * ~mask, rtol=1e-6)
+        np.testing.assert_allclose(
+            grads[name]["kernel"], 1 + 0.5 * jnp.where(mask, 0, w), rtol=1e-6
+        )

@@ -36,6 +36,7 @@ def serve(model, plan, path):
     return nnx.jit(lambda model: model(X))(served)
 
 
+@pytest.mark.not_under("jax_numpy_dtype_promotion")
 @pytest.mark.parametrize("pull", [None, 2e-4])
 def test_straight_through(pull, tmp_path):
     model = Network(nnx.Rngs(0))
@@ -74,6 +75,7 @@ METHODS = {
 }
 
 
+@pytest.mark.not_under("jax_numpy_dtype_promotion")
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_that_remember(name, tmp_path):
     pattern, method = METHODS[name]

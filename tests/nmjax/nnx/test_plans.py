@@ -86,7 +86,7 @@ def test_variables_that_are_not_arrays_of_numbers(build, is_number):
 
         def __call__(self, x):
             extra = self.extra.get_value()
-            return self.layer(x) * (extra if is_number else jax.random.uniform(extra))
+            return self.layer(x) * (jnp.float32(extra) if is_number else jax.random.uniform(extra))
 
     plan = nmjax.nnx.make_plan(build(Noisy), "2:4", inputs=((1, 16),))
     assert plan["layer/kernel"].reduction_axes == (-2,)

@@ -42,6 +42,7 @@ def test_dtypes_that_packed_weights_cannot_have(dtype, words):
         check_dtype(jnp.dtype(dtype), "the weights")
 
 
+@pytest.mark.not_under("jax_debug_nans")
 @pytest.mark.parametrize("dtype", [*DTYPES, "float8_e4m3fn", "float8_e5m2fnuz", "float8_e3m4"])
 def test_nan_by_its_bits(dtype):
     check_dtype(jnp.dtype(dtype), "the weights")

@@ -233,6 +233,7 @@ def test_masks_that_keep_too_much():
     assert jnp.isnan(poisoned["dense"]["kernel"]).sum() == 16
 
 
+@pytest.mark.not_under("jax_debug_nans")
 def test_weights_that_are_not_sparse_are_not_packed():
     spoilt = jax.tree.map(jnp.array, nmjax.prune(PARAMS, PLAN))
     kernel = spoilt["attention"]["out"]["kernel"]
@@ -247,6 +248,7 @@ def test_weights_that_are_not_sparse_are_not_packed():
     assert "dense/kernel (8, 4): 16 of 32" in str(error.value)
 
 
+@pytest.mark.not_under("jax_debug_nans")
 def test_zeros_and_nans_among_the_kept_weights_are_packed():
     pruned = jax.tree.map(jnp.array, nmjax.prune(PARAMS, PLAN))
     pruned["conv"]["kernel"] = jnp.zeros_like(pruned["conv"]["kernel"]).at[0, 0, 2, 1].set(jnp.nan)
@@ -257,6 +259,7 @@ def test_zeros_and_nans_among_the_kept_weights_are_packed():
 SCORES = {"smallest": lambda w: -jnp.abs(w), "largest": lambda w: w, "equal": jnp.ones_like}
 
 
+@pytest.mark.not_under("jax_debug_nans")
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("pattern", ["2:4", "2:4/kernel", "8:64", "1x4@0.5", "1x4@0.5/layer"])

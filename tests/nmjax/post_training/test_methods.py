@@ -232,9 +232,6 @@ def test_statistics_that_do_not_fit_are_an_error():
         pruned_by("alps", w, statistics, "2:4", ridge="x")
     with pytest.raises(TypeError, match="method must be a name or a function, got int"):
         post_training.prune_with(None, {}, None, [], 5)
-    few = gram_of(x[:4])[1]  # Of rank 4.
-    with pytest.raises(ValueError, match=r"not finite:\n  w \(16, 4\)\n.* larger ridge="):
-        pruned_by("sparse_gpt", w, few, "2:4", ridge=-0.01)
     with pytest.raises(ValueError, match="pruning_steps lie between 1 and steps=3, got 4"):
         pruned_by("admm", w, statistics, "2:4", steps=3, pruning_steps=4)
     for name, rho in (("alps", 0), ("admm", -1.0), ("alps", float("nan"))):
@@ -246,3 +243,11 @@ def test_statistics_that_do_not_fit_are_an_error():
     params, plan = planned(w, "1x2@0.5")
     with pytest.raises(ValueError, match=r"swaps need groups, .* w \(1x2@0.5\)"):
         improve_by_swaps(params, plan, statistics, nmjax.compute_masks(params, plan))
+
+
+@pytest.mark.not_under("jax_debug_nans")
+def test_a_gram_matrix_that_cannot_be_solved_is_an_error():
+    x, _, w = layers.layer(16, 4, rows=4)
+    few = gram_of(x)[1]  # Of rank 4.
+    with pytest.raises(ValueError, match=r"not finite:\n  w \(16, 4\)\n.* larger ridge="):
+        pruned_by("sparse_gpt", w, few, "2:4", ridge=-0.01)

@@ -234,6 +234,7 @@ def test_the_progress_says_how_much_time_is_left(plan, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.not_under("jax_debug_nans")
 def test_not_finite_inputs_name_the_first_layer_and_the_batch(plan):
     broken = {**PARAMS, "stack": PARAMS["stack"] * np.array([np.nan, 1])[:, None, None]}
     # The first matrix of the stack meets good inputs, the second one does not.

@@ -69,7 +69,7 @@ def test_norms_of_several_writers_are_added():
 
 
 def test_blocks_of_sorted_channels_keep_more():
-    w = jax.random.normal(KEY, (32, 64)) * jnp.exp(jax.random.normal(jax.random.key(1), (64,)))
+    w = jax.random.normal(KEY, (32, 64)) * jnp.exp(jax.random.normal(jax.random.key(1), (1, 64)))
     variables = {"kernel": w}
     plan = nmjax.make_plan(variables, "1x8@0.5/layer")
     after = sort_channels(variables, [Channels((("kernel", -1),))])

@@ -47,7 +47,7 @@ class Ordered(nn.Module):
         x = nn.Conv(6, (3, 3), name="sliced")(x)
         x = nn.Conv(8, (3, 3), name="grouped")(jnp.concatenate([x[..., :3], x[..., 3:]], axis=-1))
         x = nn.Conv(8, (3, 3), feature_group_count=2, name="constant")(x)
-        x = nn.Conv(2, (1, 1), name="flattened")(x * jnp.arange(8.0))
+        x = nn.Conv(2, (1, 1), name="flattened")(x * jnp.arange(8.0)[None, None, None])
         x = nn.Dense(5, name="carried")(x.reshape(x.shape[0], -1))
         x, _ = jax.lax.scan(lambda carry, _: (jnp.roll(carry, 1, -1), None), x, None, 3)
         return nn.Dense(4, name="head")(x)
@@ -58,6 +58,9 @@ NETWORKS = {
     "attention": (Attention(), (2, 5, 7)),
     "ordered": (Ordered(), (2, 6, 6, 3)),
 }
+# Flax's avg_pool divides floats by integers.
+PROMOTES = pytest.mark.not_under("jax_numpy_dtype_promotion")
+SEPARABLE = pytest.param("separable", marks=PROMOTES)
 
 
 def make(name):
@@ -77,7 +80,7 @@ def all_of(channels):
     return {f"{name}:{axis}" for name, axis in (*channels.writers, *channels.followers)}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [SEPARABLE, "attention", "ordered"])
 def test_moving_free_channels_changes_nothing(name):
     forward, variables, x = make(name)
     rng, shuffled = np.random.default_rng(0), variables
@@ -88,7 +91,7 @@ def test_moving_free_channels_changes_nothing(name):
     np.testing.assert_allclose(forward(shuffled, x), forward(variables, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["separable", "attention"])
+@pytest.mark.parametrize("name", [SEPARABLE, "attention"])
 def test_leaving_one_axis_behind_does_change_something(name):
     """The control: every axis that is found belongs there."""
     forward, variables, x = make(name)
@@ -121,6 +124,7 @@ HEADS = """
 """
 
 
+@PROMOTES
 def test_which_channels_a_convolutional_network_ties():
     forward, variables, x = make("separable")
     found = find_channels(forward, variables, x)
@@ -174,6 +178,7 @@ def test_the_order_within_the_groups_of_a_mask_stays():
     assert found == [Channels((("second", -1),), (("third", -2),))]
 
 
+@PROMOTES
 def test_shapes_are_enough():
     forward, variables, x = make("separable")
     abstract = jax.eval_shape(lambda: (variables, x))

@@ -11,7 +11,7 @@ PARAMS = {"first": jnp.ones((8, 16)), "second": jnp.ones((16, 4)), "bias": jnp.o
 def test_parameters_are_named_and_products_of_activations_are_not():
     def forward(params, x):
         hidden = x @ params["first"]
-        return (hidden.T @ hidden) @ params["second"] + params["bias"]
+        return (hidden.T @ hidden) @ params["second"] + params["bias"][None]
 
     counts = multiply_adds(forward, PARAMS, jax.ShapeDtypeStruct((2, 8), jnp.float32))
     assert counts == {"first": 2 * 8 * 16, None: 16 * 2 * 16, "second": 16 * 16 * 4}

@@ -290,7 +290,7 @@ def test_masks_of_the_weight_itself_leave_its_groups_whole(pattern, how):
         w = params["w"]
         mask = nmjax.compute_masks(params, wanted)["w"]
         if how == "times":
-            return x @ (w * mask)
+            return x @ (w * mask.astype(w.dtype))
         return x @ (jnp.where(mask, w, 0) if how == "where" else nmjax.prune_ste(w, mask))
 
     plan = nmjax.make_plan(params, pattern, forward=forward, inputs=(jnp.ones((2, 64)),))

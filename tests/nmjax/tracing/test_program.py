@@ -85,13 +85,13 @@ def rnn(params, x):
 
 def weight_norm(params, x):
     norm = jnp.sqrt((params["v"] ** 2).sum(0))
-    return x @ (params["v"] * (params["g"] / norm))
+    return x @ (params["v"] * (params["g"] / norm)[None])
 
 
 def quantized(params, x):
     scale = jnp.abs(params["w"]).max(0) / 127
-    w = jnp.clip(jnp.round(params["w"] / scale), -127, 127).astype(jnp.int8)
-    return (x.astype(jnp.int8) @ w).astype(jnp.float32) * scale
+    w = jnp.clip(jnp.round(params["w"] / scale[None]), -127, 127).astype(jnp.int8)
+    return (x.astype(jnp.int8) @ w).astype(jnp.float32) * scale[None, None]
 
 
 def straight_through(params, x):
@@ -303,19 +303,19 @@ FOLLOWED = {
     ),
     "clipped": (lambda p, x: x @ jnp.clip(p["w"], -1, 1), {"w": (16, 8)}, (X,), {"w": DENSE}),
     "gate of queries": (
-        lambda p, x: jnp.einsum("bqd,bkd->bqk", x * p["g"], x),
+        lambda p, x: jnp.einsum("bqd,bkd->bqk", x * p["g"][None], x),
         {"g": (3, 16)},
         (X,),
         {"g": "in no product: meets activations entry by entry"},
     ),
     "gate of attention": (
-        lambda p, x: (jnp.einsum("bqd,bkd->bqk", x, x) * p["g"]) @ x,
+        lambda p, x: (jnp.einsum("bqd,bkd->bqk", x, x) * p["g"][None]) @ x,
         {"g": (3, 3)},
         (X,),
         {"g": "in no product: meets activations entry by entry"},
     ),
     "bias of attention": (
-        lambda p, x: jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", x, x) + p["b"]) @ x,
+        lambda p, x: jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", x, x) + p["b"][None]) @ x,
         {"b": (3, 3)},
         (X,),
         {"b": "in no product: meets activations entry by entry"},
@@ -345,7 +345,7 @@ FOLLOWED = {
         {"table": "embedding (a look-up table)"},
     ),
     "look-up by a comparison": (
-        lambda p, i: jnp.where(i[..., None] == jnp.arange(50), 1.0, 0.0) @ p["table"],
+        lambda p, i: jnp.where(i[..., None] == jnp.arange(50)[None, None], 1.0, 0.0) @ p["table"],
         {"table": (50, 16)},
         (TOKENS,),
         {"table": "embedding (a look-up table)"},
@@ -400,7 +400,7 @@ FOLLOWED = {
     ),
     "not used": (lambda p, x: x, {"w": (16, 8)}, (X,), {"w": "in no product with an activation"}),
     "gate": (
-        lambda p, x: (x[..., None] * p["w"]).sum(-2),
+        lambda p, x: (x[..., None] * p["w"][None, None]).sum(-2),
         {"w": (16, 8)},
         (X,),
         {"w": "in no product: meets activations entry by entry"},
@@ -423,7 +423,7 @@ UNCLEAR = {
         "derived from a, b, w",
     ),
     "standardized": (
-        lambda p, x: x @ (p["w"] - p["w"].mean(0)),
+        lambda p, x: x @ (p["w"] - p["w"].mean(0, keepdims=True)),
         {"w": (16, 8)},
         "derived from w",
     ),
@@ -465,7 +465,7 @@ UNCLEAR = {
         "derived from k, q",
     ),
     "of constant features": (
-        lambda p, x: x + jnp.tanh(jnp.linspace(0, 1, 48).reshape(3, 16) @ p["w"]),
+        lambda p, x: x + jnp.tanh(jnp.linspace(0, 1, 48).reshape(3, 16) @ p["w"])[None],
         {"w": (16, 16)},
         "products have no input",
     ),

@@ -90,8 +90,9 @@ def test_devices_share_a_batch_where_each_gets_rows_enough(monkeypatch, batch, r
     def stand_in(name, results):
         def multiply(x, data, bias, **attributes):
             asked.append(x.shape)
+            x, data = x.astype(jnp.float32), data.astype(jnp.float32)
             y = jnp.zeros(results[0].shape) + x.sum(axis=1, keepdims=True) + data.sum()
-            y += bias if bias.size else 0
+            y += bias.astype(jnp.float32)[None] if bias.size else 0
             return y.astype(results[0].dtype), jnp.zeros(results[1].shape, jnp.uint8)
 
         return multiply

@@ -14,7 +14,12 @@ from nmjax.masks.transposable import transposable_mask
 
 VERSIONS = [
     (jnp.float32, jnp.float32, 1e-5),
-    (jnp.bfloat16, jnp.float32, 1e-5),
+    pytest.param(
+        jnp.bfloat16,
+        jnp.float32,
+        1e-5,
+        marks=pytest.mark.not_under("jax_numpy_dtype_promotion"),
+    ),
     (jnp.bfloat16, jnp.bfloat16, 2e-2),
 ]
 
@@ -57,7 +62,7 @@ def test_a_mask_can_be_kept_for_some_steps():
     x, before, now = numbers((2, 8)), numbers((8, 8), seed=1), numbers((8, 8), seed=2)
     mask = transposable_mask(before)
     y, pull = jax.vjp(lambda w: sparse_dense(x, w, mask), now)
-    np.testing.assert_allclose(y, x @ (now * mask), rtol=1e-5)
+    np.testing.assert_allclose(y, x @ jnp.where(mask, now, 0), rtol=1e-5)
     np.testing.assert_allclose(pull(jnp.ones_like(y))[0], x.T @ jnp.ones_like(y), rtol=1e-5)
     np.testing.assert_array_equal(
         sparse_dense(x, before), sparse_dense(x, before, transposable_mask(before))
@@ -82,7 +87,7 @@ def test_sparse_products_are_asked_for_the_right_way_round(monkeypatch):
     expected, pull = jax.vjp(lambda x, w: sparse_dense(x, w, implementation="xla"), x, w)
     monkeypatch.setattr(cusparselt, "compress_unchecked", compress)
     monkeypatch.setattr(cusparselt, "matmul", matmul)
-    sparse = w * transposable_mask(w)
+    sparse = jnp.where(transposable_mask(w), w, 0)
     y, pull_sparse = jax.vjp(lambda x, w: _multiply("cusparselt", x, w), x, sparse)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     for got, wanted in zip(pull_sparse(g), pull(g), strict=True):
@@ -111,7 +116,7 @@ def test_who_asks_for_them_gets_sparse_products(monkeypatch):
 
 def test_a_layer_learns():
     w_true, x = numbers((16, 16)), numbers((64, 16), seed=1)
-    y = x @ (w_true * transposable_mask(w_true))
+    y = x @ jnp.where(transposable_mask(w_true), w_true, 0)
 
     @jax.jit
     def step(w):

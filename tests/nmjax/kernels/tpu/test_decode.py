@@ -104,15 +104,16 @@ def test_float32_inputs_keep_their_precision(dtype, atol):
 
 def test_bias_activation_and_scales():
     packed, x, bias = weight("1:4", 64, 16), integers(2, 64), jnp.arange(16.0)
-    expected = np.maximum(np.asarray(x, np.float64) @ dense(packed) + bias, 0)
+    expected = np.maximum(np.asarray(x, np.float64) @ dense(packed) + np.asarray(bias), 0)
     y = product(x, tile(packed), bias, "relu")
     np.testing.assert_array_equal(y, jnp.asarray(expected, jnp.bfloat16))
     packed, scales = weight("1:4", 64, 16, jnp.int8), jnp.full(16, 0.5)
     y = product(x, tile(packed), bias, scales=scales)
-    expected = np.asarray(x, np.float64) @ dense(packed) * 0.5 + bias
+    expected = np.asarray(x, np.float64) @ dense(packed) * 0.5 + np.asarray(bias)
     np.testing.assert_array_equal(y, jnp.asarray(expected, jnp.bfloat16))
 
 
+@pytest.mark.not_under("jax_debug_nans")
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.int8])
 def test_an_input_that_is_not_finite_makes_nan(dtype):
     x = integers(2, 64).at[0, 5].set(jnp.inf)
@@ -208,8 +209,16 @@ def test_other_platforms_unpack():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda x, w: (x.astype(jnp.float16), w), "bfloat16 or float32, not float16"),
-        (lambda x, w: (x, w.astype(jnp.float32)), "cast them"),
+        pytest.param(
+            lambda x, w: (x.astype(jnp.float16), w),
+            "bfloat16 or float32, not float16",
+            marks=pytest.mark.not_under("jax_numpy_dtype_promotion"),
+        ),
+        pytest.param(
+            lambda x, w: (x, w.astype(jnp.float32)),
+            "cast them",
+            marks=pytest.mark.not_under("jax_numpy_dtype_promotion"),
+        ),
         (lambda x, w: (x, weight("1x4@0.5", 64, 16)), "128 outputs"),
         (lambda x, w: (x, weight("8:16", 64, 16)), "32 bits"),
         (
