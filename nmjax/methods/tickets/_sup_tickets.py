@@ -129,7 +129,7 @@ def sup_tickets(
         new = lax.cond(
             ends & (now > tickets), lambda: _masks_of_average(average, plan), lambda: new
         )
-        return SupTicketsState(new, average, jnp.asarray(state.taken) + ends, now)
+        return SupTicketsState(new, average, jnp.asarray(state.taken) + ends.astype(jnp.int32), now)
 
     def apply(params: chex.ArrayTree, state: SupTicketsState) -> chex.ArrayTree:
         masks = masks_of(state, SupTicketsState)

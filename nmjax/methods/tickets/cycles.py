@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nmjax.masks.arguments import check_number
@@ -156,7 +157,7 @@ def ticket_of(params: chex.ArrayTree, plan: Plan, masks: Masks) -> chex.ArrayTre
     def widen(w: Any) -> jax.Array:
         w = jnp.asarray(w)
         is_float = jnp.issubdtype(w.dtype, jnp.floating)
-        return w.astype(jnp.promote_types(w.dtype, jnp.float32)) if is_float else w
+        return w.astype(np.promote_types(w.dtype, np.float32)) if is_float else w
 
     pruned = map_planned(lambda name, w: apply_mask(w, masks[name]), params, plan)
     return jax.tree.map(widen, pruned)

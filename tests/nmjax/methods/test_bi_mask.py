@@ -75,7 +75,7 @@ def test_orders_stay_until_the_next_search():
 
 def test_the_search_keeps_most():
     """With many tries it finds the best of all orders of eight outputs: 35 ways to halve them."""
-    w = RNG.normal(size=(8, 8))
+    w = np.random.default_rng(0).normal(size=(8, 8))
     most = max(
         np.sum(backward_mask(w, [*half, *sorted(set(range(8)) - set(half))]))
         for half in itertools.combinations(range(8), 4)
