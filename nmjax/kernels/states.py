@@ -13,9 +13,10 @@ def backends() -> dict[str, str]:
 
     `"xla"` is plain XLA, which always works. `"ffi"` is the compiled kernels for CPUs. For 2:4
     weights on NVIDIA GPUs, `"cusparselt"` is NVIDIA's library, and `"decode"` a kernel for few
-    rows. `"tpu"` is the kernel for TPUs. Environment variables: `NMJAX_DISABLE_FFI` switches off
-    the compiled ones for CPUs and GPUs, `NMJAX_KERNELS_LIBRARY` names another library file of CPU
-    kernels, and `NMJAX_KERNELS_ISA` picks a narrower instruction set than the machine has.
+    rows. `"tpu"` is the kernels for TPUs, for products and for masks. Environment variables:
+    `NMJAX_DISABLE_FFI` switches off the compiled ones for CPUs and GPUs, `NMJAX_KERNELS_LIBRARY`
+    names another library file of CPU kernels, and `NMJAX_KERNELS_ISA` picks a narrower instruction
+    set than the machine has.
 
     >>> sorted(backends())
     ['cusparselt', 'decode', 'ffi', 'tpu', 'xla']
@@ -26,5 +27,5 @@ def backends() -> dict[str, str]:
         "ffi": library.reason or f"ready: {library.instruction_set}",
         "cusparselt": nvidia.reason or f"ready: {nvidia.version}",
         "decode": load_decode() or "ready",
-        "tpu": tpu_state() or "ready",
+        "tpu": tpu_state() or "ready: packed products, and masks in one pass",
     }

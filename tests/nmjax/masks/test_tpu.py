@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nmjax
@@ -82,6 +84,25 @@ def test_kernel_equals_nm_mask(shape, dtype, n, m, axis):
     ],
 )
 def test_kernel_equals_nm_mask_elsewhere(shape, dtype, n, m, axis):
+    check_kernel(shape, dtype, n, m, axis)
+
+
+@st.composite
+def groups(draw):
+    """A shape of at most two axes in front of a small matrix, and a pattern that fits it."""
+    axis = draw(st.sampled_from((-1, -2, -3)))
+    m = draw(st.sampled_from((2, 4, 8) if axis == -1 else (2, 4, 6, 8)))
+    shape = draw(st.lists(st.integers(1, 3), min_size=max(0, -axis - 2), max_size=2))
+    shape += [draw(st.integers(1, 40)), draw(st.sampled_from((1, 5, 127, 128, 130)))]
+    shape[axis] = m * draw(st.integers(1, 9))
+    return tuple(shape), draw(st.integers(1, m - 1)), m, axis
+
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(groups(), st.sampled_from(("float32", "bfloat16")))
+def test_kernel_equals_nm_mask_in_any_shape(case, dtype):
+    shape, n, m, axis = case
     check_kernel(shape, dtype, n, m, axis)
 
 
