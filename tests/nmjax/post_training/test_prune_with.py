@@ -29,20 +29,26 @@ def scanned(params, x):
     return h @ params["last"]
 
 
-def pruned_by_hand(data):
+def pruned_by_hand(data, share=0.0):
     """Layer after layer in NumPy, with the formula of SparseGPT."""
 
-    def prune(w, x):
-        return layers.sparse_gpt(np.float64(w), x.T @ x / len(x), 2, 4)
+    def prune(w, x, before):
+        """The weights for inputs x, which were others before pruning."""
+        w, gram = np.float64(w), x.T @ x / len(x)
+        ridge = 0.01 * np.diagonal(gram).mean() * np.eye(len(gram))
+        # Least squares with a pull to the weights, to the outputs before pruning.
+        right = x.T @ before @ w / len(x) + ridge @ w
+        aim = np.linalg.solve(gram + ridge, right)
+        return layers.sparse_gpt((1 - share) * w + share * aim, gram, 2, 4)
 
-    done = {"first": prune(PARAMS["first"], data), "stack": {"up": [], "down": []}}
-    h = np.tanh(data @ done["first"])
+    done = {"first": prune(PARAMS["first"], data, data), "stack": {"up": [], "down": []}}
+    h, before = np.tanh(data @ done["first"]), np.tanh(data @ PARAMS["first"])
     for up, down in zip(*PARAMS["stack"].values(), strict=True):
-        done["stack"]["up"].append(prune(up, h))
-        inner = np.tanh(h @ done["stack"]["up"][-1])
-        done["stack"]["down"].append(prune(down, inner))
-        h = h + inner @ done["stack"]["down"][-1]
-    done["last"] = prune(PARAMS["last"], h)
+        done["stack"]["up"].append(prune(up, h, before))
+        inner, inner_before = np.tanh(h @ done["stack"]["up"][-1]), np.tanh(before @ up)
+        done["stack"]["down"].append(prune(down, inner, inner_before))
+        h, before = h + inner @ done["stack"]["down"][-1], before + inner_before @ down
+    done["last"] = prune(PARAMS["last"], h, before)
     return jax.tree.map(np.array, done, is_leaf=lambda node: isinstance(node, list))
 
 
@@ -51,7 +57,8 @@ def plan():
     return nmjax.make_plan(PARAMS, "2:4", forward=scanned, inputs=(BATCHES[0],))
 
 
-def test_each_layer_sees_the_pruned_ones_before_it_and_runs_resume(plan):
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_each_layer_sees_the_pruned_ones_before_it_and_runs_resume(plan, share):
     kept = []
 
     def stop(params, finished):
@@ -60,7 +67,7 @@ def test_each_layer_sees_the_pruned_ones_before_it_and_runs_resume(plan):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prune_with(scanned, PARAMS, plan, iter(BATCHES), on_finished=stop)
+        prune_with(scanned, PARAMS, plan, iter(BATCHES), on_finished=stop, compensation=share)
     params, finished = kept
     assert finished == {"first", "stack/up[0]", "stack/down[0]", "stack/up[1]"}
     np.testing.assert_array_equal(params["stack"]["down"][1:], PARAMS["stack"]["down"][1:])
@@ -70,11 +77,13 @@ def test_each_layer_sees_the_pruned_ones_before_it_and_runs_resume(plan):
         params,
         plan,
         BATCHES,
+        compensation=share,
+        dense=PARAMS,
         finished=finished,
         on_finished=lambda _, finished: steps.append(len(finished)),
     )
     assert steps == [5, 6, 7, 8]
-    expected = pruned_by_hand(np.float64(np.concatenate(BATCHES)))
+    expected = pruned_by_hand(np.float64(np.concatenate(BATCHES)), share)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, expected)
     nmjax.check_sparse(found, plan)
 
@@ -93,6 +102,10 @@ def test_wrong_calls_of_the_driver_are_errors(plan):
         prune_with(scanned, PARAMS, plan, [])
     with pytest.raises(ValueError, match=r"finished= names stack/up\[3\], which"):
         prune_with(scanned, PARAMS, plan, BATCHES, finished=["first", "stack/up[3]"])
+    with pytest.raises(ValueError, match="compensation must be between 0 and 1, got 2"):
+        prune_with(scanned, PARAMS, plan, BATCHES, compensation=2)
+    with pytest.raises(ValueError, match="compensation= needs sequential=True"):
+        prune_with(scanned, PARAMS, plan, BATCHES, sequential=False, compensation=0.5)
     with pytest.raises(ValueError, match="need sequential=True"):
         prune_with(scanned, PARAMS, plan, BATCHES, sequential=False, finished=["first"])
     with pytest.raises(ValueError, match="  last: in no product with an activation"):

