@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import nmjax
+from experiments.benchmarks.calibration_sentences import docstring_sentences, package_sentences
 from experiments.benchmarks.timing import print_table, write_results
-from experiments.data.sentences import docstring_sentences, package_sentences
 from experiments.models.text.sentence_encoder import Params, embed
 from nmjax import post_training
 

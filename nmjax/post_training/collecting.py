@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,6 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nmjax.plans import Plan
-from nmjax.post_training.compensation import observe_pair
 from nmjax.post_training.observing.observation import Stages, observe, stages, unused
 from nmjax.post_training.observing.product_inputs import Layout, layout_of
 from nmjax.post_training.observing.totals import Total, Totals, zeros
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 Kind = Literal["mean_square", "gram"]
+
+_NETWORKS = "pruned and dense"
 
 
 def collect(
@@ -119,7 +120,7 @@ def collected(
       start: statistics to continue.
       progress: whether to show progress.
       memory_limit: bytes.
-      dense: parameters before pruning; with them the statistics are those of `observe_pair`.
+      dense: parameters before pruning; with them the statistics are those of `_observe_pair`.
     """
     leaves = planned_leaves(params, plan)
     layouts = {name: layout_of(plan[name], leaf.shape) for name, leaf in leaves.items()}
@@ -167,7 +168,7 @@ class Observation:
         def add(totals: Totals, arrays: list[jax.Array]) -> tuple[Totals, dict[str, jax.Array]]:
             arrays, dense = arrays[:count], arrays[count:]
             if is_pair:
-                new = observe_pair(traced, arrays, dense, layouts, _sum_of_products)
+                new = _observe_pair(traced, arrays, dense, layouts)
             else:
                 new = observe(traced, arrays, layouts, reduce)
             finite = {name: jnp.isfinite(total.sum).all() for name, total in new.items()}
@@ -191,6 +192,38 @@ class Observation:
                 "and the weights of the layers before it"
             )
         return totals
+
+
+def _observe_pair(
+    traced: Trace,
+    arrays: Sequence[jax.Array],
+    dense: Sequence[jax.Array],
+    layouts: Mapping[str, Layout],
+) -> Totals:
+    """Runs a network as pruned so far and as it was before, and compares what its weights meet.
+
+    Args:
+      traced: the program.
+      arrays: its arguments, with the parameters as pruned so far.
+      dense: its parameters before pruning.
+      layouts: of the weights to observe, by name.
+
+    Returns:
+      Sums of the products of x', the inputs in the pruned network, with (x', x), those in both
+      networks side by side: (*stack, groups, in, 2 in).
+    """
+
+    def reduce(rows: jax.Array) -> jax.Array:
+        pruned, before = lax.all_gather(rows, _NETWORKS)
+        return _sum_of_products(pruned, jnp.concatenate([pruned, before], axis=-1))
+
+    def run(params: Sequence[jax.Array]) -> Totals:
+        return observe(traced, [*params, *arrays[len(dense) :]], layouts, reduce)
+
+    pairs = [jnp.stack(pair) for pair in zip(arrays, dense, strict=False)]
+    totals = jax.vmap(run, axis_name=_NETWORKS)(pairs)
+    # Both networks gather the same.
+    return {name: Total(total.sum[0], total.rows[0]) for name, total in totals.items()}
 
 
 def check_all_met(traced: Trace, names: Iterable[str], found: Stages) -> None:
@@ -245,7 +278,7 @@ def _sum_of_products(
 
 
 def _sum_beside_itself(rows: jax.Array) -> jax.Array:
-    """Of the shape that `observe_pair` gives."""
+    """Of the shape that `_observe_pair` gives."""
     return _sum_of_products(rows, jnp.concatenate([rows, rows], axis=-1))
 
 
