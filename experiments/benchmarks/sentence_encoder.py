@@ -161,37 +161,19 @@ def collect(params: Any, data: Data, plan: nmjax.Plan) -> post_training.Statisti
     return post_training.collect(embed, params, data.calibration, plan, kind="gram")
 
 
-def permuted(pruning: Pruning) -> Any:
-    """The same network with its free channels in an order that keeps more of Wanda's score."""
-    params = pruning.params
-    for channels in nmjax.find_channels(embed, params, pruning.data.calibration[0]):
-        scores = [
-            _wanda_scores(pruning, name)
-            for name, axis in channels.followers
-            if name in pruning.plan and axis in (-1, 1)
-        ]
-        if scores:
-            pattern = next(iter(pruning.plan.values())).pattern
-            order = post_training.permute_inputs(np.concatenate(scores, axis=1), pattern)
-            params = nmjax.permute_channels(params, channels, order)
-    return params
-
-
-def _wanda_scores(pruning: Pruning, name: str) -> np.ndarray:
-    """(inputs, outputs) of a weight (outputs, inputs)."""
-    norms = jnp.sqrt(pruning.statistics.mean_square(name)[0])
-    return np.asarray(jnp.abs(pruning.params[name].T) * norms[:, None])
-
-
 def measure(pattern: str, only: str) -> list[dict[str, Any]]:
-    """A row for each way to prune whose name contains a text."""
+    """A row for each way to prune whose name contains a text.
+
+    The channels of N:M are reordered too, for the method with the smallest error.
+    """
     params, data = load()
     scores = Scores(params, data)
     dense = Pruning.start(params, data, pattern)
     sides = {"": dense}
     if all(isinstance(leaf.pattern, nmjax.NM) for leaf in dense.plan.values()):
-        moved = permuted(dense)
-        sides["permuted, "] = Pruning(moved, dense.plan, data, collect(moved, data, dense.plan))
+        given = embed, params, dense.plan, data.calibration[0]
+        moved = post_training.reorder_channels(*given, statistics=dense.statistics)
+        sides["reordered, "] = Pruning(moved, dense.plan, data, collect(moved, data, dense.plan))
     rows = []
     for prefix, side in sides.items():
         for name, prune in side.ways().items():
