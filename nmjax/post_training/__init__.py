@@ -8,8 +8,8 @@ from nmjax.post_training._scores import magnitude, ria, wanda
 from nmjax.post_training._sparse_gpt import sparse_gpt
 from nmjax.post_training._swaps import improve_by_swaps
 from nmjax.post_training.collecting import collect
-from nmjax.post_training.permutation import permute_inputs
-from nmjax.post_training.reordering import reorder_channels
+from nmjax.post_training.ordering.permutation import permute_inputs
+from nmjax.post_training.ordering.reordering import reorder_channels
 from nmjax.post_training.statistics import Statistics
 
 __all__ = [

@@ -16,7 +16,7 @@ import numpy as np
 from nmjax.patterns.nm import NM
 from nmjax.plans import LeafPlan, Plan, check_plan
 from nmjax.post_training.matrices import Matrices
-from nmjax.post_training.permutation import permute_inputs
+from nmjax.post_training.ordering.permutation import permute_inputs
 from nmjax.post_training.statistics import Statistics
 from nmjax.tracing.channel_order import Channels, permute_channels
 from nmjax.tracing.channels import find_channels

@@ -1,0 +1,1 @@
+"""Orders of channels under which N:M patterns keep more of a network."""
