@@ -116,15 +116,21 @@ def task(
     def init(key: jax.Array) -> Variables:
         return dict(network.init(key, jnp.zeros((1, 2), jnp.int32)))
 
-    def losses(params: Any, batch: Batch, **options: Any) -> jax.Array:
-        tokens = batch["tokens"]
-        logits: Any = network.apply({"params": params}, tokens[:, :-1], **options)
-        return cross_entropy(logits, tokens[:, 1:])
+    def logits(
+        params: Any, collections: Variables, batch: Batch, key: jax.Array | None
+    ) -> jax.Array:
+        del collections
+        options: dict[str, Any] = {} if key is None else {"train": True, "rngs": {"dropout": key}}
+        found: Any = network.apply({"params": params}, batch["tokens"][:, :-1], **options)
+        return found
+
+    def losses(params: Any, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        return cross_entropy(logits(params, {}, batch, key), batch["tokens"][:, 1:])
 
     def loss(
         params: Any, collections: Variables, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Variables]:
-        return losses(params, batch, train=True, rngs={"dropout": key}).mean(), collections
+        return losses(params, batch, key).mean(), collections
 
     def evaluate(params: Any, collections: Variables, batch: Batch) -> Sums:
         del collections
@@ -140,6 +146,7 @@ def task(
         name="python_bytes",
         init=init,
         loss=loss,
+        logits=logits,
         evaluate=evaluate,
         train_batches=batches,
         train_rows=batches,

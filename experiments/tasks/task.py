@@ -173,6 +173,9 @@ class Task:
         n examples, the rows `rows_of(n)`; rows from the n-th on are padding. None as above.
       traceable: computes what `evaluate` does, in operations whose channels `nmjax.find_channels`
         can follow; None where those of `evaluate` are.
+      logits: `(params, collections, batch, key) -> (..., classes)`, what the loss compares with
+        the labels; in training mode, or in evaluation if the key is None. None for tasks whose
+        networks cannot be distilled.
     """
 
     name: str
@@ -196,6 +199,7 @@ class Task:
     train_rows: Callable[..., Iterator[Batch]] | None = None
     eval_rows: Callable[..., Iterator[Batch]] | None = None
     traceable: Callable[[Any, Variables, Batch], Any] | None = None
+    logits: Callable[[Any, Variables, Batch, jax.Array | None], jax.Array] | None = None
 
     def __post_init__(self) -> None:
         """Rejects an epoch without steps."""

@@ -10,6 +10,8 @@ from typing import Literal
 import jax
 from jax.sharding import AxisType
 
+import nmjax
+from experiments.checkpointing.recovery import distilled, starting_from
 from experiments.distributed.placement import Placement, make_placement
 from experiments.tasks.options import Options
 from experiments.tasks.task import Recipe, Task
@@ -40,6 +42,12 @@ class Flags(Options):
         one_by_n, subp_l1 or subp.
       keep_dense: regular expressions for layers that stay dense. None for the task's own, usually
         the first and last layers.
+      from_pruned: file with a pruned network to start from: one that --packed wrote, a dense one
+        with its variables, or the folder of a checkpoint. The method one_shot then keeps its masks
+        from the first step; sr_ste lets them change.
+      distill: file with a dense network, of the same kinds, whose outputs the network also learns.
+      distill_weight: share of the loss that compares both networks; the rest is the task's own.
+      temperature: divides the logits of both networks where they are compared.
       seeds: seeds for the initial weights and the data order. Several train together.
       accumulate: number of parts that a step splits its batch into, to save memory. The parts run
         one after the other and their gradients are averaged; each has its own batch statistics.
@@ -79,6 +87,10 @@ class Flags(Options):
     task: str = "digits"
     method: str = "sr_ste"
     keep_dense: tuple[str, ...] | None = None
+    from_pruned: Path | None = None
+    distill: Path | None = None
+    distill_weight: float = 0.5
+    temperature: float = 2.0
     seeds: tuple[int, ...] = (0,)
     accumulate: int = 1
     remat: bool = False
@@ -144,7 +156,18 @@ def make_job(flags: Flags) -> Job:
       ValueError: if a flag has an unsupported value; the message says which.
     """
     check_fits(flags.method, flags.pattern, flags.lambda_w, flags.lambda_decoupled)
-    return assemble_job(make_task(flags), flags.method, flags.pattern, flags.accumulate)
+    job = assemble_job(make_task(flags), flags.method, flags.pattern, flags.accumulate)
+    return job if flags.from_pruned is None else _recovering(flags, job)
+
+
+def _recovering(flags: Flags, job: Job) -> Job:
+    """The job of a network that is pruned already."""
+    nmjax.check_sparse(job.task.init(jax.random.key(0))["params"], job.plan)
+    if flags.method != "one_shot":
+        return job
+    # Half of the epochs are not dense: the masks are those of the file.
+    fixed = nmjax.one_shot(job.plan, at_step=0)
+    return job._replace(method=job.method._replace(sparsifier=fixed, restarts=()))
 
 
 def make_task(flags: Flags) -> Task:
@@ -153,6 +176,10 @@ def make_task(flags: Flags) -> Task:
     task = find_task(flags.task)(flags)
     if flags.keep_dense is not None:
         task = dataclasses.replace(task, keep_dense=flags.keep_dense)
+    if flags.distill is not None:
+        task = distilled(task, flags.distill, flags.distill_weight, flags.temperature)
+    if flags.from_pruned is not None:
+        task = starting_from(task, flags.from_pruned)
     if flags.remat:
         task = with_remat(task)
     return in_auto_axes(task) if flags.axis_types == "explicit" else task

@@ -61,19 +61,29 @@ def classification_task(
         # Not in training mode, which would ask for a random stream for dropout.
         return dict(model.init(key, jnp.zeros((1, *input_shape), jnp.float32), train=False))
 
+    def learn(
+        params: Any, collections: Variables, batch: Batch, key: jax.Array
+    ) -> tuple[Any, Variables]:
+        variables = {"params": params, **collections}
+        rngs, kept = {"dropout": key}, list(collections)
+        found: Any = model.apply(variables, batch["image"], train=True, mutable=kept, rngs=rngs)
+        return found
+
     def loss(
         params: Any, collections: Variables, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Variables]:
-        logits, updated = model.apply(
-            {"params": params, **collections},
-            batch["image"],
-            train=True,
-            mutable=list(collections),
-            rngs={"dropout": key},
-        )
+        logits, updated = learn(params, collections, batch, key)
         # A collection that the module only reads is not among the updated ones.
         losses = cross_entropy(logits, batch["label"], smoothing=recipe.label_smoothing)
         return losses.mean(), {**collections, **updated}
+
+    def logits(
+        params: Any, collections: Variables, batch: Batch, key: jax.Array | None
+    ) -> jax.Array:
+        if key is not None:
+            return learn(params, collections, batch, key)[0]
+        found: Any = model.apply({"params": params, **collections}, batch["image"], train=False)
+        return found
 
     def evaluate(network: nn.Module, params: Any, collections: Variables, batch: Batch) -> Sums:
         logits: Any = network.apply({"params": params, **collections}, batch["image"], train=False)
@@ -83,6 +93,7 @@ def classification_task(
         name=name,
         init=init,
         loss=loss,
+        logits=logits,
         evaluate=partial(evaluate, model),
         traceable=None if traced_model is None else partial(evaluate, traced_model),
         train_batches=train_batches,
