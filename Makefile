@@ -42,10 +42,11 @@ test-slow: $(READY)  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 # JAX's modes that refuse what it does quietly otherwise; then those that compute in 64 bits, or do
-# not compile. A part of the tests calls everything public under each. Under the modes that refuse, all
-# quick tests of the library run, except what is about NaN or promotion itself, or needs them in a
-# dependency: marked `not_under`. Looking for leaked tracers, JAX keeps no caches.
+# not compile. Some tests call everything public under each. Under the modes that refuse, all quick
+# tests of the library run, except those marked `not_under`: they are about NaN or promotion, or a
+# dependency promotes. Leaked tracers are looked for in few, since JAX then keeps no caches.
 REFUSE := JAX_DEBUG_NANS=1 JAX_NUMPY_DTYPE_PROMOTION=strict JAX_NUMPY_RANK_PROMOTION=raise
+PRUNING := tests/nmjax/test_ste.py tests/nmjax/test_pruning.py
 
 test-strict: $(READY)  ## run the library's tests under JAX's strict modes
 	set -e; for modes in "$(REFUSE) JAX_CHECK_TRACER_LEAKS=1" JAX_ENABLE_X64=1 JAX_DISABLE_JIT=1; do \
@@ -54,6 +55,10 @@ test-strict: $(READY)  ## run the library's tests under JAX's strict modes
 	done
 	env $(REFUSE) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not strict" \
 	  tests/nmjax --ignore tests/nmjax/real_models $(ARGS)
+	env JAX_ENABLE_X64=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(PRUNING) \
+	  tests/nmjax/masks/test_blocks.py tests/nmjax/masks/test_ranking.py \
+	  tests/nmjax/masks/test_scores.py $(ARGS)
+	env JAX_DISABLE_JIT=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(PRUNING) $(ARGS)
 
 # Other tests are compiled fast, without most of XLA's optimizations.
 CORE := tests/nmjax/masks tests/nmjax/packed/test_nm.py tests/nmjax/packed/test_blocks.py \

@@ -196,6 +196,7 @@ def test_leaves_with_more_axes_in_front():
     np.testing.assert_array_equal(stacked, expected)
 
 
+@pytest.mark.not_under("jax_disable_jit")
 def test_plan_is_a_static_argument():
     traces = 0
 
