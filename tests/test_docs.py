@@ -1,6 +1,7 @@
 """The README and the pages in docs: their code runs, and what they point to exists."""
 
 import importlib
+import inspect
 import json
 import pkgutil
 import re
@@ -11,13 +12,19 @@ import pytest
 from nbclient import NotebookClient
 
 import nmjax
+from nmjax import methods
 from nmjax.__main__ import _COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-PAGES = [README, ROOT / "CHANGELOG.md", CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
-WITH_CODE = [README, ROOT / "docs" / "guide.md", ROOT / "docs" / "serving.md"]
+METHODS = sorted((ROOT / "docs" / "methods").glob("*.md"))
+METHOD_PAGES = [page for page in METHODS if page.stem != "index"]
+OTHERS = [CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CHANGELOG.md", *OTHERS, *METHODS]
+WITH_CODE = [README, ROOT / "docs" / "guide.md", ROOT / "docs" / "serving.md", *METHOD_PAGES]
+# Each compiles a training step; the README and the guide show the usual ones.
+CODE = [pytest.param(p, marks=[pytest.mark.slow] * (p in METHOD_PAGES)) for p in WITH_CODE]
 
 TOCTREE = re.findall(r"^([\w/]+)$", (ROOT / "docs/index.md").read_text(), re.MULTILINE)
 API = ROOT / "docs/api"
@@ -36,7 +43,7 @@ def test_pages_with_code_are_known():
     assert [page for page in PAGES if blocks(page, "python")] == WITH_CODE
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+@pytest.mark.parametrize("page", CODE, ids=name)
 def test_python_code_runs_and_prints_what_its_comments_show(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # It writes a file.
     names = {"__name__": "page"}
@@ -46,6 +53,16 @@ def test_python_code_runs_and_prints_what_its_comments_show(page, capsys, monkey
         for comment in re.findall(r"^print.*\n((?:#.*\n)+)", block, re.MULTILINE):
             expected = [line.removeprefix("#").removeprefix(" ") for line in comment.splitlines()]
             assert shown == expected
+
+
+def test_every_method_has_a_page():
+    names = {"straight_through", "mvue"} | {
+        n for n in methods.__all__ if inspect.isfunction(getattr(methods, n))
+    }
+    helpers = ("_ramp", "_scale", "_weights", "_matmul", "_rate", "_24", "tickets_of", "ensemble")
+    assert {p.stem for p in METHOD_PAGES} == {n for n in names if not n.endswith(helpers)} - {
+        "dense"
+    }
 
 
 def test_the_readme_shows_the_table_of_a_plan():
