@@ -188,7 +188,8 @@ def _train_epoch(
     """Runs an epoch from step `first` on; counts the mask flips of every `watch_every`-th step."""
     run, topology = state
     steps = job.task.steps_per_epoch
-    every, refresh_every = min(watch_every, steps), job.method.refresh_every or steps
+    every = min(watch_every, steps)
+    refresh_every = steps if job.method.refresh_every is None else job.method.refresh_every
     index = first - 1
     for index, batch in enumerate(batches, first):
         if index == steps:
@@ -197,7 +198,8 @@ def _train_epoch(
         # Before the refresh, in which the method chooses its masks.
         if programs.rearrange is not None and done == job.method.rearranges_at:
             run, topology = programs.rearrange(RunState(run, topology))
-        if done % refresh_every == 0:
+        # A step of a method that refreshes at each one does so itself.
+        if job.method.refresh_every != 1 and done % refresh_every == 0:
             run = programs.refresh(run)
         # Masks before and after a step cost more than the step, so most steps are not watched.
         # The last step of each stretch, so a stretch as long as the epoch is watched once.

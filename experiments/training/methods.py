@@ -37,8 +37,8 @@ class Method(NamedTuple):
         runs that differ only in it share one compilation.
       decoupled: whether it comes after momentum or Adam instead, as AdamW's weight decay does.
       restarts: optimizer steps at which the learning rate's schedule starts again from warm-up.
-      refresh_every: optimizer steps from one refresh of the sparsifier to the next; None for once
-        an epoch, before its first step.
+      refresh_every: optimizer steps from one refresh of the sparsifier to the next, 1 for within
+        each step; None for once an epoch, before its first step.
       rearranges_at: optimizer step before which the network's channels are sorted by size, as
         `experiments.training.rearranging` has it; None for never.
       masks: the sparsifier's state -> the masks that it remembers, which the optimizer also gets;

@@ -102,7 +102,8 @@ class Programs(NamedTuple):
       rearrange: RunState -> RunState with the network's channels sorted by size; None for methods
         that do not sort them.
       refresh: TrainState -> TrainState, the sparsifier's, between steps.
-      step: (TrainState, batch) -> TrainState. Donates its first argument.
+      step: (TrainState, batch) -> TrainState. Donates its first argument. It refreshes first if
+        the method does so at every step.
       forward: TrainState -> the parameters of the forward pass.
       evaluate: (those parameters, collections, batch) -> sums.
       predict: (the same) -> (the arrays of the batch that scores need, predictions), both whole on
@@ -254,6 +255,9 @@ def _refresh(method: Method, state: TrainState) -> TrainState:
 
 def _step(training: Training, state: TrainState, batch: Batch) -> TrainState:
     task, method, parts = training
+    if method.refresh_every == 1:
+        # Here it shares one launch and its intermediate results with the step.
+        state = _refresh(method, state)
     # From seed and step alone: a resumed run draws the same numbers.
     key = jax.random.fold_in(jax.random.key(state.seed), state.step + 2)
     tx = _optimizer(training, state.lambda_w)

@@ -9,7 +9,7 @@ import pytest
 
 import nmjax
 from experiments.distributed.seeds import across_cores, one_by_one
-from experiments.training.loop import train
+from experiments.training.loop import begin, train
 from experiments.training.methods import METHODS, Method, learning_rate
 from experiments.training.step import Job, make_programs, plan_of
 from nmjax.trees.leaves import named_leaves
@@ -246,12 +246,14 @@ def test_methods_without_block_masks_report_no_blocks():
     assert last(train(make_job("sr_ste", epochs=1))).blocks == {}
 
 
-@pytest.mark.parametrize(("every", "expected"), [(None, [0, 5, 10]), (4, [0, 4, 8, 12])])
+@pytest.mark.parametrize(
+    ("every", "expected"), [(None, [0, 5, 10]), (4, [0, 4, 8, 12]), (1, [*range(15)])]
+)
 def test_a_method_says_how_often_it_is_refreshed(every, expected):
     """Its state lists the steps at which it was, whichever epoch they fall into."""
     task = tiny_task(epochs=3)
     sparsifier = nmjax.Sparsifier(
-        init=lambda params, key: {"steps": np.full(9, -1, np.int32), "count": np.int32(0)},
+        init=lambda params, key: {"steps": np.full(15, -1, np.int32), "count": np.int32(0)},
         refresh=lambda state, params, step: {
             "steps": state["steps"].at[state["count"]].set(step),
             "count": state["count"] + 1,
@@ -263,6 +265,29 @@ def test_a_method_says_how_often_it_is_refreshed(every, expected):
     report = last(train(Job(task, plan_of(task, "2:4"), method)))
     steps = report.state.train.sparse["steps"]
     assert [step for step in steps.tolist() if step >= 0] == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "accumulate"),
+    [
+        ("decaying_mask", 1),
+        ("max_q", 2),
+        *(pytest.param(method, 1, marks=pytest.mark.slow) for method in GRADUAL[1:]),
+    ],
+)
+def test_a_refresh_within_the_step_equals_one_before_it(method, accumulate):
+    """Bit for bit, for the whole state, over two epochs."""
+    job = make_job(method, epochs=2)._replace(accumulate=accumulate)
+    within = last(train(job)).state.train
+    apart = job._replace(method=job.method._replace(refresh_every=None))
+    programs = make_programs(apart)
+    state = begin(programs, (0,), job.task.recipe.strength(decoupled=False)).train
+    for epoch in range(2):
+        for batch in job.task.train_batches(0, epoch):
+            state = programs.step(programs.refresh(state), batch)
+    # The loop sets the sum to 0 after each epoch.
+    state = state._replace(loss_sum=within.loss_sum)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(within), jax.device_get(state))
 
 
 def test_the_pull_acts_on_the_blocks_that_are_out():
