@@ -40,7 +40,7 @@ FLOORS = {
         ("distributed",),
         ("checkpointing",),
         ("training",),
-        ("report",),
+        ("report", "ladder"),
         ("benchmarks", "compare", "train"),
         ("__init__",),
     ),

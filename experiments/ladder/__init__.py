@@ -1,0 +1,1 @@
+"""The comparison of all methods with equal budgets, tuned on a validation split."""
