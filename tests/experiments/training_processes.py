@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -43,6 +45,16 @@ def end(process, *, status=0, timeout=300):
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == status, f"{process.returncode}\n{out}\n{err[-3000:]}"
     return out, err
+
+
+def end_all(processes, *, status=0):
+    """Waits for several processes; returns what each printed.
+
+    All pipes are read at once: a process that nobody reads stops when its pipe is full, and the
+    others then wait for it.
+    """
+    with ThreadPoolExecutor(len(processes)) as readers:
+        return list(readers.map(partial(end, status=status), processes))
 
 
 def last_state(folder):

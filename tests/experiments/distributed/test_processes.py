@@ -15,7 +15,7 @@ import nmjax
 from experiments.distributed import processes
 from experiments.distributed.processes import is_first, join_processes, tell_all, together
 from experiments.json_files import JsonLines
-from tests.experiments.training_processes import end, last_state, start
+from tests.experiments.training_processes import end, end_all, last_state, start
 
 FLAGS = ["--epochs", "4", "--log-every", "0", "--checkpoint-steps", "13"]
 
@@ -80,7 +80,7 @@ def test_two_processes_train_as_one(one, tmp_path, layout, read):
     flags = [*FLAGS, *layout, "--runs-dir", str(tmp_path), "--name", "two"]
     packed = tmp_path / "network.safetensors"
     flags += ["--packed", str(packed)]
-    (out, said), (quiet, other_said) = (end(process) for process in start_two(flags))
+    (out, said), (quiet, other_said) = end_all(start_two(flags))
     assert "epoch 4/4" in out
     assert "epoch" not in quiet  # One prints for all.
     for share, error in zip(read, (said, other_said), strict=True):
@@ -117,8 +117,7 @@ def test_sigterm_to_one_process_saves_and_ends_both(tmp_path):
         assert all(process.poll() is None for process in both)
         time.sleep(0.05)
     both[1].send_signal(signal.SIGTERM)
-    out, _ = end(both[0], status=143)
-    end(both[1], status=143)
+    (out, _), _ = end_all(both, status=143)
     (steps,) = (int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
     epochs = steps // 5
     assert f"stopped; --resume continues from epoch {epochs}" in out
@@ -137,7 +136,7 @@ def test_a_full_disk_of_one_process_ends_both_with_a_line_each(tmp_path):
         assert all(process.poll() is None for process in both)
         time.sleep(0.05)
     resource.prlimit(both[1].pid, resource.RLIMIT_FSIZE, (4000, 4000))
-    (_, first), (_, second) = (end(process, status=1) for process in both)
+    (_, first), (_, second) = end_all(both, status=1)
     line = "error: a checkpoint could not be written to .*: {}.*whole; make room, then continue"
     assert re.search(line.format("process 1 could not write its part"), first)
     assert re.search(line.format(".*File too large"), second)
@@ -149,15 +148,14 @@ def test_what_one_process_cannot_read_none_goes_on_from(tmp_path):
     flags = [*FLAGS, "--mesh", "data=8", "--layout", "fsdp"]
     flags += ["--runs-dir", str(tmp_path), "--name", "two"]
     # Smaller shards would all lie in one file.
-    for process in start_two(flags, TINY_WIDTH="128"):
-        end(process)
+    end_all(start_two(flags, TINY_WIDTH="128"))
     folder = tmp_path / "two"
     steps, whole = last_state(folder)
     written = folder / "checkpoints" / str(steps) / "state" / "ocdbt.process_1" / "d"
     for file in written.iterdir():
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     both = start_two([*flags, "--resume"], TINY_WIDTH="128")
-    (out, said), (_, other_said) = (end(process) for process in both)
+    (out, said), (_, other_said) = end_all(both)
     assert f"/{steps} is damaged: process 1: " in said
     assert f"it is now damaged-{steps}, and the one before is used" in said
     assert "damaged" not in other_said
@@ -182,8 +180,7 @@ def test_what_one_process_cannot_read_none_goes_on_from(tmp_path):
 def test_what_one_process_is_told_otherwise_ends_all(tmp_path, own, message):
     flags = [*FLAGS, "--runs-dir", str(tmp_path)]
     own = [str(tmp_path / flag) if flag == "elsewhere" else flag for flag in own]
-    for process in start_two(flags, own=own):
-        _, error = end(process, status=1)
+    for _, error in end_all(start_two(flags, own=own), status=1):
         assert re.search(f"error: .*{message}", error)
 
 
@@ -193,9 +190,9 @@ def test_what_one_process_may_not_none_does(tmp_path):
     flags = [*FLAGS, "--runs-dir", str(tmp_path)]
     (tmp_path / "digits-small_resnet-sr_ste-2_4").mkdir()
     (tmp_path / "digits-small_resnet-sr_ste-2_4" / "settings.json").write_text("{}")
-    first, second = start_two(flags)
-    assert "error: /" in end(first, status=1)[1]
-    assert re.search("error: process 0: .* already holds a run", end(second, status=1)[1])
+    (_, first), (_, second) = end_all(start_two(flags), status=1)
+    assert "error: /" in first
+    assert re.search("error: process 0: .* already holds a run", second)
 
 
 def test_one_process_joins_nothing():
@@ -303,7 +300,7 @@ def test_processes_join_through_the_environment(tmp_path):
         )
         for rank in ("0", "1")
     ]
-    (out, _), (quiet, _) = (end(process) for process in both)
+    (out, _), (quiet, _) = end_all(both)
     assert "epoch 1/1" in out
     assert "epoch" not in quiet
     settings = json.loads((tmp_path / "joined" / "settings.json").read_text())
