@@ -6,8 +6,10 @@ import errno
 import json
 import math
 import re
+import sys
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +47,28 @@ def read_alone(path: Path, handler: Callable[[], ocp.CheckpointHandler], args: A
         with ocp.Checkpointer(handler(), multiprocessing_options=alone) as reader:
             return reader.restore(path, args=args)
     except Exception as error:  # Orbax and tensorstore raise many kinds.
-        # They also print "Event loop is closed" if other arrays are still being read. Orbax has
-        # no option against it, and the error is ours to report, so it stays.
+        _silence_unfinished_reads()
         if not _is_lack(error):
             raise DamagedError(first_line(error)) from error
         raise UnreadableError(
             f"the checkpoint {path.parent} cannot be read here: {first_line(error)}. It may be "
             "intact, so nothing was changed; fix the cause, then continue with --resume"
         ) from error
+
+
+@cache
+def _silence_unfinished_reads() -> None:
+    """Keeps Python from printing a page for each array that was being read when another failed.
+
+    Orbax does not wait for these reads. They fail later, when Python collects their coroutines.
+    """
+    printing = sys.unraisablehook
+
+    def without_reads(unraisable: sys.UnraisableHookArgs) -> None:
+        if "_read_array" not in getattr(unraisable.object, "__qualname__", ""):
+            printing(unraisable)
+
+    sys.unraisablehook = without_reads
 
 
 def _is_lack(error: BaseException) -> bool:

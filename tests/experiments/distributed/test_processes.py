@@ -159,6 +159,7 @@ def test_what_one_process_cannot_read_none_goes_on_from(tmp_path):
     assert f"/{steps} is damaged: process 1: " in said
     assert f"it is now damaged-{steps}, and the one before is used" in said
     assert "damaged" not in other_said
+    assert "ignored" not in other_said  # Python's word for failures in coroutines of orbax.
     assert "3 of 4 epochs done" in out
     _, again = last_state(folder)
     for name, array in whole.items():
