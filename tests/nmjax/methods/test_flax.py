@@ -63,7 +63,7 @@ def trained(made, params, forward):
 def test_modules_train_like_functions(name):
     make = ROWS[name].make
     by_hand, state, sparsifier = trained(
-        make(), PARAMS, lambda params, x: x @ params["kernel"] + params["bias"]
+        make(), PARAMS, lambda params, x: x @ params["kernel"] + params["bias"][None]
     )
     in_linen, _, _ = trained(make(), PARAMS, lambda params, x: LINEN.apply({"params": params}, x))
     # The module has the same weights.

@@ -1,0 +1,1 @@
+"""A real sentence encoder, pruned with data by every method."""
