@@ -20,6 +20,7 @@ from nmjax.analysis.layer_times import layer_times
 from nmjax.files.checkpoints import Checkpoint, open_checkpoint
 from nmjax.files.packed_files import open_packed
 from nmjax.files.packed_manifest import FORMAT
+from nmjax.files.statistics_files import Calibrated
 from nmjax.files.tensor_files import NOTE, TensorFile, read_note
 from nmjax.files.tensorwise.packed_checkpoints import packed_shapes, write_packed
 from nmjax.files.tensorwise.pruned_checkpoints import (
@@ -30,7 +31,6 @@ from nmjax.files.tensorwise.pruned_checkpoints import (
     write_pruned,
 )
 from nmjax.files.tensorwise.shards import ShardedFile, is_sharded, open_safetensors
-from nmjax.files.tensorwise.statistics_files import Calibrated
 from nmjax.files.whole_files import check_target
 from nmjax.kernels.gpu.cusparselt import check_semi_structured
 from nmjax.kernels.matmul import choose, expected_speedup
