@@ -20,7 +20,7 @@ from pathlib import Path
 
 from experiments.benchmarks.aot import compilers
 
-SECTIONS = ("masks", "schedules", "decode", "gpu", "steps")
+SECTIONS = ("masks", "schedules", "decode", "gpu", "nvcc", "steps")
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def _section(flags: argparse.Namespace) -> None:
     # First of all: the compilers read the environment when JAX starts them.
     dump = Path(tempfile.mkdtemp())
     compilers.set_up(dump if flags.section in ("schedules", "decode") else None)
-    from experiments.benchmarks.aot import decode, gpu, masks, steps
+    from experiments.benchmarks.aot import decode, gpu, masks, nvcc, steps
     from experiments.benchmarks.aot.rows import chosen, compute
 
     if flags.section == "decode" and flags.peer is None:
@@ -71,6 +71,7 @@ def _section(flags: argparse.Namespace) -> None:
         "schedules": lambda: masks.schedule_rows(dump),
         "decode": lambda: decode.rows(dump, flags.peer),
         "gpu": lambda: gpu.rows(),
+        "nvcc": lambda: nvcc.rows(),
         "steps": lambda: steps.rows(flags.layers),
     }[flags.section]()
     rows = chosen(found, flags.only)

@@ -18,6 +18,7 @@ def tables(rows: Rows) -> str:
         _grid("Kernels: computing over bytes, estimated", found, "schedules", _schedule),
         _grid("Packed products: time over the dense one's, estimated", found, "decode", _decode),
         _grid("H100: kernels; bytes; temporaries in MiB", found, "gpu", _gpu),
+        _grid("H100: decode kernel, registers; spills; occupancy", found, "nvcc", _nvcc),
         _steps(found),
     ]
     return "\n\n".join(section for section in sections if section)
@@ -37,6 +38,10 @@ def _decode(row: dict[str, Any]) -> str:
 
 def _gpu(row: dict[str, Any]) -> str:
     return f"{row['kernels']}, {row['bytes_over_least']:.2f}, {row['temporaries_MiB']:.0f}"
+
+
+def _nvcc(row: dict[str, Any]) -> str:
+    return f"{row['registers']}; {row['spilled_bytes']} bytes; {row['occupancy']:.0%}"
 
 
 def _grid(title: str, found: dict[str, dict[str, Any]], section: str, cell: Any) -> str:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments.benchmarks.aot import bundles, gpu, page, rows, steps
+from experiments.benchmarks.aot import bundles, gpu, nvcc, page, rows, steps
 from experiments.benchmarks.aot.statistics import counts, shape_bytes, uncounted_bytes
 
 # Lines of a program compiled for v5p:4x4x4, and of one with Pallas kernels, made shorter.
@@ -210,3 +210,44 @@ def test_a_row_compiled_for_a_tpu(tmp_path):
     # A compiler that counted fewer bytes than one read and one write would have missed some.
     assert 0.99 < row["bytes_over_least"] < 6
     assert row["temporaries_MiB"] == 0
+
+
+def test_a_report_of_nvcc():
+    name = "_ZN5nmjax13decode_kernelINS_41_GLOBAL__N__e366bf80_9_decode_cu_7b0ea238{}EEvPKtl"
+    text = "".join(
+        f"ptxas info    : Compiling entry function '{name.format(arguments)}' for 'sm_90'\n"
+        f"ptxas info    : Function properties for {name.format(arguments)}\n"
+        f"    0 bytes stack frame, {spilled} bytes spill stores, 4 bytes spill loads\n"
+        f"ptxas info    : Used {registers} registers, used 1 barriers, 16448 bytes smem\n"
+        for arguments, spilled, registers in [
+            ("4Bf16ELi8ELi1ELi8Ea", 8, 72),
+            ("3F16ELi8ELi8ELi4Et", 0, 222),
+        ]
+    )
+    found = nvcc.parsed(text)
+    assert found.keys() == {("int8", 8, 8), ("f16", 8, 64)}
+    # 72 registers: 9 units of 256 a warp, so 3 blocks of 8 warps, 24 of 64 warps.
+    assert found["int8", 8, 8] == {
+        "registers": 72,
+        "spilled_bytes": 12,
+        "shared_bytes": 16448,
+        "occupancy": 0.375,
+    }
+    assert found["f16", 8, 64]["occupancy"] == 0.125
+
+
+def test_occupancy_is_limited_by_shared_memory_and_blocks():
+    assert nvcc.occupancy(registers=16, shared=100_000, warps=8) == 2 * 8 / 64
+    assert nvcc.occupancy(registers=16, shared=0, warps=1) == 32 / 64
+
+
+@pytest.mark.slow  # Half a minute.
+def test_no_variant_of_the_decode_kernel_spills():
+    try:
+        found = nvcc.parsed(nvcc.report())
+    except NotImplementedError:
+        pytest.skip("no nvcc")
+    assert len(found) == len(list(nvcc.rows()))
+    assert not any(row["spilled_bytes"] for row in found.values())
+    # Two blocks fit on a multiprocessor, of 4 warps or more.
+    assert min(row["occupancy"] for row in found.values()) >= 2 * 4 / 64
