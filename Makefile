@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .PHONY: help setup torch models train test test-slow test-strict test-optimized lint types bench \
-        bench-gpu bench-aot docs clean
+        bench-gpu bench-aot docs wheel test-wheel clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -105,6 +105,32 @@ docs: $(READY)  ## build the documentation in docs/_build/html; warnings are err
 	rm -rf docs/api/generated
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html $(ARGS)
 
+# auditwheel finds the oldest glibc that the kernels run with, and names the wheel after it. It leaves
+# a wheel without kernels alone, and there is no auditwheel on other systems than Linux.
+wheel: $(READY)  ## build a source distribution and a wheel with the CPU kernels, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist $(BUILD_ARGS)
+	for built in dist/*-linux_*.whl; do if [ -e "$$built" ]; then \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel -q repair --wheel-dir dist "$$built" \
+	  && rm "$$built"; fi; done
+
+# All that the tests read is copied, except the library: it comes from the wheel.
+INSTALLED := build/installed
+WHEEL_VENV ?= .venv-wheel
+WHEEL_TESTS ?= tests/nmjax
+
+test-wheel: wheel  ## install the wheel in an environment of its own and run the library's tests on it
+	$(or $(WHEEL_PYTHON),$(PYTHON)) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  --force-reinstall --no-deps dist/*.whl
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  "$$(ls dist/*.whl)[test]"
+	rm -rf $(INSTALLED) && mkdir -p $(INSTALLED)
+	git ls-files tests experiments pyproject.toml README.md CHANGELOG.md | tar cf - -T - | tar xf - -C $(INSTALLED)
+	cd $(INSTALLED) && $(abspath $(WHEEL_VENV))/bin/python -m pytest -n 2 --dist loadfile \
+	  -m "not slow" --ignore tests/nmjax/test_architecture.py --ignore tests/nmjax/test_types.py \
+	  $(WHEEL_TESTS) $(ARGS)
+
 clean:  ## remove the environments and the caches
 	rm -rf $(VENV) .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis \
-	  docs/_build docs/api/generated
+	  docs/_build docs/api/generated build dist

