@@ -111,7 +111,7 @@ wheel: $(READY)  ## build a source distribution and a wheel with the CPU kernels
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist $(BUILD_ARGS)
 	for built in dist/*-linux_*.whl; do if [ -e "$$built" ]; then \
-	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel -q repair --wheel-dir dist "$$built" \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist "$$built" \
 	  && rm "$$built"; fi; done
 
 # All that the tests read is copied, except the library: it comes from the wheel.

@@ -100,8 +100,8 @@ def test_a_wheel_works_without_the_checkout_and_without_a_compiler(wheel, tmp_pa
     python = tmp_path / "venv/bin/python"
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel)
     run(*map(str, pip))
-    # The dependencies are those of this environment. A folder named in a .pth file does not have its
-    # own .pth files read, so that the editable nmjax stays unseen.
+    # The dependencies are those of this environment. Python reads no .pth files in a folder that is
+    # named in one, so that the editable nmjax stays unseen.
     (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     outside = tmp_path / "outside"

@@ -88,7 +88,8 @@ class Finding(NamedTuple):
 def judge(run: Run, patterns: Iterable[str]) -> list[Finding]:
     """The claims that can be tested at one of the patterns or more."""
     # What is close depends on the task, so it is part of the claim that readers see.
-    margin = f"{run.metric.scale * run.metric.close:.2f} {run.metric.step}"
+    size = f"{run.metric.scale * run.metric.close:.3g}"
+    margin = f"{size} {run.metric.step.removesuffix('s') if size == '1' else run.metric.step}"
     found = []
     for claim in CLAIMS:
         at = [_compare(run, claim, pattern) for pattern in patterns]

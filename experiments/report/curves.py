@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import matplotlib as mpl
 import numpy as np
 
 from experiments.report.numbers import Run
 from experiments.report.pictures import (
-    PINK,
     Picture,
     color_of,
     label_of,
@@ -44,13 +45,12 @@ def draw_sad_over_time(run: Run) -> Picture | None:
     pattern, times = rows[0].pattern, rows[0].curve("epoch")
     weights = sum(run.settings["weights"][pattern].values())
     density = run.settings["density"][pattern]
-    # Shades in the order of strength, without the pale end; a push away from zero gets its own.
-    shades = mpl.colormaps["viridis"](np.linspace(0.0, 0.88, len(rows)))
     shown = {f"λ = {row.lambda_w:.2g}": row for row in rows}
-    colors = {
-        label: PINK if row.lambda_w < 0 else mpl.colors.to_hex(shade)
-        for (label, row), shade in zip(shown.items(), shades, strict=True)
-    }
+    # SR-STE has shades of its color in the order of strength, without the pale end.
+    refined = [label for label, row in shown.items() if row.method == "sr_ste"]
+    shades = mpl.colormaps["Blues"](np.linspace(0.4, 1.0, len(refined)))
+    colors = {label: color_of(row.method) for label, row in shown.items()}
+    colors |= {n: mpl.colors.to_hex(shade) for n, shade in zip(refined, shades, strict=True)}
     figure, axes = panels(2, height=3.4)
     sads = {label: row.curve("sad_first") for label, row in shown.items()}
     plot_sad(sads, times, weights=weights, density=density, colors=colors, ax=axes[0])
@@ -76,12 +76,18 @@ def draw_block_changes(run: Run) -> Picture | None:
     if not shown:
         return None
     times = next(iter(shown.values())).curve("epoch")
+    colors = {label: color_of(row.method) for label, row in shown.items()}
+    patterns = dict.fromkeys(row.pattern for row in shown.values())
+    styles = dict(zip(patterns, cycle(("-", "--", ":", "-.")), strict=False))
     figure, axes = panels(2, height=3.2)
     for ax, column, title, unit in (
         (axes[0], "regrown", "Blocks that came back in an epoch", "blocks"),
         (axes[1], "sad_used", "SAD from one epoch to the next", "mask entries"),
     ):
-        plot_curves({label: row.curve(column) for label, row in shown.items()}, times, ax=ax)
+        curves = {label: row.curve(column) for label, row in shown.items()}
+        plot_curves(curves, times, colors=colors, ax=ax)
+        for line, row in zip(ax.lines, shown.values(), strict=True):
+            line.set_linestyle(styles[row.pattern])
         ax.set(title=title, xlabel="epoch", ylabel=f"{unit}, all layers")
     return picture(figure)
 
@@ -90,6 +96,4 @@ def _windows(values: np.ndarray, length: int = 5) -> np.ndarray:
     """Means over a few epochs at a time, (seeds, windows)."""
     length = min(length, values.shape[1])
     count = values.shape[1] // length
-    means = values[:, : count * length].reshape(len(values), count, length).mean(axis=2)
-    # A logarithmic scale cannot show a window without flips; NaN leaves a gap in the curve.
-    return np.where(means > 0, means, np.nan)
+    return values[:, : count * length].reshape(len(values), count, length).mean(axis=2)

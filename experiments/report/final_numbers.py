@@ -7,7 +7,6 @@ import numpy as np
 from experiments.report.numbers import Run, balance
 from experiments.report.pictures import (
     BLACK,
-    BLUE,
     Picture,
     color_of,
     name_of,
@@ -76,8 +75,10 @@ def draw_sweep(run: Run) -> Picture | None:
         number = run.shown[name]
         means = [number.scale * row.numbers[name].mean for row in rows]
         errors = [number.scale * row.numbers[name].error for row in rows]
-        style = {"fmt": "o-", "color": BLUE, "capsize": 3, "label": "STE and SR-STE"}
-        ax.errorbar(strengths, means, yerr=errors, **style)
+        ax.plot(strengths, means, "-", color=color_of("sr_ste"), linewidth=1)
+        for row, mean, error in zip(rows, means, errors, strict=True):
+            style = {"fmt": "o", "color": color_of(row.method), "capsize": 3}
+            ax.errorbar(row.lambda_w, mean, yerr=error, label=name_of(row.method), **style)
         # Linear around 0, where STE is, and logarithmic outside.
         ax.set_xscale("symlog", linthresh=np.min(np.abs(strengths[strengths != 0])))
         ax.set(xlabel="λ (0 is STE)", ylabel=f"test {number.title}")

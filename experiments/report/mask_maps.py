@@ -27,7 +27,7 @@ def draw_examples(run: Run) -> Picture | None:
     for ax, image, label in zip(axes[0], images, examples["labels"], strict=True):
         draw_map(ax, image.squeeze(), f"{label}")
         ax.spines[:].set_visible(False)
-    return picture(figure, count=len(images))
+    return picture(figure, columns=5, count=len(images))
 
 
 def draw_shapes(run: Run) -> Picture | None:
@@ -46,6 +46,7 @@ def draw_shapes(run: Run) -> Picture | None:
     share = 100 * mask.mean(axis=(2, 3))
     return picture(
         plot_kernels(mask),
+        columns=0,
         layer=shapes["layer"].removesuffix("/kernel"),
         pattern=rows[0].pattern,
         kernels=counts.total(),
@@ -80,4 +81,4 @@ def draw_block_masks(run: Run) -> Picture | None:
     grid[-1, 0].set_xlabel("input channel", fontsize=8)
     grid[-1, 0].set_ylabel("row", fontsize=8)
     layer = films[-1][-1][-1]["layer"].removesuffix("/kernel")
-    return picture(figure, layer=layer, pattern=pattern)
+    return picture(figure, columns=2, layer=layer, pattern=pattern)

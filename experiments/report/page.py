@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from experiments.report import curves, final_numbers, mask_maps, sentences, tables
 from experiments.report.claims import judge
 from experiments.report.numbers import Data, Run
-from experiments.report.pictures import STYLE, Picture, name_of
+from experiments.report.pictures import STYLE, Picture, name_of, source
 from experiments.training.methods import METHODS
 
 # Each returns None where the results that it needs are missing.
@@ -80,6 +80,8 @@ def _render(run: Run, pictures: dict[str, Picture]) -> str:
         is_timed=bool(run.data.get("step_times")),
         baselines=tables.baselines(run),
         error_title=run.metric.missing_title,
+        opening=sentences.opening(run),
+        dense_layers=sentences.plain_rules(run.settings["keep_dense"]),
         summaries={
             pattern: [sentences.headline(run, pattern), *sentences.reasons(run, pattern)]
             for pattern in run.groups("main")
@@ -92,8 +94,10 @@ def _render(run: Run, pictures: dict[str, Picture]) -> str:
         counts=Counter(at.seen for f in findings["main"] for at in f.at if at and f.source),
         sweeps=[sweep for sweep in sweeps if any(len(g) > 2 for g in sweep.groups.values())],
         blocks=tables.block_table(run),
-        # The source is a property of ours, which the template must not call.
-        pictures={name: (picture.source, picture.facts) for name, picture in pictures.items()},
+        pictures={
+            name: (source(drawn.svg), source(drawn.narrow), drawn.facts)
+            for name, drawn in pictures.items()
+        },
     )
 
 
@@ -108,7 +112,7 @@ def _shown(shown: dict[str, list[dict[str, str]]]) -> list[dict[str, Any]]:
             pattern, method = title.split(",")[0].split(" ")
             texts[f"{pattern} {name_of(method)}"] = examples[index][own]
         is_drawn = all(text.startswith("data:image/") for text in example.values())
-        found.append({"texts": texts, "given": given, "is_drawn": is_drawn})
+        found.append({"texts": texts, "is_drawn": is_drawn})
     return found
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.report.numbers import Run
+from experiments.report.page import write_report
 from experiments.tasks.task import Metric
 
 METHODS = ("dense", "one_shot", "ste", "sr_ste", "sr_ste_negative")
@@ -56,8 +57,7 @@ def trial(part, pattern, method, lambda_w, rng, seeds=4):
     }
 
 
-@pytest.fixture
-def data():
+def made_up():
     rng = np.random.default_rng(0)
     strengths = {"sr_ste": 0.02, "sr_ste_negative": -0.002}
     trials = [
@@ -120,6 +120,19 @@ def data():
             for m in METHODS
         ],
     }
+
+
+@pytest.fixture
+def data():
+    return made_up()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A folder with the page of all results, which takes seconds to draw."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_report(made_up(), folder)
+    return folder
 
 
 @pytest.fixture

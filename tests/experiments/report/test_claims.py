@@ -65,7 +65,7 @@ def test_every_claim_can_come_out_either_way(claim, results, request):
 
 
 def test_a_small_loss_against_dense_still_is_close(run):
-    says = "SR-STE comes close to dense (within 1.00 points)"
+    says = "SR-STE comes close to dense (within 1 point)"
     sparse = run.find("2:4", "sr_ste")
     for method in ("dense", "ste"):
         run.find("2:4", method).numbers["metric"] = Summary(tuple(SEEDS))
