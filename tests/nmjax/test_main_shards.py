@@ -14,6 +14,7 @@ import nmjax
 from nmjax.__main__ import main
 from nmjax.files.checkpoints import read_checkpoint
 from nmjax.files.tensor_files import open_tensors, read_tensors, write_tensors
+from nmjax.files.tensorwise.packed_checkpoints import pack_in_slabs
 from nmjax.files.tensorwise.pruned_checkpoints import prune_in_slabs
 from nmjax.files.tensorwise.writing import write_parts
 from nmjax.post_training import Statistics, sparse_gpt, wanda
@@ -172,6 +173,30 @@ def test_slabs_are_pruned_as_the_whole(pattern, axes, shape):
     whole = np.asarray(nmjax.prune({"w": w}, plan)["w"])
     for slab in (1, w.nbytes // 3, w.nbytes):
         np.testing.assert_array_equal(prune_in_slabs(plan["w"], w.copy(), slab), whole)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "axes", "shape"),
+    [
+        ("2:4", nmjax.Axes((-2,), (-1,)), (8, 6)),
+        ("2:4", nmjax.Axes((-1,), (-2,)), (6, 8)),
+        ("3:5", nmjax.Axes((-3,), (-2, -1)), (10, 4, 3)),
+        ("2:4/2", nmjax.Axes((-2,), (-1,)), (2, 8, 6)),
+        ("1:4", nmjax.Axes((-2,), (-1,), (-3,)), (3, 8, 6)),
+        ("1x2@0.5", nmjax.Axes((-2,), (-1,), (-3,)), (3, 6, 8)),
+        ("1x4@0.5", nmjax.Axes((-3,), (-2, -1), ()), (6, 4, 4)),
+        ("1x4@0.5/layer", nmjax.Axes((-2,), (-1,), ()), (6, 16)),
+    ],
+)
+def test_slabs_are_packed_as_the_whole(pattern, axes, shape):
+    w = normal(*shape)
+    plan = nmjax.make_plan({"w": w}, pattern, axes={"w": axes})
+    w = np.asarray(nmjax.prune({"w": w}, plan)["w"])
+    whole = nmjax.pack({"w": w}, plan)["w"]
+    for slab in (1, w.nbytes // 3, w.nbytes):
+        packed = pack_in_slabs("w", plan["w"], w, slab)
+        assert packed.leaf_plan == whole.leaf_plan
+        jax.tree.map(np.testing.assert_array_equal, packed, whole)
 
 
 # Statistics

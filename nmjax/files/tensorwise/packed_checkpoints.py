@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nmjax.files.checkpoints import Checkpoint
 from nmjax.files.packed_files import arrays_of, check_distinct
 from nmjax.files.packed_manifest import write_manifest
 from nmjax.files.tensor_files import NOTE, StoredTensor
-from nmjax.files.tensorwise.pruned_checkpoints import prune_in_slabs
+from nmjax.files.tensorwise.pruned_checkpoints import SLAB, prune_in_slabs
 from nmjax.files.tensorwise.writing import Parts, write_parts
 from nmjax.packed.bits import is_nonzero
 from nmjax.packed.packing import describe_misfits, pack
 from nmjax.packed.weight import Packed, is_packed
+from nmjax.patterns.block1xn import Block1xN
 from nmjax.plans import LeafPlan, Plan
 from nmjax.pruning import compute_masks
 from nmjax.trees.leaves import named_leaves
@@ -69,9 +73,57 @@ def _parts(checkpoint: Checkpoint, plan: Plan, *, prune: bool) -> Iterator[Parts
         if name in plan:
             if prune:
                 array = prune_in_slabs(plan[name], array)
-            leaf = jax.tree.map(np.asarray, _packed(name, plan[name], array))
+            leaf = pack_in_slabs(name, plan[name], array)
         for field, part in arrays_of(name, leaf).items():
             yield field, [part]
+
+
+def pack_in_slabs(name: str, leaf: LeafPlan, w: np.ndarray, slab: int = SLAB) -> Packed:
+    """Packs a weight in NumPy's memory, a slab of outputs at a time where its pattern allows that.
+
+    Args:
+      name: of the leaf, for errors.
+      leaf: its part of a plan.
+      w: the weight, pruned.
+      slab: bytes of a slab; more where the pattern needs them together.
+    """
+    shape = jax.ShapeDtypeStruct(w.shape, w.dtype)
+    whole = jax.eval_shape(partial(_packed, name, leaf), shape)
+    into = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), whole)
+    axis, step = _cut_outputs(leaf, w, slab)
+    done = [0] * len(jax.tree.leaves(into))
+    for begin in range(0, w.shape[axis], step):
+        at = [slice(None)] * w.ndim
+        at[axis] = slice(begin, begin + step)
+        part = w[tuple(at)]
+        # Leading axes beyond the plan's are a stack.
+        planned = part.shape[w.ndim - len(leaf.shape) :]
+        packed = _packed(name, dataclasses.replace(leaf, shape=planned), part)
+        for number, (x, y) in enumerate(zip(*map(jax.tree.leaves, (into, packed)), strict=True)):
+            # The axis of the outputs is the one that a slab has less of.
+            along = next((i for i in range(x.ndim) if x.shape[i] != y.shape[i]), 0)
+            end = done[number] + y.shape[along]
+            x[(*[slice(None)] * along, slice(done[number], end))] = y
+            done[number] = end
+    return into
+
+
+def _cut_outputs(leaf: LeafPlan, w: np.ndarray, slab: int) -> tuple[int, int]:
+    """The axis to cut, and the length of a slab: whole rows of blocks, or outputs of N:M.
+
+    Of several output axes the first is cut, since the outputs of a slab must be neighbors.
+    """
+    output, pattern = leaf.axes.output, leaf.pattern
+    if not output or (isinstance(pattern, Block1xN) and not _rows_are_alike(pattern, output)):
+        return -1, w.shape[-1]
+    unit = pattern.n if isinstance(pattern, Block1xN) else 1
+    step = -(-w.shape[output[0]] // max(1, -(-w.nbytes // slab)))
+    return output[0], -(-step // unit) * unit
+
+
+def _rows_are_alike(pattern: Block1xN, output: tuple[int, ...]) -> bool:
+    """Whether rows of blocks are stored one after the other, each a part of one axis."""
+    return pattern.uniform and len(output) == 1
 
 
 def _packed(name: str, leaf: LeafPlan, w: Any) -> Packed:
@@ -85,7 +137,7 @@ def _check_sparse(checkpoint: Checkpoint, plan: Plan) -> None:
     complaints = []
     for key, array in checkpoint.read_all(names):
         name = names[key]
-        text = describe_misfits(is_nonzero(jax.numpy.asarray(array)), plan[name])
+        text = describe_misfits(is_nonzero(jnp.asarray(array)), plan[name])
         if text:
             complaints.append(f"  {name} {array.shape}: {text}")
     if complaints:

@@ -28,7 +28,7 @@ from nmjax.trees.leaves import named_leaves
 PruneOne = Callable[[str, LeafPlan, np.ndarray], np.ndarray]
 
 # Bytes of a tensor that are pruned at once, if the pattern allows it to be cut.
-_SLAB = 2**22
+SLAB = 2**22
 
 
 def write_pruned(out: Path, checkpoint: Checkpoint, plan: Plan, prune_one: PruneOne) -> list[Path]:
@@ -117,7 +117,7 @@ def check_output(out: Path, checkpoint: Checkpoint) -> None:
                 )
 
 
-def prune_in_slabs(leaf: LeafPlan, w: np.ndarray, slab: int = _SLAB) -> np.ndarray:
+def prune_in_slabs(leaf: LeafPlan, w: np.ndarray, slab: int = SLAB) -> np.ndarray:
     """Prunes a weight by magnitude in place, a slab at a time where its pattern allows that.
 
     The result is that of `nmjax.prune`: what competes for places is in one slab.
