@@ -3,6 +3,7 @@
 from nmjax.post_training._admm import admm
 from nmjax.post_training._alps import alps
 from nmjax.post_training._least_squares import least_squares
+from nmjax.post_training._output_shift import output_shift
 from nmjax.post_training._prune_with import prune_with
 from nmjax.post_training._scores import magnitude, ria, wanda
 from nmjax.post_training._sparse_gpt import sparse_gpt
@@ -20,6 +21,7 @@ __all__ = [
     "improve_by_swaps",
     "least_squares",
     "magnitude",
+    "output_shift",
     "permute_inputs",
     "prune_with",
     "reorder_channels",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 Kind = Literal["mean_square", "gram"]
+# Means alone are for `output_shift`: methods could not tell them from mean squares.
+Reduction = Literal["mean_square", "gram", "mean"]
 
 _NETWORKS = "pruned and dense"
 
@@ -102,7 +104,7 @@ def collected(
     params: Any,
     batches: Iterable[Any],
     plan: Plan,
-    kind: Kind,
+    kind: Reduction,
     start: Statistics | None = None,
     progress: bool | None = None,
     memory_limit: int | None = None,
@@ -155,7 +157,7 @@ class Observation:
         self,
         traced: Trace,
         layouts: Mapping[str, Layout],
-        kind: Kind,
+        kind: Reduction,
         limit: int | None,
         is_pair: bool = False,
     ) -> None:
@@ -282,7 +284,12 @@ def _sum_beside_itself(rows: jax.Array) -> jax.Array:
     return _sum_of_products(rows, jnp.concatenate([rows, rows], axis=-1))
 
 
-REDUCE: dict[Kind, Callable[[jax.Array], jax.Array]] = {
+def _sum(rows: Float[Array, "*stack rows in"]) -> Float[Array, "*stack in"]:
+    return jnp.sum(rows, axis=-2)
+
+
+REDUCE: dict[Reduction, Callable[[jax.Array], jax.Array]] = {
+    "mean": _sum,
     "mean_square": _sum_of_squares,
     "gram": _sum_of_products,
 }

@@ -83,13 +83,16 @@ def main() -> None:
     """Prints a table for each pattern; all methods of all patterns go to results/."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4", "4:8", "1x16@0.5"])
+    parser.add_argument(
+        "--pytorch", nargs="*", default=["2:4"], help="patterns that PyTorch prunes too; slow"
+    )
     parser.add_argument("--only", default="", help="methods whose names contain this")
     arguments = parser.parse_args()
     ROWS.path.parent.mkdir(exist_ok=True)
     for pattern in arguments.patterns:
         done = {row["method"] for row in ROWS.read() if row["pattern"] == pattern}
         found = measure(pattern, arguments.only, done)
-        if not arguments.only:
+        if not arguments.only and pattern in arguments.pytorch:
             found = chain(measure_pytorch(pattern, done), found)
         for row in found:
             ROWS.append({"pattern": pattern, **row})

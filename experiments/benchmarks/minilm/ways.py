@@ -58,6 +58,15 @@ class Pruning:
             embed, self.params, self.plan, self.data.calibration, name, compensation=compensation
         )
 
+    def corrected(self, name: str) -> Any:
+        """A method, and biases that restore the mean outputs."""
+        pruned = self.one_shot(name)
+        shifts = post_training.output_shift(
+            embed, self.params, pruned, self.data.calibration, self.plan
+        )
+        biases = {f"{leaf.removesuffix('weight')}bias": x for leaf, x in shifts.items()}
+        return pruned | {bias: pruned[bias] + shift for bias, shift in biases.items()}
+
     def recovered(self, prune: Callable[[], Any]) -> Any:
         """A way to prune, and learning from the dense network afterwards."""
         return recovered(self.params, prune(), self.plan, self.data.calibration)
@@ -68,6 +77,7 @@ class Pruning:
         names = ["magnitude", "wanda", "ria", "sparse_gpt", "admm", "alps"]
         ways: dict[str, Callable[[], Any]] = {name: partial(self.one_shot, name) for name in names}
         fitted = ("magnitude", "wanda", "sparse_gpt")
+        ways |= {f"{name}, bias corrected": partial(self.corrected, name) for name in fitted}
         ways |= {f"{name}, least squares": partial(self.fitted, name) for name in fitted}
         if swappable:
             ways |= {
