@@ -47,6 +47,7 @@ from nmjax.metrics import (
 from nmjax.packed.blocks import PackedBlocks
 from nmjax.packed.nm import PackedNM
 from nmjax.packed.packing import check_sparse, pack, unpack
+from nmjax.packed.quantized import Quantized, quantize
 from nmjax.packed.storage import LeafSize, Sizes, sizes
 from nmjax.packed.tiled import TiledNM, for_platform
 from nmjax.patterns import NM, Block1xN, parse_pattern
@@ -71,6 +72,7 @@ __all__ = [
     "PackedBlocks",
     "PackedNM",
     "Plan",
+    "Quantized",
     "RowBalance",
     "Sizes",
     "SoftBlocksState",
@@ -110,6 +112,7 @@ __all__ = [
     "prune",
     "prune_sr_ste",
     "prune_ste",
+    "quantize",
     "row_balance",
     "sad",
     "save_packed",

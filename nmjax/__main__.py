@@ -183,8 +183,9 @@ def _pack(arguments: argparse.Namespace) -> None:
     _warn_left_out(checkpoint)
     with _slashes_noted(checkpoint):
         plan = _plan_output(checkpoint, arguments)
-        write_packed(arguments.out, checkpoint, plan, prune=arguments.prune)
-    print(sizes(nest(packed_shapes(checkpoint, plan))))
+        rounding = {"quantized": arguments.quantize}
+        write_packed(arguments.out, checkpoint, plan, prune=arguments.prune, **rounding)
+    print(sizes(nest(packed_shapes(checkpoint, plan, **rounding))))
     _print_output(arguments, plan, [arguments.out])
 
 

@@ -71,6 +71,11 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     packing.add_argument(
         "--prune", action="store_true", help="prune the weights by magnitude before packing them"
     )
+    packing.add_argument(
+        "--quantize",
+        choices=("int8",),
+        help="round the packed weights to integers with one scale for each output",
+    )
     bench = _add_command(commands, run, "bench", "Time packed layers against dense ones.")
     bench.add_argument("file", type=Path, help="a file that `nmjax pack` wrote")
     bench.add_argument("--batch", type=_positive, default=1, help="rows or images (default: 1)")

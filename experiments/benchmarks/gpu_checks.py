@@ -17,8 +17,8 @@ import nmjax
 from experiments.benchmarks.gpu_products import numbers, pruned
 from nmjax.kernels.gpu import cusparselt, decode
 from nmjax.kernels.gpu.cusparselt_limits import GELU, RESULTS
-from nmjax.kernels.quantized import dequantize, quantize
 from nmjax.masks.transposable import transposable_mask
+from nmjax.packed.quantized import Quantized
 
 # Rounding to bfloat16 alone gives an error of about 0.0017, to float16 0.0002; sums of integers are
 # exact. Tensor cores keep fewer bits of float8 sums than float32 has.
@@ -63,15 +63,14 @@ def check_decode() -> Iterator[dict[str, Any]]:
     for dtype, as_integers in (("bfloat16", False), ("float16", False), ("bfloat16", True)):
         for rows, vector in ROWS_AND_VECTORS:
             x, w = numbers((rows, 2064), dtype, 0), numbers((2064, 1024), dtype, 1)
-            packed, scales = _packed(w), None
+            packed = _packed(w)
             if as_integers:
-                integers = quantize(packed)
-                packed, scales = integers.packed, integers.scales
-                w = dequantize(integers, jnp.dtype(jnp.float32)).unpack()
+                packed = Quantized.of(packed)
+                w = packed.astype(jnp.float32).unpack()
             else:
                 w = pruned(w, -2)
             bias = numbers((1024,), "float32", 2)
-            y = multiply(x, packed, bias, activation="relu", scales=scales, vector=vector)
+            y = multiply(x, packed, bias, activation="relu", vector=vector)
             expected = np.maximum(_exact(x, w) + np.asarray(bias, np.float64), 0)
             what = "decode, values of int8" if as_integers else "decode"
             yield _row(f"{what}, {vector or 'any'} outputs a thread", x, w, y, expected)

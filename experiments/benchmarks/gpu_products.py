@@ -20,8 +20,8 @@ import nmjax
 from experiments.benchmarks.timing import interleaved_times
 from nmjax.kernels.gpu import cusparselt, decode
 from nmjax.kernels.gpu.cusparselt_limits import RESULTS
-from nmjax.kernels.quantized import QuantizedNM, quantize
 from nmjax.packed.nm import PackedNM
+from nmjax.packed.quantized import Quantized
 
 Functions = dict[str, Callable[[], Any]]
 
@@ -204,7 +204,7 @@ def time_few_rows(product: Product, rounds: int) -> dict[str, Any]:
     for vector in vectors:
         candidates[f"variant, {vector} outputs a thread"] = partial(_variant, vector, xs, packed)
     candidates["int8"] = lambda: {
-        "int8 values": many(multiply_quantized, xs, [jax.jit(quantize)(w) for w in packed])
+        "int8 values": many(decode.matmul, xs, [jax.jit(Quantized.of)(w) for w in packed])
     }
     timed = measured(product, candidates, rounds)
     if "int8 values" in timed["ms"]:
@@ -212,11 +212,6 @@ def time_few_rows(product: Product, rounds: int) -> dict[str, Any]:
             timed["speedup"] * timed["ms"]["sparse"] / timed["ms"]["int8 values"]
         )
     return timed
-
-
-def multiply_quantized(x: jax.Array, w: QuantizedNM) -> jax.Array:
-    """Few rows times a packed weight with int8 values."""
-    return decode.matmul(x, w.packed, scales=w.scales)
 
 
 def _variant(vector: Literal[2, 4, 8], xs: list[Any], packed: list[Any]) -> Functions:

@@ -2,9 +2,10 @@
 
 Each array is a tensor. A dense leaf is stored as `name`, a `PackedNM` as `name/values` and
 `name/codes`, and a `PackedBlocks` as `name/values`, `name/indices` and, for BSR,
-`name/row_pointers`. A random key is stored as its numbers. The header's key `"nmjax"` holds JSON:
-the format, its version, the pattern, shape, axes and dtype of each packed leaf, the kind of each
-random key, and the names of leaves that are not arrays.
+`name/row_pointers`; a `Quantized` has `name/scales` besides. A random key is stored as its numbers.
+The header's key `"nmjax"` holds JSON: the format, its version, the pattern, shape, axes and dtype
+of each packed leaf, which ones are quantized, the kind of each random key, and the names of leaves
+that are not arrays.
 """
 
 from __future__ import annotations
@@ -22,9 +23,16 @@ import numpy as np
 
 from nmjax.files.file_kinds import check_path
 from nmjax.files.narrowing import as_jax
-from nmjax.files.packed_manifest import Manifest, read_manifest, write_manifest
+from nmjax.files.packed_manifest import (
+    Leaf,
+    Manifest,
+    as_floating,
+    read_manifest,
+    write_manifest,
+)
 from nmjax.files.restoring import restore_like
 from nmjax.files.tensor_files import NOTE, TensorFile, open_tensors, write_tensors
+from nmjax.packed.quantized import Quantized
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.ste import check_has_values
 from nmjax.tables import printable
@@ -165,24 +173,10 @@ class PackedFile:
 
     def read_packed(self) -> Iterator[tuple[str, Packed]]:
         """Reads and checks the packed leaves."""
-        for name, (plan, dtype) in self.manifest.packed.items():
-            kind = Packed.kind_for(plan.pattern)
-            arrays: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
-            fields = {f"{name}/{field}": field for field in kind.array_names(plan)}
-            arrays |= {fields[stored]: array for stored, array in self.file.read(fields)}
-            values = arrays["values"]
-            if values.dtype.name != dtype:
-                raise ValueError(
-                    f"{printable(name)} should have dtype {dtype[:20]}, but has {values.dtype}"
-                )
-            held = kind.stored_plan(plan, values.shape)
-            if held != plan:
-                warnings.warn(
-                    f"{printable(name)} was packed as {plan.pattern} by an earlier nmjax, which "
-                    f"counted blocks in floating point; it holds {held.pattern}, and is loaded so",
-                    stacklevel=2,
-                )
-            packed = kind(**{**arrays, "leaf_plan": held})
+        for name, leaf in self.manifest.packed.items():
+            fields = {f"{name}/{field}": field for field in leaf.tensors}
+            arrays = {fields[stored]: array for stored, array in self.file.read(fields)}
+            packed = _made(name, leaf, arrays)
             _check(name, packed)
             yield name, packed
 
@@ -206,8 +200,8 @@ def open_packed(file: TensorFile) -> PackedFile:
     try:
         manifest = read_manifest(file.metadata)
         dense = dict.fromkeys(file.tensors)
-        for name, (plan, _) in manifest.packed.items():
-            for field in Packed.kind_for(plan.pattern).array_names(plan):
+        for name, leaf in manifest.packed.items():
+            for field in leaf.tensors:
                 if f"{name}/{field}" not in dense:
                     raise ValueError(f"the tensor {printable(name)}/{field} is missing")
                 del dense[f"{name}/{field}"]
@@ -232,8 +226,7 @@ def arrays_of(name: str, leaf: Any) -> dict[str, Any]:
     """The arrays that store a leaf, or their shapes, by the names of their tensors."""
     if not is_packed(leaf):
         return {name: leaf}
-    fields = leaf.array_names(leaf.leaf_plan)
-    return {f"{name}/{field}": getattr(leaf, field) for field in fields}
+    return {f"{name}/{field}": array for field, array in leaf.stored_arrays().items()}
 
 
 def check_distinct(tensors: Mapping[str, Mapping[str, Any]]) -> None:
@@ -243,6 +236,32 @@ def check_distinct(tensors: Mapping[str, Mapping[str, Any]]) -> None:
         if both := taken & arrays.keys():
             raise ValueError(f"two arrays would be named {both.pop()!r}; rename a leaf")
         taken |= arrays.keys()
+
+
+def _made(name: str, leaf: Leaf, arrays: Mapping[str, Any]) -> Packed:
+    """Makes a packed leaf of the arrays that store it.
+
+    Raises:
+      ValueError: its values have another dtype than the file says.
+    """
+    kind, plan, values = Packed.kind_for(leaf.plan.pattern), leaf.plan, arrays["values"]
+    dtype = "int8" if leaf.is_quantized else leaf.dtype
+    if values.dtype.name != dtype:
+        raise ValueError(
+            f"{printable(name)} should have dtype {dtype[:20]}, but has {values.dtype}"
+        )
+    held = kind.stored_plan(plan, values.shape)
+    if held != plan:
+        warnings.warn(
+            f"{printable(name)} was packed as {plan.pattern} by an earlier nmjax, which counted "
+            f"blocks in floating point; it holds {held.pattern}, and is loaded so",
+            stacklevel=2,
+        )
+    names = (field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+    packed = kind(**{**{name: arrays.get(name) for name in names}, "leaf_plan": held})
+    if not leaf.is_quantized:
+        return packed
+    return Quantized(packed, arrays["scales"], as_floating(leaf.dtype, printable(name)))
 
 
 def _on_host(name: str, leaf: Any) -> Any:

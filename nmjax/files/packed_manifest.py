@@ -7,32 +7,57 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.export
+import jax.numpy as jnp
+import numpy as np
 
 from nmjax.files.tensor_files import read_note
+from nmjax.packed.bits import check_dtype
 from nmjax.packed.blocks import PackedBlocks
 from nmjax.packed.nm import PackedNM
+from nmjax.packed.quantized import Quantized
 from nmjax.packed.weight import Packed
 from nmjax.patterns import parse_pattern
 from nmjax.patterns.pattern import LeafPlan
 from nmjax.tables import printable
 
-# Older nmjax reads the first version. Only random keys and left out leaves need the second.
-FORMAT, VERSIONS = "packed", (1, 2)
+# Older nmjax reads the first version. Only random keys and left out leaves need the second, and
+# only quantized weights the third.
+FORMAT, VERSIONS = "packed", (1, 2, 3)
 
 _AXES = ("reduction_axes", "output_axes", "tap_axes")
 _LARGEST = 2**31 - 1  # The largest size that XLA can index.
+
+
+class Leaf(NamedTuple):
+    """What a file says about a packed leaf.
+
+    Attributes:
+      plan: pattern, axes and shape.
+      dtype: name of the weight's dtype.
+      is_quantized: whether its values are int8, with scales.
+    """
+
+    plan: LeafPlan
+    dtype: str
+    is_quantized: bool
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the arrays that store the leaf."""
+        names = Packed.kind_for(self.plan.pattern).array_names(self.plan)
+        return (*names, "scales") if self.is_quantized else names
 
 
 class Manifest(NamedTuple):
     """What a file says about its leaves.
 
     Attributes:
-      packed: name of a packed leaf -> its plan and the name of its dtype.
+      packed: name of a packed leaf -> what it is.
       keys: name of a random key -> its implementation, such as "threefry2x32".
       left_out: names of leaves that are not stored, because they are not arrays.
     """
 
-    packed: dict[str, tuple[LeafPlan, str]]
+    packed: dict[str, Leaf]
     keys: dict[str, str]
     left_out: list[str]
 
@@ -47,6 +72,10 @@ def write_manifest(
         for name, leaf in packed.items()
     }
     version = VERSIONS[1] if more else VERSIONS[0]
+    quantized = [name for name, leaf in packed.items() if isinstance(leaf, Quantized)]
+    if quantized:
+        version, more = VERSIONS[2], {"keys": dict(keys), "left_out": left_out}
+        more["quantized"] = quantized
     return json.dumps({"format": FORMAT, "version": version, "leaves": leaves, **more})
 
 
@@ -62,16 +91,17 @@ def read_manifest(metadata: Mapping[str, str]) -> Manifest:
     version = _typed(manifest.get("version"), int, "the version")
     if version not in VERSIONS:
         raise ValueError(
-            f"it has version {version}, but this nmjax reads version {VERSIONS[1]}; update nmjax"
+            f"it has version {version}, but this nmjax reads version {VERSIONS[-1]}; update nmjax"
         )
     # Unknown keys may change the meaning of known ones, so they are errors too.
-    more = ("keys", "left_out") if version == VERSIONS[1] else ()
+    more = ((), ("keys", "left_out"), ("keys", "left_out", "quantized"))[version - 1]
     _check_keys(manifest, ("format", "version", "leaves", *more), "the header")
     leaves = _typed(manifest["leaves"], dict, "the leaves")
     keys = _typed(manifest.get("keys", {}), dict, "the keys")
     left_out = _typed(manifest.get("left_out", []), list, "left_out")
+    quantized = _read_quantized(manifest.get("quantized", []), leaves)
     return Manifest(
-        {name: _read_leaf(name, description) for name, description in leaves.items()},
+        {name: _read_leaf(name, text, name in quantized) for name, text in leaves.items()},
         {name: _typed(kind, str, f"the kind of {printable(name)}") for name, kind in keys.items()},
         [_typed(name, str, "a name in left_out") for name in left_out],
     )
@@ -82,11 +112,21 @@ def _describe(plan: LeafPlan) -> dict[str, Any]:
     return {"pattern": str(plan.pattern), "shape": list(plan.shape), **axes}
 
 
-def _read_leaf(name: str, description: Any) -> tuple[LeafPlan, str]:
+def _read_quantized(names: Any, leaves: Mapping[str, Any]) -> set[str]:
+    quantized = {
+        _typed(name, str, "a name in quantized") for name in _typed(names, list, "quantized")
+    }
+    if unknown := quantized - leaves.keys():
+        raise ValueError(f"{printable(unknown.pop())} is quantized, but it is not a packed leaf")
+    return quantized
+
+
+def _read_leaf(name: str, description: Any, is_quantized: bool) -> Leaf:
     shown = printable(name)[:80]
     _check_keys(_typed(description, dict, shown), ("pattern", "shape", *_AXES, "dtype"), shown)
     plan = _read_plan(shown, description)
-    return plan, _typed(description["dtype"], str, f"the dtype of {shown}")
+    dtype = _typed(description["dtype"], str, f"the dtype of {shown}")
+    return Leaf(plan, dtype, is_quantized)
 
 
 def _read_plan(name: str, description: Mapping[str, Any]) -> LeafPlan:
@@ -119,6 +159,28 @@ def _plan_from_bytes(data: bytes) -> tuple[LeafPlan]:
     return (_read_plan("a packed argument", json.loads(data)),)
 
 
+def _dtype_to_bytes(static: tuple[np.dtype]) -> bytes:
+    return static[0].name.encode()
+
+
+def _dtype_from_bytes(data: bytes) -> tuple[np.dtype]:
+    return (as_floating(data.decode(), "a packed argument"),)
+
+
+def as_floating(name: str, what: str) -> np.dtype:
+    """The dtype of a weight, which a file names.
+
+    Raises:
+      ValueError: packed weights cannot have it.
+    """
+    try:
+        dtype = jnp.dtype(name[:20])
+        check_dtype(dtype, what)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return np.dtype(dtype)
+
+
 # So that programs from `jax.export` can take packed parameters as arguments.
 for _kind in (PackedNM, PackedBlocks):
     jax.export.register_pytree_node_serialization(
@@ -127,6 +189,12 @@ for _kind in (PackedNM, PackedBlocks):
         serialize_auxdata=_plan_to_bytes,
         deserialize_auxdata=_plan_from_bytes,
     )
+jax.export.register_pytree_node_serialization(
+    Quantized,
+    serialized_name="nmjax.Quantized",
+    serialize_auxdata=_dtype_to_bytes,
+    deserialize_auxdata=_dtype_from_bytes,
+)
 
 
 def _typed(value: Any, kind: type, what: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nmjax.masks.scores import as_array
 from nmjax.packed.weight import Packed, is_packed
@@ -20,6 +21,8 @@ def check_product(packed: Any, activation: Any) -> None:
             f"{type(packed).__name__}; the input comes first, as in packed_matmul(x, packed)"
         )
     packed.check_arrays()
+    if packed.dtype == np.int8:
+        raise ValueError(f"{packed} has values of int8 without scales; nmjax.quantize makes both")
     check_has_values(packed.values, "the packed weight")
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')

@@ -226,4 +226,4 @@ def _widened(x: jax.Array, packed: Packed, dtype: Any) -> tuple[jax.Array, Packe
         return x, packed
     if jnp.finfo(dtype).bits <= jnp.finfo(packed.result_dtype(x)).bits:
         return x, packed
-    return x.astype(dtype), packed.with_values(packed.values.astype(dtype))
+    return x.astype(dtype), packed.astype(dtype)

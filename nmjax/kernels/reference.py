@@ -61,7 +61,9 @@ def sums(x: jax.Array, packed: Packed, window: Window | None = None) -> jax.Arra
       packed: one matrix, or a kernel.
       window: of a convolution.
     """
-    return _sums(x, packed, window, _is_on_one_device(x))
+    # Integers have their scales applied to the sums, which are exact as long as x is integers too.
+    stored = packed.stored(x.dtype)
+    return packed.scaled(_sums(x, stored, window, _is_on_one_device(x)))
 
 
 def _is_on_one_device(x: jax.Array) -> bool:

@@ -160,7 +160,7 @@ def _with_packed(product: Callable[..., jax.Array], packed: Packed) -> Callable[
 
     def multiply(x: jax.Array, w: jax.Array, *args: Any, **settings: Any) -> jax.Array:
         # Flax casts kernel and input to its compute dtype first; only `w` got the cast.
-        return product(x, packed.with_values(packed.values.astype(w.dtype)), *args, **settings)
+        return product(x, packed.astype(w.dtype), *args, **settings)
 
     return multiply
 

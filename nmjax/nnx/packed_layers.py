@@ -173,10 +173,11 @@ def _rewritten_by(model: Any) -> dict[int, str]:
 
 def promote_dtype(args: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
     """Flax's `promote_dtype`, which also casts the values of packed weights."""
-    arrays = tuple(x.values if is_packed(x) else x for x in args)
+    # Of a packed weight only its dtype counts, which may not be that of its values.
+    arrays = tuple(jnp.zeros((), x.dtype) if is_packed(x) else x for x in args)
     promoted = dtypes.promote_dtype(arrays, dtype=dtype, inexact=inexact)
     return tuple(
-        x.with_values(array) if is_packed(x) else array
+        x.astype(array.dtype) if is_packed(x) else array
         for x, array in zip(args, promoted, strict=True)
     )
 

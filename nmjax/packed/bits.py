@@ -39,7 +39,11 @@ def as_bits(w: jax.Array) -> jax.Array:
     XLA's CPU compiler copies bfloat16 through float32, which quiets NaNs and flushes denormals. It
     leaves integers alone. Call this and `from_bits` outside `jax.jit`: within one computation the
     compiler turns the copies of integers back into copies of floats.
+
+    Raises:
+      TypeError: the numbers are integers already.
     """
+    check_dtype(w.dtype, "packed values without scales (nmjax.quantize makes both)")
     return lax.bitcast_convert_type(w, np.dtype(f"uint{jnp.finfo(w.dtype).bits}"))
 
 

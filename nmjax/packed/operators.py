@@ -38,6 +38,7 @@ class MatrixOperators(metaclass=PackedType):
 
     leaf_plan: Any
     shape: Any
+    with_plan: Callable[[Any], Any]
 
     @property
     def mT(self) -> Self:  # noqa: N802
@@ -59,7 +60,7 @@ class MatrixOperators(metaclass=PackedType):
             output_axes=plan.reduction_axes,
             shape=(*stack, columns, rows),
         )
-        return dataclasses.replace(self, leaf_plan=swapped)  # type: ignore[type-var]
+        return self.with_plan(swapped)
 
     @property
     def T(self) -> Self:  # noqa: N802

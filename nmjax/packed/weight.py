@@ -225,6 +225,10 @@ class Packed(MatrixOperators):
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         return tuple(field.name for field in fields if field.name != "leaf_plan")
 
+    def stored_arrays(self) -> dict[str, Any]:
+        """The arrays by name, as files store them."""
+        return {name: getattr(self, name) for name in self.array_names(self.leaf_plan)}
+
     @property
     def shape(self) -> Shape:
         """Shape of the weight, with the axes in front of the planned ones.
@@ -301,12 +305,24 @@ class Packed(MatrixOperators):
         taps = self.taps
         shape = (*taps, self.inputs, self.outputs)
         tap_axes = tuple(range(-2 - len(taps), -2)) if self.leaf_plan.tap_axes else ()
-        plan = LeafPlan(self.leaf_plan.pattern, (-2,), (-1,), shape, tap_axes)
-        return dataclasses.replace(self, leaf_plan=plan)  # type: ignore[type-var]
+        return self.with_plan(LeafPlan(self.leaf_plan.pattern, (-2,), (-1,), shape, tap_axes))
 
     def dense_matrices(self) -> jax.Array:
         """The weight with its zeros, (*taps, inputs, outputs): what defines every product."""
         return self.as_matrices().unpack()
+
+    def with_plan(self, leaf_plan: LeafPlan) -> Self:
+        """The same arrays under another plan."""
+        return dataclasses.replace(self, leaf_plan=leaf_plan)  # type: ignore[type-var]
+
+    def stored(self, dtype: np.dtype) -> Packed:
+        """What a kernel multiplies by: integers as numbers of a dtype, floats as they are."""
+        del dtype
+        return self
+
+    def scaled(self, sums: jax.Array) -> jax.Array:
+        """Sums of products with `stored` as those of the weight."""
+        return sums
 
     def with_values(self, values: jax.Array) -> Self:
         """The same weight with other values in the same places, such as a cast."""

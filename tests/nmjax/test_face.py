@@ -28,6 +28,7 @@ PROMISED = """
     add_sparse_refined allocate Sparsifier straight_through one_shot dense soft_uniform_blocks
     cubic_ramp linear_ramp cosine_ramp exponential_ramp
     pack unpack unpack_slow for_platform PackedNM TiledNM PackedBlocks check_sparse sizes
+    quantize Quantized
     save_packed load_packed
     packed_matmul packed_conv backends
     Channels find_channels l1_order permute_channels sort_channels

@@ -52,6 +52,18 @@ def test_pruned_weights_are_packed(files, capsys):
     assert f"{Path(out).stat().st_size:,} bytes" in text
 
 
+def test_packed_weights_are_quantized(files, capsys):
+    _, pruned, out = files
+    command = ("pack", pruned, "--pattern", "2:4", "--exclude", "stem", "--out", out)
+    text, _ = run(capsys, *command, "--quantize", "int8")
+    expected = nmjax.quantize(prune_and_pack(PARAMS, PLAN))
+    loaded = nmjax.load_packed(out)
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    assert str(nmjax.sizes(expected)) in text
+    assert str(nmjax.sizes(expected)) in run(capsys, "info", out)[0]
+
+
 @pytest.mark.parametrize("command", ["prune", "pack"])
 @pytest.mark.parametrize("through_link", [False, True])
 def test_the_checkpoint_is_not_replaced(tmp_path, capsys, command, through_link):

@@ -14,6 +14,7 @@ from nmjax.kernels.gpu.decode_library import check_decode
 from nmjax.kernels.operands import Activation
 from nmjax.kernels.split import split
 from nmjax.packed.nm import PackedNM
+from nmjax.packed.quantized import Quantized
 from nmjax.packed.weight import Packed
 from nmjax.patterns.nm import NM
 
@@ -23,37 +24,35 @@ _STEP = 16
 
 def matmul(
     x: jax.Array,
-    packed: PackedNM,
+    packed: PackedNM | Quantized,
     bias: jax.Array | None = None,
     activation: Activation = None,
     *,
-    scales: jax.Array | None = None,
     vector: Literal[0, 2, 4, 8] = 0,
 ) -> jax.Array:
     """Multiplies x (batch, inputs) by a packed 2:4 matrix: (batch, outputs), of x's dtype.
 
     Args:
-      x: of the weight's dtype, bfloat16 or float16; bfloat16 if the values are int8. Every 64
-        rows of a batch read the weight once.
+      x: of the weight's dtype, bfloat16 or float16; bfloat16 if it is quantized. Every 64 rows of
+        a batch read the weight once.
       packed: a 2:4 matrix, both sizes multiples of 16. Sums are in float32.
       bias: (outputs,), added in float32.
       activation: None or `"relu"`.
-      scales: float32 (outputs,), if the values are int8: those of
-        `nmjax.kernels.quantized.QuantizedNM`.
       vector: how many outputs a thread reads at a time, for benchmarks; 0 picks.
 
     Raises:
       NotImplementedError: the kernel is missing, or does not take the dtype, pattern or shape.
       ValueError: an unknown activation.
     """
-    check(x.dtype, packed, x.shape[0], is_quantized=scales is not None)
+    check(x.dtype, packed, x.shape[0])
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
     # Beyond one batch of rows, `jax.vmap` adds more rows to the same weight.
-    return batched(partial(_call, vector, activation), x, (packed, scales), bias)
+    weight = (packed.packed, packed.scales) if isinstance(packed, Quantized) else (packed, None)
+    return batched(partial(_call, vector, activation), x, weight, bias)
 
 
-def check(dtype: np.dtype, packed: Packed, rows: int = 1, *, is_quantized: bool = False) -> None:
+def check(dtype: np.dtype, packed: Packed, rows: int = 1) -> None:
     """Raises NotImplementedError unless the kernel multiplies x of this dtype by the weight."""
     del rows
     check_decode()
@@ -63,7 +62,7 @@ def check(dtype: np.dtype, packed: Packed, rows: int = 1, *, is_quantized: bool 
         raise NotImplementedError(
             "it takes one matrix; map over a stack of layers, and convolutions stay packed"
         )
-    if is_quantized:
+    if isinstance(packed, Quantized):
         if dtype != jnp.bfloat16:
             raise NotImplementedError(f"it multiplies bfloat16 by int8 values, not {dtype}")
     elif dtype not in (jnp.bfloat16, jnp.float16) or packed.dtype != dtype:

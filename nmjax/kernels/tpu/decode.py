@@ -66,7 +66,7 @@ def matmul(
       bias: (outputs,).
       activation: None or `"relu"`.
       scales: float32 (outputs,), if the values are int8: those of
-        `nmjax.kernels.quantized.QuantizedNM`.
+        `nmjax.Quantized`.
       may_unpack: whether to unpack the weight where the kernel cannot run: on several devices
         outside `jax.shard_map`, and on other platforms. False raises NotImplementedError there.
       interpret: `pltpu.InterpretParams()` runs the kernel on a CPU, for tests.

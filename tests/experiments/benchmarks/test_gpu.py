@@ -10,11 +10,10 @@ import pytest
 
 import nmjax
 from experiments.benchmarks import gpu, gpu_checks, gpu_products
-from nmjax.kernels import quantized, reference
+from nmjax.kernels import reference
 from nmjax.kernels.gpu import cusparselt, decode
 from nmjax.kernels.gpu.cusparselt_library import CusparseLt
 from nmjax.kernels.gpu.cusparselt_limits import GELU, RESULTS
-from nmjax.kernels.quantized import QuantizedNM
 
 
 @pytest.fixture
@@ -36,9 +35,7 @@ def dense_kernels(monkeypatch):
             y = jnp.clip(jnp.round(y), limits.min, limits.max)
         return y.astype(result)
 
-    def decode_matmul(x, packed, bias=None, activation=None, *, scales=None, vector=0):
-        if scales is not None:
-            return quantized.matmul(x, QuantizedNM(packed, scales), bias, activation)
+    def decode_matmul(x, packed, bias=None, activation=None, *, vector=0):
         return reference.matmul(x, packed, bias, activation)
 
     monkeypatch.setattr(cusparselt, "compress", compress)

@@ -35,6 +35,7 @@ def good(tmp_path_factory):
         "out": {"kernel": (2, 4, 3)},
         "dense": {"kernel": (8, 4)},
         "odd": {"kernel": (6, 5)},
+        "whole": {"kernel": (8, 4)},
     }
     params = jax.tree.map(
         lambda shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16),
@@ -45,10 +46,9 @@ def good(tmp_path_factory):
     path = tmp_path_factory.mktemp("good") / "x"
     axes = {"out/kernel": (-3, -2)}
     plan = nmjax.make_plan(params, "4:8", rules=rules, axes=axes)
-    nmjax.save_packed(
-        path,
-        {**prune_and_pack(params, plan), "rng": jax.random.key(0), "rate": 0.5},
-    )
+    packed = prune_and_pack(params, plan)
+    packed["whole"] = nmjax.quantize(packed["whole"])
+    nmjax.save_packed(path, {**packed, "rng": jax.random.key(0), "rate": 0.5})
     return path.read_bytes()
 
 
@@ -155,6 +155,7 @@ def forge_dtype(rng, data):
     entry = header[names[rng.integers(len(names))]]
     same = {"BF16": ["F16", "U16", "I16"], "U8": ["I8", "BOOL", "F8_E5M2"], "I32": ["U32", "F32"]}
     same["U32"] = ["I32", "F32"]
+    same |= {"I8": ["U8", "BOOL"], "F32": ["I32", "U32"]}
     entry["dtype"] = str(rng.choice(same[entry["dtype"]]))
     return join(header, body)
 
@@ -175,6 +176,13 @@ FORGERS += [forge_header, forge_manifest, forge_dtype, swap_tensors]
 def assert_valid(tree, size):
     """Whatever loads can be used: positions are where they may be, and in order."""
     for leaf in jax.tree.leaves(tree, is_leaf=nmjax.packed.weight.is_packed):
+        if isinstance(leaf, nmjax.Quantized):
+            scales = np.asarray(leaf.scales)
+            assert scales.shape == (leaf.leaf_plan.outputs,)
+            assert np.isfinite(scales).all()
+            assert (scales > 0).all()
+            assert leaf.values.dtype == np.int8
+            leaf = leaf.packed
         if isinstance(leaf, PackedNM):
             pattern, plan = leaf.leaf_plan.pattern, leaf.leaf_plan
             assert leaf.values.shape[-3:] == (plan.inputs // pattern.m, pattern.n, plan.outputs)

@@ -167,7 +167,7 @@ def test_an_unchanged_file_loads(parts):
 @pytest.mark.parametrize(
     ("key", "value", "complaint"),
     [
-        ("version", 3, "version 3, but this nmjax reads version 2"),
+        ("version", 4, "version 4, but this nmjax reads version 3"),
         ("version", 2, r"should have the keys .*'keys', 'left_out'"),
         ("version", "1", "the version is a str"),
         ("version", True, "the version is a bool"),

@@ -9,7 +9,6 @@ import pytest
 import nmjax
 from nmjax.kernels.gpu import decode
 from nmjax.kernels.gpu.decode_library import load_decode
-from nmjax.kernels.quantized import QuantizedNM, quantize
 from tests.nmjax.packed_weights import prune_and_pack
 
 
@@ -29,10 +28,6 @@ def cuda_text(function, *arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def multiply_quantized(x, w):
-    return decode.matmul(x, w.packed, scales=w.scales)
-
-
 def test_packed_arrays_go_to_the_kernel_as_they_are(loaded):
     x, packed = jnp.ones((3, 32), jnp.bfloat16), packed_leaf()
     decode.check(x.dtype, packed)
@@ -44,13 +39,13 @@ def test_packed_arrays_go_to_the_kernel_as_they_are(loaded):
 
 
 def test_integers_go_with_their_scales(loaded):
-    x, w = jnp.ones((3, 32), jnp.bfloat16), quantize(packed_leaf())
-    decode.check(x.dtype, w.packed, is_quantized=True)
-    text = cuda_text(multiply_quantized, x, w)
+    x, w = jnp.ones((3, 32), jnp.bfloat16), nmjax.quantize(packed_leaf())
+    decode.check(x.dtype, w)
+    text = cuda_text(decode.matmul, x, w)
     operands = "tensor<3x32xbf16>, tensor<8x2x16xi8>, tensor<4x16xui8>, tensor<16xf32>"
     assert f"({operands}, tensor<0xf32>) -> tensor<3x16xbf16>" in text
     assert "tensor<15x32xbf16>" in cuda_text(
-        jax.vmap(multiply_quantized, (0, None)), jnp.ones((5, 3, 32), jnp.bfloat16), w
+        jax.vmap(decode.matmul, (0, None)), jnp.ones((5, 3, 32), jnp.bfloat16), w
     )
 
 
@@ -70,16 +65,15 @@ def test_a_mapped_axis_joins_the_batch(loaded):
         (packed_leaf(shape=(32, 8)), jnp.bfloat16, "multiples of 16"),
         (packed_leaf(shape=(3, 3, 32, 16)), jnp.bfloat16, "one matrix"),
         (packed_leaf("1x4@0.5"), jnp.bfloat16, "1x4@0.5"),
-        (quantize(packed_leaf()), jnp.float16, "bfloat16 by int8 values"),
-        (quantize(packed_leaf("1:4")), jnp.bfloat16, "not 1:4"),
-        (quantize(packed_leaf(shape=(24, 16))), jnp.bfloat16, "multiples of 16"),
+        (nmjax.quantize(packed_leaf()), jnp.float16, "bfloat16 by int8 values"),
+        (nmjax.quantize(packed_leaf("1:4")), jnp.bfloat16, "not 1:4"),
+        (nmjax.quantize(packed_leaf(shape=(24, 16))), jnp.bfloat16, "multiples of 16"),
     ],
 )
 def test_what_it_does_not_take_is_said(loaded, packed, dtype, words):
     x = jnp.ones((3, packed.shape[-2]), dtype)
-    multiply = multiply_quantized if isinstance(packed, QuantizedNM) else decode.matmul
     with pytest.raises(NotImplementedError, match=words):
-        multiply(x, packed)
+        decode.matmul(x, packed)
 
 
 def test_an_activation_it_does_not_know_is_refused(loaded):

@@ -16,9 +16,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nmjax
-from nmjax.kernels import build, quantized, reference
+from nmjax.kernels import build, reference
 from nmjax.kernels.gpu import decode as decode_module
-from nmjax.kernels.quantized import QuantizedNM, dequantize
 from tests.nmjax.packed_weights import prune_and_pack
 
 
@@ -48,12 +47,7 @@ def called(library, monkeypatch):
     jax.ffi.register_ffi_target("nmjax_decode", capsule, platform="cpu")
     monkeypatch.setattr(decode_module, "check_decode", lambda: None)
 
-    def multiply(x, w, bias=None, activation=None, **settings):
-        if isinstance(w, QuantizedNM):
-            return decode_module.matmul(x, w.packed, bias, activation, scales=w.scales, **settings)
-        return decode_module.matmul(x, w, bias, activation, **settings)
-
-    return multiply
+    return decode_module.matmul
 
 
 def address(x):
@@ -62,7 +56,7 @@ def address(x):
 
 def run(decode, x, w, bias, relu, lane_outputs, tiles):
     """The kernel's product, of a packed weight or one of integers."""
-    quantized = isinstance(w, QuantizedNM)
+    quantized = isinstance(w, nmjax.Quantized)
     packed = w.packed if quantized else w
     arrays = [np.ascontiguousarray(a) for a in (x, packed.values, packed.codes)]
     scales = np.ascontiguousarray(w.scales) if quantized else None
@@ -121,16 +115,16 @@ def test_products_with_integers_are_exact(decode, lane_outputs, tiles, batch, in
     packed, _ = packed_and_pruned(jnp.asarray(integers((inputs, outputs), inputs), jnp.bfloat16))
     values = jnp.asarray(rng.integers(-128, 128, packed.values.shape), jnp.int8)
     scales = jnp.asarray(2.0 ** rng.integers(-3, 4, outputs), jnp.float32)
-    w = QuantizedNM(packed.with_values(values), scales)
+    w = nmjax.Quantized(packed.with_values(values), scales, jnp.dtype(jnp.float32))
     x = jnp.asarray(rng.integers(-2, 3, (batch, inputs)), jnp.bfloat16)
     bias = None if batch == 1 else rng.integers(-9, 9, outputs).astype(np.float32)
     y = run(decode, x, w, bias, batch != 1, lane_outputs, tiles)
-    dense = np.asarray(dequantize(w, jnp.dtype(jnp.float32)).unpack(), np.float64)
+    dense = np.asarray(w.unpack(), np.float64)
     expected = np.asarray(x, np.float64) @ dense + (0 if bias is None else bias)
     expected = np.maximum(expected, 0) if batch != 1 else expected
     expected = np.asarray(jnp.asarray(expected, jnp.float32).astype(jnp.bfloat16))
     np.testing.assert_array_equal(y, expected)
-    definition = quantized.matmul(x, w, bias, "relu" if batch != 1 else None)
+    definition = reference.matmul(x, w, bias, "relu" if batch != 1 else None)
     np.testing.assert_array_equal(y, np.asarray(definition))
 
 
@@ -140,7 +134,7 @@ def test_every_integer_is_expanded(decode):
     values = np.zeros(packed.values.shape, np.int8)
     values[0, 0], values[0, 1] = np.arange(-128, 128), np.arange(127, -129, -1)
     packed = packed.with_values(jnp.asarray(values))
-    w = QuantizedNM(packed, jnp.ones(256))
+    w = nmjax.Quantized(packed, jnp.ones(256), jnp.dtype(jnp.float32))
     y = run(decode, jnp.eye(8, 16, dtype=jnp.bfloat16), w, None, False, 8, 1)
     np.testing.assert_array_equal(y[:2].astype(int), values[0])
 
@@ -173,9 +167,9 @@ def test_what_xla_calls_is_the_product(called, kind, batch, outputs, vector):
     x = jnp.asarray(rng.integers(-2, 3, (batch, 32)), dtype)
     bias = jnp.asarray(rng.integers(-9, 9, outputs), dtype)
     if kind == "int8":
-        w = quantized.quantize(w)
+        w = nmjax.quantize(w)
     y = called(x, w, bias, "relu", vector=vector)
-    definition = (quantized if kind == "int8" else reference).matmul(x, w, bias, "relu")
+    definition = reference.matmul(x, w, bias, "relu")
     np.testing.assert_allclose(np.asarray(y, float), np.asarray(definition, float), rtol=2**-7)
     if kind != "int8":
         np.testing.assert_array_equal(y, definition)  # Sums of whole numbers.
@@ -195,7 +189,7 @@ def test_a_mapped_axis_joins_the_batch(called):
 def test_batch_and_outputs_stay_where_they_are(called, is_quantized, batch_axis, output_axis):
     mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
     packed, _ = packed_and_pruned(jnp.asarray(integers((32, 64), 0), jnp.bfloat16))
-    w = quantized.quantize(packed) if is_quantized else packed
+    w = nmjax.quantize(packed) if is_quantized else packed
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.integers(-2, 3, (6, 32)), jnp.bfloat16)
     bias = jnp.asarray(rng.integers(-9, 9, 64), jnp.float32) if is_quantized else None
