@@ -41,6 +41,7 @@ from experiments.json_files import Numbers
 from experiments.report.snapshots import block_masks, example_images, kernel_shapes, shown
 from experiments.report.step_times import step_times
 from experiments.tasks.task import Compared, Task
+from experiments.training.finding import task_names
 from experiments.training.flags import Flags as TrainFlags
 from experiments.training.flags import as_flags, make_task
 from experiments.training.job import Job, assemble_job, plan_of
@@ -313,6 +314,7 @@ def compare(flags: Flags, console: Console) -> int:
 
 
 def _finish(comparison: Comparison, results: Results, console: Console) -> int:
+    from experiments.report.next_steps import next_steps
     from experiments.report.page import write_report
     from experiments.report.tables import print_table
 
@@ -332,7 +334,11 @@ def _finish(comparison: Comparison, results: Results, console: Console) -> int:
         )
         status = INTERRUPTED
     print_table(results.data, console)
-    console.print(f"report: {write_report(results.data, comparison.flags.folder)}")
+    path = write_report(results.data, comparison.flags.folder)
+    console.print(f"report: {path}")
+    for line in next_steps(results.data, path) if status == 0 else ():
+        # The terminal wraps long lines, so that commands can be copied whole.
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     return status
 
 
@@ -372,7 +378,9 @@ def _line(results: Results, trial: Trial) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `python -m experiments.compare`."""
-    flags = tyro.cli(Flags, args=argv, prog="python -m experiments.compare")
+    tasks = f"Tasks: {', '.join(task_names())}."
+    about = f"{(Flags.__doc__ or '').partition('Attributes:')[0].strip()}\n\n{tasks}"
+    flags = tyro.cli(Flags, args=argv, prog="python -m experiments.compare", description=about)
     try:
         with ending_at_the_second():
             return compare(flags, Console())

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import tyro
 from rich.console import Console
 
 from experiments import compare as module
@@ -14,6 +15,8 @@ from experiments.compare import Comparison, Flags, compare, main
 from experiments.report.numbers import Run
 from experiments.report.tables import block_table, main_table
 from experiments.tasks.task import Compared
+from experiments.training.finding import task_names
+from experiments.training.flags import Flags as TrainFlags
 from tests.experiments.tiny import tiny_task
 
 METHODS = ("dense", "one_shot", "ste", "sr_ste", "sr_ste_negative")
@@ -57,6 +60,25 @@ def test_every_trial_is_there(whole):
     expected += [("blocks", p, m) for p in given.block_patterns for m in given.block_methods]
     assert titles == expected
     assert all(len(t["epochs"]) == 2 and not t["error"] for t in data["trials"])
+
+
+def test_it_ends_with_commands_that_exist(whole):
+    given, _, said, _ = whole
+    folder = re.escape(str(given.folder))
+    assert re.search(rf"report: python -m webbrowser file://\S*{folder}/report.html\n", said)
+    assert f"methods: python -m experiments.ladder {given.folder}\n" in said
+    command = re.search(r"pack it: python -m experiments.train (.*)\n", said).group(1)
+    trained = tyro.cli(TrainFlags, args=command.split())
+    assert (trained.method, trained.pattern) == ("sr_ste", "2:4")
+    assert trained.packed.parent == given.folder
+
+
+def test_help_lists_the_tasks(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert f"Tasks: {', '.join(task_names())}." in shown
+    assert {"digits", "python_bytes"} <= set(task_names())
 
 
 def test_the_strengths_are_those_of_the_flags_and_the_papers(whole):
@@ -104,7 +126,7 @@ def test_blocks_are_in_the_table_and_on_the_page(whole):
     for lines in block_table(Run(data)).groups.values():
         assert [line.cells[0] for line in lines][:2] == ["dense", "SR-STE 1:4"]
         for cell in [cell for line in lines for cell in line.cells]:
-            assert f"{cell}</td>" in page
+            assert f"{cell}</td>" in page or f"{cell}</th>" in page
             assert cell.replace(" ± ", "±") in text
     films = data["films"]
     assert set(films) == {f"{p} {m}" for p in given.block_patterns for m in given.block_methods}
