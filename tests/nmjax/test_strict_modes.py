@@ -18,7 +18,6 @@ import nmjax
 import nmjax.linen
 import nmjax.nnx
 from nmjax.files import interchange, torch_layout
-from nmjax.kernels import quantized
 from tests.nmjax.packed_weights import prune_and_pack
 
 pytestmark = pytest.mark.strict
@@ -124,10 +123,9 @@ def test_products_on_two_devices(pattern):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_integer_values(dtype):
     packed, x = packed_matrix("2:4", dtype), jnp.ones((2, 16), dtype)
-    integers = quantized.quantize(packed)
-    dequantized = quantized.dequantize(integers, np.dtype(dtype))
-    expected = x @ nmjax.unpack(dequantized) + jnp.ones((1, 32), dtype)
-    y = quantized.matmul(x, integers, jnp.ones(32, dtype))
+    integers = nmjax.quantize({"w": packed})["w"]
+    expected = x @ integers.unpack() + jnp.ones((1, 32), dtype)
+    y = nmjax.packed_matmul(x, integers, jnp.ones(32, dtype))
     np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (y, expected)), atol=0.1)
 
 

@@ -13,7 +13,6 @@ import optax
 from jax.experimental import topologies
 
 import nmjax
-from nmjax.kernels import quantized
 from nmjax.kernels.gpu import cusparselt, decode
 
 H200 = """
@@ -93,9 +92,9 @@ def with_cusparselt(w, x):
 
 def with_decode(w, x):
     plan = nmjax.make_plan({"w": w}, "2:4")
-    packed = nmjax.pack(nmjax.prune({"w": w}, plan), plan)["w"]
-    w = quantized.quantize(packed)
-    return decode.matmul(x, packed), decode.matmul(x, w.packed, scales=w.scales)
+    packed = nmjax.pack(nmjax.prune({"w": w}, plan), plan)
+    integers = nmjax.quantize(packed)["w"]
+    return decode.matmul(x, packed["w"]), decode.matmul(x, integers)
 
 
 def main():
