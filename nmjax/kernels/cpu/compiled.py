@@ -17,6 +17,7 @@ from nmjax.kernels.operands import Activation, Window
 from nmjax.kernels.split import split
 from nmjax.packed.blocks import PackedBlocks
 from nmjax.packed.nm import PackedNM
+from nmjax.packed.quantized import Quantized
 from nmjax.packed.weight import Packed
 
 _ONE_TAP = Window((1, 1), ((0, 0), (0, 0)), (1, 1))
@@ -30,12 +31,12 @@ def matmul(
     x: jax.Array, packed: Packed, bias: jax.Array | None = None, activation: Activation = None
 ) -> jax.Array:
     """Multiplies x (batch, inputs) by a packed weight: (batch, outputs)."""
-    return _KINDS[type(packed)].matmul(x, packed, bias, activation)
+    return _kind(packed).matmul(x, packed, bias, activation)
 
 
 def conv(
     x: jax.Array,
-    packed: PackedBlocks,
+    packed: PackedBlocks | Quantized,
     window: Window,
     bias: jax.Array | None = None,
     activation: Activation = None,
@@ -61,6 +62,9 @@ def check(dtype: np.dtype, packed: Packed, rows: int = 1) -> None:
         raise NotImplementedError(
             f"kernels multiply float32 and bfloat16, not {dtype} by {packed.dtype}"
         )
+    if isinstance(packed, Quantized):
+        _check_quantized(packed)
+        packed = packed.packed
     if type(packed) not in _KINDS:
         raise NotImplementedError(f"there are no kernels for {packed.pattern}")
     _KINDS[type(packed)].check(packed)
@@ -77,12 +81,19 @@ def check_pays(packed: Packed, rows: int) -> str:
     if library.instruction_set == "portable":
         # Without AVX2 the kernels are correct, and slower than XLA's dense product.
         raise NotImplementedError("no AVX2 here")
-    limit = _KINDS[type(packed)].density_limit
+    limit = _kind(packed).density_limit
     if density > limit:
         raise NotImplementedError(
             f"{density:.1%} kept: above {limit:.0%} the dense product is faster"
         )
     return f"{library.instruction_set}, {density:.1%} kept"
+
+
+def _check_quantized(packed: Quantized) -> None:
+    if not isinstance(packed.packed, PackedBlocks):
+        raise NotImplementedError(f"kernels multiply int8 values of 1xN blocks, not {packed}")
+    if packed.scales.ndim != 1:
+        raise NotImplementedError("kernels take one scale for each output")
 
 
 def _check_groups(packed: PackedNM) -> None:
@@ -114,7 +125,7 @@ def _matmul_groups(
 
 
 def _matmul_blocks(
-    x: jax.Array, packed: PackedBlocks, bias: jax.Array | None, activation: Activation
+    x: jax.Array, packed: PackedBlocks | Quantized, bias: jax.Array | None, activation: Activation
 ) -> jax.Array:
     # A product is the convolution of one image of a single row of pixels.
     product = partial(_blocks, window=_ONE_TAP, taps=(1, 1), activation=activation)
@@ -123,7 +134,7 @@ def _matmul_blocks(
 
 def _blocks(
     x: jax.Array,
-    packed: PackedBlocks,
+    weight: PackedBlocks | Quantized,
     bias: jax.Array | None,
     *,
     window: Window,
@@ -134,20 +145,27 @@ def _blocks(
     before = [low for low, _ in window.padding]
     # The order that `src/ffi.cc` reads them in.
     moves = np.array([*taps, *window.strides, *before, *window.dilation], np.int64)
-    n, dtype, structure = packed.pattern.n, packed.result_dtype(x), jax.tree.structure(packed)
+    packed: Any = weight.packed if isinstance(weight, Quantized) else weight
+    scales = [weight.scales] if isinstance(weight, Quantized) else []
+    name = "nmjax_blocks_int8" if scales else "nmjax_blocks"
+    n, dtype, structure = packed.pattern.n, weight.result_dtype(x), jax.tree.structure(packed)
 
-    def kernel(x: jax.Array, bias: jax.Array, *arrays: jax.Array) -> jax.Array:
+    count = structure.num_leaves  # type: ignore[attr-defined]
+
+    def kernel(x: jax.Array, bias: jax.Array, *rest: jax.Array) -> jax.Array:
         # Of a split product, the arrays are the shard of one device.
+        arrays, scales = rest[:count], rest[count:]
         part = jax.tree.unflatten(structure, arrays)
         shape = (x.shape[0], *window.output(x.shape[1:3], taps), part.outputs)
         # XLA's FFI has no optional operands: an empty array stands for a missing one.
         pointers = part.row_pointers
-        y = jax.ffi.ffi_call("nmjax_blocks", result_like(shape, dtype, x, part.values))(
+        y = jax.ffi.ffi_call(name, result_like(shape, dtype, x, part.values))(
             x,
             part.values,
             part.indices,
             jnp.zeros(0, jnp.int32) if pointers is None else pointers,
             bias.ravel(),
+            *[array.ravel() for array in scales],
             n=np.int64(n),
             relu=activation == "relu",
             window=moves,
@@ -158,9 +176,10 @@ def _blocks(
     # pixel needs its neighbors, so only whole images are.
     images = "h w b" if window == _ONE_TAP and x.shape[:2] == (1, 1) else "b h w"
     is_uniform = packed.row_pointers is None
-    weight = "r k v, r k" if is_uniform else "k v, k, p"
-    rule = f"{images} i, {'r' if bias is not None else 'z'} n, {weight} -> {images} r n"
-    arrays = jax.tree.leaves(packed)
+    axes = "r k v, r k" if is_uniform else "k v, k, p"
+    operands = f"{images} i, {'r' if bias is not None else 'z'} n, {axes}{', r n' * len(scales)}"
+    rule = f"{operands} -> {images} r n"
+    arrays = [*jax.tree.leaves(packed), *[array.reshape(-1, n) for array in scales]]
     y = split(
         kernel,
         x,
@@ -202,10 +221,11 @@ def _float32(bias: jax.Array | None) -> jax.Array:
 
 def work(packed: Packed) -> str:
     """Names the work that a product does, for tables of measured times."""
-    return _KINDS[type(packed)].work(packed)
+    prefix = "int8 " if isinstance(packed, Quantized) else ""
+    return prefix + _kind(packed).work(packed)
 
 
-def _work_of_blocks(packed: PackedBlocks) -> str:
+def _work_of_blocks(packed: Packed) -> str:
     if not packed.taps:
         return "blocks"
     return "pixels" if math.prod(packed.taps) == 1 else "taps"
@@ -226,6 +246,10 @@ class _Kind(NamedTuple):
     check: Callable[[Any], None]
     density_limit: float
     work: Callable[[Any], str]
+
+
+def _kind(packed: Packed) -> _Kind:
+    return _KINDS[type(packed.packed if isinstance(packed, Quantized) else packed)]
 
 
 _KINDS: dict[type[Packed], _Kind] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nmjax.kernels.ffi_targets import register_handlers
 
-HANDLERS = ("nmjax_blocks", "nmjax_groups")
+HANDLERS = ("nmjax_blocks", "nmjax_blocks_int8", "nmjax_groups")
 
 
 @dataclass(frozen=True)

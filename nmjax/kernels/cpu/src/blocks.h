@@ -111,9 +111,15 @@ inline const float* widened(const Blocks& b, int64_t begin, int64_t end, float* 
   if (b.values.type == Type::kF32) {
     return static_cast<const float*>(b.values.data) + begin * block;
   }
-  const uint16_t* from = static_cast<const uint16_t*>(b.values.data) + begin * block;
   const int64_t count = (end - begin) * block;
   int64_t i = 0;
+  if (b.values.type == Type::kI8) {
+    const int8_t* from = static_cast<const int8_t*>(b.values.data) + begin * block;
+    for (; i + kLanes <= count; i += kLanes) store(weights + i, load_signed<Vector>(from + i));
+    for (; i < count; ++i) weights[i] = from[i];
+    return weights;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(b.values.data) + begin * block;
   for (; i + kLanes <= count; i += kLanes) store(weights + i, widen(load<Halves>(from + i)));
   for (; i < count; ++i) weights[i] = widen(from[i]);
   return weights;
@@ -222,7 +228,9 @@ inline bool blocks_times_panels(const PanelTask& task) {
   const int64_t pixels = task.panels->count, first = task.row_begin * b.n;
   const int64_t outputs = (task.row_end - task.row_begin) * b.n;
   for (int64_t o = 0; o < outputs; ++o) {
-    const Vector start = (task.finish->bias ? task.finish->bias[first + o] : 0.0f) + Vector{};
+    // With scales, the bias has to wait for them.
+    const bool add = task.finish->bias && !task.finish->scales;
+    const Vector start = (add ? task.finish->bias[first + o] : 0.0f) + Vector{};
     for (int64_t p = 0; p < pixels; p += kLanes) store(task.sums + o * task.sums_stride + p, start);
   }
   for (int64_t row = task.row_begin; row < task.row_end; ++row) {
@@ -257,6 +265,8 @@ inline void multiply_vectors(const Value* w, const Index* indices, int64_t count
       Lanes weights;
       if constexpr (sizeof(Value) == 4) {
         weights = load<Lanes>(from);
+      } else if constexpr (sizeof(Value) == 1) {
+        weights = load_signed<Lanes>(from);
       } else {
         weights = reinterpret_cast<Lanes>(
             __builtin_convertvector(load<Short>(from), Wide) << 16);
@@ -319,7 +329,9 @@ inline bool blocks_times_vectors(const VectorTask& task) {
       multiply_batch<kW, kV>(w, indices, count, task.x + i, task.batch, task.batch - i, sums);
       for (int s = 0; s < at_once; ++s, ++i) {
         for (int j = 0; j < kN; ++j) {
-          float y = sums[s * kN + j] + (task.finish->bias ? task.finish->bias[row * kN + j] : 0);
+          float y = sums[s * kN + j];
+          if (task.finish->scales) y *= task.finish->scales[row * kN + j];
+          if (task.finish->bias) y += task.finish->bias[row * kN + j];
           if (task.finish->relu && y < 0) y = 0;
           store_number(task.finish->y, (i * b.rows + row) * kN + j, y);
         }
@@ -344,9 +356,14 @@ inline bool blocks_times_vectors(const VectorTask& task) {
 template <int kN>
 inline bool blocks_times_vectors(const VectorTask& task) {
   constexpr int kW = kN < kLanes ? kN : kLanes;
-  return task.blocks->values.type == Type::kF32
-             ? blocks_times_vectors<kW, kN / kW, float>(task)
-             : blocks_times_vectors<kW, kN / kW, uint16_t>(task);
+  switch (task.blocks->values.type) {
+    case Type::kF32:
+      return blocks_times_vectors<kW, kN / kW, float>(task);
+    case Type::kBF16:
+      return blocks_times_vectors<kW, kN / kW, uint16_t>(task);
+    default:
+      return blocks_times_vectors<kW, kN / kW, int8_t>(task);
+  }
 }
 
 inline bool blocks_times_vectors(const VectorTask& task) {

@@ -109,13 +109,14 @@ int32_t index_bytes(ffi::DataType type) {
 }
 
 // x (images, height, width, inputs), y (images, height, width, outputs).
-ffi::Error blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
-                  ffi::AnyBuffer indices, ffi::AnyBuffer row_pointers, ffi::AnyBuffer bias,
-                  ffi::Result<ffi::AnyBuffer> y, int64_t n, bool relu,
-                  ffi::Span<const int64_t> window) {
+ffi::Error any_blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
+                      std::optional<Type> value_type, ffi::AnyBuffer indices,
+                      ffi::AnyBuffer row_pointers, ffi::AnyBuffer bias, const float* scales,
+                      ffi::Result<ffi::AnyBuffer> y, int64_t n, bool relu,
+                      ffi::Span<const int64_t> window) {
   const auto in = x.dimensions(), out = y->dimensions();
   if (in.size() != 4 || out.size() != 4 || window.size() != 8) return refuse("four axes expected");
-  const auto x_type = type_of(x), value_type = type_of(values), y_type = type_of(*y);
+  const auto x_type = type_of(x), y_type = type_of(*y);
   if (!x_type || !value_type || !y_type) return refuse("float32 or bfloat16 expected");
   if (n < 1 || n > kLargest) return refuse("blocks of at least one output expected");
   if (out[0] != in[0]) return refuse("as many images out as in expected");
@@ -151,7 +152,7 @@ ffi::Error blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
   }
   if (y->element_count() == 0) return ffi::Error::Success();
   const Finish finish{bias.element_count() ? bias.typed_data<float>() : nullptr, relu,
-                      {y->untyped_data(), *y_type}};
+                      {y->untyped_data(), *y_type}, scales};
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const ParallelFor parallel = [&](int64_t tasks, const Task& task) {
     return parallel_for(pool, threads, tasks, task);
@@ -162,6 +163,28 @@ ffi::Error blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
                            parallel);
   };
   return as_error(run(work, 0));
+}
+
+ffi::Error blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
+                  ffi::AnyBuffer indices, ffi::AnyBuffer row_pointers, ffi::AnyBuffer bias,
+                  ffi::Result<ffi::AnyBuffer> y, int64_t n, bool relu,
+                  ffi::Span<const int64_t> window) {
+  return any_blocks(pool, x, values, type_of(values), indices, row_pointers, bias, nullptr, y, n,
+                    relu, window);
+}
+
+// Values of int8, and a scale for each output.
+ffi::Error blocks_int8(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
+                       ffi::AnyBuffer indices, ffi::AnyBuffer row_pointers, ffi::AnyBuffer bias,
+                       ffi::Buffer<ffi::F32> scales, ffi::Result<ffi::AnyBuffer> y, int64_t n,
+                       bool relu, ffi::Span<const int64_t> window) {
+  const auto out = y->dimensions();
+  if (values.element_type() != ffi::S8) return refuse("values of int8 expected");
+  if (out.size() != 4 || static_cast<int64_t>(scales.element_count()) != out[3]) {
+    return refuse("a scale for each output expected");
+  }
+  return any_blocks(pool, x, values, Type::kI8, indices, row_pointers, bias, scales.typed_data(), y,
+                    n, relu, window);
 }
 
 // x (batch, inputs), y (batch, outputs).
@@ -194,7 +217,7 @@ ffi::Error groups(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
   }
   if (y->element_count() == 0) return ffi::Error::Success();
   const Finish finish{bias.element_count() ? bias.typed_data<float>() : nullptr, relu,
-                      {y->untyped_data(), *y_type}};
+                      {y->untyped_data(), *y_type}, nullptr};
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const ParallelFor parallel = [&](int64_t tasks, const Task& task) {
     return parallel_for(pool, threads, tasks, task);
@@ -228,6 +251,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_blocks, blocks,
                                   .Arg<ffi::AnyBuffer>()  // row pointers; empty if uniform
                                   .Arg<ffi::AnyBuffer>()  // bias, float32; empty if none
                                   .Ret<ffi::AnyBuffer>()  // y
+                                  .Attr<int64_t>("n")
+                                  .Attr<bool>("relu")
+                                  .Attr<ffi::Span<const int64_t>>("window"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_blocks_int8, blocks_int8,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()         // x
+                                  .Arg<ffi::AnyBuffer>()         // values, int8
+                                  .Arg<ffi::AnyBuffer>()         // indices
+                                  .Arg<ffi::AnyBuffer>()         // row pointers; empty if uniform
+                                  .Arg<ffi::AnyBuffer>()         // bias, float32; empty if none
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // scales
+                                  .Ret<ffi::AnyBuffer>()         // y
                                   .Attr<int64_t>("n")
                                   .Attr<bool>("relu")
                                   .Attr<ffi::Span<const int64_t>>("window"));

@@ -35,7 +35,17 @@ inline void pack(const PackTask& task) {
   }
 }
 
-// Applies relu, and writes outputs [first, first + outputs) of each pixel.
+// Outputs [output, output + count) of some pixels, times their scales, plus their biases.
+inline void scale(const Finish& finish, int64_t output, int64_t count, Vector (&rows)[kLanes]) {
+  Vector scales{}, biases{};
+  for (int j = 0; j < count; ++j) {
+    scales[j] = finish.scales[output + j];
+    if (finish.bias) biases[j] = finish.bias[output + j];
+  }
+  for (int i = 0; i < kLanes; ++i) rows[i] = rows[i] * scales + biases;
+}
+
+// Applies scales, and the bias that waits for them, and relu; then writes outputs [first, first + outputs) of each pixel.
 //
 // Outputs of one pixel are gathered first and written in one run: writing one vector to each of
 // several rows whose distance is a power of two is slow, since they share a cache set.
@@ -51,6 +61,7 @@ inline void write_outputs(const Finish& finish, const float* sums, int64_t sums_
         rows[i] = i < count ? load<Vector>(sums + (o + i) * sums_stride + p) : Vector{};
       }
       transpose(rows);
+      if (finish.scales) scale(finish, first + o, count, rows);
       for (int i = 0; i < kLanes; ++i) {
         store(transposed + i * row + o, finish.relu ? relu(rows[i]) : rows[i]);
       }

@@ -11,7 +11,7 @@ namespace nmjax {
 
 constexpr int kRoomAhead = 12;
 
-enum class Type : int32_t { kF32, kBF16 };
+enum class Type : int32_t { kF32, kBF16, kI8 };
 
 struct Tensor {
   void* data;
@@ -49,6 +49,7 @@ struct Finish {
   const float* bias;  // null for none
   bool relu;
   Tensor y;
+  const float* scales;  // of the outputs' sums; null for none
 };
 
 // Panels of the same size, one behind the other, for outputs that follow each other.

@@ -80,6 +80,26 @@ inline Integers load_bytes(const uint8_t* from) {
 #endif
 }
 
+// int8 numbers from memory, as many as a vector of float32 has.
+template <typename Floats>
+inline Floats load_signed(const int8_t* from) {
+  constexpr int kCount = sizeof(Floats) / 4;
+#if defined(__AVX512F__)
+  if constexpr (kCount == 16) {
+    return reinterpret_cast<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from))));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kCount == 8) {
+    return reinterpret_cast<Floats>(
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))));
+  }
+#endif
+  float numbers[kCount];
+  for (int i = 0; i < kCount; ++i) numbers[i] = from[i];
+  return load<Floats>(numbers);
+}
+
 inline Vector widen(Halves bf16) {
   return reinterpret_cast<Vector>(reinterpret_cast<Bits>(integers(bf16)) << 16);
 }

@@ -51,6 +51,14 @@ def run_blocks(x, values, indices, row_pointers, bias, shape, n, window):
     return np.asarray(y)
 
 
+def run_int8(scales, values=None):
+    values = BLOCKS["values"].astype(jnp.int8) if values is None else values
+    call = jax.ffi.ffi_call("nmjax_blocks_int8", jax.ShapeDtypeStruct(BLOCKS["shape"], F32))
+    weight = (values, BLOCKS["indices"], BLOCKS["row_pointers"], BLOCKS["bias"], scales)
+    moves = np.array(BLOCKS["window"], np.int64)
+    return np.asarray(call(BLOCKS["x"], *weight, n=np.int64(4), relu=False, window=moves))
+
+
 def run_groups(x, values, codes, bias, shape, m):
     call = jax.ffi.ffi_call("nmjax_groups", jax.ShapeDtypeStruct(shape, F32))
     return np.asarray(call(x, values, codes, bias, m=np.int64(m), relu=False))
@@ -60,6 +68,17 @@ def test_as_they_are_called():
     for arguments in (BLOCKS, LAYER):
         np.testing.assert_array_equal(run_blocks(**arguments), np.full((1, 1, 5, 8), 3))
     np.testing.assert_array_equal(run_groups(**GROUPS), np.full((5, 16), 4))
+    np.testing.assert_array_equal(run_int8(jnp.full(8, 2.0)), np.full((1, 1, 5, 8), 6))
+
+
+def test_integers():
+    for scales, words in ((jnp.ones(7), "a scale for each output"), (jnp.ones(8, int), "dtype")):
+        with pytest.raises(ERRORS, match=words):
+            run_int8(scales)
+    with pytest.raises(ERRORS, match="values of int8 expected"):
+        run_int8(jnp.ones(8), BLOCKS["values"].astype(jnp.uint8))
+    with pytest.raises(ERRORS, match="do not fit each other"):
+        run_int8(jnp.ones(8), jnp.ones((2, 2, 4), jnp.int8))
 
 
 def window(**changes):
