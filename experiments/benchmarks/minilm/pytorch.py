@@ -106,11 +106,13 @@ def _then_fitted(
     prune: Callable[..., torch.Tensor], w: torch.Tensor, gram: torch.Tensor, n: int, m: int
 ) -> torch.Tensor:
     """The best weights on a method's mask: a system of the kept inputs for each output."""
-    h = _damped(gram)
+    h, mask = _damped(gram), prune(w, gram, n, m) != 0
+    # Every output keeps as many inputs.
+    kept = mask.nonzero()[:, 1].reshape(len(w), -1)
     fitted = torch.zeros_like(w)
-    for row, chosen in enumerate(prune(w, gram, n, m) != 0):
-        target = h[chosen] @ w[row]
-        fitted[row, chosen] = torch.linalg.solve(h[chosen][:, chosen], target)
+    for part, x, chosen in zip(*(a.split(32) for a in (fitted, w @ h, kept)), strict=True):
+        systems = h[chosen[:, :, None], chosen[:, None, :]]
+        part.scatter_(1, chosen, torch.linalg.solve(systems, x.gather(1, chosen)))
     return fitted
 
 
