@@ -113,20 +113,33 @@ def loss(
       unroll: blocks that one turn of the loop has.
     """
     x = params["embedding"].astype(jnp.bfloat16)[tokens[:, :-1]]
+    blocks = _rounded(params["blocks"], plan, lambda_w)
 
     def block(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        if plan is not None:
-            # With the pull here, a mask lives no longer than its layer's turn in the loop.
-            weights = nmjax.sparsify(weights, plan, lambda_w=lambda_w)
         return _block(model, weights, x), None
 
     body = jax.checkpoint(block) if remat else block
-    x, _ = jax.lax.scan(body, _constrain(x, ACTIVATIONS), params["blocks"], unroll=unroll)
+    x, _ = jax.lax.scan(body, _constrain(x, ACTIVATIONS), blocks, unroll=unroll)
     logits = _normalize(x, params["norm"]) @ _gather(params["head"], P(None, "model"))
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), tokens[:, 1:]
     )
     return losses.mean()
+
+
+def _rounded(blocks: Params, plan: nmjax.Plan | None, lambda_w: float) -> Params:
+    """The kernels of all blocks in bfloat16, sparse if there is a plan.
+
+    Once a step, where they lie: in the loop it would be done again with each block's repetition.
+    """
+    if plan is not None:
+        blocks = nmjax.sparsify(blocks, plan, lambda_w=lambda_w, dtype=jnp.bfloat16)
+
+    def at_rest(name: str, weights: Params) -> Params:
+        spec = P(None, *LAYOUT[name][0])
+        return {"kernel": _constrain(weights["kernel"].astype(jnp.bfloat16), spec)}
+
+    return {name: at_rest(name, w) if name in LAYOUT else w for name, w in blocks.items()}
 
 
 def _block(model: Decoder, weights: Params, x: jax.Array) -> jax.Array:
