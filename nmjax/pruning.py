@@ -145,7 +145,7 @@ class _Keep:
     def __call__(self, w: jax.Array, *, out: np.dtype) -> jax.Array:
         """The mask if `out` is bool, else the values in this dtype."""
         pattern = self.leaf.pattern
-        if out == bool:
+        if out == np.bool_:
             return pattern.mask(w, self.leaf.axes, self.score)
         if out == w.dtype:
             return pattern.prune(w, self.leaf.axes, self.score)

@@ -161,7 +161,7 @@ def _keep_by_xla(
 ) -> Bool[Array, "*shape"] | Float[Array, "*shape"]:
     """What the primitive computes on platforms without a kernel of their own."""
     mask = _keep_highest(values, to_keys, n, m, stride, tuple(a % values.ndim for a in axes))
-    return mask if out == bool else apply_mask(values, mask).astype(out)
+    return mask if out == np.bool_ else apply_mask(values, mask).astype(out)
 
 
 def _keep_by_tpu(
@@ -187,7 +187,7 @@ def _keep_by_tpu(
 
     # The kernel rounds float32 to bfloat16 before it writes; XLA casts to everything else.
     rounded = out == jnp.bfloat16 and values.dtype == jnp.float32
-    written = out if out == bool or rounded else values.dtype
+    written = out if out == np.bool_ or rounded else values.dtype
     return tpu.keep_in_groups(values, choose, m, axes, written, interpret=interpret).astype(out)
 
 

@@ -84,7 +84,7 @@ def keep_in_groups(
         return keep_in_groups(values.mT, choose, m, other, out, interpret=interpret).mT
     keep = _along_leading if axes[0] < -2 else _along_tiled
     # Pallas would store booleans as 32-bit integers.
-    stored = np.dtype(np.int8) if out == bool else np.dtype(out)
+    stored = np.dtype(np.int8) if out == np.bool_ else np.dtype(out)
     return keep(values, choose, m, axes[0], stored, interpret).astype(out).reshape(values.shape)
 
 
