@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nmjax.masks.platforms import on_shards
 from nmjax.masks.scores import Score, magnitude
@@ -62,6 +63,7 @@ def sparsify(
     masks: Masks | None = None,
     *,
     lambda_w: chex.Numeric | None = None,
+    dtype: Any = None,
 ) -> Params:
     """Sparse parameters for the forward pass of training, with a straight-through gradient.
 
@@ -76,13 +78,17 @@ def sparsify(
       plan: from `nmjax.make_plan`.
       masks: leaf name -> boolean array; computed from `params` by default.
       lambda_w: if given, the backward pass adds `lambda_w * ~mask * w`, as in `prune_sr_ste`.
+      dtype: of the sparse weights, such as bfloat16 for products; by default that of the dense
+        ones. Masks are computed before rounding, and gradients arrive in the dense weight's dtype.
+        A program for TPUs prunes and rounds float32 to bfloat16 in one pass.
 
     Returns:
-      The same tree with the same dtypes and shardings. Leaves outside the plan are unchanged.
+      The same tree with the same shardings, and the same dtypes unless `dtype` is given. Leaves
+      outside the plan are unchanged.
 
     Raises:
       ValueError: `params` or `masks` do not fit the plan.
-      TypeError: a mask is not boolean.
+      TypeError: a mask is not boolean; `dtype` is not a real floating dtype.
 
     Source: STE and SR-STE as in Zhou et al., ICLR 2021.
 
@@ -93,10 +99,12 @@ def sparsify(
     >>> nmjax.sparsify(params, plan)["kernel"].ravel().tolist()
     [4.0, 3.0, 0.0, 0.0]
     """
-    if lambda_w is None:
-        return _apply_plan(straight_through, params, plan, masks)
-    check_lambda(lambda_w)
-    return _apply_plan(partial(sparse_refined, lambda_w), params, plan, masks)
+    if lambda_w is not None:
+        check_lambda(lambda_w)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a real floating dtype, such as bfloat16; got {dtype!r}")
+    rule = straight_through if lambda_w is None else partial(sparse_refined, lambda_w)
+    return _apply_plan(rule, params, plan, masks, None if dtype is None else jnp.dtype(dtype))
 
 
 def prune(params: Params, plan: Plan, masks: Masks | None = None) -> Params:
@@ -114,12 +122,17 @@ def prune(params: Params, plan: Plan, masks: Masks | None = None) -> Params:
 
 def leaf_mask(w: jax.Array, leaf: LeafPlan, score: Score) -> jax.Array:
     """The mask of one weight under its part of the plan."""
-    return _keep(jax.lax.stop_gradient(w), leaf, score, as_mask=True)
+    return _keep(jax.lax.stop_gradient(w), leaf, score, np.dtype(bool))
 
 
-def prune_leaf(w: jax.Array, leaf: LeafPlan, score: Score) -> jax.Array:
-    """One weight under its part of the plan, with zeros where its mask is False."""
-    return _keep(w, leaf, score, as_mask=False)
+def prune_leaf(
+    w: jax.Array, leaf: LeafPlan, score: Score, dtype: np.dtype | None = None
+) -> jax.Array:
+    """One weight under its part of the plan, with zeros where its mask is False.
+
+    With `dtype`, what is kept is rounded to it, in the same pass where that is possible.
+    """
+    return _keep(w, leaf, score, w.dtype if dtype is None else dtype)
 
 
 @dataclass(frozen=True)
@@ -129,19 +142,24 @@ class _Keep:
     leaf: LeafPlan
     score: Score
 
-    def __call__(self, w: jax.Array, *, as_mask: bool) -> jax.Array:
+    def __call__(self, w: jax.Array, *, out: np.dtype) -> jax.Array:
+        """The mask if `out` is bool, else the values in this dtype."""
         pattern = self.leaf.pattern
-        return (pattern.mask if as_mask else pattern.prune)(w, self.leaf.axes, self.score)
+        if out == np.bool_:
+            return pattern.mask(w, self.leaf.axes, self.score)
+        if out == w.dtype:
+            return pattern.prune(w, self.leaf.axes, self.score)
+        return pattern.prune_to(out, w, self.leaf.axes, self.score)
 
 
-def _keep(w: jax.Array, leaf: LeafPlan, score: Score, *, as_mask: bool) -> jax.Array:
+def _keep(w: jax.Array, leaf: LeafPlan, score: Score, out: np.dtype) -> jax.Array:
     keep = _Keep(leaf, score)
     # Other scores may look at the whole weight. Where a mesh axis is not automatic, the weight's
     # type says how it lies.
     if leaf.sharding is None or score is not magnitude or not _is_automatic(w):
-        return keep(w, as_mask=as_mask)
+        return keep(w, out=out)
     axes = [axis for span in leaf.pattern.runs_along(leaf.axes) for axis in span]
-    return on_shards(keep, w, leaf.sharding, axes, as_mask=as_mask)
+    return on_shards(keep, w, leaf.sharding, axes, out=out)
 
 
 def _is_automatic(w: Any) -> bool:
@@ -268,12 +286,22 @@ def check_are_masks(masks: Any) -> None:
     )
 
 
+def _keeps_range(dtype: np.dtype, to: np.dtype) -> bool:
+    """Whether what is not zero stays so when it is rounded from one dtype to another."""
+    # SR-STE's backward pass takes zeros for pruned weights. It flushes denormals in any case.
+    return bool(jnp.finfo(to).tiny <= jnp.finfo(dtype).tiny)
+
+
 def _listed(names: Collection[Any]) -> list[str] | str:
     return sorted(map(str, names)) or "none"
 
 
 def _apply_plan(
-    prune_with: Callable[..., jax.Array], params: Params, plan: Plan, masks: Masks | None
+    prune_with: Callable[..., jax.Array],
+    params: Params,
+    plan: Plan,
+    masks: Masks | None,
+    dtype: np.dtype | None = None,
 ) -> Params:
     """Replaces planned leaves with `prune_with(prune, leaf)` or `prune_with(prune, leaf, mask)`."""
     leaves = planned_leaves(params, plan)
@@ -282,8 +310,11 @@ def _apply_plan(
         check_masks(masks, leaves)
 
     def pruned(name: str, leaf: jax.Array) -> jax.Array:
+        to = leaf.dtype if dtype is None else dtype
         if masks is None:
-            return prune_with(partial(prune_leaf, leaf=plan[name], score=plan.score), leaf)
-        return prune_with(apply_mask, leaf, masks[name])
+            prune_to = to if _keeps_range(leaf.dtype, to) else leaf.dtype
+            prune_one = partial(prune_leaf, leaf=plan[name], score=plan.score, dtype=prune_to)
+            return prune_with(prune_one, leaf).astype(to)
+        return prune_with(apply_mask, leaf, masks[name]).astype(to)
 
     return map_named(lambda name, leaf: pruned(name, leaf) if name in leaves else leaf, params)

@@ -100,8 +100,11 @@ def prune_sr_ste(
 
 
 def straight_through(prune: Prune, w: Float[chex.Array, "*shape"], *given: Any) -> jax.Array:
-    """`prune(w, *given)`, with the gradient of `prune_ste`: all of it goes to `w`."""
-    return _straight_through(prune, w, given)
+    """`prune(w, *given)`, with the gradient of `prune_ste`: all of it goes to `w`.
+
+    `prune` may round to another dtype; gradients arrive in that of `w`.
+    """
+    return _straight_through(prune, jnp.result_type(w), w, given)
 
 
 def sparse_refined(
@@ -216,24 +219,26 @@ def check_weight(w: chex.Array) -> None:
         raise TypeError(f"weights must have a real floating dtype, got {w.dtype}")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _straight_through(
-    prune: Prune, w: Float[chex.Array, "*shape"], given: tuple[Any, ...]
+    prune: Prune, dtype: np.dtype, w: Float[chex.Array, "*shape"], given: tuple[Any, ...]
 ) -> Float[Array, "*shape"]:
+    del dtype
     return prune(w, *given)
 
 
 def _straight_through_forward(
-    prune: Prune, w: Float[chex.Array, "*shape"], given: tuple[Any, ...]
+    prune: Prune, dtype: np.dtype, w: Float[chex.Array, "*shape"], given: tuple[Any, ...]
 ) -> tuple[chex.Array, None]:
+    del dtype
     return prune(w, *given), None
 
 
 def _straight_through_backward(
-    prune: Prune, residuals: None, g: chex.Array
+    prune: Prune, dtype: np.dtype, residuals: None, g: chex.Array
 ) -> tuple[chex.Array, None]:
     del prune, residuals
-    return g, None
+    return g.astype(dtype), None
 
 
 _straight_through.defvjp(_straight_through_forward, _straight_through_backward)
@@ -265,7 +270,8 @@ def _sparse_refined_backward(
 ) -> tuple[chex.Array, None, chex.Array]:
     del prune
     w, sparse, lambda_w = residuals
-    return g + sparse_refined_term(w, sparse, lambda_w), None, jnp.zeros_like(lambda_w)
+    term = sparse_refined_term(w, sparse, lambda_w)
+    return g.astype(w.dtype) + term, None, jnp.zeros_like(lambda_w)
 
 
 _sparse_refined.defvjp(_sparse_refined_forward, _sparse_refined_backward)

@@ -9,8 +9,8 @@ compiler, which keeps float32 copies of what other devices multiply in bfloat16;
 compared under the same compiler.
 
 The decoder has RMS norms, causal attention, gated feed-forward layers, and a scan over blocks with
-remat. Weights and AdamW's moments are float32 and split over both axes of the mesh. A layer's
-weights are pruned and rounded to bfloat16 where they lie, and only then gathered over "data". So
+remat. Weights and AdamW's moments are float32 and split over both axes of the mesh. Weights are
+pruned and rounded to bfloat16 where they lie, and only then gathered over "data", by layers. So
 masks need no communication, and no more bytes are gathered than in dense training.
 """
 
@@ -100,6 +100,7 @@ def loss(
     lambda_w: float = LAMBDA_W,
     remat: bool = True,
     unroll: int = 1,
+    once: bool = False,
 ) -> jax.Array:
     """Mean cross entropy of the next token, computed in bfloat16.
 
@@ -111,22 +112,37 @@ def loss(
       lambda_w: weight of SR-STE's term; 0 is STE.
       remat: the backward pass computes each block again; otherwise what it needs is kept.
       unroll: blocks that one turn of the loop has.
+      once: weights are pruned and rounded once a step, before the loop; otherwise in the loop, and
+        with remat again in the backward pass.
     """
     x = params["embedding"].astype(jnp.bfloat16)[tokens[:, :-1]]
+    blocks = _rounded(params["blocks"], plan, lambda_w) if once else params["blocks"]
 
     def block(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        if plan is not None:
+        if plan is not None and not once:
             # With the pull here, a mask lives no longer than its layer's turn in the loop.
             weights = nmjax.sparsify(weights, plan, lambda_w=lambda_w)
         return _block(model, weights, x), None
 
     body = jax.checkpoint(block) if remat else block
-    x, _ = jax.lax.scan(body, _constrain(x, ACTIVATIONS), params["blocks"], unroll=unroll)
+    x, _ = jax.lax.scan(body, _constrain(x, ACTIVATIONS), blocks, unroll=unroll)
     logits = _normalize(x, params["norm"]) @ _gather(params["head"], P(None, "model"))
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), tokens[:, 1:]
     )
     return losses.mean()
+
+
+def _rounded(blocks: Params, plan: nmjax.Plan | None, lambda_w: float) -> Params:
+    """The kernels of all blocks in bfloat16, where they lie; sparse if there is a plan."""
+    if plan is not None:
+        blocks = nmjax.sparsify(blocks, plan, lambda_w=lambda_w, dtype=jnp.bfloat16)
+
+    def at_rest(name: str, weights: Params) -> Params:
+        kernel = weights["kernel"].astype(jnp.bfloat16)
+        return {"kernel": _constrain(kernel, P(None, *LAYOUT[name][0]))}
+
+    return {name: at_rest(name, w) if name in LAYOUT else w for name, w in blocks.items()}
 
 
 def _block(model: Decoder, weights: Params, x: jax.Array) -> jax.Array:
@@ -166,6 +182,7 @@ def compile_step(
     lambda_w: float = LAMBDA_W,
     remat: bool = True,
     unroll: int = 1,
+    once: bool = False,
 ) -> jax.stages.Compiled:
     """Compiles a training step from shapes.
 
@@ -178,6 +195,7 @@ def compile_step(
       lambda_w: weight of SR-STE's term; 0 is STE.
       remat: see `loss`.
       unroll: see `loss`.
+      once: see `loss`.
 
     Raises:
       ValueError: shards cut groups.
@@ -188,7 +206,7 @@ def compile_step(
         plan = plan_block(model, mesh, pattern, sequences=sequences, length=length)
         plan = nmjax.shard_plan(params["blocks"], plan)
     tx = optax.adamw(3e-4)
-    mean_loss = partial(loss, lambda_w=lambda_w, remat=remat, unroll=unroll)
+    mean_loss = partial(loss, lambda_w=lambda_w, remat=remat, unroll=unroll, once=once)
 
     def step(params: Params, state: Any, tokens: jax.Array) -> tuple[Params, Any]:
         grads = jax.grad(mean_loss, argnums=2)(model, plan, params, tokens)

@@ -109,14 +109,17 @@ def nm_prune(
     *,
     score: Score = magnitude,
     stride: SupportsIndex = 1,
+    dtype: np.dtype | None = None,
 ) -> Float[Array, "*shape"]:
     """`w` where `nm_mask` is True, else zero, in a single pass over `w`.
 
-    Kept weights have the gradient 1, the others 0.
+    Kept weights have the gradient 1, the others 0. With `dtype`, the mask is that of `w`, and what
+    is kept is rounded to this dtype in the same pass.
     """
     if score is magnitude:
-        return _keep(as_array(w), n, m, axis, score, stride, as_mask=False)
-    return apply_mask(as_array(w), nm_mask(w, n, m, axis, score=score, stride=stride))
+        return _keep(as_array(w), n, m, axis, score, stride, as_mask=False, dtype=dtype)
+    kept = apply_mask(as_array(w), nm_mask(w, n, m, axis, score=score, stride=stride))
+    return kept if dtype is None else kept.astype(dtype)
 
 
 def _keep(
@@ -128,6 +131,7 @@ def _keep(
     stride: SupportsIndex,
     *,
     as_mask: bool,
+    dtype: np.dtype | None = None,
 ) -> jax.Array:
     """The mask, or the values ranked with zeros where it is False."""
     check_n_of_m(n, m)  # type: ignore[arg-type]
@@ -139,9 +143,9 @@ def _keep(
     values, to_keys = _scored(w, score)
     if as_mask:  # Scores may depend on more than the weights; no gradient passes to that, either.
         values = lax.stop_gradient(values)
-    kept: jax.Array = _keep_p.bind(
-        values, to_keys=to_keys, n=n, m=m, stride=stride, axes=axes, as_mask=as_mask
-    )
+    out = np.dtype(bool) if as_mask else values.dtype if dtype is None else np.dtype(dtype)
+    rule = {"to_keys": to_keys, "n": n, "m": m, "stride": stride, "axes": axes}
+    kept: jax.Array = _keep_p.bind(values, **rule, out=out)
     return kept
 
 
@@ -153,11 +157,11 @@ def _keep_by_xla(
     m: int,
     stride: int,
     axes: tuple[int, ...],
-    as_mask: bool,
+    out: np.dtype,
 ) -> Bool[Array, "*shape"] | Float[Array, "*shape"]:
     """What the primitive computes on platforms without a kernel of their own."""
     mask = _keep_highest(values, to_keys, n, m, stride, tuple(a % values.ndim for a in axes))
-    return mask if as_mask else apply_mask(values, mask)
+    return mask if out == np.bool_ else apply_mask(values, mask).astype(out)
 
 
 def _keep_by_tpu(
@@ -168,7 +172,7 @@ def _keep_by_tpu(
     m: int,
     stride: int,
     axes: tuple[int, ...],
-    as_mask: bool,
+    out: np.dtype,
     interpret: bool = False,
 ) -> Bool[Array, "*shape"] | Float[Array, "*shape"]:
     """The same, by the kernel for TPUs."""
@@ -181,7 +185,10 @@ def _keep_by_tpu(
             return kept_of_distinct(distinct_magnitudes(members), n)
         return kept_members([to_keys(member) for member in members], n)
 
-    return tpu.keep_in_groups(values, choose, m, axes, as_mask=as_mask, interpret=interpret)
+    # The kernel rounds float32 to bfloat16 before it writes; XLA casts to everything else.
+    rounded = out == jnp.bfloat16 and values.dtype == jnp.float32
+    written = out if out == np.bool_ or rounded else values.dtype
+    return tpu.keep_in_groups(values, choose, m, axes, written, interpret=interpret).astype(out)
 
 
 def _tpu_takes(

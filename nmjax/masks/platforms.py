@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src import config  # JAX has no public name for what this module needs of it.
 from jax.interpreters import ad, batching, mlir, xla
@@ -30,8 +31,8 @@ def keep_primitive(
 ) -> Any:
     """A primitive that keeps the highest of every m consecutive values.
 
-    Its parameters are `n`, `m`, `stride`, negative `axes`, `to_keys`, and `as_mask`: whether it
-    returns the mask, or the values with zeros for those not kept.
+    Its parameters are `n`, `m`, `stride`, negative `axes`, `to_keys`, and `out`: bool for the mask,
+    or the dtype of the values with zeros for those not kept.
 
     Args:
       name: as it appears in a jaxpr.
@@ -53,23 +54,23 @@ def keep_primitive(
 
 
 def on_shards(
-    keep: Callable[..., jax.Array], w: Any, sharding: Any, axes: Sequence[int], *, as_mask: bool
+    keep: Callable[..., jax.Array], w: Any, sharding: Any, axes: Sequence[int], *, out: np.dtype
 ) -> jax.Array:
-    """`keep(w, as_mask=as_mask)`; programs for TPUs compute it shard by shard.
+    """`keep(w, out=out)`; programs for TPUs compute it shard by shard.
 
     With automatic mesh axes, a program does not show how `w` lies, and XLA cannot partition a
     kernel. So the caller says how it lies.
 
     Args:
-      keep: hashable; returns the mask of `w`, or `w` with zeros for what is not kept. Shards of `w`
-        hold whole groups and blocks.
+      keep: hashable; returns the mask of `w`, or `w` with zeros for what is not kept, of the dtype
+        `out`. Shards of `w` hold whole groups and blocks.
       w: weights.
       sharding: of the last axes of `w`, over an abstract mesh; further axes in front are not split.
       axes: negative axes along which groups and blocks extend, for those who read the program.
-      as_mask: passed to `keep`.
+      out: bool for the mask, or the dtype of the values.
     """
     rule = {"keep": keep, "sharding": sharding, "axes": tuple(axes)}
-    kept: jax.Array = _on_shards_p.bind(w, **rule, as_mask=as_mask)
+    kept: jax.Array = _on_shards_p.bind(w, **rule, out=out)
     return kept
 
 
@@ -79,11 +80,11 @@ def _lower_on_shards(
     *,
     keep: Callable[..., jax.Array],
     sharding: Any,
-    as_mask: bool,
+    out: np.dtype,
     **rule: Any,
 ) -> Sequence[Any]:
     del rule
-    keep = functools.partial(keep, as_mask=as_mask)
+    keep = functools.partial(keep, out=out)
     if _is_partitioned_over(sharding.mesh, ctx.module_context.axis_context):
         ndim = ctx.avals_in[0].ndim
         spec = PartitionSpec(*((None,) * ndim + tuple(sharding.spec))[-ndim:])
@@ -107,14 +108,15 @@ def _batch(primitive: Any, values: Any, dims: Any, **rule: Any) -> tuple[jax.Arr
 
 def _derivative(primitive: Any, values: Any, tangents: Any, **rule: Any) -> Any:
     """What is kept passes its tangent on. Masks have none: `nm_mask` stops gradients."""
-    mask = primitive.bind(*values, **{**rule, "as_mask": True})
+    mask = primitive.bind(*values, **{**rule, "out": np.dtype(bool)})
     (tangent,) = tangents
-    return primitive.bind(*values, **rule), jnp.where(mask, tangent, jnp.zeros_like(tangent))
+    kept = jnp.where(mask, tangent, jnp.zeros_like(tangent)).astype(rule["out"])
+    return primitive.bind(*values, **rule), kept
 
 
-def _shape(values: Any, *, as_mask: bool, **rule: Any) -> Any:
+def _shape(values: Any, *, out: np.dtype, **rule: Any) -> Any:
     del rule
-    return values.update(dtype=bool, weak_type=False) if as_mask else values
+    return values if values.dtype == out else values.update(dtype=out, weak_type=False)
 
 
 def _lower_for_tpu(
@@ -175,8 +177,6 @@ batching.primitive_batchers[_on_shards_p] = functools.partial(_batch, _on_shards
 ad.primitive_jvps[_on_shards_p] = functools.partial(_derivative, _on_shards_p)
 mlir.register_lowering(
     _on_shards_p,
-    mlir.lower_fun(
-        lambda w, *, keep, as_mask, **rule: keep(w, as_mask=as_mask), multiple_results=False
-    ),
+    mlir.lower_fun(lambda w, *, keep, out, **rule: keep(w, out=out), multiple_results=False),
 )
 mlir.register_lowering(_on_shards_p, _lower_on_shards, platform="tpu")

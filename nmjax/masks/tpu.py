@@ -32,7 +32,6 @@ Choose = Callable[[Sequence[jax.Array]], list[jax.Array]]
 SUBLANES, LANES = 8, 128  # of a register of 32-bit words
 
 _BLOCK_ROWS = 2048  # 1 MiB of float32, so that copying a block takes longer than starting to
-_MASK_ROWS = 32  # of a tile of 8-bit values
 _TILES = 4  # of 128 x 128 words, transposed at a time
 _UNROLLED = 64  # registers of words that a step of the loop takes
 _HIGH = np.int32(-(2**16))  # the bits of the odd row in a word of two bfloat16
@@ -60,8 +59,8 @@ def keep_in_groups(
     choose: Choose,
     m: int,
     axes: tuple[int, ...],
+    out: np.dtype,
     *,
-    as_mask: bool,
     interpret: Any = False,
 ) -> Bool[Array, "*shape"] | Float[Array, "*shape"]:
     """Keeps what `choose` picks of every m consecutive values.
@@ -71,7 +70,8 @@ def keep_in_groups(
       choose: from the m members of many groups, as float32, to booleans for each, True = kept.
       m: group size; divides the size of the axis.
       axes: one axis, negative.
-      as_mask: True returns the mask, False the values with zeros for those not kept.
+      out: bool returns the mask; the dtype of the values, or bfloat16 for values of float32,
+        returns them with zeros for those not kept.
       interpret: as in `pallas_call`; runs the kernel on other platforms.
 
     Raises:
@@ -81,11 +81,11 @@ def keep_in_groups(
         raise NotImplementedError(f"the TPU kernel cannot compute masks of groups of {m}: {reason}")
     if (other := _axis_by_columns(values, m, axes)) is not None:
         # A kernel reads arrays by rows, and XLA would copy these. Their transpose moves nothing.
-        return keep_in_groups(values.mT, choose, m, other, as_mask=as_mask, interpret=interpret).mT
+        return keep_in_groups(values.mT, choose, m, other, out, interpret=interpret).mT
     keep = _along_leading if axes[0] < -2 else _along_tiled
-    kept = keep(values, choose, m, axes[0], as_mask, interpret)
     # Pallas would store booleans as 32-bit integers.
-    return (kept.astype(jnp.bool_) if as_mask else kept).reshape(values.shape)
+    stored = np.dtype(np.int8) if out == np.bool_ else np.dtype(out)
+    return keep(values, choose, m, axes[0], stored, interpret).astype(out).reshape(values.shape)
 
 
 def _axis_by_columns(values: jax.Array, m: int, axes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -106,7 +106,7 @@ def _along_tiled(
     choose: Choose,
     m: int,
     axis: int,
-    as_mask: bool,
+    out: np.dtype,
     interpret: Any,
 ) -> Shaped[Array, "rows columns"]:
     """Groups along one of the last two axes, which the tiles cut."""
@@ -115,26 +115,23 @@ def _along_tiled(
     packing = 4 // values.dtype.itemsize
     along_lanes = axis == -1
     unit = LANES * packing if along_lanes else SUBLANES * m
-    if as_mask:
-        unit = math.lcm(unit, _MASK_ROWS)
+    unit = math.lcm(unit, _tile_rows(values.dtype, out))
     rows, columns = matrix.shape
     height = min(-(-rows // unit), max(1, _BLOCK_ROWS // unit)) * unit
     words = height // packing
     scratch = None
     if along_lanes:
         scratch = math.gcd(words, _TILES * LANES)
-    elif as_mask or packing > 1:
+    elif out != jnp.float32:
         scratch = words
     return _call(
-        functools.partial(
-            _keep_block, choose=choose, m=m, along_lanes=along_lanes, as_mask=as_mask
-        ),
+        functools.partial(_keep_block, choose=choose, m=m, along_lanes=along_lanes),
         matrix,
         grid=(pl.cdiv(rows, height), pl.cdiv(columns, LANES)),
         block=pl.BlockSpec((height, LANES), lambda i, j: (i, j)),
         scratch=scratch,
         m=m,
-        as_mask=as_mask,
+        out=out,
         interpret=interpret,
     )
 
@@ -144,7 +141,7 @@ def _along_leading(
     choose: Choose,
     m: int,
     axis: int,
-    as_mask: bool,
+    out: np.dtype,
     interpret: Any,
 ) -> Shaped[Array, "*result"]:
     """Groups along an axis before the last two: members lie in tiles of their own."""
@@ -152,15 +149,15 @@ def _along_leading(
     if LANES % m == 0 and _padding(*shape[-2:]) > _padding(shape[-1], shape[axis]):
         # XLA lays such weights out with this axis last, so moving it there moves nothing.
         moved = jnp.moveaxis(values, axis, -1)
-        kept = _along_tiled(moved, choose, m, -1, as_mask, interpret).reshape(moved.shape)
+        kept = _along_tiled(moved, choose, m, -1, out, interpret).reshape(moved.shape)
         return jnp.moveaxis(kept, -1, axis)
     before, between = math.prod(shape[:axis]), math.prod(shape[axis + 1 : -2])
     size, rows, columns = shape[axis], *shape[-2:]
-    unit = _tile_rows(values.dtype, as_mask)
+    unit = _tile_rows(values.dtype, out)
     height = min(-(-rows // unit), max(1, _BLOCK_ROWS // m // unit)) * unit
     members = min(size // m, max(1, _BLOCK_ROWS // m // height)) * m
     return _call(
-        functools.partial(_keep_tiles, choose=choose, m=m, as_mask=as_mask),
+        functools.partial(_keep_tiles, choose=choose, m=m),
         values.reshape(before, size, between, rows, columns),
         grid=(
             before,
@@ -172,7 +169,7 @@ def _along_leading(
         block=pl.BlockSpec((1, members, 1, height, LANES), lambda *place: place),
         scratch=None,
         m=m,
-        as_mask=as_mask,
+        out=out,
         interpret=interpret,
     )
 
@@ -191,11 +188,11 @@ def _call(
     block: pl.BlockSpec,
     scratch: int | None,
     m: int,
-    as_mask: bool,
+    out: np.dtype,
     interpret: Any,
 ) -> Shaped[Array, "*shape"]:
     """Runs `body` on every block, with `scratch` rows of words where it wants some."""
-    result = jax.ShapeDtypeStruct(values.shape, jnp.int8 if as_mask else values.dtype)
+    result = jax.ShapeDtypeStruct(values.shape, out)
     word = jnp.float32 if values.dtype == jnp.float32 else jnp.int32
     kept: jax.Array = pl.pallas_call(
         body,
@@ -211,7 +208,7 @@ def _call(
             bytes_accessed=values.size * (values.dtype.itemsize + result.dtype.itemsize),
         ),
         interpret=interpret,
-        name=f"nm_{'mask' if as_mask else 'prune'}_{m}",
+        name=f"nm_{'mask' if out == jnp.int8 else 'prune'}_{m}",
     )(values)
     return kept
 
@@ -224,17 +221,16 @@ def _keep_block(
     choose: Choose,
     m: int,
     along_lanes: bool,
-    as_mask: bool,
 ) -> None:
     """A block of 128 columns and whole groups along one of the tiled axes."""
     packed = x_ref.dtype.itemsize == 2
     keep = functools.partial(
-        _keep_words, choose=choose, rows_compete=not along_lanes, as_mask=as_mask
+        _keep_words, choose=choose, rows_compete=not along_lanes, as_mask=out_ref.dtype == jnp.int8
     )
     source = _words(x_ref)
 
     def finish(words: jax.Array, rows: Any = slice(None)) -> None:
-        out_ref[rows, :] = _result(words, x_ref.dtype, as_mask)
+        out_ref[rows, :] = _result(words, x_ref.dtype, out_ref.dtype)
 
     if along_lanes:
         _each_transposed(source, scratch, functools.partial(_each_strided, m, keep), finish)
@@ -245,10 +241,10 @@ def _keep_block(
         finish(scratch[...])
 
 
-def _keep_tiles(x_ref: Any, out_ref: Any, *, choose: Choose, m: int, as_mask: bool) -> None:
+def _keep_tiles(x_ref: Any, out_ref: Any, *, choose: Choose, m: int) -> None:
     """A block of whole groups along its second axis: (1, members, 1, rows, 128)."""
     source = _words(x_ref)
-    at_once = _tile_rows(x_ref.dtype, as_mask)
+    at_once = _tile_rows(x_ref.dtype, out_ref.dtype)
     words = at_once * x_ref.dtype.itemsize // 4
     tiles = x_ref.shape[3] // at_once
     steps = x_ref.shape[1] // m * tiles
@@ -259,17 +255,19 @@ def _keep_tiles(x_ref: Any, out_ref: Any, *, choose: Choose, m: int, as_mask: bo
         here = pl.ds(pl.multiple_of(tile * words, words), words)
         there = pl.ds(pl.multiple_of(tile * at_once, at_once), at_once)
         members = [source[0, first + j, 0, here, :] for j in range(m)]
-        kept = _keep_words(members, choose=choose, rows_compete=False, as_mask=as_mask)
+        kept = _keep_words(
+            members, choose=choose, rows_compete=False, as_mask=out_ref.dtype == jnp.int8
+        )
         for j, some in enumerate(kept):
-            out_ref[0, first + j, 0, there, :] = _result(some, x_ref.dtype, as_mask)
+            out_ref[0, first + j, 0, there, :] = _result(some, x_ref.dtype, out_ref.dtype)
 
     registers = m * words // SUBLANES
     lax.fori_loop(0, steps, step, None, unroll=math.gcd(steps, max(1, _UNROLLED // registers)))
 
 
-def _tile_rows(dtype: Any, as_mask: bool) -> int:
+def _tile_rows(dtype: Any, out: Any) -> int:
     """Rows of the tiles of both values and result."""
-    return _MASK_ROWS if as_mask else SUBLANES * (4 // np.dtype(dtype).itemsize)
+    return SUBLANES * (4 // min(np.dtype(dtype).itemsize, np.dtype(out).itemsize))
 
 
 def _words(ref: Any) -> Any:
@@ -277,10 +275,10 @@ def _words(ref: Any) -> Any:
     return ref if ref.dtype == jnp.float32 else ref.bitcast(jnp.int32)
 
 
-def _result(words: Shaped[Array, "words lanes"], dtype: Any, as_mask: bool) -> jax.Array:
-    """What `_keep_words` made, in the dtype of the output."""
+def _result(words: Shaped[Array, "words lanes"], dtype: Any, out: Any) -> jax.Array:
+    """What `_keep_words` made of values of `dtype`, in the dtype of the output."""
     kept = pltpu.bitcast(words, dtype)
-    return (kept.astype(jnp.float32) != 0).astype(jnp.int8) if as_mask else kept
+    return (kept.astype(jnp.float32) != 0).astype(out) if out == jnp.int8 else kept.astype(out)
 
 
 def _each_transposed(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import jax
+import numpy as np
 
 from nmjax.layouts.axes import Axes, Shape
 from nmjax.masks.arguments import check_n_of_m, check_stride, group_name
@@ -128,6 +129,11 @@ class NM(Pattern):
     def prune(self, w: jax.Array, axes: Axes, score: Score) -> jax.Array:
         """Computes and applies the mask in one pass over `w`."""
         return nm_prune(w, self.n, self.m, axes.reduction, score=score, stride=self.stride)
+
+    def prune_to(self, dtype: np.dtype, w: jax.Array, axes: Axes, score: Score) -> jax.Array:
+        """Computes and applies the mask and rounds, all in one pass over `w`."""
+        axis = axes.reduction
+        return nm_prune(w, self.n, self.m, axis, score=score, stride=self.stride, dtype=dtype)
 
     def wholes(self, shape: Shape, axes: Axes) -> list[Whole]:
         """A shard must hold whole groups, and so whole runs of them if they are strided."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 
 from nmjax.layouts.axes import Axes, Shape, size_along
@@ -92,6 +93,10 @@ class Pattern(abc.ABC):
     def prune(self, w: jax.Array, axes: Axes, score: Score) -> jax.Array:
         """`w` where its mask is True, else zero. Arguments as those of `mask`."""
         return apply_mask(w, self.mask(w, axes, score))
+
+    def prune_to(self, dtype: np.dtype, w: jax.Array, axes: Axes, score: Score) -> jax.Array:
+        """`prune(w, axes, score)`, rounded to `dtype`."""
+        return self.prune(w, axes, score).astype(dtype)
 
     @abc.abstractmethod
     def wholes(self, shape: Shape, axes: Axes) -> list[Whole]:

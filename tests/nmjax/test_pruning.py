@@ -135,6 +135,36 @@ def test_sparsify_with_lambda_pulls_the_pruned_weights():
     assert_trees_close(jax.jit(grad)(PARAMS, jnp.float32(0.5)), expected)
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sparsify_rounds_behind_the_mask(dtype, given):
+    # Some of what is kept rounds to zero in float16, and is not pulled for that.
+    params = jax.tree.map(lambda w: w * jnp.where(jnp.arange(w.shape[-1]) % 2, 1, 1e-8), PARAMS)
+    masks = nmjax.compute_masks(params, PLAN)
+
+    def loss(p):
+        out = nmjax.sparsify(p, PLAN, masks if given else None, lambda_w=0.5, dtype=dtype)
+        return weighted_sum(jax.tree.map(lambda x: x.astype("float32"), out)), out
+
+    grads, out = jax.jit(jax.grad(loss, has_aux=True))(params)
+    expected = jax.grad(weighted_sum)(params)
+    for name in PLANNED:
+        kept = jnp.where(masks[name], leaf(params, name), 0).astype(dtype)
+        np.testing.assert_array_equal(leaf(out, name), kept)
+        assert leaf(out, name).dtype == dtype
+        pull = jnp.where(masks[name], 0, 0.5 * leaf(params, name))
+        assert leaf(grads, name).dtype == jnp.float32
+        np.testing.assert_allclose(leaf(grads, name), leaf(expected, name) + pull, rtol=1e-6)
+    assert out["head"]["kernel"].dtype == jnp.float32
+    plain = jax.grad(lambda p: weighted_sum(nmjax.sparsify(p, PLAN, dtype=dtype)))(params)
+    assert_trees_close(plain, expected)
+
+
+def test_sparse_weights_are_real_floats():
+    with pytest.raises(TypeError, match="real floating dtype, such as bfloat16; got 'int8'"):
+        nmjax.sparsify(PARAMS, PLAN, dtype="int8")
+
+
 def test_prune_stops_the_gradient_to_pruned_weights():
     grads = jax.grad(lambda p: weighted_sum(nmjax.prune(p, PLAN)))(PARAMS)
     dense = jax.grad(weighted_sum)(PARAMS)

@@ -37,13 +37,22 @@ MASKS: dict[str, Mask] = {"nmjax": nmjax.nm_mask, "qwix": qwix_mask}
 
 
 def program(what: str, mask: Mask, pattern: str, axis: int) -> Callable[[jax.Array], jax.Array]:
-    """The mask of a matrix (`what` is "mask"), or the matrix with its mask applied ("apply")."""
+    """What is compiled.
+
+    Args:
+      what: "mask" of a matrix; the matrix with its mask applied, "apply"; or also rounded to
+        bfloat16, "round".
+      mask: a function from (weights, n, m, axis).
+      pattern: such as "2:4".
+      axis: along which groups run.
+    """
     n, m = map(int, pattern.split(":"))
-    if what == "apply" and mask is nmjax.nm_mask:
+    if what in ("apply", "round") and mask is nmjax.nm_mask:
         # What users call: it may compute and apply a mask in one pass.
         shape = {"kernel": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
         plan = nmjax.make_plan(shape, nmjax.NM(n, m), axes={"kernel": (axis,)})
-        return lambda w: nmjax.prune({"kernel": w}, plan)["kernel"]
+        dtype = jnp.bfloat16 if what == "round" else None
+        return lambda w: nmjax.sparsify({"kernel": w}, plan, dtype=dtype)["kernel"]
 
     def masked(w: jax.Array) -> jax.Array:
         kept = mask(w, n, m, axis)
@@ -55,14 +64,16 @@ def program(what: str, mask: Mask, pattern: str, axis: int) -> Callable[[jax.Arr
 def least_bytes(what: str, dtype: str) -> int:
     """Bytes of one read of the matrix and one write of the result."""
     size = jnp.dtype(dtype).itemsize
-    return math.prod(SHAPE) * (size + (1 if what == "mask" else size))
+    return math.prod(SHAPE) * (size + {"mask": 1, "apply": size, "round": 2}[what])
 
 
 def rows() -> Iterator[Row]:
     """HBM bytes over one read and one write, and temporaries, of every mask."""
     for chip, pattern, dtype, axis, what, by in product(
-        compilers.CHIPS, PATTERNS, DTYPES, AXES, ("apply", "mask"), MASKS
+        compilers.CHIPS, PATTERNS, DTYPES, AXES, ("apply", "mask", "round"), MASKS
     ):
+        if what == "round" and dtype == "bfloat16":
+            continue
         if by == "nmjax" or (chip == "v5e" and what == "apply"):
             settings = (chip, pattern, dtype, axis, what, by)
             yield Row("/".join(map(str, ("masks", *settings))), partial(_bytes, *settings))
@@ -86,7 +97,9 @@ def _lower(
 
 def schedule_rows(dump: Path) -> Iterator[Row]:
     """Estimated time of computing of the Pallas kernels, over the time of one read and write."""
-    for settings in product(compilers.CHIPS, PATTERNS, DTYPES, AXES, ("apply", "mask")):
+    for settings in product(compilers.CHIPS, PATTERNS, DTYPES, AXES, ("apply", "mask", "round")):
+        if settings[2] == "bfloat16" and settings[4] == "round":
+            continue
         key = "/".join(map(str, ("schedules", *settings)))
         yield Row(key, partial(_schedule, dump, *settings))
 

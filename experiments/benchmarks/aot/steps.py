@@ -70,6 +70,9 @@ def rows(layers: int | None = None) -> Iterator[Row]:
                 count = "" if layers is None else f"-{layers}-layers"
                 key = f"steps{count}/{setting.key}/{saved}/{name}"
                 yield Row(key, partial(_row, setting, pattern, method, remat))
+        if layers is None:
+            key = f"steps-rounding-in-the-loop/{setting.key}/remat/dense"
+            yield Row(key, partial(_row, setting, None, "dense", True, once=False))
         yield from _unrolled_rows(setting)
 
 
@@ -92,7 +95,12 @@ def _methods() -> Iterator[tuple[str | None, str]]:
 
 
 def _row(
-    setting: Setting, pattern: str | None, method: str, remat: bool, unroll: int = 1
+    setting: Setting,
+    pattern: str | None,
+    method: str,
+    remat: bool,
+    unroll: int = 1,
+    once: bool = True,
 ) -> dict[str, Any]:
     mesh = compilers.tpu_mesh(setting.topology, data=setting.data, model=setting.model_axis)
     compiled = large_model.compile_step(
@@ -104,6 +112,7 @@ def _row(
         lambda_w=large_model.LAMBDA_W if method == "sr-ste" else 0.0,
         remat=remat,
         unroll=unroll,
+        once=once,
     )
     return statistics(compiled)
 

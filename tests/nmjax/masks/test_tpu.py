@@ -27,13 +27,14 @@ def weights(shape, dtype, seed=0):
     return jnp.asarray(np.where(rng.random(shape) < 0.5, values, rng.normal(size=shape)), dtype)
 
 
+def by_kernel(w, n, m, axis, out, to_keys=magnitude_keys):
+    rule = {"n": n, "m": m, "stride": 1, "axes": (axis,), "to_keys": to_keys}
+    return jax.jit(partial(_keep_by_tpu, **rule, out=np.dtype(out), interpret=True))(w)
+
+
 def kept_by_kernel(w, n, m, axis, to_keys=magnitude_keys):
     """The mask and the pruned weights, as the kernel computes them."""
-    rule = {"n": n, "m": m, "stride": 1, "axes": (axis,), "to_keys": to_keys}
-    return tuple(
-        jax.jit(partial(_keep_by_tpu, **rule, as_mask=as_mask, interpret=True))(w)
-        for as_mask in (True, False)
-    )
+    return tuple(by_kernel(w, n, m, axis, out, to_keys) for out in (bool, w.dtype))
 
 
 def flushed(x):
@@ -85,6 +86,18 @@ def test_kernel_equals_nm_mask(shape, dtype, n, m, axis):
 )
 def test_kernel_equals_nm_mask_elsewhere(shape, dtype, n, m, axis):
     check_kernel(shape, dtype, n, m, axis)
+
+
+@pytest.mark.parametrize(
+    ("shape", "m", "axis"), [((36, 130), 4, -2), ((9, 132), 4, -1), ((12, 9, 130), 3, -3)]
+)
+def test_kernel_rounds_to_bfloat16_what_it_keeps(shape, m, axis):
+    w = weights(shape, "float32")
+    rounded = by_kernel(w, 1, m, axis, jnp.bfloat16)
+    assert rounded.dtype == jnp.bfloat16
+    # Ranked before rounding: many of these weights are equal in bfloat16.
+    wanted = jnp.where(nm_mask(w, 1, m, axis), w, 0).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(flushed(rounded), flushed(wanted))
 
 
 @st.composite
@@ -189,9 +202,9 @@ import re, jax, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from nmjax.masks.nm import nm_prune
 
-def check(w, n, m, axis, shards):
-    compiled = jax.jit(lambda w: nm_prune(w, n, m, axis)).lower(w).compile()
-    least = 2 * w.size * w.dtype.itemsize / shards
+def check(w, n, m, axis, shards, dtype=None):
+    compiled = jax.jit(lambda w: nm_prune(w, n, m, axis, dtype=dtype)).lower(w).compile()
+    least = w.size * (w.dtype.itemsize + np.dtype(dtype or w.dtype).itemsize) / shards
     assert 0.99 * least < compiled.cost_analysis()["bytes accessed"] <= 1.05 * least
     assert compiled.memory_analysis().temp_size_in_bytes == 0
     assert not re.findall("all-|collective-|reduce-scatter| copy[(]", compiled.as_text())
@@ -200,6 +213,7 @@ shape = (4096, 4096)
 for dtype in ("float32", "bfloat16"):
     for axis in (-2, -1):
         check(on_chip("v5e", shape, dtype), 2, 4, axis, 1)
+        check(on_chip("v5p", shape, "float32"), 2, 4, axis, 1, jax.numpy.bfloat16)
 for n, m in ((4, 8), (1, 16), (8, 32)):
     check(on_chip("v5e", shape, "float32"), n, m, -2, 1)
 for dtype in ("float32", "bfloat16"):
