@@ -51,6 +51,8 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 html_theme = "sphinx_book_theme"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = "nmjax"
 html_copy_source = False
 html_show_sourcelink = False

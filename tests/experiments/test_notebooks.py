@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom and end in pictures."""
 
+import re
 from pathlib import Path
 
 import nbclient
@@ -32,6 +33,34 @@ def test_a_notebook_runs_and_shows_pictures(path, tmp_path):
     assert any("<table>" in html for html in outputs(notebook, "text/html"))
     printed = "".join(output.get("text", "") for output in notebook.cells[-1].outputs)
     assert "equal to rounding: True" in printed
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_with_its_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert len(outputs(notebook, "image/png")) >= 2
+    kinds = {(o.output_type, o.get("name")) for cell in cells for o in cell.outputs}
+    assert not kinds & {("error", None), ("stream", "stderr")}
+    assert re.search(r"SR-STE +[\d.]+ ± [\d.]+ %", path.read_text())
+
+
+def test_the_first_cell_installs_a_wheel_or_the_checkout(tmp_path, monkeypatch):
+    notebook = nbformat.read(FOLDER / "quickstart.ipynb", as_version=4)
+    cell = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert cell.count("%pip install") == 1
+    code = re.sub(r"%pip .*", "", cell)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    names = {}
+    monkeypatch.chdir(FOLDER)
+    exec(code, names)
+    assert names["source"] == f"{FOLDER.parents[1]}[linen,plots,files]"
+    wheel = tmp_path / "nmjax-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    monkeypatch.chdir(tmp_path)
+    exec(code, names)
+    assert names["source"] == f"{wheel}[linen,plots,files]"
 
 
 def test_there_is_a_quickstart():
