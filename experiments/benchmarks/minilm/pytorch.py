@@ -21,8 +21,8 @@ RIDGE = 0.01
 Grams = dict[str, torch.Tensor]
 
 
-def rows(data: Data, n: int, m: int, methods: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """The cosines after each method, by default all, where groups of m inputs keep n."""
+def rows(data: Data, n: int, m: int, methods: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The cosines after each method, where groups of m inputs keep n."""
     model = BertModel.from_pretrained(str(MODEL_DIR)).eval()
     linear = {
         name: module
@@ -47,7 +47,7 @@ def rows(data: Data, n: int, m: int, methods: Collection[str] = ()) -> Iterator[
             row[f"{kind} 5 %"] = float(np.percentile(cosines, 5))
         return row
 
-    for name in methods or METHODS:
+    for name in methods:
         yield of(name, partial(METHODS[name], n=n, m=m))
 
 
