@@ -245,10 +245,10 @@ def _made(name: str, leaf: Leaf, arrays: Mapping[str, Any]) -> Packed:
       ValueError: its values have another dtype than the file says.
     """
     kind, plan, values = Packed.kind_for(leaf.plan.pattern), leaf.plan, arrays["values"]
-    dtype = "int8" if leaf.is_quantized else leaf.dtype
-    if values.dtype.name != dtype:
+    wanted = "int8" if leaf.is_quantized else leaf.dtype
+    if values.dtype.name != wanted:
         raise ValueError(
-            f"{printable(name)} should have dtype {dtype[:20]}, but has {values.dtype}"
+            f"{printable(name)} should have dtype {wanted[:20]}, but has {values.dtype}"
         )
     held = kind.stored_plan(plan, values.shape)
     if held != plan:
@@ -261,7 +261,8 @@ def _made(name: str, leaf: Leaf, arrays: Mapping[str, Any]) -> Packed:
     packed = kind(**{**{name: arrays.get(name) for name in names}, "leaf_plan": held})
     if not leaf.is_quantized:
         return packed
-    return Quantized(packed, arrays["scales"], as_floating(leaf.dtype, printable(name)))
+    dtype = as_floating(leaf.dtype, printable(name))
+    return Quantized(packed, arrays["scales"], dtype, leaf.inputs)
 
 
 def _on_host(name: str, leaf: Any) -> Any:

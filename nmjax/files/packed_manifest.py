@@ -34,12 +34,17 @@ class Leaf(NamedTuple):
     Attributes:
       plan: pattern, axes and shape.
       dtype: name of the weight's dtype.
-      is_quantized: whether its values are int8, with scales.
+      inputs: if its values are int8, with scales: what products multiply by; otherwise None.
     """
 
     plan: LeafPlan
     dtype: str
-    is_quantized: bool
+    inputs: Any
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its values are int8, with scales."""
+        return self.inputs is not None
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -72,7 +77,9 @@ def write_manifest(
         for name, leaf in packed.items()
     }
     version = VERSIONS[1] if more else VERSIONS[0]
-    quantized = [name for name, leaf in packed.items() if isinstance(leaf, Quantized)]
+    quantized = {
+        name: leaf.inputs_are for name, leaf in packed.items() if isinstance(leaf, Quantized)
+    }
     if quantized:
         version, more = VERSIONS[2], {"keys": dict(keys), "left_out": left_out}
         more["quantized"] = quantized
@@ -99,9 +106,9 @@ def read_manifest(metadata: Mapping[str, str]) -> Manifest:
     leaves = _typed(manifest["leaves"], dict, "the leaves")
     keys = _typed(manifest.get("keys", {}), dict, "the keys")
     left_out = _typed(manifest.get("left_out", []), list, "left_out")
-    quantized = _read_quantized(manifest.get("quantized", []), leaves)
+    quantized = _read_quantized(manifest.get("quantized", {}), leaves)
     return Manifest(
-        {name: _read_leaf(name, text, name in quantized) for name, text in leaves.items()},
+        {name: _read_leaf(name, text, quantized.get(name)) for name, text in leaves.items()},
         {name: _typed(kind, str, f"the kind of {printable(name)}") for name, kind in keys.items()},
         [_typed(name, str, "a name in left_out") for name in left_out],
     )
@@ -112,21 +119,23 @@ def _describe(plan: LeafPlan) -> dict[str, Any]:
     return {"pattern": str(plan.pattern), "shape": list(plan.shape), **axes}
 
 
-def _read_quantized(names: Any, leaves: Mapping[str, Any]) -> set[str]:
+def _read_quantized(described: Any, leaves: Mapping[str, Any]) -> dict[str, str]:
+    """Name of a quantized leaf -> what its products multiply by."""
     quantized = {
-        _typed(name, str, "a name in quantized") for name in _typed(names, list, "quantized")
+        name: _typed(inputs, str, f"the inputs of {printable(name)}")
+        for name, inputs in _typed(described, dict, "quantized").items()
     }
-    if unknown := quantized - leaves.keys():
+    if unknown := quantized.keys() - leaves.keys():
         raise ValueError(f"{printable(unknown.pop())} is quantized, but it is not a packed leaf")
     return quantized
 
 
-def _read_leaf(name: str, description: Any, is_quantized: bool) -> Leaf:
+def _read_leaf(name: str, description: Any, inputs: str | None) -> Leaf:
     shown = printable(name)[:80]
     _check_keys(_typed(description, dict, shown), ("pattern", "shape", *_AXES, "dtype"), shown)
     plan = _read_plan(shown, description)
     dtype = _typed(description["dtype"], str, f"the dtype of {shown}")
-    return Leaf(plan, dtype, is_quantized)
+    return Leaf(plan, dtype, inputs)
 
 
 def _read_plan(name: str, description: Mapping[str, Any]) -> LeafPlan:
@@ -159,12 +168,13 @@ def _plan_from_bytes(data: bytes) -> tuple[LeafPlan]:
     return (_read_plan("a packed argument", json.loads(data)),)
 
 
-def _dtype_to_bytes(static: tuple[np.dtype]) -> bytes:
-    return static[0].name.encode()
+def _dtype_to_bytes(static: tuple[np.dtype, str]) -> bytes:
+    return json.dumps([static[0].name, static[1]]).encode()
 
 
-def _dtype_from_bytes(data: bytes) -> tuple[np.dtype]:
-    return (as_floating(data.decode(), "a packed argument"),)
+def _dtype_from_bytes(data: bytes) -> tuple[np.dtype, str]:
+    dtype, inputs = json.loads(data)
+    return as_floating(dtype, "a packed argument"), inputs
 
 
 def as_floating(name: str, what: str) -> np.dtype:

@@ -26,7 +26,7 @@ LIBRARY = FOLDER / "cpu" / "libnmjax_kernels.so"
 CUSPARSELT_LIBRARY = FOLDER / "gpu" / "libnmjax_cusparselt.so"
 DECODE_LIBRARY = FOLDER / "gpu" / "libnmjax_decode.so"
 
-_COMMON = ["blocks.cc", "groups.cc", "ffi.cc"]
+_COMMON = ["blocks.cc", "groups.cc", "integers.cc", "ffi.cc"]
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]
 # These warnings are false alarms: the ABI of wide vectors in inline functions, and
 # _mm512_undefined, which is meant to be uninitialized. clang does not know the third one.
@@ -34,7 +34,8 @@ _FLAGS += ["-Wno-psabi", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialize
 _X86 = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4"],
-    "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    "avx512_vnni": ["-march=x86-64-v4", "-mavx512vnni"],
+    "avx512_bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
 }
 # Code for Ampere, which later GPUs also run (as PTX), and for Hopper.
 _GPUS = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90,code=sm_90"]

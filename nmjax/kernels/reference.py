@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 
 from nmjax.kernels.operands import Activation, FusedActivation, Window
+from nmjax.kernels.rounding import round_rows
 from nmjax.packed.weight import Packed
 
 
@@ -61,6 +62,13 @@ def sums(x: jax.Array, packed: Packed, window: Window | None = None) -> jax.Arra
       packed: one matrix, or a kernel.
       window: of a convolution.
     """
+    if packed.rounds_inputs:
+        integers, steps = round_rows(x)
+        if window is None and packed.has_one_scale:
+            w = packed.stored(np.dtype(np.float32)).dense_matrices().astype(np.int8)
+            total = _product(integers, w, None)  # Of int32: exact.
+            return packed.scaled(total.astype(jnp.float32) * steps)
+        x = (integers.astype(jnp.float32) * steps).astype(x.dtype)
     # Integers have their scales applied to the sums, which are exact as long as x is integers too.
     stored = packed.stored(x.dtype)
     return packed.scaled(_sums(x, stored, window, _is_on_one_device(x)))
@@ -224,5 +232,7 @@ def finish(
 
 def sum_dtype(dtype: np.dtype) -> np.dtype:
     """The dtype that products of a dtype are summed in."""
+    if dtype == np.int8:
+        return np.dtype(np.int32)
     # Not JAX's promotion, which users may set to strict.
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)

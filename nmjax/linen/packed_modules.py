@@ -49,8 +49,8 @@ def packed_apply(module: nn.Module, *, implementation: Implementation = None) ->
 
     To export a program that contains compiled kernels, pass `jax.export.export` the argument
     `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name)]` for the names
-    `"nmjax_blocks"`, `"nmjax_blocks_int8"` and `"nmjax_groups"`. The process that loads the export
-    must first call `nmjax.backends()`, which registers the kernels.
+    `"nmjax_blocks"`, `"nmjax_blocks_int8"`, `"nmjax_integers"` and `"nmjax_groups"`. The process
+    that loads the export must first call `nmjax.backends()`, which registers the kernels.
 
     Args:
       module: any linen module.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,15 @@ from nmjax.ste import check_has_values
 from nmjax.trees.leaves import map_named, named_leaves
 from nmjax.trees.spans import Span, merge, split
 
+Inputs = Literal["float", "dynamic"]
+
 _LARGEST = 127  # Of integers that are symmetric around zero: -128 is not used.
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["packed", "scales"],
-    meta_fields=["weight_dtype"],
+    meta_fields=["weight_dtype", "inputs_are"],
 )
 @dataclass(frozen=True, eq=False)
 class Quantized(Packed, pattern=None):
@@ -40,11 +42,14 @@ class Quantized(Packed, pattern=None):
       packed: as `nmjax.pack` makes it, with values of int8 from -127 to 127.
       scales: float32 (*stack, outputs), finite and above zero.
       weight_dtype: of the weight that this stands for; static.
+      inputs_are: what products multiply by: `"float"`, the inputs as they are, or `"dynamic"`, each
+        row of inputs rounded to int8 by its largest magnitude; static.
     """
 
     packed: Packed
     scales: jax.Array
     weight_dtype: np.dtype
+    inputs_are: Inputs = "float"
 
     @classmethod
     def pack(cls, w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Self:
@@ -92,6 +97,8 @@ class Quantized(Packed, pattern=None):
             raise ValueError(str(error)) from error
         if not (np.isfinite(self.scales) & (self.scales > 0)).all():
             raise ValueError("scales should be finite and above zero")
+        if self.inputs_are not in ("float", "dynamic"):
+            raise ValueError(f"inputs cannot be {self.inputs_are!r}")
         if (self.values < -_LARGEST).any():
             raise ValueError(f"values should be from {-_LARGEST} to {_LARGEST}")
 
@@ -199,10 +206,20 @@ class Quantized(Packed, pattern=None):
         """Dtype of a product with `x`: that of `x`, since integers with scales are storage."""
         return x.dtype
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether products round their inputs to int8."""
+        return self.inputs_are != "float"
+
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether there is one scale for each output, and not one for each layer or tap too."""
+        return self.scales.ndim == 1
+
     def stored(self, dtype: np.dtype) -> Packed:
         """The integers without their scales; every dtype of at least 16 bits holds them exactly."""
         integers = self._integers(dtype)
-        if self.scales.ndim == 1:
+        if self.has_one_scale:
             return integers
         # One scale for each tap, or each layer of a stack, cannot wait for the sums.
         values = self._integers(jnp.float32).values * self._value_scales()
@@ -210,7 +227,7 @@ class Quantized(Packed, pattern=None):
 
     def scaled(self, sums: jax.Array) -> jax.Array:
         """Sums (..., outputs) of products with `stored`, times the scales that it lacks."""
-        if self.scales.ndim != 1:
+        if not self.has_one_scale:
             return sums
         return sums * jnp.broadcast_to(self.scales.astype(sums.dtype), sums.shape)
 
@@ -246,27 +263,33 @@ class Quantized(Packed, pattern=None):
         return split(jnp.broadcast_to(spread, full), shape, (plan.reduction_axes, plan.output_axes))
 
 
-def quantize(packed: Any) -> Any:
+def quantize(packed: Any, *, inputs: Inputs = "float") -> Any:
     r"""Rounds packed weights to int8, with one scale for each output.
 
     A kept weight w of output o becomes the integer
 
     $$q = \operatorname{round}(w / s_o), \qquad s_o = \max |w_{\cdot, o}| / 127$$
 
-    and products compute `s_o * sum(x * q)`. Inputs stay as they are: this quantizes weights only.
-    Half a step, `s_o / 2`, is the largest error of a weight. Where values were, and so every
-    pattern, does not change. Rounding takes a few dense float32 copies of one weight at a time.
+    and products compute `s_o * sum(x * q)`. Half a step, `s_o / 2`, is the largest error of a
+    weight. Where values were, and so every pattern, does not change. Rounding takes a few dense
+    float32 copies of one weight at a time.
+
+    With `inputs="dynamic"`, matrix products round each row x of inputs in the same way, with a
+    scale `t = max |x| / 127` of its own, and compute `t * s_o * sum(round(x / t) * q)`. The sum is
+    exact, in int32. A row with a NaN or an infinity makes NaN. Gradients pass as if nothing had
+    been rounded. Kernels of convolutions keep float inputs.
 
     Args:
       packed: a tree from `nmjax.pack` or `nmjax.load_packed`; leaves that are not packed stay.
+      inputs: `"float"` rounds weights only, `"dynamic"` the inputs of products too.
 
     Returns:
       The same tree with a `nmjax.Quantized` for each packed leaf.
 
     Raises:
-      ValueError: nothing is packed; a leaf is quantized already, or has weights that are NaN or
-        infinite. (Inside `jax.jit`, where values are unknown, the scales of such outputs, and all
-        their products, become NaN or infinite.)
+      ValueError: another kind of inputs; nothing is packed; a leaf is quantized already, or has
+        weights that are NaN or infinite. (Inside `jax.jit`, where values are unknown, the scales of
+        such outputs, and all their products, become NaN or infinite.)
       TypeError: a packed leaf holds ShapeDtypeStructs.
 
     >>> import nmjax
@@ -281,6 +304,8 @@ def quantize(packed: Any) -> Any:
     Source: symmetric, per-channel rounding, as in Nagel et al., "A White Paper on Neural Network
     Quantization", https://arxiv.org/abs/2106.08295, section 2.2.
     """
+    if inputs not in ("float", "dynamic"):
+        raise ValueError(f'inputs must be "float" or "dynamic", got {inputs!r}')
     leaves = {
         name: leaf for name, leaf in named_leaves(packed, is_leaf=is_packed).items()
         if is_packed(leaf)
@@ -294,7 +319,10 @@ def quantize(packed: Any) -> Any:
         leaf.check_arrays()
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{name or 'the weight'} {leaf} has values of {leaf.dtype}, not floats")
-    made = {name: _of(leaf) for name, leaf in leaves.items()}
+    made = {
+        name: replace(_of(leaf), inputs_are="float" if _has_taps(leaf) else inputs)
+        for name, leaf in leaves.items()
+    }
     _check_finite({name: leaf.scales for name, leaf in made.items()})
     return map_named(lambda name, leaf: made.get(name, leaf), packed, is_leaf=is_packed)
 
@@ -302,6 +330,11 @@ def quantize(packed: Any) -> Any:
 @jax.jit
 def _of(packed: Packed) -> Quantized:
     return Quantized.of(packed)
+
+
+def _has_taps(packed: Packed) -> bool:
+    # Leading axes that the plan does not know are a stack; some groups run over their taps.
+    return bool(packed.leaf_plan.tap_axes or (packed.kernel_taps and not packed.taps))
 
 
 def _check_finite(scales: dict[str, jax.Array]) -> None:

@@ -315,6 +315,16 @@ class Packed(MatrixOperators):
         """The same arrays under another plan."""
         return dataclasses.replace(self, leaf_plan=leaf_plan)  # type: ignore[type-var]
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether products round their inputs to int8."""
+        return False
+
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether `scaled` does what `stored` leaves to it: one scale for each output."""
+        return False
+
     def stored(self, dtype: np.dtype) -> Packed:
         """What a kernel multiplies by: integers as numbers of a dtype, floats as they are."""
         del dtype

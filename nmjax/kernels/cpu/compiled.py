@@ -14,6 +14,7 @@ import numpy as np
 from nmjax.kernels.calls import batched, result_like
 from nmjax.kernels.cpu.library import load_library
 from nmjax.kernels.operands import Activation, Window
+from nmjax.kernels.rounding import round_rows
 from nmjax.kernels.split import split
 from nmjax.packed.blocks import PackedBlocks
 from nmjax.packed.nm import PackedNM
@@ -25,12 +26,16 @@ _ONE_TAP = Window((1, 1), ((0, 0), (0, 0)), (1, 1))
 # Outputs that the kernel for groups computes at a time.
 _LANES = 16
 _DTYPES = (jnp.float32, jnp.bfloat16)
+# Of int8: a larger sum may not fit into 32 bits.
+_MOST_INPUTS = 2**17
 
 
 def matmul(
     x: jax.Array, packed: Packed, bias: jax.Array | None = None, activation: Activation = None
 ) -> jax.Array:
     """Multiplies x (batch, inputs) by a packed weight: (batch, outputs)."""
+    if isinstance(packed, Quantized) and packed.rounds_inputs:
+        return batched(partial(_integers, activation=activation), x, packed, bias)
     return _kind(packed).matmul(x, packed, bias, activation)
 
 
@@ -81,6 +86,8 @@ def check_pays(packed: Packed, rows: int) -> str:
     if library.instruction_set == "portable":
         # Without AVX2 the kernels are correct, and slower than XLA's dense product.
         raise NotImplementedError("no AVX2 here")
+    if packed.rounds_inputs:
+        return f"{library.instruction_set}, int8 by int8"
     limit = _kind(packed).density_limit
     if density > limit:
         raise NotImplementedError(
@@ -92,8 +99,12 @@ def check_pays(packed: Packed, rows: int) -> str:
 def _check_quantized(packed: Quantized) -> None:
     if not isinstance(packed.packed, PackedBlocks):
         raise NotImplementedError(f"kernels multiply int8 values of 1xN blocks, not {packed}")
-    if packed.scales.ndim != 1:
+    if not packed.has_one_scale:
         raise NotImplementedError("kernels take one scale for each output")
+    if packed.rounds_inputs and packed.kernel_taps:
+        raise NotImplementedError("kernels round the inputs of matrices, not of convolutions")
+    if packed.rounds_inputs and packed.inputs > _MOST_INPUTS:
+        raise NotImplementedError(f"sums of {packed.inputs} products may not fit into 32 bits")
 
 
 def _check_groups(packed: PackedNM) -> None:
@@ -189,6 +200,48 @@ def _blocks(
         whole="h w n" if is_uniform else "h w n r",
     )
     return y.reshape(*y.shape[:-2], packed.outputs)
+
+
+def _integers(
+    x: jax.Array, packed: Quantized, bias: jax.Array | None, *, activation: Activation
+) -> jax.Array:
+    """(batch, inputs) -> (batch, outputs), with both rounded to int8."""
+    blocks: Any = packed.packed
+    n, dtype, structure = blocks.pattern.n, packed.result_dtype(x), jax.tree.structure(blocks)
+
+    def kernel(
+        x: jax.Array, steps: jax.Array, bias: jax.Array, scales: jax.Array, *arrays: jax.Array
+    ) -> jax.Array:
+        part = jax.tree.unflatten(structure, arrays)
+        shape = (x.shape[0], part.outputs)
+        pointers = part.row_pointers
+        y = jax.ffi.ffi_call("nmjax_integers", result_like(shape, dtype, x, part.values))(
+            x,
+            steps,
+            part.values,
+            part.indices,
+            jnp.zeros(0, jnp.int32) if pointers is None else pointers,
+            bias.ravel(),
+            scales.ravel(),
+            n=np.int64(n),
+            relu=activation == "relu",
+        )
+        return y.reshape(shape[0], -1, n)
+
+    integers, steps = round_rows(x)
+    is_uniform = blocks.row_pointers is None
+    axes = "r k v, r k" if is_uniform else "k v, k, p"
+    y = split(
+        kernel,
+        integers,
+        steps[:, 0],
+        _float32(bias).reshape(-1, n),
+        packed.scales.reshape(-1, n),
+        *jax.tree.leaves(blocks),
+        rule=f"b i, b, {'r' if bias is not None else 'z'} n, r n, {axes} -> b r n",
+        whole="n" if is_uniform else "n r",
+    )
+    return y.reshape(x.shape[0], packed.outputs)
 
 
 def _groups(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nmjax.kernels.ffi_targets import register_handlers
 
-HANDLERS = ("nmjax_blocks", "nmjax_blocks_int8", "nmjax_groups")
+HANDLERS = ("nmjax_blocks", "nmjax_blocks_int8", "nmjax_groups", "nmjax_integers")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Library:
     """Result of loading the kernels.
 
     Attributes:
-      instruction_set: `"avx2"`, `"avx512"`, `"avx512_bf16"` or `"portable"`; None if not loaded.
+      instruction_set: `"avx2"`, `"avx512"`, `"avx512_vnni"`, `"avx512_bf16"` or
+        `"portable"`; None if not loaded.
       reason: why they are not loaded, and what to do; empty if they are.
     """
 

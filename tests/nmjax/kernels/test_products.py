@@ -390,7 +390,7 @@ def run_tests(**environment):
 
 @pytest.mark.slow
 @KERNELS
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
 def test_every_instruction_set(isa):
     if kernels_with(NMJAX_KERNELS_ISA=isa) != f"ready: {isa}":
         pytest.skip(f"this machine has no {isa}")

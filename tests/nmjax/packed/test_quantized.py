@@ -1,5 +1,6 @@
 """Packed weights of integers: their rounding, products by definition, files and errors."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -173,6 +174,22 @@ def test_linen_and_nnx_layers():
     np.testing.assert_allclose(np.asarray(served(x), np.float32), expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("kind", LEAVES)
+def test_rounded_inputs_are_near_the_others(kind):
+    packed = packed_leaf(kind)
+    made = nmjax.quantize(packed, inputs="dynamic")
+    assert made.inputs_are == ("float" if "conv" in kind else "dynamic")
+    if "stack" in kind:
+        made, packed = made.first_layer(), packed.first_layer()
+    spatial = (3,) * len(made.kernel_taps)
+    x = jnp.asarray(np.random.default_rng(7).normal(size=(2, *spatial, made.reduction_shape[0])))
+    y, expected = (np.asarray(product(x.astype(jnp.float32), leaf)) for leaf in (made, packed))
+    np.testing.assert_allclose(y, expected, atol=0.03 * np.abs(expected).max())
+    if "conv" in kind:  # As if the file said so: the inputs of the whole image are rounded.
+        y = product(x.astype(jnp.float32), dataclasses.replace(made, inputs_are="dynamic"))
+        np.testing.assert_allclose(y, expected, atol=0.05 * np.abs(expected).max())
+
+
 def test_an_output_of_zeros_stays_zero():
     made = nmjax.quantize(pack(np.zeros((8, 2), np.float32)))
     assert made.scales.tolist() == [1, 1]
@@ -198,6 +215,8 @@ def test_what_cannot_be_quantized():
     made = nmjax.quantize(packed)
     with pytest.raises(ValueError, match=r"a Quantized 2:4 .* is quantized already"):
         nmjax.quantize(made)
+    with pytest.raises(ValueError, match='inputs must be "float" or "dynamic"'):
+        nmjax.quantize(packed, inputs="static")
     with pytest.raises(ValueError, match="no leaf is packed"):
         nmjax.quantize({"bias": packed["bias"]})
     with pytest.raises(TypeError, match=r"a .* has values of int8, not floats"):
@@ -220,7 +239,7 @@ def test_what_cannot_be_quantized():
 
 TREE = nmjax.quantize({"conv": packed_leaf("1x4@0.5 conv"), "b/sr": packed_leaf("1x2@0.5/layer")})
 TREE["nm"] = packed_leaf("2:4").astype(jnp.bfloat16)
-TREE["wide"] = nmjax.quantize(packed_leaf("2:4").astype(jnp.bfloat16))
+TREE["wide"] = nmjax.quantize(packed_leaf("2:4").astype(jnp.bfloat16), inputs="dynamic")
 
 
 @pytest.fixture
@@ -239,7 +258,10 @@ def parts(tmp_path):
 
 def test_files_restore_every_bit(parts):
     _, manifest, load = parts
-    assert (manifest["version"], manifest["quantized"]) == (3, ["b/sr", "conv", "wide"])
+    assert (manifest["version"], manifest["quantized"]) == (
+        3,
+        {"b/sr": "float", "conv": "float", "wide": "dynamic"},
+    )
     loaded = named_leaves(load(), is_leaf=nmjax.packed.weight.is_packed)
     before = named_leaves(TREE, is_leaf=nmjax.packed.weight.is_packed)
     assert loaded.keys() == before.keys()
@@ -261,11 +283,12 @@ def test_files_restore_every_bit(parts):
         (lambda t, m: t.update({"conv/scales": np.ones(4, "f4")}), "expected float32"),
         (lambda t, m: t.pop("conv/scales"), "conv/scales is missing"),
         (lambda t, m: t.update({"conv/values": np.full_like(t["conv/values"], -128)}), "-127 to"),
-        (lambda t, m: m["quantized"].remove("conv"), "below another leaf"),
-        (lambda t, m: m["quantized"].append("nm"), "nm/scales is missing"),
-        (lambda t, m: m["quantized"].append("x"), "x is quantized, but"),
-        (lambda t, m: m["quantized"].append(1), "is a int"),
-        (lambda t, m: m.update(quantized={}), "is a dict"),
+        (lambda t, m: m["quantized"].pop("conv"), "below another leaf"),
+        (lambda t, m: m["quantized"].update(nm="float"), "nm/scales is missing"),
+        (lambda t, m: m["quantized"].update(x="float"), "x is quantized, but"),
+        (lambda t, m: m["quantized"].update(conv=1), "is a int"),
+        (lambda t, m: m["quantized"].update(conv="x"), "inputs cannot be 'x'"),
+        (lambda t, m: m.update(quantized=[]), "is a list"),
         (lambda t, m: m.update(version=2), "should have the keys"),
         (lambda t, m: m["leaves"]["conv"].update(dtype="int32"), "should be floating"),
         (lambda t, m: m["leaves"]["conv"].update(dtype="no"), "not understood|should be"),

@@ -27,7 +27,9 @@ const Kernels* pick_kernels() {
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   take(avx512_kernels(), avx512);
-  take(avx512_bf16_kernels(), avx512 && __builtin_cpu_supports("avx512bf16"));
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  take(avx512_vnni_kernels(), vnni);
+  take(avx512_bf16_kernels(), vnni && __builtin_cpu_supports("avx512bf16"));
 #endif
   return best;
 }
@@ -108,6 +110,34 @@ int32_t index_bytes(ffi::DataType type) {
   return type == ffi::U32 ? 4 : 0;
 }
 
+// Reads where the blocks are; null, or why the arrays cannot be those of a packed weight.
+const char* read_blocks(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices,
+                        const ffi::AnyBuffer& row_pointers, const ffi::AnyBuffer& bias,
+                        int64_t outputs, Blocks& weight) {
+  if (!index_bytes(indices.element_type())) return "unsigned indices expected";
+  if (row_pointers.element_type() != ffi::S32) return "row pointers of int32 expected";
+  weight.indices = indices.untyped_data();
+  weight.index_bytes = index_bytes(indices.element_type());
+  const bool uniform = row_pointers.element_count() == 0;
+  const int64_t count = indices.element_count();
+  weight.row_pointers = uniform ? nullptr : row_pointers.typed_data<int32_t>();
+  weight.kept = uniform ? count / std::max<int64_t>(weight.rows, 1) : count;
+  if (weight.rows * weight.n != outputs || (uniform && weight.rows * weight.kept != count) ||
+      !is_product(values.element_count(), count, weight.n, weight.taps) ||
+      !is_bias(bias, outputs)) {
+    return "arrays of a packed weight do not fit each other";
+  }
+  if (uniform) return nullptr;
+  if (static_cast<int64_t>(row_pointers.element_count()) != weight.rows + 1 ||
+      weight.row_pointers[0] != 0 || weight.row_pointers[weight.rows] != count) {
+    return "row pointers do not span the blocks";
+  }
+  for (int64_t row = 0; row < weight.rows; ++row) {
+    if (weight.end(row) < weight.begin(row)) return "row pointers descend";
+  }
+  return nullptr;
+}
+
 // x (images, height, width, inputs), y (images, height, width, outputs).
 ffi::Error any_blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values,
                       std::optional<Type> value_type, ffi::AnyBuffer indices,
@@ -121,34 +151,16 @@ ffi::Error any_blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer val
   if (n < 1 || n > kLargest) return refuse("blocks of at least one output expected");
   if (out[0] != in[0]) return refuse("as many images out as in expected");
   if (const char* reason = misfit(window, {in[1], in[2]}, {out[1], out[2]})) return refuse(reason);
-  if (!index_bytes(indices.element_type())) return refuse("unsigned indices expected");
-  if (row_pointers.element_type() != ffi::S32) return refuse("row pointers of int32 expected");
   const Window moves{{window[0], window[1]}, {window[2], window[3]}, {window[4], window[5]},
                      {window[6], window[7]}};
   Blocks weight;
   weight.values = {values.untyped_data(), *value_type};
-  weight.indices = indices.untyped_data();
-  weight.index_bytes = index_bytes(indices.element_type());
   weight.n = n;
   weight.taps = moves.taps[0] * moves.taps[1];
   weight.inputs = in[3];
   weight.rows = out[3] / n;
-  const bool uniform = row_pointers.element_count() == 0;
-  const int64_t count = indices.element_count();
-  weight.row_pointers = uniform ? nullptr : row_pointers.typed_data<int32_t>();
-  weight.kept = uniform ? count / std::max<int64_t>(weight.rows, 1) : count;
-  if (weight.rows * n != out[3] || (uniform && weight.rows * weight.kept != count) ||
-      !is_product(values.element_count(), count, n, weight.taps) || !is_bias(bias, out[3])) {
-    return refuse("arrays of a packed weight do not fit each other");
-  }
-  if (!uniform) {
-    if (static_cast<int64_t>(row_pointers.element_count()) != weight.rows + 1 ||
-        weight.row_pointers[0] != 0 || weight.row_pointers[weight.rows] != count) {
-      return refuse("row pointers do not span the blocks");
-    }
-    for (int64_t row = 0; row < weight.rows; ++row) {
-      if (weight.end(row) < weight.begin(row)) return refuse("row pointers descend");
-    }
+  if (const char* reason = read_blocks(values, indices, row_pointers, bias, out[3], weight)) {
+    return refuse(reason);
   }
   if (y->element_count() == 0) return ffi::Error::Success();
   const Finish finish{bias.element_count() ? bias.typed_data<float>() : nullptr, relu,
@@ -185,6 +197,52 @@ ffi::Error blocks_int8(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer va
   }
   return any_blocks(pool, x, values, Type::kI8, indices, row_pointers, bias, scales.typed_data(), y,
                     n, relu, window);
+}
+
+// Rows x (batch, inputs) of int8 with a scale for each, y (batch, outputs).
+ffi::Error integers(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> row_scales,
+                    ffi::AnyBuffer values, ffi::AnyBuffer indices, ffi::AnyBuffer row_pointers,
+                    ffi::AnyBuffer bias, ffi::Buffer<ffi::F32> scales,
+                    ffi::Result<ffi::AnyBuffer> y, int64_t n, bool relu) {
+  const auto in = x.dimensions(), out = y->dimensions();
+  if (in.size() != 2 || out.size() != 2) return refuse("matrices expected");
+  if (x.element_type() != ffi::S8 || values.element_type() != ffi::S8) {
+    return refuse("inputs and values of int8 expected");
+  }
+  const auto y_type = type_of(*y);
+  if (!y_type) return refuse("float32 or bfloat16 expected");
+  if (n < 1 || n > kLargest) return refuse("blocks of at least one output expected");
+  if (out[0] != in[0] || static_cast<int64_t>(row_scales.element_count()) != in[0] ||
+      static_cast<int64_t>(scales.element_count()) != out[1]) {
+    return refuse("a scale for each row and for each output expected");
+  }
+  // Beyond that a sum may not fit into 32 bits.
+  if (in[1] > int64_t{1} << 17) return refuse("too many inputs for sums of 32 bits");
+  Blocks weight;
+  weight.values = {values.untyped_data(), Type::kI8};
+  weight.n = n;
+  weight.taps = 1;
+  weight.inputs = in[1];
+  weight.rows = out[1] / n;
+  if (const char* reason = read_blocks(values, indices, row_pointers, bias, out[1], weight)) {
+    return refuse(reason);
+  }
+  // Forged rows may have more blocks than there are inputs.
+  for (int64_t row = 0; row < weight.rows; ++row) {
+    if (weight.end(row) - weight.begin(row) > in[1]) return refuse("a row has too many blocks");
+  }
+  if (y->element_count() == 0) return ffi::Error::Success();
+  const Finish finish{bias.element_count() ? bias.typed_data<float>() : nullptr, relu,
+                      {y->untyped_data(), *y_type}, scales.typed_data()};
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const ParallelFor parallel = [&](int64_t tasks, const Task& task) {
+    return parallel_for(pool, threads, tasks, task);
+  };
+  const auto work = [&](int64_t) {
+    return multiply_integers(kernels(), weight, finish, x.typed_data<int8_t>(),
+                             row_scales.typed_data(), in[0], threads, parallel);
+  };
+  return as_error(run(work, 0));
 }
 
 // x (batch, inputs), y (batch, outputs).
@@ -268,6 +326,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_blocks_int8, blocks_int8,
                                   .Attr<int64_t>("n")
                                   .Attr<bool>("relu")
                                   .Attr<ffi::Span<const int64_t>>("window"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_integers, integers,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()         // x, int8
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // scales of the rows
+                                  .Arg<ffi::AnyBuffer>()         // values, int8
+                                  .Arg<ffi::AnyBuffer>()         // indices
+                                  .Arg<ffi::AnyBuffer>()         // row pointers; empty if uniform
+                                  .Arg<ffi::AnyBuffer>()         // bias, float32; empty if none
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // scales of the outputs
+                                  .Ret<ffi::AnyBuffer>()         // y
+                                  .Attr<int64_t>("n")
+                                  .Attr<bool>("relu"));
 
 extern "C" const char* nmjax_instruction_set() { return kernels().name; }
 extern "C" int nmjax_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }

@@ -1,6 +1,7 @@
 // The kernels, compiled once for each instruction set: NMJAX_ISA is its name.
 #include "blocks.h"
 #include "groups.h"
+#include "integers.h"
 
 namespace nmjax {
 
@@ -25,6 +26,11 @@ const Kernels* NMJAX_JOIN(NMJAX_ISA, _kernels)() {
       NMJAX_ISA::blocks_times_vectors,
       NMJAX_ISA::groups_times_panels,
       NMJAX_ISA::groups_times_vectors,
+      NMJAX_ISA::kRows,
+      NMJAX_ISA::kQuads * NMJAX_ISA::kWoven * NMJAX_ISA::kLanes * 4,
+      NMJAX_ISA::pack_integers,
+      NMJAX_ISA::integers_times_panels,
+      NMJAX_ISA::integers_times_vectors,
   };
   return &kernels;
 }

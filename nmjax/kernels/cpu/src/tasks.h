@@ -121,6 +121,27 @@ struct GroupPanelTask {
   float* transposed;  // lanes * (outputs + lanes)
 };
 
+// Rows of blocks [row_begin, row_end), of int8, times rows of int8.
+struct IntegerTask {
+  const Blocks* blocks;
+  const Finish* finish;      // with scales
+  const int8_t* x;           // (pixels, inputs), of a few rows
+  const uint8_t* panels;     // (panels, inputs, integer_rows), of many rows
+  const float* row_scales;   // of each pixel; of whole panels
+  const int64_t* destinations;
+  int64_t pixels;
+  int64_t row_begin, row_end;
+  // Scratch, aligned to 64 bytes; a few rows use the indices only.
+  uint32_t* indices;  // as many as blocks in a row
+  float* sums;        // outputs of the rows, each of sums_stride pixels
+  int64_t sums_stride;
+  int32_t* quads;     // a row's values, four blocks in one number
+  int32_t* excess;    // n
+  int32_t* tile;      // n * integer_rows
+  void* woven;        // integer_scratch bytes
+  float* transposed;  // lanes * (outputs of the rows + 2 * lanes)
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;  // float32 numbers in a vector
@@ -133,12 +154,18 @@ struct Kernels {
   bool (*blocks_times_vectors)(const VectorTask&);
   void (*groups_times_panels)(const GroupPanelTask&);
   void (*groups_times_vectors)(const GroupVectorTask&);
+  int64_t integer_rows, integer_scratch;  // rows of a panel of int8
+  void (*pack_integers)(const int8_t* x, int64_t inputs, int64_t begin, int64_t end,
+                        uint8_t* panel);
+  bool (*integers_times_panels)(const IntegerTask&);
+  bool (*integers_times_vectors)(const IntegerTask&);
 };
 
 const Kernels* portable_kernels();
 #ifdef NMJAX_X86
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_bf16_kernels();
 #endif
 

@@ -59,6 +59,24 @@ def run_int8(scales, values=None):
     return np.asarray(call(BLOCKS["x"], *weight, n=np.int64(4), relu=False, window=moves))
 
 
+INTEGERS = {
+    "x": jnp.full((5, 6), 2, jnp.int8),
+    "steps": jnp.full(5, 0.5),
+    "values": BLOCKS["values"].astype(jnp.int8),
+    "indices": BLOCKS["indices"],
+    "row_pointers": BLOCKS["row_pointers"],
+    "bias": BLOCKS["bias"],
+    "scales": jnp.ones(8),
+    "shape": (5, 8),
+    "n": 4,
+}
+
+
+def run_integers(shape, n, **arrays):
+    call = jax.ffi.ffi_call("nmjax_integers", jax.ShapeDtypeStruct(shape, F32))
+    return np.asarray(call(*arrays.values(), n=np.int64(n), relu=False))
+
+
 def run_groups(x, values, codes, bias, shape, m):
     call = jax.ffi.ffi_call("nmjax_groups", jax.ShapeDtypeStruct(shape, F32))
     return np.asarray(call(x, values, codes, bias, m=np.int64(m), relu=False))
@@ -69,6 +87,40 @@ def test_as_they_are_called():
         np.testing.assert_array_equal(run_blocks(**arguments), np.full((1, 1, 5, 8), 3))
     np.testing.assert_array_equal(run_groups(**GROUPS), np.full((5, 16), 4))
     np.testing.assert_array_equal(run_int8(jnp.full(8, 2.0)), np.full((1, 1, 5, 8), 6))
+    np.testing.assert_array_equal(run_integers(**INTEGERS), np.full((5, 8), 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n": 0}, "at least one output"),
+        ({"n": 3}, "do not fit each other"),
+        ({"shape": (5, 1, 8)}, "matrices"),
+        ({"shape": (6, 8)}, "a scale for each row"),
+        ({"steps": jnp.ones(4)}, "a scale for each row"),
+        ({"scales": jnp.ones(4)}, "for each output"),
+        ({"x": jnp.ones((5, 6))}, "of int8 expected"),
+        ({"x": jnp.ones((5, 2**17 + 1), jnp.int8)}, "too many inputs"),
+        ({"values": jnp.ones((2, 3, 4))}, "of int8 expected"),
+        ({"values": jnp.ones((2, 2, 4), jnp.int8)}, "do not fit each other"),
+        ({"indices": jnp.full((2, 3), 6, jnp.uint8)}, "index out of range"),
+        (
+            {"indices": jnp.zeros((2, 7), jnp.uint8), "values": jnp.ones((2, 7, 4), jnp.int8)},
+            "too many blocks",
+        ),
+        ({"row_pointers": jnp.array([0, 7, 6], jnp.int32)}, "descend"),
+        ({"bias": jnp.zeros(7, F32)}, "do not fit each other"),
+    ],
+)
+@pytest.mark.parametrize("rows", [5, 20])
+def test_integers_by_integers(rows, changes, words):
+    arguments = {**INTEGERS, **changes}
+    if rows == 20:  # Many rows take another path.
+        arguments["x"] = jnp.tile(arguments["x"], (4, 1))
+        arguments["steps"] = jnp.tile(arguments["steps"], 4)
+        arguments["shape"] = (4 * arguments["shape"][0], *arguments["shape"][1:])
+    with pytest.raises(ERRORS, match=words):
+        run_integers(**arguments)
 
 
 def test_integers():
