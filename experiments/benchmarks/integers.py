@@ -2,8 +2,9 @@
 
 One pinned thread, everything interleaved in one process. The baselines are XLA's dense float32
 product, our float32 kernel on the same pruned weight, and PyTorch's dense int8 product, which
-rounds its inputs in each call like ours, with the faster of its two engines. Errors are those of the
-product against float64, relative to its root mean square: of the weight and inputs before rounding.
+rounds its inputs in each call like ours, with the faster of its two engines. Errors are those of
+the product against float64, relative to its root mean square: of the weight and inputs before
+rounding.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,7 +43,7 @@ def measure(rows: int, size: int, pattern: str, rounds: int) -> dict[str, Any]:
     multiply, dense = jax.jit(nmjax.packed_matmul), jax.jit(jnp.matmul)
     functions: dict[str, Callable[[], Any]] = {
         "dense float32": lambda: dense(x, w),
-        **{name: lambda leaf=leaf: multiply(x, leaf) for name, leaf in weights.items()},
+        **{name: partial(multiply, x, leaf) for name, leaf in weights.items()},
         **torch_functions(np.asarray(x), np.asarray(w)),
     }
     times = interleaved_times(functions, rounds=rounds, at_least=0.02, pause=0.01)
@@ -72,7 +74,8 @@ def torch_functions(x: np.ndarray, w: np.ndarray) -> dict[str, Callable[[], Any]
     except ImportError:
         return {}
     torch.set_num_threads(1)
-    rows, functions = torch.from_numpy(x.copy()), {}
+    rows = torch.from_numpy(x.copy())
+    functions: dict[str, Callable[[], Any]] = {}
     weight = torch.from_numpy(w.T.copy())
     scales = weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
     zeros = torch.zeros(len(scales), dtype=torch.long)
