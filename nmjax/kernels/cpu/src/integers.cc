@@ -70,9 +70,8 @@ Outcome multiply_integers(const Kernels& kernels, const Blocks& blocks, const Fi
   for (int64_t p = 0; p < tiles * rows; ++p) padded[p] = p < batch ? row_scales[p] : 0.0f;
   for (int64_t p = 0; p < batch; ++p) destinations[p] = p * blocks.rows * n;
   const Outcome outcome = parallel(tiles, [&](int64_t i) {
-    uint8_t* panel = panels + i * rows * inputs;
-    if ((i + 1) * rows > batch) std::fill(panel, panel + rows * inputs, uint8_t{128});
-    kernels.pack_integers(x, inputs, i * rows, std::min((i + 1) * rows, batch), panel);
+    kernels.pack_integers(x, inputs, i * rows, std::min((i + 1) * rows, batch),
+                          panels + i * rows * inputs);
     return Outcome::kGood;
   });
   if (outcome != Outcome::kGood) return outcome;

@@ -135,9 +135,20 @@ inline void multiply_woven(int32_t* sums, const Integers* woven, const int32_t* 
   }
 }
 
-// sums (n, kRows) += blocks [0, count) x one panel.
-inline void multiply_panel(const IntegerTask& task, const uint8_t* panel, int64_t count,
-                           int32_t* sums) {
+// Sums of n outputs, kV vectors of pixels each.
+template <int kV>
+inline void multiply_outputs(int32_t* sums, const Integers* woven, const int32_t* quads, int64_t n,
+                             int64_t count) {
+  int64_t j = 0;
+  for (; j + kIntegerOutputs <= n; j += kIntegerOutputs) {
+    multiply_woven<kV, kIntegerOutputs>(sums + j * kRows, woven, quads + j, n, count);
+  }
+  for (; j < n; ++j) multiply_woven<kV, 1>(sums + j * kRows, woven, quads + j, n, count);
+}
+
+// sums (n, kRows) += blocks [0, count) x the first pixels of one panel.
+inline void multiply_panel(const IntegerTask& task, const uint8_t* panel, int64_t pixels,
+                           int64_t count, int32_t* sums) {
   const int64_t n = task.blocks->n;
   Integers* woven = static_cast<Integers*>(task.woven);
   for (int64_t begin = 0; begin < count; begin += 4 * kQuads) {
@@ -154,15 +165,12 @@ inline void multiply_panel(const IntegerTask& task, const uint8_t* panel, int64_
       for (int v = 0; v < kWoven; ++v) woven[q * kWoven + v] = four[v];
     }
     const int32_t* weights = task.quads + begin / 4 * n;
-    for (int v = 0; v < kWoven; v += kIntegerVectors) {
-      int64_t j = 0;
-      for (; j + kIntegerOutputs <= n; j += kIntegerOutputs) {
-        multiply_woven<kIntegerVectors, kIntegerOutputs>(sums + j * kRows + v * kLanes, woven + v,
-                                                         weights + j, n, quads);
-      }
-      for (; j < n; ++j) {
-        multiply_woven<kIntegerVectors, 1>(sums + j * kRows + v * kLanes, woven + v, weights + j,
-                                           n, quads);
+    for (int v = 0; v < kWoven && v * kLanes < pixels; v += kIntegerVectors) {
+      int32_t* to = sums + v * kLanes;
+      if (pixels - v * kLanes <= 2 * kLanes) {
+        multiply_outputs<2>(to, woven + v, weights, n, quads);
+      } else {
+        multiply_outputs<kIntegerVectors>(to, woven + v, weights, n, quads);
       }
     }
   }
@@ -181,15 +189,54 @@ inline bool read_indices(const Blocks& b, int64_t begin, int64_t end, uint32_t* 
   return begin == end || largest < b.inputs;
 }
 
-// Rows of int8 [begin, end) into their panel, with 128 added; rows that are missing stay as they are.
+// The inverse of `weave`.
+inline void unweave(const Integers (&woven)[kWoven], uint8_t* const (&rows)[4]) {
+#if defined(__AVX512F__)
+  const __m512i bytes = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  __m512i s[kWoven];
+  for (int v = 0; v < kWoven; ++v) s[v] = _mm512_shuffle_epi8((__m512i)woven[v], bytes);
+  const __m512i a = _mm512_unpacklo_epi32(s[0], s[1]), b = _mm512_unpacklo_epi32(s[2], s[3]);
+  const __m512i c = _mm512_unpackhi_epi32(s[0], s[1]), d = _mm512_unpackhi_epi32(s[2], s[3]);
+  store(rows[0], _mm512_unpacklo_epi64(a, b));
+  store(rows[1], _mm512_unpackhi_epi64(a, b));
+  store(rows[2], _mm512_unpacklo_epi64(c, d));
+  store(rows[3], _mm512_unpackhi_epi64(c, d));
+#else
+  for (int p = 0; p < kRows; ++p) {
+    const uint32_t lane = static_cast<uint32_t>(woven[p / kLanes][p % kLanes]);
+    for (int i = 0; i < 4; ++i) rows[i][place_of(p)] = static_cast<uint8_t>(lane >> (8 * i));
+  }
+#endif
+}
+
+// Rows of int8 [begin, end) into their panel, with 128 added; missing rows are zeros.
 inline void pack_integers(const int8_t* x, int64_t inputs, int64_t begin, int64_t end,
                           uint8_t* panel) {
-  for (int64_t k = 0; k < inputs; k += 64) {
-    const int64_t until = least(k + 64, inputs);
-    for (int64_t p = begin; p < end; ++p) {
-      const int8_t* row = x + p * inputs;
-      uint8_t* to = panel + place_of(p - begin);
-      for (int64_t i = k; i < until; ++i) to[i * kRows] = static_cast<uint8_t>(row[i]) ^ 128;
+  constexpr int64_t kStrip = 4 * kLanes;
+  int64_t k = 0;
+  for (; k + kStrip <= inputs; k += kStrip) {
+    Vector squares[kWoven][kLanes];
+    for (int v = 0; v < kWoven; ++v) {
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t p = begin + v * kLanes + i;
+        squares[v][i] = p < end ? load<Vector>(x + p * inputs + k) : Vector{};
+      }
+      transpose(squares[v]);
+    }
+    for (int q = 0; q < kLanes; ++q) {
+      Integers woven[kWoven];
+      for (int v = 0; v < kWoven; ++v) {
+        woven[v] = reinterpret_cast<Integers>(squares[v][q]) ^ static_cast<int32_t>(0x80808080);
+      }
+      uint8_t* to = panel + (k + 4 * q) * kRows;
+      unweave(woven, {to, to + kRows, to + 2 * kRows, to + 3 * kRows});
+    }
+  }
+  for (; k < inputs; ++k) {
+    for (int64_t p = 0; p < kRows; ++p) {
+      const int8_t number = begin + p < end ? x[(begin + p) * inputs + k] : int8_t{0};
+      panel[k * kRows + place_of(p)] = static_cast<uint8_t>(number) ^ 128;
     }
   }
 }
@@ -210,7 +257,9 @@ inline bool integers_times_panels(const IntegerTask& task) {
         const Integers start = Integers{} - task.excess[j];
         for (int i = 0; i < kRows; i += kLanes) store(sums + j * kRows + i, start);
       }
-      if (count) multiply_panel(task, task.panels + p * b.inputs, count, sums);
+      if (count) {
+        multiply_panel(task, task.panels + p * b.inputs, task.pixels - p, count, sums);
+      }
       for (int64_t j = 0; j < n; ++j) {
         for (int i = 0; i < kRows; i += kLanes) {
           const Vector exact = __builtin_convertvector(load<Integers>(sums + j * kRows + i), Vector);
