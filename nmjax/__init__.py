@@ -47,7 +47,8 @@ from nmjax.metrics import (
 from nmjax.packed.blocks import PackedBlocks
 from nmjax.packed.nm import PackedNM
 from nmjax.packed.packing import check_sparse, pack, unpack
-from nmjax.packed.quantized import Quantized, quantize
+from nmjax.packed.quantized import Quantized
+from nmjax.packed.quantizing import quantize
 from nmjax.packed.storage import LeafSize, Sizes, sizes
 from nmjax.packed.tiled import TiledNM, for_platform
 from nmjax.patterns import NM, Block1xN, parse_pattern

@@ -262,7 +262,7 @@ def _made(name: str, leaf: Leaf, arrays: Mapping[str, Any]) -> Packed:
     if not leaf.is_quantized:
         return packed
     dtype = as_floating(leaf.dtype, printable(name))
-    return Quantized(packed, arrays["scales"], dtype, leaf.inputs)
+    return Quantized(packed, arrays["scales"], dtype, leaf.inputs, arrays.get("input_steps"))
 
 
 def _on_host(name: str, leaf: Any) -> Any:

@@ -50,7 +50,8 @@ class Leaf(NamedTuple):
     def tensors(self) -> tuple[str, ...]:
         """Names of the arrays that store the leaf."""
         names = Packed.kind_for(self.plan.pattern).array_names(self.plan)
-        return (*names, "scales") if self.is_quantized else names
+        steps = ("input_steps",) if self.inputs == "static" else ()
+        return (*names, "scales", *steps) if self.is_quantized else names
 
 
 class Manifest(NamedTuple):

@@ -26,7 +26,6 @@ import numpy as np
 from jax import lax
 
 from nmjax.kernels.operands import Activation, FusedActivation, Window
-from nmjax.kernels.rounding import round_rows
 from nmjax.packed.weight import Packed
 
 
@@ -62,8 +61,9 @@ def sums(x: jax.Array, packed: Packed, window: Window | None = None) -> jax.Arra
       packed: one matrix, or a kernel.
       window: of a convolution.
     """
-    if packed.rounds_inputs:
-        integers, steps = round_rows(x)
+    rounded = packed.rounded_inputs(x)
+    if rounded is not None:
+        integers, steps = rounded
         if window is None and packed.has_one_scale:
             w = packed.stored(np.dtype(np.float32)).dense_matrices().astype(np.int8)
             total = _product(integers, w, None)  # Of int32: exact.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,17 @@ import numpy as np
 
 from nmjax.layouts.axes import Shape
 from nmjax.packed.bits import check_dtype
-from nmjax.packed.weight import Packed, is_packed
+from nmjax.packed.rounding import LARGEST, round_by, round_rows
+from nmjax.packed.weight import Packed
 from nmjax.patterns.pattern import LeafPlan
-from nmjax.ste import check_has_values
-from nmjax.trees.leaves import map_named, named_leaves
 from nmjax.trees.spans import Span, merge, split
 
-Inputs = Literal["float", "dynamic"]
-
-_LARGEST = 127  # Of integers that are symmetric around zero: -128 is not used.
+Inputs = Literal["float", "dynamic", "static"]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["packed", "scales"],
+    data_fields=["packed", "scales", "input_steps"],
     meta_fields=["weight_dtype", "inputs_are"],
 )
 @dataclass(frozen=True, eq=False)
@@ -42,14 +39,17 @@ class Quantized(Packed, pattern=None):
       packed: as `nmjax.pack` makes it, with values of int8 from -127 to 127.
       scales: float32 (*stack, outputs), finite and above zero.
       weight_dtype: of the weight that this stands for; static.
-      inputs_are: what products multiply by: `"float"`, the inputs as they are, or `"dynamic"`, each
-        row of inputs rounded to int8 by its largest magnitude; static.
+      inputs_are: what products multiply by: `"float"`, the inputs as they are; `"dynamic"`, each
+        row of inputs rounded to int8 by its largest magnitude; `"static"`, inputs rounded to
+        multiples of `input_steps`, up to 127 of them; static.
+      input_steps: float32 (*stack,), finite and above zero; None unless `inputs_are` is `"static"`.
     """
 
     packed: Packed
     scales: jax.Array
     weight_dtype: np.dtype
     inputs_are: Inputs = "float"
+    input_steps: jax.Array | None = None
 
     @classmethod
     def pack(cls, w: jax.Array, mask: jax.Array, leaf_plan: LeafPlan) -> Self:
@@ -70,7 +70,7 @@ class Quantized(Packed, pattern=None):
         taps = len(packed.leaf_plan.tap_axes)
         largest = dense.max(axis=tuple(range(-2 - taps, -1)))
         # An output of zeros keeps scale 1, since 0 / 0 would be NaN.
-        scales = jnp.where(largest == 0, 1, largest / _LARGEST)
+        scales = jnp.where(largest == 0, 1, largest / LARGEST)
         narrow = packed.dtype.itemsize == 1  # float8, which would round the integers once more.
         made = cls(floats, scales, np.dtype(np.float32) if narrow else packed.dtype)
         steps = jnp.round(floats.values / made._value_scales())
@@ -95,12 +95,13 @@ class Quantized(Packed, pattern=None):
             self.check_arrays()
         except TypeError as error:  # The dtypes of a file are part of what it says.
             raise ValueError(str(error)) from error
-        if not (np.isfinite(self.scales) & (self.scales > 0)).all():
-            raise ValueError("scales should be finite and above zero")
-        if self.inputs_are not in ("float", "dynamic"):
+        for steps in (self.scales, self.input_steps):
+            if steps is not None and not (np.isfinite(steps) & (steps > 0)).all():
+                raise ValueError("scales should be finite and above zero")
+        if self.inputs_are not in get_args(Inputs):
             raise ValueError(f"inputs cannot be {self.inputs_are!r}")
-        if (self.values < -_LARGEST).any():
-            raise ValueError(f"values should be from {-_LARGEST} to {_LARGEST}")
+        if (self.values < -LARGEST).any():
+            raise ValueError(f"values should be from {-LARGEST} to {LARGEST}")
 
     def check_arrays(self) -> None:
         """Checks the dtypes and shapes of the arrays against the plan.
@@ -116,6 +117,10 @@ class Quantized(Packed, pattern=None):
                 "makes them"
             )
         self.check_array("scales", np.dtype(np.float32), (*self._scaled, self.outputs))
+        if self.inputs_are == "static":
+            self.check_array("input_steps", np.dtype(np.float32), self._scaled)
+        elif self.input_steps is not None:
+            raise ValueError(f"{self} has input steps, although its inputs are {self.inputs_are}")
 
     @property
     def values(self) -> jax.Array:  # type: ignore[override]
@@ -178,7 +183,8 @@ class Quantized(Packed, pattern=None):
 
     def stored_arrays(self) -> dict[str, Any]:
         """The arrays by name, as files store them."""
-        return {**self.packed.stored_arrays(), "scales": self.scales}
+        steps = {} if self.input_steps is None else {"input_steps": self.input_steps}
+        return {**self.packed.stored_arrays(), "scales": self.scales, **steps}
 
     def first_layer(self) -> Self:
         """The first weight of a stack; the weight itself if it is not a stack."""
@@ -206,10 +212,27 @@ class Quantized(Packed, pattern=None):
         """Dtype of a product with `x`: that of `x`, since integers with scales are storage."""
         return x.dtype
 
+    def saturated(self, x: jax.Array) -> jax.Array:
+        """How many inputs are beyond the range of static steps, and become its end; int32.
+
+        Args:
+          x: inputs of a product with this weight, not with a stack.
+        """
+        if self.input_steps is None:
+            return jnp.zeros((), jnp.int32)
+        reach = (LARGEST + 0.5) * self.input_steps
+        return jnp.sum(jnp.abs(x.astype(jnp.float32)) > reach, dtype=jnp.int32)
+
     @property
     def rounds_inputs(self) -> bool:
         """Whether products round their inputs to int8."""
         return self.inputs_are != "float"
+
+    def rounded_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """Inputs (batch, ...) of a product as integers, and their steps; None if they stay."""
+        if self.inputs_are == "float":
+            return None
+        return round_rows(x) if self.input_steps is None else round_by(x, self.input_steps)
 
     @property
     def has_one_scale(self) -> bool:
@@ -261,89 +284,3 @@ class Quantized(Packed, pattern=None):
         full = (*leading, *taps, plan.inputs, outputs)
         spread = self.scales.reshape(*leading, *[1] * len(taps), 1, outputs)
         return split(jnp.broadcast_to(spread, full), shape, (plan.reduction_axes, plan.output_axes))
-
-
-def quantize(packed: Any, *, inputs: Inputs = "float") -> Any:
-    r"""Rounds packed weights to int8, with one scale for each output.
-
-    A kept weight w of output o becomes the integer
-
-    $$q = \operatorname{round}(w / s_o), \qquad s_o = \max |w_{\cdot, o}| / 127$$
-
-    and products compute `s_o * sum(x * q)`. Half a step, `s_o / 2`, is the largest error of a
-    weight. Where values were, and so every pattern, does not change. Rounding takes a few dense
-    float32 copies of one weight at a time.
-
-    With `inputs="dynamic"`, matrix products round each row x of inputs in the same way, with a
-    scale `t = max |x| / 127` of its own, and compute `t * s_o * sum(round(x / t) * q)`. The sum is
-    exact, in int32. A row with a NaN or an infinity makes NaN. Gradients pass as if nothing had
-    been rounded. Kernels of convolutions keep float inputs.
-
-    Args:
-      packed: a tree from `nmjax.pack` or `nmjax.load_packed`; leaves that are not packed stay.
-      inputs: `"float"` rounds weights only, `"dynamic"` the inputs of products too.
-
-    Returns:
-      The same tree with a `nmjax.Quantized` for each packed leaf.
-
-    Raises:
-      ValueError: another kind of inputs; nothing is packed; a leaf is quantized already, or has
-        weights that are NaN or infinite. (Inside `jax.jit`, where values are unknown, the scales of
-        such outputs, and all their products, become NaN or infinite.)
-      TypeError: a packed leaf holds ShapeDtypeStructs.
-
-    >>> import nmjax
-    >>> params = {"kernel": jnp.array([[1.0], [0.0], [-12.7], [0.0]])}
-    >>> packed = nmjax.pack(params, nmjax.make_plan(params, "2:4"))
-    >>> kernel = quantize(packed)["kernel"]
-    >>> kernel.values.ravel().tolist(), kernel.scales.round(3).tolist()
-    ([10, -127], [0.10000000149011612])
-    >>> nmjax.packed_matmul(jnp.ones((1, 4)), kernel).round(3).tolist()
-    [[-11.699999809265137]]
-
-    Source: symmetric, per-channel rounding, as in Nagel et al., "A White Paper on Neural Network
-    Quantization", https://arxiv.org/abs/2106.08295, section 2.2.
-    """
-    if inputs not in ("float", "dynamic"):
-        raise ValueError(f'inputs must be "float" or "dynamic", got {inputs!r}')
-    leaves = {
-        name: leaf for name, leaf in named_leaves(packed, is_leaf=is_packed).items()
-        if is_packed(leaf)
-    }  # fmt: skip
-    if not leaves:
-        raise ValueError("there is nothing to quantize: no leaf is packed; call nmjax.pack first")
-    for name, leaf in leaves.items():
-        if isinstance(leaf, Quantized):
-            raise ValueError(f"{name or 'the weight'} {leaf} is quantized already")
-        check_has_values(leaf.values, name or "the packed weight")
-        leaf.check_arrays()
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"{name or 'the weight'} {leaf} has values of {leaf.dtype}, not floats")
-    made = {
-        name: replace(_of(leaf), inputs_are="float" if _has_taps(leaf) else inputs)
-        for name, leaf in leaves.items()
-    }
-    _check_finite({name: leaf.scales for name, leaf in made.items()})
-    return map_named(lambda name, leaf: made.get(name, leaf), packed, is_leaf=is_packed)
-
-
-@jax.jit
-def _of(packed: Packed) -> Quantized:
-    return Quantized.of(packed)
-
-
-def _has_taps(packed: Packed) -> bool:
-    # Leading axes that the plan does not know are a stack; some groups run over their taps.
-    return bool(packed.leaf_plan.tap_axes or (packed.kernel_taps and not packed.taps))
-
-
-def _check_finite(scales: dict[str, jax.Array]) -> None:
-    """Raises ValueError if scales whose values are known are not finite."""
-    known = {
-        name: jnp.isfinite(array).all()
-        for name, array in scales.items()
-        if not isinstance(array, jax.core.Tracer)
-    }
-    bad = [name or "the weight" for name, good in jax.device_get(known).items() if not good]
-    if bad:
-        raise ValueError(f"these weights are NaN or infinite somewhere: {', '.join(bad)}")

@@ -320,9 +320,14 @@ class Packed(MatrixOperators):
         """Whether products round their inputs to int8."""
         return False
 
+    def rounded_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """Inputs (batch, ...) of a product as integers, and their steps; None if they stay."""
+        del x
+        return None
+
     @property
     def has_one_scale(self) -> bool:
-        """Whether `scaled` does what `stored` leaves to it: one scale for each output."""
+        """Whether integers have one scale for each output, which can wait for the sums."""
         return False
 
     def stored(self, dtype: np.dtype) -> Packed:

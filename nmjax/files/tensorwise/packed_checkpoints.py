@@ -20,7 +20,7 @@ from nmjax.files.tensorwise.pruned_checkpoints import SLAB, prune_in_slabs
 from nmjax.files.tensorwise.writing import Parts, write_parts
 from nmjax.packed.bits import is_nonzero
 from nmjax.packed.packing import describe_misfits, pack
-from nmjax.packed.quantized import quantize
+from nmjax.packed.quantizing import quantize
 from nmjax.packed.weight import Packed, is_packed
 from nmjax.patterns.block1xn import Block1xN
 from nmjax.plans import LeafPlan, Plan

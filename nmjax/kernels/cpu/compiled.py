@@ -14,7 +14,6 @@ import numpy as np
 from nmjax.kernels.calls import batched, result_like
 from nmjax.kernels.cpu.library import load_library
 from nmjax.kernels.operands import Activation, Window
-from nmjax.kernels.rounding import round_rows
 from nmjax.kernels.split import split
 from nmjax.packed.blocks import PackedBlocks
 from nmjax.packed.nm import PackedNM
@@ -228,7 +227,10 @@ def _integers(
         )
         return y.reshape(shape[0], -1, n)
 
-    integers, steps = round_rows(x)
+    rounded = packed.rounded_inputs(x)
+    if rounded is None:
+        raise ValueError(f"the inputs of {packed} stay floating")
+    integers, steps = rounded
     is_uniform = blocks.row_pointers is None
     axes = "r k v, r k" if is_uniform else "k v, k, p"
     y = split(

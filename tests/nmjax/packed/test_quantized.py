@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import nmjax
 import nmjax.nnx
+import nmjax.post_training
 from nmjax import linen
 from nmjax.files.tensor_files import read_tensors, write_tensors
 from nmjax.trees.leaves import named_leaves
@@ -190,6 +191,61 @@ def test_rounded_inputs_are_near_the_others(kind):
         np.testing.assert_allclose(y, expected, atol=0.05 * np.abs(expected).max())
 
 
+@pytest.mark.not_under("jax_debug_nans")
+def test_static_steps_saturate_and_count():
+    packed = {"a": packed_leaf("1x4@0.5"), "s": packed_leaf("2:4 stack")}
+    rng = np.random.default_rng(8)
+    squares = {"a": rng.uniform(1, 2, (1, 12)), "s": rng.uniform(1, 2, (3, 1, 8))}
+    made = nmjax.quantize(packed, squares)
+    steps = {name: 6 * np.sqrt(x.max(axis=(-2, -1))) / 127 for name, x in squares.items()}
+    for name, leaf in made.items():
+        np.testing.assert_allclose(leaf.input_steps, steps[name], rtol=1e-6)
+    leaf, step = made["a"], np.float32(made["a"].input_steps)
+    x = rng.normal(scale=4, size=(9, 12)).astype(np.float32)
+    q = np.clip(np.round(x / step), -127, 127)
+    w = np.asarray(leaf.packed.with_values(leaf.values.astype(jnp.float32)).unpack())
+    expected = (q.astype(np.int64) @ w.astype(np.int64)) * step * np.asarray(leaf.scales)
+    for implementation in (None, "xla"):
+        y = nmjax.packed_matmul(jnp.asarray(x), leaf, implementation=implementation)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    count = int(leaf.saturated(jnp.asarray(x)))
+    assert count == (np.abs(x / step) > 127.5).sum() > 0
+    assert int(nmjax.quantize(packed)["a"].saturated(jnp.asarray(x))) == 0
+    x[2, 3] = np.nan
+    y = nmjax.packed_matmul(jnp.asarray(x), leaf)
+    assert np.isnan(y).all(axis=1).tolist() == [i == 2 for i in range(9)]
+    y = jax.vmap(nmjax.packed_matmul, (None, 0))(jnp.ones((2, 8)), made["s"])
+    np.testing.assert_allclose(y, jnp.ones((2, 8)) @ made["s"].unpack(), atol=0.2)
+
+
+def test_statistics_of_activations():
+    rng = np.random.default_rng(9)
+    params = {"w": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
+
+    def forward(params, x):
+        return x @ params["w"]
+
+    plan = nmjax.make_plan(params, "1x4@0.5", forward=forward, inputs=(x,))
+    packed = prune_and_pack(params, plan)
+    for kind in ("mean_square", "gram"):
+        found = nmjax.post_training.collect(forward, params, [x], plan, kind=kind)
+        leaf = nmjax.quantize(packed, found)["w"]
+        widest = np.sqrt((np.asarray(x) ** 2).mean(axis=0).max())
+        np.testing.assert_allclose(leaf.input_steps, 6 * widest / 127, rtol=1e-5)
+        assert int(leaf.saturated(x)) == 0
+    for wrong, words in (
+        ({}, "no statistics of w"),
+        ({"w": np.ones((1, 8))}, "have shape"),
+        ({"w": np.zeros((1, 16))}, "finite and not all zero"),
+        ({"w": np.full((1, 16), np.nan)}, "finite and not all zero"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            nmjax.quantize(packed, wrong)
+    with pytest.raises(ValueError, match="does not use statistics"):
+        nmjax.quantize(packed, found, inputs="dynamic")
+
+
 def test_an_output_of_zeros_stays_zero():
     made = nmjax.quantize(pack(np.zeros((8, 2), np.float32)))
     assert made.scales.tolist() == [1, 1]
@@ -239,6 +295,7 @@ def test_what_cannot_be_quantized():
 
 TREE = nmjax.quantize({"conv": packed_leaf("1x4@0.5 conv"), "b/sr": packed_leaf("1x2@0.5/layer")})
 TREE["nm"] = packed_leaf("2:4").astype(jnp.bfloat16)
+TREE["static"] = nmjax.quantize({"a": packed_leaf("2:4")}, {"a": np.ones((1, 16))})["a"]
 TREE["wide"] = nmjax.quantize(packed_leaf("2:4").astype(jnp.bfloat16), inputs="dynamic")
 
 
@@ -260,7 +317,7 @@ def test_files_restore_every_bit(parts):
     _, manifest, load = parts
     assert (manifest["version"], manifest["quantized"]) == (
         3,
-        {"b/sr": "float", "conv": "float", "wide": "dynamic"},
+        {"b/sr": "float", "conv": "float", "static": "static", "wide": "dynamic"},
     )
     loaded = named_leaves(load(), is_leaf=nmjax.packed.weight.is_packed)
     before = named_leaves(TREE, is_leaf=nmjax.packed.weight.is_packed)
@@ -287,6 +344,10 @@ def test_files_restore_every_bit(parts):
         (lambda t, m: m["quantized"].update(nm="float"), "nm/scales is missing"),
         (lambda t, m: m["quantized"].update(x="float"), "x is quantized, but"),
         (lambda t, m: m["quantized"].update(conv=1), "is a int"),
+        (lambda t, m: t.pop("static/input_steps"), "static/input_steps is missing"),
+        (lambda t, m: t.update({"static/input_steps": np.zeros((), "f4")}), "above zero"),
+        (lambda t, m: t.update({"static/input_steps": np.ones(1, "f4")}), "expected float32"),
+        (lambda t, m: m["quantized"].update(static="float"), "below another leaf"),
         (lambda t, m: m["quantized"].update(conv="x"), "inputs cannot be 'x'"),
         (lambda t, m: m.update(quantized=[]), "is a list"),
         (lambda t, m: m.update(version=2), "should have the keys"),
