@@ -82,6 +82,7 @@ def test_the_layout_bit_by_bit(shape, seed):
     assert made.shape == w.shape
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", LEAVES)
 def test_scales_and_errors_of_every_kind(kind):
     packed = packed_leaf(kind)
@@ -103,6 +104,7 @@ def product(x, leaf):
     return (nmjax.packed_conv if leaf.kernel_taps else nmjax.packed_matmul)(x, leaf)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", [kind for kind in LEAVES if kind != "2:4 stack"])
 def test_products_are_exact_sums_of_integers(kind):
     """Integers times integers, summed by NumPy in int64; scales are powers of two."""
@@ -175,6 +177,7 @@ def test_linen_and_nnx_layers():
     np.testing.assert_allclose(np.asarray(served(x), np.float32), expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", LEAVES)
 def test_rounded_inputs_are_near_the_others(kind):
     packed = packed_leaf(kind)

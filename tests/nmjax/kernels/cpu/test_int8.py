@@ -116,6 +116,7 @@ def test_any_inputs_are_rounded_as_defined():
     np.testing.assert_allclose(mapped, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_largest_sums_fit():
     """Every product is 127 * 127 or its negative, of as many inputs as there may be."""
     inputs = 2**17
@@ -144,6 +145,7 @@ def test_rows_that_are_not_finite_make_nan(bad, implementation):
     assert np.isnan(y).all(axis=1).tolist() == [False, True, False]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("taps", "strides"), [((3, 3), 1), ((2, 3), 2), ((1, 1), 1)])
 def test_convolutions(taps, strides):
     made, w = integers("1x8@0.5", (*taps, 12, 24), 0)
@@ -159,6 +161,7 @@ def test_convolutions(taps, strides):
     np.testing.assert_array_equal(y, expected * np.asarray(made.scales))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("inputs", ["float", "dynamic"])
 @pytest.mark.parametrize("cut", ["rows", "outputs"])
 def test_parts_of_devices(cut, inputs):
