@@ -92,7 +92,8 @@ def check_pays(packed: Packed, rows: int) -> str:
         raise NotImplementedError(
             f"{density:.1%} kept: above {limit:.0%} the dense product is faster"
         )
-    return f"{library.instruction_set}, {density:.1%} kept"
+    integers = ", int8 weights" if isinstance(packed, Quantized) else ""
+    return f"{library.instruction_set}, {density:.1%} kept{integers}"
 
 
 def _check_quantized(packed: Quantized) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import nmjax
 from nmjax.kernels.cpu.library import load_library
+from nmjax.kernels.matmul import choose
 from tests.nmjax.packed_weights import prune_and_pack
 
 pytestmark = pytest.mark.skipif(
@@ -184,8 +185,12 @@ def test_parts_of_devices(cut, inputs):
 
 def test_the_kernels_are_chosen():
     made, _ = integers("1x4@0.5", (16, 64), 2)
-    text = jax.jit(nmjax.packed_matmul).lower(jnp.ones((1, 16)), made).as_text()
-    assert "nmjax_blocks_int8" in text
+    if load_library().instruction_set != "portable":
+        text = jax.jit(nmjax.packed_matmul).lower(jnp.ones((1, 16)), made).as_text()
+        assert "nmjax_blocks_int8" in text
+        assert choose(made.dtype, made, 1).reason.endswith("kept, int8 weights")
+        rounding = dataclasses.replace(made, inputs_are="dynamic")
+        assert choose(made.dtype, rounding, 1).reason.endswith("int8 by int8")
     with pytest.raises(NotImplementedError, match="int8 values of 1xN blocks"):
         nmjax.packed_matmul(
             jnp.ones((1, 16)), integers("2:4", (16, 16), 0)[0], implementation="ffi"
