@@ -40,7 +40,7 @@ from experiments.distributed.stopping import INTERRUPTED, ending_at_the_second
 from experiments.json_files import Numbers
 from experiments.report.snapshots import block_masks, example_images, kernel_shapes, shown
 from experiments.report.step_times import step_times
-from experiments.tasks.task import Compared, Task
+from experiments.tasks.task import Compared, Task, total_rate
 from experiments.training.finding import task_names
 from experiments.training.flags import Flags as TrainFlags
 from experiments.training.flags import as_flags, make_task
@@ -51,7 +51,6 @@ from experiments.training.methods import (
     check_fits,
     find_row,
     is_blocks,
-    total_rate,
 )
 from experiments.training.results import Results, Trial, brief_epoch_numbers
 from experiments.training.step import Programs, RunState, make_programs

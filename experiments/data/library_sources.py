@@ -18,7 +18,8 @@ _LEFT_OUT = frozenset(
     ["site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip"]
 )
 
-# Of 256 values of a hash, how many put a file into the test set: about a tenth.
+# Of 256 values of a hash, how many put a file into the test set: about a tenth. Another byte of
+# the hash holds as many of the other files out for validation.
 _TEST_HASHES = 26
 
 
@@ -40,13 +41,15 @@ class Sources(NamedTuple):
     skipped: tuple[str, ...]
 
 
-def load_sources(folder: Path | None = None) -> Sources:
+def load_sources(folder: Path | None = None, *, validation: bool = False) -> Sources:
     """Reads every `*.py` file of a folder and splits them by a hash of the relative path.
 
     A file's half depends only on its path within the library.
 
     Args:
       folder: of the library; None for that of the running Python.
+      validation: whether a tenth of the training files takes the place of the test files, which
+        are left out.
 
     Raises:
       ValueError: if one of the halves is empty.
@@ -56,8 +59,10 @@ def load_sources(folder: Path | None = None) -> Sources:
     skipped = []
     for path in library_files(root):
         name = path.relative_to(root).as_posix()
+        if validation and is_test(name):
+            continue
         try:
-            halves[is_test(name)].append(path.read_bytes())
+            halves[is_held_out(name) if validation else is_test(name)].append(path.read_bytes())
         except OSError:
             skipped.append(name)
     train, test = halves[False], halves[True]
@@ -72,8 +77,17 @@ def load_sources(folder: Path | None = None) -> Sources:
 
 def is_test(name: str) -> bool:
     """Whether a file, named by its path with slashes, is a test file."""
+    return _hash(name)[0] < _TEST_HASHES
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a file, if it is a training file, is held out for validation."""
+    return _hash(name)[1] < _TEST_HASHES
+
+
+def _hash(name: str) -> bytes:
     # Not `hash`, which gives a string another number in every process.
-    return hashlib.sha256(name.encode()).digest()[0] < _TEST_HASHES
+    return hashlib.sha256(name.encode()).digest()
 
 
 def library_files(root: Path) -> Iterator[Path]:

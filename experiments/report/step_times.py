@@ -16,16 +16,19 @@ from experiments.training.step import TrainState
 Timed = tuple[Callable[[TrainState, Any], TrainState], TrainState, Any]
 
 
-def step_times(chosen: Mapping[tuple[str, str], Timed], *, rounds: int) -> list[Numbers]:
+def step_times(
+    chosen: Mapping[tuple[str, str], Timed], *, rounds: int, reference: str = "dense"
+) -> list[Numbers]:
     """Times one step of each program in turn, `rounds` times, after a round to warm up.
 
     Args:
       chosen: (pattern, method) -> what is timed. Methods with the same step share a measurement.
       rounds: how often.
+      reference: the method that the others are compared with.
 
     Returns:
-      Pattern, method, median milliseconds, and the median over the rounds of the ratio to dense in
-      the same round, or NaN without dense.
+      Pattern, method, median milliseconds, and the median over the rounds of the ratio to the
+      reference in the same round, or NaN without it.
     """
     states = {step: state for step, state, _ in chosen.values()}
     batches = {step: batch for step, _, batch in chosen.values()}
@@ -38,13 +41,13 @@ def step_times(chosen: Mapping[tuple[str, str], Timed], *, rounds: int) -> list[
             seconds[step].append(time.perf_counter() - began)
     # The first round compiles.
     times = {key: np.array(seconds[step][1:]) for key, (step, _, _) in chosen.items()}
-    dense = next((taken for (_, method), taken in times.items() if method == "dense"), np.nan)
+    base = next((taken for (_, method), taken in times.items() if method == reference), np.nan)
     return [
         {
             "pattern": pattern,
             "method": method,
             "milliseconds": 1e3 * float(np.median(taken)),
-            "ratio": float(np.median(taken / dense)),
+            "ratio": float(np.median(taken / base)),
         }
         for (pattern, method), taken in times.items()
     ]

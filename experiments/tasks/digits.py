@@ -3,7 +3,9 @@
 1,797 real images ship with scikit-learn. Unmodified, they are too easy: a small network gets 98% of
 them right at any sparsity, and all methods look alike. Here images are shifted by up to one pixel
 each way and get noise. Training draws new shifts and noise in every epoch; the test set is fixed.
-The training set has 80 images of each class and the test set has the other 997.
+The training set has 80 images of each class and the test set has the other 997. With
+`--validation`, a fifth of the training set is held out and takes the place of the test set; an
+epoch keeps its number of steps, so that what is chosen there fits the whole training set, too.
 
 As in the paper, SR-STE's strength comes from a sweep, here on another split of the images with
 other seeds: at 1:16 a total pull (see below) of 0.2 to 1 gave the highest accuracy; at 3 and above
@@ -42,6 +44,10 @@ SHIFT_PIXELS = 1
 NOISE = 0.5  # standard deviations of a pixel
 TEST_DRAWS = 2  # copies of each test image, each with its own shift and noise
 
+# Of the 80, held out for validation. They are few, so each is drawn more often.
+VALIDATION_IMAGES_PER_CLASS = 16
+VALIDATION_DRAWS = 8
+
 # Either can be changed, and both decide the rest of the recipe.
 SIZES = Recipe(epochs=60, batch_size=25)
 
@@ -72,10 +78,11 @@ class Digits(NamedTuple):
     """The data set, split and normalized.
 
     Attributes:
-      train_images: (800, 8, 8, 1), zero mean and unit variance over all pixels.
-      train_labels: (800,).
-      test_images: (1994, 8, 8, 1), shifted and noisy.
-      test_labels: (1994,).
+      train_images: (800, 8, 8, 1), zero mean and unit variance over all pixels; 640 of them with
+        a validation split.
+      train_labels: (800,), or (640,).
+      test_images: (1994, 8, 8, 1), shifted and noisy; or (1280, 8, 8, 1) of the validation split.
+      test_labels: (1994,), or (1280,).
       background: value of an empty pixel after normalization.
     """
 
@@ -86,9 +93,13 @@ class Digits(NamedTuple):
     background: float
 
 
-@lru_cache(maxsize=1)
-def load_digits() -> Digits:
-    """Loads, splits and normalizes the data set; the same result at every call."""
+@lru_cache(maxsize=2)
+def load_digits(validation: bool = False) -> Digits:
+    """Loads, splits and normalizes the data set; the same result at every call.
+
+    Args:
+      validation: whether a part of the training images takes the place of the test images.
+    """
     from sklearn.datasets import load_digits as load
 
     data = load()
@@ -96,12 +107,15 @@ def load_digits() -> Digits:
     # Not the run's seed: the split and the noise of the test set are the same for all runs.
     rng = np.random.default_rng(0)
     train = _stratified(labels, TRAIN_IMAGES_PER_CLASS, rng)
-    test = np.setdiff1d(np.arange(len(labels)), train)
+    test, draws = np.setdiff1d(np.arange(len(labels)), train), TEST_DRAWS
+    if validation:
+        held_out = train[_stratified(labels[train], VALIDATION_IMAGES_PER_CLASS, rng)]
+        train, test, draws = np.setdiff1d(train, held_out), held_out, VALIDATION_DRAWS
     # Of the training images alone, so that nothing is learned from the test images.
     mean, std = images[train].mean(), images[train].std()
     images = ((images - mean) / std).astype(np.float32)
     background = float(-mean / std)
-    test = np.tile(test, TEST_DRAWS)
+    test = np.tile(test, draws)
     return Digits(
         images[train],
         labels[train],
@@ -130,7 +144,7 @@ def disturb(images: Images, background: float, rng: np.random.Generator) -> Imag
     return (shifted + NOISE * noise).astype(np.float32)
 
 
-@offers("small_resnet", dtypes=BOTH_DTYPES)
+@offers("small_resnet", dtypes=BOTH_DTYPES, validation=True)
 def task(options: Options = DEFAULTS, *, widths: tuple[int, ...] = (16, 16, 32)) -> Task:
     """Makes the task of classifying the digits with a small ResNet.
 
@@ -138,7 +152,7 @@ def task(options: Options = DEFAULTS, *, widths: tuple[int, ...] = (16, 16, 32))
       options: model, recipe and the like; the batch size divides 800.
       widths: features of the ResNet's stages.
     """
-    sizes = options.changed(SIZES)
+    sizes, data = options.changed(SIZES), load_digits(options.validation)
     steps = steps_per_epoch(range(10 * TRAIN_IMAGES_PER_CLASS), sizes.batch_size)
     recipe = options.changed(find_recipe(sizes.epochs, sizes.batch_size, steps))
     made = classification_task(
@@ -146,12 +160,13 @@ def task(options: Options = DEFAULTS, *, widths: tuple[int, ...] = (16, 16, 32))
         model=SmallResNet(widths, 10),
         traced_model=SmallResNet(widths, 10, unfold=False),
         input_shape=(8, 8, 1),
-        train_batches=lambda seed, epoch: _train_batches(seed, epoch, recipe.batch_size),
-        eval_batches=_eval_batches,
+        train_batches=lambda seed, epoch: _train_batches(data, seed, epoch, recipe.batch_size),
+        eval_batches=lambda: _eval_batches(data),
         steps_per_epoch=steps,
         recipe=recipe,
         keep_dense=("^stem/", "^head/"),
         compared=COMPARED,
+        identity=options.identity,
     )
     # The network has no dtype of its own.
     return in_bfloat16(made) if options.dtype == "bfloat16" else made
@@ -165,7 +180,7 @@ def find_recipe(epochs: int, batch_size: int, steps: int) -> Recipe:
     `PULL_FRACTION` of the paper's. So the length of the run decides the rest.
 
     Args:
-      epochs: passes over the 800 training images.
+      epochs: passes over the training images.
       batch_size: examples per step.
       steps: per epoch.
     """
@@ -190,10 +205,11 @@ def lambda_for_pull(pull: float, steps: int, learning_rate: float) -> float:
     return pull / (steps * learning_rate / 2)
 
 
-def _train_batches(seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
-    data = load_digits()
+def _train_batches(data: Digits, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(data.train_labels))
+    # An epoch of a smaller training set shows some images twice.
+    order = np.resize(order, 10 * TRAIN_IMAGES_PER_CLASS)
     images = disturb(data.train_images[order], data.background, rng)
     labels = data.train_labels[order]
     for start in range(0, len(order) - batch_size + 1, batch_size):
@@ -201,8 +217,7 @@ def _train_batches(seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
         yield {"image": images[part], "label": labels[part]}
 
 
-def _eval_batches(batch_size: int = 100) -> Iterator[Batch]:
-    data = load_digits()
+def _eval_batches(data: Digits, batch_size: int = 100) -> Iterator[Batch]:
     for start in range(0, len(data.test_labels), batch_size):
         images = data.test_images[start : start + batch_size]
         labels = data.test_labels[start : start + batch_size]

@@ -53,7 +53,7 @@ RECIPE = Recipe(
 )
 
 
-@offers(*TRANSFORMERS, default="transformer_tiny", dtypes=BOTH_DTYPES)
+@offers(*TRANSFORMERS, default="transformer_tiny", dtypes=BOTH_DTYPES, validation=True)
 def task(
     options: Options = DEFAULTS, *, train_pairs: int = TRAIN_PAIRS, test_pairs: int = TEST_PAIRS
 ) -> Task:
@@ -64,7 +64,7 @@ def task(
       train_pairs: number of training pairs.
       test_pairs: number of test pairs; their numbers are never trained on.
     """
-    train, test = number_pairs(train_pairs, test_pairs)
+    train, test = number_pairs(train_pairs, test_pairs, validation=options.validation)
     vocabulary = train_vocabulary((side for pair in train for side in pair), PIECES)
     encoded = encode_pairs(test, vocabulary, length=LENGTH)
     return translation_task(
@@ -79,16 +79,18 @@ def task(
         bleu_tokens="char",
         dtype=jnp.dtype(options.dtype),
         notes=(f"A vocabulary of {PIECES} pieces for both languages.",),
+        identity=options.identity,
     )
 
 
 @cache
 def number_pairs(
-    train: int, test: int
+    train: int, test: int, *, validation: bool = False
 ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
     """English and German names of different numbers, to train on and to test with.
 
-    Numbers of 1 to `DIGITS` digits are equally likely, as far as there are enough.
+    Numbers of 1 to `DIGITS` digits are equally likely, as far as there are enough. For validation,
+    both come from the numbers that are not test numbers.
     """
     rng = np.random.default_rng(0)
     # Dicts as sets that keep the order in which numbers were drawn.
@@ -97,6 +99,10 @@ def number_pairs(
     while any(len(halves[half]) < wanted[half] for half in halves):
         number = int(rng.integers(0, 10 ** rng.integers(1, DIGITS + 1)))
         half = is_test(number)
+        if validation:
+            if half:
+                continue
+            half = is_held_out(number)
         if len(halves[half]) < wanted[half]:
             halves[half][number] = None
     return tuple(names(halves[False])), tuple(names(halves[True]))
@@ -111,3 +117,8 @@ def is_test(number: int) -> bool:
     """Whether a number is held out for testing. It is one in ten and depends only on the number."""
     # 26 of the 256 values of a byte.
     return hashlib.sha256(str(number).encode()).digest()[0] < 26
+
+
+def is_held_out(number: int) -> bool:
+    """Whether a number, if it is trained on, is held out for validation: again one in ten."""
+    return hashlib.sha256(str(number).encode()).digest()[1] < 26

@@ -45,6 +45,8 @@ class Options:
         channels. Dense training measures the topology that this pattern would have.
       dtype: dtype that the network computes in. Parameters are float32, and masks are computed from
         them.
+      validation: hold a part of the training data out and evaluate on it, so that choices can be
+        made without the test data.
       data_dir: folder of prepared data sets. None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
       workers: processes that read examples; 0 reads in this one.
       threads: threads that read examples, in each process.
@@ -68,6 +70,7 @@ class Options:
     model: str = ""
     pattern: str = "2:4"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    validation: bool = False
     data_dir: Path | None = None
     workers: int = 0
     threads: int = 8
@@ -118,6 +121,11 @@ class Options:
         return Reading(workers=self.workers, threads=self.threads)
 
     @property
+    def identity(self) -> tuple[tuple[str, str], ...]:
+        """What a task adds to its own identity. Runs with and without validation do not mix."""
+        return (("split", "validation"),) if self.validation else ()
+
+    @property
     def for_blocks(self) -> bool:
         """Whether the pattern is one of 1xN blocks, which some tasks have another recipe for."""
         # Parsed here, so that a wrong pattern is an error before any data is read.
@@ -131,17 +139,21 @@ MakeTask = TypeVar("MakeTask", bound=Callable[..., Task])
 
 
 def offers(
-    *models: str, default: str = "", dtypes: tuple[str, ...] = ("float32",)
+    *models: str,
+    default: str = "",
+    dtypes: tuple[str, ...] = ("float32",),
+    validation: bool = False,
 ) -> Callable[[MakeTask], MakeTask]:
     """Declares which models and dtypes a task's constructor supports, and checks its options.
 
-    If no model is named, the constructor finds the default's name in `options.model`. A model or
-    dtype that is not declared raises ValueError.
+    If no model is named, the constructor finds the default's name in `options.model`. A model,
+    dtype or split that is not declared raises ValueError.
 
     Args:
       *models: names of the networks.
       default: one of them; the first by default.
       dtypes: dtypes that the networks can compute in.
+      validation: whether the task can hold a part of its training data out.
     """
     default = default or models[0]
 
@@ -153,6 +165,8 @@ def offers(
                 raise ValueError(f"no model named {model!r}; choose from {', '.join(models)}")
             if options.dtype not in dtypes:
                 raise ValueError(f"{model} computes in {' or '.join(dtypes)}, got {options.dtype}")
+            if options.validation and not validation:
+                raise ValueError("this task holds no training data out: drop --validation")
             return make(dataclasses.replace(options, model=model), **details)
 
         # A run's folder is named after it before the task is made.

@@ -90,7 +90,7 @@ PORTIONS = {
 }
 
 
-@offers(*RECIPES, dtypes=BOTH_DTYPES)
+@offers(*RECIPES, dtypes=BOTH_DTYPES, validation=True)
 def task(
     options: Options = DEFAULTS,
     *,
@@ -108,7 +108,7 @@ def task(
       ValueError: the corpus is empty, or shorter than a window.
     """
     recipe, portion = options.changed(RECIPES[options.model]), portion or PORTIONS[options.model]
-    sources = sources or _library()
+    sources = sources or _library(options.validation)
     _check_long_enough(sources, portion.window)
     # A token for each value of a byte.
     network = Decoder(DECODERS[options.model], 256, jnp.dtype(options.dtype))
@@ -159,7 +159,10 @@ def task(
         baselines=baselines(sources),
         notes=(_note(sources),),
         # Another Python has another library, so a run resumed there would train on other data.
-        identity=(("corpus", hashlib.sha256(sources.train.tobytes()).hexdigest()[:16]),),
+        identity=(
+            ("corpus", hashlib.sha256(sources.train.tobytes()).hexdigest()[:16]),
+            *options.identity,
+        ),
     )
 
 
@@ -182,8 +185,8 @@ def baselines(sources: Sources) -> tuple[tuple[str, float], ...]:
 
 
 @cache
-def _library() -> Sources:
-    return load_sources()
+def _library(validation: bool) -> Sources:
+    return load_sources(validation=validation)
 
 
 def _check_long_enough(sources: Sources, window: int) -> None:

@@ -13,11 +13,14 @@ from itertools import islice
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 # `as` re-exports the names, which tasks need next to `Task`.
 from experiments.data.batches import Batch as Batch
 from experiments.data.batches import Rows as Rows
+from experiments.tasks.learning_rates import in_parts
 
 Variables = dict[str, Any]
 Sums = dict[str, jax.Array]
@@ -127,6 +130,24 @@ class Recipe:
     def strength(self, *, decoupled: bool) -> float:
         """Strength of the sparse-refined term, by its place in the optimizer."""
         return self.lambda_decoupled if decoupled else self.lambda_w
+
+
+def learning_rate(
+    recipe: Recipe, steps_per_epoch: int, restarts: tuple[int, ...] = ()
+) -> optax.Schedule:
+    """Linear warm-up from 0, then the recipe's decay; once from each restart to the next.
+
+    Cosine and linear end at 0. The inverse square root is `peak * sqrt(warmup / step)`.
+    """
+    steps, warmup = recipe.epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch)
+    return in_parts(recipe.schedule, recipe.learning_rate, warmup, steps, restarts)
+
+
+def total_rate(recipe: Recipe, steps_per_epoch: int) -> float:
+    """Sum of the learning rate over all steps of a run without restarts."""
+    steps = recipe.epochs * steps_per_epoch
+    rates = jax.vmap(learning_rate(recipe, steps_per_epoch))(jnp.arange(steps))
+    return float(jnp.sum(rates))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from experiments.distributed.placement import HERE, Placement
 from experiments.distributed.seeds import one_seed, stack
 from experiments.tasks.task import Batch, Rows, Task
 from experiments.training.finite import check_finite
+from experiments.training.methods import Strengths
 from experiments.training.step import Job, Programs, RunState, TrainState, make_programs
 
 
@@ -57,7 +58,7 @@ def train(
     job: Job,
     *,
     seeds: Sequence[int] = (0,),
-    lambda_w: float | None = None,
+    lambda_w: float | Strengths | None = None,
     programs: Programs | None = None,
     start: RunState | None = None,
     evaluate_every: int = 1,
@@ -70,7 +71,7 @@ def train(
     Args:
       job: task, plan and method. The recipe is the task's.
       seeds: of the initial weights and of the order of the data. Several are trained together.
-      lambda_w: strength of the sparse-refined term; None for the recipe's.
+      lambda_w: strength of the sparse-refined term, and of more; None for the recipe's.
       programs: from `make_programs`, to share their compilation between runs. They must have an
         axis of seeds if and only if there are several, and the placement's layout.
       start: continues from this state, from a report or `on_step`; its arrays are donated.
@@ -123,12 +124,15 @@ def train(
         yield EpochReport(epoch=done, test=test, seconds=seconds, state=state, **measured)
 
 
-def begin(programs: Programs, seeds: Sequence[int], lambda_w: float) -> RunState:
+def begin(programs: Programs, seeds: Sequence[int], lambda_w: float | Strengths) -> RunState:
     """The state of epoch 0; the same for the same seeds."""
     # NumPy arrays of fixed dtypes: Python numbers would compile a second time.
-    numbers, strengths = np.asarray(seeds, np.int32), np.full(len(seeds), lambda_w, np.float32)
+    numbers, strengths = jax.tree.map(
+        lambda given: np.broadcast_to(np.asarray(given), len(seeds)),
+        (np.asarray(seeds, np.int32), jax.tree.map(np.float32, lambda_w)),
+    )
     if not programs.seeds:
-        numbers, strengths = numbers[0], strengths[0]
+        numbers, strengths = jax.tree.map(lambda values: values[0], (numbers, strengths))
     variables = programs.init(numbers)
     train = programs.begin(variables, numbers, strengths)
     return RunState(train, programs.remember(train, programs.masks(train.params)))

@@ -17,8 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 import nmjax
-from experiments.tasks.learning_rates import in_parts
-from experiments.tasks.task import Recipe
+from experiments.tasks.task import Recipe, learning_rate
 from nmjax import methods, patterns
 from nmjax.patterns import Pattern
 from nmjax.pruning import Masks
@@ -26,6 +25,20 @@ from nmjax.pruning import Masks
 # At -lambda_w itself the network learns nothing: pruned weights grow exponentially until they
 # displace the kept ones, again and again. This fraction is enough to see the harm.
 NEGATIVE_FRACTION = -0.1
+
+
+class Strengths(NamedTuple):
+    """What may differ between runs of one program: numbers, or one for each seed.
+
+    Attributes:
+      lambda_w: strength of the sparse-refined term.
+      rate: factor of the recipe's learning rate.
+      decay: factor of its weight decay.
+    """
+
+    lambda_w: ArrayLike
+    rate: ArrayLike = 1.0
+    decay: ArrayLike = 1.0
 
 
 class Method(NamedTuple):
@@ -307,26 +320,8 @@ def is_blocks(pattern: str | Pattern) -> bool:
     return patterns.is_blocks(nmjax.parse_pattern(pattern))
 
 
-def learning_rate(
-    recipe: Recipe, steps_per_epoch: int, restarts: tuple[int, ...] = ()
-) -> optax.Schedule:
-    """Linear warm-up from 0, then the recipe's decay; once from each restart to the next.
-
-    Cosine and linear end at 0. The inverse square root is `peak * sqrt(warmup / step)`.
-    """
-    steps, warmup = recipe.epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch)
-    return in_parts(recipe.schedule, recipe.learning_rate, warmup, steps, restarts)
-
-
-def total_rate(recipe: Recipe, steps_per_epoch: int) -> float:
-    """Sum of the learning rate over all steps of a run without restarts."""
-    steps = recipe.epochs * steps_per_epoch
-    rates = jax.vmap(learning_rate(recipe, steps_per_epoch))(jnp.arange(steps))
-    return float(jnp.sum(rates))
-
-
 def optimizer(
-    method: Method, recipe: Recipe, steps_per_epoch: int, lambda_w: ArrayLike
+    method: Method, recipe: Recipe, steps_per_epoch: int, lambda_w: ArrayLike | Strengths
 ) -> optax.GradientTransformationExtraArgs:
     """The recipe's optimizer with the method's own term first in the chain, or after Adam.
 
@@ -334,7 +329,8 @@ def optimizer(
     the chain, the sparse-refined term is clipped with the gradient and goes through momentum or
     Adam's preconditioner. Decoupled, it is a part of the update like AdamW's weight decay.
     """
-    term, decay = method.transform(lambda_w), _weight_decay(recipe)
+    given = lambda_w if isinstance(lambda_w, Strengths) else Strengths(lambda_w)
+    term, decay = method.transform(given.lambda_w), _weight_decay(recipe, given.decay)
     if recipe.optimizer == "sgd":
         # Decay before momentum is PyTorch's coupled weight decay; after Adam it is AdamW's.
         direction = [decay, optax.trace(recipe.momentum)]
@@ -349,12 +345,13 @@ def optimizer(
         *direction,
         *([term] if method.decoupled else []),
         optax.scale_by_learning_rate(learning_rate(recipe, steps_per_epoch, method.restarts)),
+        *([optax.scale(given.rate)] if isinstance(lambda_w, Strengths) else []),
     )
 
 
-def _weight_decay(recipe: Recipe) -> optax.GradientTransformation:
+def _weight_decay(recipe: Recipe, factor: ArrayLike) -> optax.GradientTransformation:
     mask = None if recipe.decay_vectors else _has_several_axes
-    return optax.add_decayed_weights(recipe.weight_decay, mask=mask)
+    return optax.add_decayed_weights(recipe.weight_decay * factor, mask=mask)
 
 
 def _nothing(lambda_w: ArrayLike) -> optax.GradientTransformation:

@@ -23,7 +23,7 @@ from experiments.training.finite import first_bad_leaf
 from experiments.training.job import Job as Job
 from experiments.training.job import check_plan
 from experiments.training.job import plan_of as plan_of
-from experiments.training.methods import Method, is_blocks, optimizer
+from experiments.training.methods import Method, Strengths, is_blocks, optimizer
 from experiments.training.rearranging import free_channels, sort_network
 from nmjax.pruning import Masks
 from nmjax.trees.leaves import named_leaves
@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
       collections: Flax's other collections, such as "batch_stats".
       opt_state: of the optimizer.
       sparse: of the sparsifier.
-      lambda_w: float32 scalar, strength of the sparse-refined term.
+      lambda_w: float32 scalar, strength of the sparse-refined term; or `Strengths` of scalars.
       seed: int32 scalar; with `step` it determines every random number.
       step: int32 scalar, optimizer steps done.
       loss_sum: float32 scalar, sum of the losses of this epoch.
@@ -52,7 +52,7 @@ class TrainState(NamedTuple):
     collections: Any
     opt_state: Any
     sparse: Any
-    lambda_w: jax.Array
+    lambda_w: jax.Array | Strengths
     seed: jax.Array
     step: jax.Array
     loss_sum: jax.Array
@@ -205,7 +205,7 @@ def _init(task: Task, seed: jax.Array) -> Variables:
 
 
 def _begin(
-    training: Training, variables: Variables, seed: jax.Array, lambda_w: jax.Array
+    training: Training, variables: Variables, seed: jax.Array, lambda_w: jax.Array | Strengths
 ) -> TrainState:
     _, method, _ = training
     params = variables["params"]
@@ -305,7 +305,9 @@ def _deal(batch: Batch, parts: int) -> Batch:
     )
 
 
-def _optimizer(training: Training, lambda_w: jax.Array) -> optax.GradientTransformationExtraArgs:
+def _optimizer(
+    training: Training, lambda_w: jax.Array | Strengths
+) -> optax.GradientTransformationExtraArgs:
     task, method, parts = training
     tx = optimizer(method, task.recipe, task.steps_per_epoch, lambda_w)
     if parts == 1:

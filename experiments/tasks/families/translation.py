@@ -41,6 +41,7 @@ def translation_task(
     eval_batch_size: int = 128,
     dtype: Any = jnp.float32,
     notes: tuple[str, ...] = (),
+    identity: tuple[tuple[str, str], ...] = (),
     **described: Any,
 ) -> Task:
     """Makes the task of translating with an encoder and a decoder.
@@ -64,6 +65,7 @@ def translation_task(
       eval_batch_size: sentences translated at once.
       dtype: the network computes in.
       notes: about the data.
+      identity: what decides the result besides the vocabulary.
       **described: other fields of `Task`.
 
     Raises:
@@ -131,7 +133,7 @@ def translation_task(
             test.note("test"),
             *(_note(name, scores, metrics) for name, scores in trivial.items()),
         ),
-        identity=(("vocabulary", vocabulary.fingerprint),),
+        identity=(("vocabulary", vocabulary.fingerprint), *identity),
         **described,
     )
 

@@ -62,3 +62,15 @@ def test_the_running_pythons_library_is_there():
     assert found.train_files > 100
     assert 0.02 < len(found.test) / (len(found.train) + len(found.test)) < 0.3
     assert b"import" in found.test.tobytes()
+
+
+def test_validation_splits_the_training_files_and_leaves_the_test_files_out(tmp_path):
+    write(tmp_path, NAMES)
+    whole, tuning = load_sources(tmp_path), load_sources(tmp_path, validation=True)
+
+    def files(stream):
+        return set(stream.tobytes().split(b"\0")[:-1])
+
+    assert files(tuning.train) | files(tuning.test) == files(whole.train)
+    assert not files(tuning.train) & files(tuning.test)
+    assert 1 <= tuning.test_files < 20

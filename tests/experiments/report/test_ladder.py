@@ -66,7 +66,7 @@ def test_the_ladder_shows_paired_tests_corrected_within_each_pattern(folder, cap
         (trial["pattern"], trial["method"]): trial["epochs"][0]["test"]["accuracy"]
         for trial in json.loads((path / "results.json").read_text())["trials"]
     }
-    for pattern, method, _, mean, interval, p, corrected, _ in cells:
+    for pattern, method, _, mean, interval, p, corrected, *_ in cells:
         if method == "sr_ste":
             assert (mean, p) == ("", "")
             continue

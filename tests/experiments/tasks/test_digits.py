@@ -94,3 +94,29 @@ def test_model_and_loss_fit_together():
     value, collections = jax.eval_shape(loss, jax.random.key(0))
     assert value.shape == ()
     assert set(collections) == {"batch_stats"}
+
+
+def test_validation_holds_a_fifth_of_the_training_images_out_and_no_test_image(monkeypatch):
+    for name in ("NOISE", "SHIFT_PIXELS"):
+        monkeypatch.setattr(digits, name, 0)  # Then drawn images can be recognized.
+    whole, tuning = (load_digits.__wrapped__(validation) for validation in (False, True))
+    assert np.bincount(tuning.train_labels).tolist() == [64] * 10
+    assert np.bincount(tuning.test_labels).tolist() == [8 * 16] * 10
+
+    def grays(images):
+        low, high = images.min(), images.max()
+        scaled = np.rint(16 * (images - low) / (high - low)).astype(int)
+        return {image.tobytes() for image in scaled}
+
+    train, held_out = grays(tuning.train_images), grays(tuning.test_images)
+    assert (len(train), len(held_out)) == (640, 160)
+    assert train | held_out == grays(whole.train_images)
+    assert not held_out & grays(whole.test_images)
+
+
+def test_validation_trains_with_the_same_recipe_and_steps():
+    task, whole = digits.task(Options(validation=True)), digits.task()
+    assert task.identity != whole.identity
+    assert (task.recipe, task.steps_per_epoch) == (whole.recipe, whole.steps_per_epoch)
+    assert sum(1 for _ in task.train_batches(0, 0)) == task.steps_per_epoch
+    assert sum(batch["valid"].sum() for batch in task.eval_batches()) == 1280

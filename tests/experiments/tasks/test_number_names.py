@@ -55,3 +55,11 @@ def test_shapes_and_sparse_layers(task):
 def test_unknown_models_are_refused():
     with pytest.raises(ValueError, match="no model named 'resnet18'"):
         number_names.task(Options(model="resnet18"))
+
+
+def test_validation_holds_numbers_out_and_never_uses_test_numbers():
+    train, held_out = (set(pairs) for pairs in number_pairs(400, 40, validation=True))
+    assert (len(train), len(held_out)) == (400, 40)
+    assert not train & held_out
+    tested = set(names(number for number in range(2000) if is_test(number)))
+    assert not tested & (train | held_out)

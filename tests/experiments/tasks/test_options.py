@@ -50,3 +50,14 @@ def test_what_a_task_does_not_offer_is_an_error():
 @pytest.mark.parametrize(("pattern", "blocks"), [("2:4", False), ("1x4@0.5", True)])
 def test_blocks_are_recognized(pattern, blocks):
     assert Options(pattern=pattern).for_blocks == blocks
+
+
+def test_only_tasks_that_can_hold_data_out_take_validation():
+    @offers("small", validation=True)
+    def splits(options=DEFAULTS):
+        return options.identity
+
+    assert splits(Options(validation=True)) == (("split", "validation"),)
+    assert splits() == ()
+    with pytest.raises(ValueError, match="holds no training data out: drop --validation"):
+        task(Options(validation=True))

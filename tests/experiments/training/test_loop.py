@@ -9,8 +9,9 @@ import pytest
 
 import nmjax
 from experiments.distributed.seeds import across_cores, one_by_one
+from experiments.tasks.task import learning_rate
 from experiments.training.loop import begin, train
-from experiments.training.methods import METHODS, Method, learning_rate
+from experiments.training.methods import METHODS, Method, Strengths
 from experiments.training.step import Job, make_programs, plan_of
 from nmjax.trees.leaves import named_leaves
 from tests.experiments.tiny import STEPS, tiny_task, with_predictions
@@ -316,3 +317,19 @@ def task_masks(job):
 
 def chex_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_runs_of_one_program_may_differ_in_learning_rate_and_decay(optimizer):
+    recipe = {"optimizer": optimizer, "weight_decay": 0.01, "epochs": 2}
+    factors = Strengths(np.array([0.0, 0.02]), np.array([1.0, 2.0]), np.array([10.0, 1.0]))
+    together = last(train(make_job("sr_ste", **recipe), seeds=(3, 3), lambda_w=factors))
+    changed = ({"weight_decay": 0.1, "lambda_w": 0.0}, {"learning_rate": 0.1, "lambda_w": 0.02})
+    for place, numbers in enumerate(changed):
+        alone = last(train(make_job("sr_ste", **{**recipe, **numbers}), seeds=(3,)))
+        for found, expected in zip(
+            jax.tree.leaves(params_of(together, place)),
+            jax.tree.leaves(params_of(alone)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

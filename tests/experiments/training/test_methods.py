@@ -10,16 +10,14 @@ import pytest
 
 import nmjax
 import nmjax.trees.leaves
-from experiments.tasks.task import Recipe
+from experiments.tasks.task import Recipe, learning_rate, total_rate
 from experiments.training.loop import train
 from experiments.training.methods import (
     METHODS,
     Method,
     check_fits,
     find_row,
-    learning_rate,
     optimizer,
-    total_rate,
 )
 from experiments.training.rearranging import free_channels
 from experiments.training.step import Job, plan_of
