@@ -74,7 +74,8 @@ def test_public_names_are_documented(package, name):
 
 def test_the_build_reads_the_version_from_the_file_that_defines_it():
     assert "version" in PYPROJECT["project"]["dynamic"]
-    file = ROOT / PYPROJECT["tool"]["hatch"]["version"]["path"]
+    # Beside the package: it may be installed from a wheel.
+    file = Path(nmjax.__file__).parents[1] / PYPROJECT["tool"]["hatch"]["version"]["path"]
     names = {}
     exec(file.read_text(), names)
     assert names["__version__"] == nmjax.__version__
