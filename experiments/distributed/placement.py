@@ -64,6 +64,12 @@ class Placement(NamedTuple):
         """Adds to a tree of shapes the shardings that arrays of a training state have here."""
         return shapes if self.layout is None else self.layout.place_like(shapes)
 
+    def told(self, params: Any, plan: nmjax.Plan) -> nmjax.Plan:
+        """The plan that knows how parameters lie here, for the masks of TPUs."""
+        if self.layout is None:
+            return plan
+        return nmjax.shard_plan(params, plan, _by_leaf(self.layout, params))
+
     def active(self) -> AbstractContextManager[Any]:
         """Makes the mesh JAX's current one, which Explicit axes need."""
         return nullcontext() if self.layout is None else jax.set_mesh(self.layout.mesh)

@@ -157,13 +157,25 @@ def make_job(flags: Flags) -> Job:
     """
     check_fits(flags.method, flags.pattern, flags.lambda_w, flags.lambda_decoupled)
     job = assemble_job(make_task(flags), flags.method, flags.pattern, flags.accumulate)
-    return job if flags.from_pruned is None else _recovering(flags, job)
+    if flags.from_pruned is None:
+        return job
+    nmjax.check_sparse(job.task.init(jax.random.key(0))["params"], job.plan)
+    return _recovering(flags, job)
+
+
+def place_job(flags: Flags, job: Job, placement: Placement) -> Job:
+    """The job whose plan knows how the parameters lie: TPUs then compute masks shard by shard."""
+    if placement.layout is None:
+        return job
+    task = job.task
+    plan = placement.told(jax.eval_shape(task.init, jax.random.key(0))["params"], job.plan)
+    method = find_row(flags.method).build(plan, task.recipe, task.steps_per_epoch)
+    return _recovering(flags, job._replace(plan=plan, method=method))
 
 
 def _recovering(flags: Flags, job: Job) -> Job:
-    """The job of a network that is pruned already."""
-    nmjax.check_sparse(job.task.init(jax.random.key(0))["params"], job.plan)
-    if flags.method != "one_shot":
+    """The job, with the masks of the file if the network is pruned already and they are fixed."""
+    if flags.from_pruned is None or flags.method != "one_shot":
         return job
     # Half of the epochs are not dense: the masks are those of the file.
     fixed = nmjax.one_shot(job.plan, at_step=0)

@@ -22,7 +22,7 @@ from experiments.distributed.stopping import INTERRUPTED, preemption
 from experiments.json_files import JsonLines
 from experiments.tasks.task import Task
 from experiments.training.finite import check_finite
-from experiments.training.flags import Flags, make_job, make_run_placement, strength
+from experiments.training.flags import Flags, make_job, make_run_placement, place_job, strength
 from experiments.training.loop import EpochReport, begin, train
 from experiments.training.packing import check_packed, write_packed
 from experiments.training.results import epoch_numbers
@@ -72,7 +72,8 @@ class Run:
         try:
             self.checkpoints = self._open_checkpoints()
             over_seeds, layout = placement
-            self.programs = make_programs(job, over_seeds=over_seeds, layout=layout)
+            placed = place_job(flags, job, placement)
+            self.programs = make_programs(placed, over_seeds=over_seeds, layout=layout)
             new = partial(begin, self.programs, flags.seeds, self.lambda_w)
             self.state: RunState
             with placement.active():
