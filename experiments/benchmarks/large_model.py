@@ -121,7 +121,7 @@ def loss(
     def block(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         if plan is not None and not once:
             # With the pull here, a mask lives no longer than its layer's turn in the loop.
-            weights = nmjax.sparsify(weights, plan, lambda_w=lambda_w)
+            weights = nmjax.sparsify(weights, plan, lambda_w=lambda_w or None)
         return _block(model, weights, x), None
 
     body = jax.checkpoint(block) if remat else block
@@ -136,7 +136,7 @@ def loss(
 def _rounded(blocks: Params, plan: nmjax.Plan | None, lambda_w: float) -> Params:
     """The kernels of all blocks in bfloat16, where they lie; sparse if there is a plan."""
     if plan is not None:
-        blocks = nmjax.sparsify(blocks, plan, lambda_w=lambda_w, dtype=jnp.bfloat16)
+        blocks = nmjax.sparsify(blocks, plan, lambda_w=lambda_w or None, dtype=jnp.bfloat16)
 
     def at_rest(name: str, weights: Params) -> Params:
         kernel = weights["kernel"].astype(jnp.bfloat16)
