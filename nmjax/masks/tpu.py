@@ -194,7 +194,7 @@ def _call(
     """Runs `body` on every block, with `scratch` rows of words where it wants some."""
     result = jax.ShapeDtypeStruct(values.shape, out)
     word = jnp.float32 if values.dtype == jnp.float32 else jnp.int32
-    kept: jax.Array = pl.pallas_call(
+    call = pl.pallas_call(
         body,
         out_shape=result,
         grid=grid,
@@ -209,7 +209,10 @@ def _call(
         ),
         interpret=interpret,
         name=f"nm_{'mask' if out == jnp.int8 else 'prune'}_{m}",
-    )(values)
+    )
+    # TPUs count in 32 bits, while Python's integers would have 64 under jax_enable_x64.
+    with jax.enable_x64(False):
+        kept: jax.Array = call(values)
     return kept
 
 

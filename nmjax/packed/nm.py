@@ -270,7 +270,7 @@ def _pack(
     stored = exactly(kept, pattern.n, axis=-2)
     values, positions = _gather(jnp.where(kept, bits, 0), stored, pattern.n)
     # Visible as NaN, since a traced mask cannot raise.
-    too_many = kept.sum(axis=-2, keepdims=True) > pattern.n
+    too_many = kept.sum(axis=-2, keepdims=True, dtype=jnp.int32) > pattern.n
     code = stored if _is_bitmask(pattern) else positions
     return jnp.where(too_many, nan, values), pack_bits(_flat(code), _code_width(pattern))
 

@@ -168,9 +168,10 @@ def test_loss_optimizer_and_numpy_agree(name, lambda_w):
 @pytest.mark.parametrize("name", ["momentum, decay", ADAM])
 def test_loss_and_optimizer_agree_in_float32(name):
     transformations, _, _ = OPTIMIZERS[name]
-    in_loss = jax_train(optax.chain(*transformations), LAMBDA)
+    params = jax.tree.map(np.float32, PARAMS)
+    in_loss = jax_train(optax.chain(*transformations), LAMBDA, params)
     pull = nmjax.add_sparse_refined(PLAN, LAMBDA)
-    in_optimizer = jax_train(optax.chain(pull, *transformations))
+    in_optimizer = jax_train(optax.chain(pull, *transformations), params=params)
     assert in_loss["a"]["kernel"].dtype == np.float32
     assert largest_difference(in_loss, in_optimizer) < 1e-5
 

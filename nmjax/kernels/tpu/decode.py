@@ -206,7 +206,7 @@ def _planes_product(
     block_rows, block_outputs = min(rows, _ROWS), min(outputs, _OUTPUTS)
     grid = (pl.cdiv(rows, block_rows), pl.cdiv(outputs, block_outputs), groups // block)
     unroll = not interpret and block_rows <= _FEW_ROWS and pattern.n <= 2
-    y: jax.Array = pl.pallas_call(
+    call = pl.pallas_call(
         partial(_kernel, pattern, way, unroll),
         grid=grid,
         in_specs=[
@@ -222,7 +222,10 @@ def _planes_product(
         ),
         interpret=interpret,
         name=f"nmjax_decode_{pattern.n}_{pattern.m}",
-    )(x, values, codes)
+    )
+    # TPUs count in 32 bits, while Python's integers would have 64 under jax_enable_x64.
+    with jax.enable_x64(False):
+        y: jax.Array = call(x, values, codes)
     return y.reshape(count, batch, outputs)
 
 

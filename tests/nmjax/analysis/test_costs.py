@@ -127,7 +127,7 @@ def test_xla_counts_the_same_for_attention():
     ],
 )
 def test_xla_counts_the_same_for_convolutions(conv):
-    x = jnp.ones((2, 33, 8))
+    x = jnp.ones((2, 33, 8), jnp.float32)
     outputs = jax.eval_shape(conv.init_with_output, KEY, x)[0].size
     counted = linen.cost(conv, None, x).leaves["kernel"].macs
     assert counted == xla_macs(conv, x) - outputs / 2  # Adding the bias is half a multiply-add.

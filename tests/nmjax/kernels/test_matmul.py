@@ -15,8 +15,8 @@ from nmjax.kernels.cpu.library import Library
 from tests.nmjax.packed_weights import prune_and_pack
 
 PARAMS = {
-    "dense": {"kernel": jnp.ones((16, 32))},
-    "conv": {"kernel": jnp.ones((3, 3, 16, 32))},
+    "dense": {"kernel": jnp.ones((16, 32), jnp.float32)},
+    "conv": {"kernel": jnp.ones((3, 3, 16, 32), jnp.float32)},
 }
 
 
@@ -26,7 +26,7 @@ def pack(pattern):
 
 
 DENSE, CONV = pack("1x4@0.75")
-X, IMAGES = jnp.ones((2, 16)), jnp.ones((1, 5, 5, 16))
+X, IMAGES = jnp.ones((2, 16), jnp.float32), jnp.ones((1, 5, 5, 16), jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_bad_input(call, error, words):
 @pytest.mark.parametrize("implementation", [None, "xla", "ffi"])
 @pytest.mark.parametrize("pattern", ["2:4", "1x16@0.5", "1x16@0.5/layer"])
 def test_a_stack_of_layers_is_no_operand(implementation, pattern):
-    stacks = jax.tree.map(lambda w: jnp.ones((3, *w.shape)), PARAMS)
+    stacks = jax.tree.map(lambda w: jnp.ones((3, *w.shape), w.dtype), PARAMS)
     plan = nmjax.make_plan(PARAMS, pattern)
     packed = prune_and_pack(stacks, plan)
     with pytest.raises(ValueError, match=r"\(3, 16, 32\) is not one matrix.*vmap"):
@@ -76,14 +76,13 @@ def test_a_stack_of_layers_is_no_operand(implementation, pattern):
 
 @pytest.mark.parametrize(("pattern", "words"), [("1x2@0.75", "multiple of 4"), ("1:64", "2 to 32")])
 def test_what_kernels_cannot_take_is_said(pattern, words):
-    params = {"kernel": jnp.ones((64, 32))}
+    params = {"kernel": jnp.ones((64, 32), jnp.float32)}
+    x = jnp.ones((1, 64), jnp.float32)
     packed = prune_and_pack(params, nmjax.make_plan(params, pattern))["kernel"]
     if nmjax.backends()["ffi"].startswith("ready"):
         with pytest.raises(NotImplementedError, match=words):
-            nmjax.packed_matmul(jnp.ones((1, 64)), packed, implementation="ffi")
-    np.testing.assert_allclose(
-        nmjax.packed_matmul(jnp.ones((1, 64)), packed), jnp.ones((1, 64)) @ nmjax.unpack(packed)
-    )
+            nmjax.packed_matmul(x, packed, implementation="ffi")
+    np.testing.assert_allclose(nmjax.packed_matmul(x, packed), x @ nmjax.unpack(packed))
 
 
 def chosen(monkeypatch, library, pattern, batch, dtype=jnp.float32):
@@ -240,7 +239,7 @@ def test_weights_without_a_fast_product_are_unpacked_once(monkeypatch):
 
 def test_a_stack_is_unpacked_if_its_layers_are_slow(monkeypatch):
     monkeypatch.setattr(compiled, "load_library", lambda: FAST)
-    stacks = jax.tree.map(lambda w: jnp.ones((3, *w.shape)), PARAMS)
+    stacks = jax.tree.map(lambda w: jnp.ones((3, *w.shape), w.dtype), PARAMS)
     for pattern in ("2:4", "1x16@0.5", "1x16@0.5/layer"):
         ready = nmjax.unpack_slow(prune_and_pack(stacks, nmjax.make_plan(PARAMS, pattern)))
         assert not isinstance(ready["dense"]["kernel"], jax.Array)

@@ -178,7 +178,7 @@ def test_linen_vmap_of_a_sparse_module():
 
 
 def test_recurrent_cells_inside_and_outside_of_rnn():
-    sequence = jax.random.normal(KEY, (2, 5, 8))
+    sequence = jax.random.normal(KEY, (2, 5, 8), jnp.float32)
     dense = nn.RNN(nn.LSTMCell(16))
     variables = dense.init(KEY, sequence)
     plan = nmjax.make_plan(variables["params"], "2:4")

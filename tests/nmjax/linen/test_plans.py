@@ -18,7 +18,8 @@ class OutIn(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(), (self.features, x.shape[-1]))
+        shape = self.features, x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.normal(), shape, jnp.float32)
         return x @ kernel.T
 
 

@@ -16,7 +16,7 @@ import nmjax
 from nmjax import linen
 
 KEY = jax.random.key(0)
-X = jax.random.normal(jax.random.key(1), (6, 8))
+X = jax.random.normal(jax.random.key(1), (6, 8), jnp.float32)
 
 
 def assert_same(a, b):

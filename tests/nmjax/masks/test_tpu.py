@@ -150,7 +150,7 @@ def lowered_for(platform, f, *arguments):
 
 
 def test_programs_for_tpus_have_the_kernel_and_no_others_do():
-    params = {"kernel": jnp.ones((16, 8))}
+    params = {"kernel": jnp.ones((16, 8), jnp.float32)}
     plan = nmjax.make_plan(params, "2:4")
     tx = nmjax.add_sparse_refined(plan, 2e-4)
 
@@ -162,9 +162,9 @@ def test_programs_for_tpus_have_the_kernel_and_no_others_do():
 
     assert lowered_for("tpu", step, params).count("nm_prune_4") >= 1
     assert "tpu_custom_call" not in lowered_for("cpu", step, params)
-    mask = jax.vmap(lambda w: nm_mask(w, 2, 4))
-    assert "nm_mask_4" in lowered_for("tpu", mask, jnp.ones((3, 8, 8)))
-    assert "tpu_custom_call" not in lowered_for("cuda", mask, jnp.ones((3, 8, 8)))
+    mask, stack = jax.vmap(lambda w: nm_mask(w, 2, 4)), jnp.ones((3, 8, 8), jnp.float32)
+    assert "nm_mask_4" in lowered_for("tpu", mask, stack)
+    assert "tpu_custom_call" not in lowered_for("cuda", mask, stack)
 
 
 def test_pruning_has_the_gradient_of_its_mask():

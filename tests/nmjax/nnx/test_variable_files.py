@@ -130,7 +130,8 @@ def test_packed_kernels_of_layers_that_cannot_use_them(path):
 
     class Other(nnx.Module):
         def __init__(self):
-            self.kernel, self.bias = nnx.Param(jnp.ones((16, 8))), nnx.Param(jnp.ones(8))
+            self.kernel = nnx.Param(jnp.ones((16, 8), jnp.float32))
+            self.bias = nnx.Param(jnp.ones(8, jnp.float32))
 
     other = Other()
     with pytest.raises(TypeError, match="kernel: it is the 'kernel' of Other"):

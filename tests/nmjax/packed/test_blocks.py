@@ -200,7 +200,7 @@ def test_rows_may_be_sharded(axis_type):
 def test_size_against_dense(uniform):
     """1x16 blocks at 90 % take at most 0.105 of dense float32."""
     plan = LeafPlan(Block1xN(16, 0.9, uniform), (-2,), (-1,), (1000, 256))
-    packed = packed_of(jnp.ones(plan.shape), plan)
+    packed = packed_of(jnp.ones(plan.shape, jnp.float32), plan)
     assert packed.nbytes == 16 * 100 * (16 * 4 + 2) + (0 if uniform else 17 * 4)
     assert packed.nbytes <= 0.105 * 4 * 1000 * 256
 

@@ -11,8 +11,8 @@ from nmjax import LeafSize, sizes
 from tests.nmjax.packed_weights import prune_and_pack
 
 PARAMS = {
-    "a": {"kernel": jnp.ones((128, 64), jnp.bfloat16), "bias": jnp.zeros(64)},
-    "b": {"kernel": jnp.ones((1000, 32))},
+    "a": {"kernel": jnp.ones((128, 64), jnp.bfloat16), "bias": jnp.zeros(64, jnp.float32)},
+    "b": {"kernel": jnp.ones((1000, 32), jnp.float32)},
 }
 PLAN = nmjax.make_plan(PARAMS, "2:4", rules={"b/": "1x16@0.9"})
 PACKED = prune_and_pack(PARAMS, PLAN)

@@ -45,7 +45,7 @@ def in_nested_scans(w, x):
 
 
 def in_cond(w, x):
-    return lax.cond(x[0, 0] > 99, lambda: jnp.zeros((5, 6)), lambda: jnp.dot(x, w))
+    return lax.cond(x[0, 0] > 99, lambda: jnp.zeros((5, 6), x.dtype), lambda: jnp.dot(x, w))
 
 
 def in_while(w, x):
@@ -53,7 +53,7 @@ def in_while(w, x):
         i, y = state
         return i + 1, y.at[i].set(x[i] @ w)
 
-    return lax.while_loop(lambda state: state[0] < 3, step, (0, jnp.zeros((3, 5, 6))))[1]
+    return lax.while_loop(lambda state: state[0] < 3, step, (0, jnp.zeros((3, 5, 6), x.dtype)))[1]
 
 
 @jax.custom_jvp
@@ -236,7 +236,7 @@ def test_the_progress_says_how_much_time_is_left(plan, capfd):
 
 @pytest.mark.not_under("jax_debug_nans")
 def test_not_finite_inputs_name_the_first_layer_and_the_batch(plan):
-    broken = {**PARAMS, "stack": PARAMS["stack"] * np.array([np.nan, 1])[:, None, None]}
+    broken = {**PARAMS, "stack": PARAMS["stack"] * np.float32([np.nan, 1])[:, None, None]}
     # The first matrix of the stack meets good inputs, the second one does not.
     with pytest.raises(ValueError, match="batch 0: the inputs of stack hold NaN"):
         collect(network, broken, BATCHES, plan)

@@ -260,7 +260,7 @@ FOLLOWED = {
         {"w": DENSE},
     ),
     "inputs that the input picks": (
-        lambda p, x, i: x @ lax.dynamic_slice(p["w"], (i, 0), (16, 8)),
+        lambda p, x, i: x @ lax.dynamic_slice_in_dim(p["w"], i, 16),
         {"w": (64, 8)},
         (X, jax.ShapeDtypeStruct((), jnp.int32)),
         {"w": DENSE},

@@ -16,8 +16,8 @@ F32 = jnp.float32
 ERRORS = (jax.errors.JaxRuntimeError, ValueError)
 # 2 rows of 1x4 blocks over 6 inputs, 3 kept in each.
 BLOCKS = {
-    "x": jnp.ones((1, 1, 5, 6)),
-    "values": jnp.ones((2, 3, 4)),
+    "x": jnp.ones((1, 1, 5, 6), F32),
+    "values": jnp.ones((2, 3, 4), F32),
     "indices": jnp.array([[0, 1, 5], [2, 3, 4]], jnp.uint8),
     "row_pointers": jnp.zeros(0, jnp.int32),
     "bias": jnp.zeros(0, F32),
@@ -28,13 +28,13 @@ BLOCKS = {
 # The same blocks with pointers, as a layer whose rows differ.
 LAYER = {
     **BLOCKS,
-    "values": jnp.ones((6, 4)),
+    "values": jnp.ones((6, 4), F32),
     "indices": jnp.array([0, 1, 5, 2, 3, 4], jnp.uint8),
     "row_pointers": jnp.array([0, 3, 6], jnp.int32),
 }
 GROUPS = {
-    "x": jnp.ones((5, 8)),
-    "values": jnp.ones((2, 2, 16)),
+    "x": jnp.ones((5, 8), F32),
+    "values": jnp.ones((2, 2, 16), F32),
     "codes": jnp.full((1, 16), 0b01_00_01_00, jnp.uint8),
     "bias": jnp.zeros(0, F32),
     "shape": (5, 16),
@@ -162,7 +162,7 @@ def window(**changes):
         ({"shape": (1, 1, 5, 20)}, "do not fit each other"),
         ({"x": jnp.ones((1, 1, 5, 6), jnp.float16)}, "float32 or bfloat16"),
         ({"values": jnp.ones((2, 3, 4), jnp.int32)}, "float32 or bfloat16"),
-        ({"values": jnp.ones((2, 2, 4))}, "do not fit each other"),
+        ({"values": jnp.ones((2, 2, 4), F32)}, "do not fit each other"),
         ({"indices": BLOCKS["indices"].astype(jnp.int8)}, "unsigned indices"),
         ({"indices": BLOCKS["indices"].astype(jnp.bfloat16)}, "unsigned indices"),
         ({"indices": BLOCKS["indices"].astype(bool)}, "unsigned indices"),
@@ -204,9 +204,9 @@ def test_rows_that_differ(changes, words):
         ({"shape": (6, 16)}, "do not fit each other"),
         ({"shape": (5, 32)}, "do not fit each other"),
         ({"shape": (5, 1, 16)}, "matrices"),
-        ({"values": jnp.ones((2, 0, 16))}, "groups of 2 to 32"),
-        ({"values": jnp.ones((2, 4, 16))}, "groups of 2 to 32"),
-        ({"values": jnp.ones((2, 2, 8))}, "multiple of 16"),
+        ({"values": jnp.ones((2, 0, 16), F32)}, "groups of 2 to 32"),
+        ({"values": jnp.ones((2, 4, 16), F32)}, "groups of 2 to 32"),
+        ({"values": jnp.ones((2, 2, 8), F32)}, "multiple of 16"),
         ({"values": jnp.ones((2, 2, 16), jnp.float16)}, "float32 or bfloat16"),
         ({"codes": jnp.zeros((2, 16), jnp.uint8)}, "do not fit each other"),
         ({"codes": jnp.zeros((1, 16), jnp.int8)}, "dtype"),

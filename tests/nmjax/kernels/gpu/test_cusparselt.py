@@ -177,7 +177,7 @@ CANNOT = NotImplementedError
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: cusparselt.compress(jnp.ones((32, 16))), CANNOT, "float32.*bfloat16"),
+        (lambda: cusparselt.compress(jnp.ones((32, 16), jnp.float32)), CANNOT, "float32.*bfloat16"),
         (
             lambda: cusparselt.compress(jnp.ones((32, 8), jnp.bfloat16)),
             CANNOT,

@@ -134,7 +134,7 @@ def test_every_integer_is_expanded(decode):
     values = np.zeros(packed.values.shape, np.int8)
     values[0, 0], values[0, 1] = np.arange(-128, 128), np.arange(127, -129, -1)
     packed = packed.with_values(jnp.asarray(values))
-    w = nmjax.Quantized(packed, jnp.ones(256), jnp.dtype(jnp.float32))
+    w = nmjax.Quantized(packed, jnp.ones(256, jnp.float32), jnp.dtype(jnp.float32))
     y = run(decode, jnp.eye(8, 16, dtype=jnp.bfloat16), w, None, False, 8, 1)
     np.testing.assert_array_equal(y[:2].astype(int), values[0])
 

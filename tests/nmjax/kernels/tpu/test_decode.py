@@ -96,7 +96,7 @@ def test_products_of_any_shape_are_exact(pattern, groups, outputs, rows, dtype, 
     ("dtype", "atol"), [pytest.param(jnp.bfloat16, 2e-5, marks=pytest.mark.slow), (jnp.int8, 5e-5)]
 )
 def test_float32_inputs_keep_their_precision(dtype, atol):
-    x = jax.random.normal(jax.random.key(0), (3, 64))
+    x = jax.random.normal(jax.random.key(0), (3, 64), jnp.float32)
     packed = weight("2:4", 64, 16, dtype)
     y = product(x, tile(packed))
     np.testing.assert_allclose(y, np.asarray(x, np.float64) @ dense(packed), atol=atol)
