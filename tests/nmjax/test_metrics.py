@@ -194,7 +194,9 @@ def test_masks_of_blocks_that_do_not_fit_are_named():
     ):
         nmjax.row_balance(other, BLOCK_PLAN)
     with pytest.raises(TypeError, match="conv/kernel has dtype int32"):
-        nmjax.blocks_per_row({**masks, "conv/kernel": masks["conv/kernel"].astype(np.int32)}, BLOCK_PLAN)
+        nmjax.blocks_per_row(
+            {**masks, "conv/kernel": masks["conv/kernel"].astype(np.int32)}, BLOCK_PLAN
+        )
 
 
 def test_a_missing_mask_of_blocks_is_named():

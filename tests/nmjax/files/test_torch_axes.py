@@ -93,9 +93,7 @@ def test_torch_computes_transposed_convolutions_of_haiku():
 @needs_torch
 def test_torch_computes_transposed_convolutions_of_equinox():
     eqx = pytest.importorskip("equinox")
-    layer = eqx.nn.ConvTranspose2d(
-        8, 8, (3, 2), 2, dtype=jnp.float32, key=jax.random.key(0)
-    )
+    layer = eqx.nn.ConvTranspose2d(8, 8, (3, 2), 2, dtype=jnp.float32, key=jax.random.key(0))
     x = normal(1, 4, 4, 8)
     params = {"weight": layer.weight, "bias": layer.bias}
     y = torch_transposed(to_torch(params, transposed="weight"), x, 2)
