@@ -61,12 +61,12 @@ def run_int8(scales, values=None):
 
 INTEGERS = {
     "x": jnp.full((5, 6), 2, jnp.int8),
-    "steps": jnp.full(5, 0.5),
+    "steps": jnp.full(5, 0.5, F32),
     "values": BLOCKS["values"].astype(jnp.int8),
     "indices": BLOCKS["indices"],
     "row_pointers": BLOCKS["row_pointers"],
     "bias": BLOCKS["bias"],
-    "scales": jnp.ones(8),
+    "scales": jnp.ones(8, F32),
     "shape": (5, 8),
     "n": 4,
 }
@@ -86,7 +86,7 @@ def test_as_they_are_called():
     for arguments in (BLOCKS, LAYER):
         np.testing.assert_array_equal(run_blocks(**arguments), np.full((1, 1, 5, 8), 3))
     np.testing.assert_array_equal(run_groups(**GROUPS), np.full((5, 16), 4))
-    np.testing.assert_array_equal(run_int8(jnp.full(8, 2.0)), np.full((1, 1, 5, 8), 6))
+    np.testing.assert_array_equal(run_int8(jnp.full(8, 2.0, F32)), np.full((1, 1, 5, 8), 6))
     np.testing.assert_array_equal(run_integers(**INTEGERS), np.full((5, 8), 3))
 
 
@@ -97,11 +97,11 @@ def test_as_they_are_called():
         ({"n": 3}, "do not fit each other"),
         ({"shape": (5, 1, 8)}, "matrices"),
         ({"shape": (6, 8)}, "a scale for each row"),
-        ({"steps": jnp.ones(4)}, "a scale for each row"),
-        ({"scales": jnp.ones(4)}, "for each output"),
-        ({"x": jnp.ones((5, 6))}, "of int8 expected"),
+        ({"steps": jnp.ones(4, F32)}, "a scale for each row"),
+        ({"scales": jnp.ones(4, F32)}, "for each output"),
+        ({"x": jnp.ones((5, 6), F32)}, "of int8 expected"),
         ({"x": jnp.ones((5, 2**17 + 1), jnp.int8)}, "too many inputs"),
-        ({"values": jnp.ones((2, 3, 4))}, "of int8 expected"),
+        ({"values": jnp.ones((2, 3, 4), F32)}, "of int8 expected"),
         ({"values": jnp.ones((2, 2, 4), jnp.int8)}, "do not fit each other"),
         ({"indices": jnp.full((2, 3), 6, jnp.uint8)}, "index out of range"),
         (
@@ -124,13 +124,16 @@ def test_integers_by_integers(rows, changes, words):
 
 
 def test_integers():
-    for scales, words in ((jnp.ones(7), "a scale for each output"), (jnp.ones(8, int), "dtype")):
+    for scales, words in (
+        (jnp.ones(7, F32), "a scale for each output"),
+        (jnp.ones(8, int), "dtype"),
+    ):
         with pytest.raises(ERRORS, match=words):
             run_int8(scales)
     with pytest.raises(ERRORS, match="values of int8 expected"):
-        run_int8(jnp.ones(8), BLOCKS["values"].astype(jnp.uint8))
+        run_int8(jnp.ones(8, F32), BLOCKS["values"].astype(jnp.uint8))
     with pytest.raises(ERRORS, match="do not fit each other"):
-        run_int8(jnp.ones(8), jnp.ones((2, 2, 4), jnp.int8))
+        run_int8(jnp.ones(8, F32), jnp.ones((2, 2, 4), jnp.int8))
 
 
 def window(**changes):
