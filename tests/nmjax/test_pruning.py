@@ -105,7 +105,8 @@ def test_pruned_parameters_are_a_fixed_point():
 
 def weighted_sum(tree):
     """Its gradient is 1, 2, 3 ... in the order of the leaves."""
-    return sum(i * jnp.sum(x) for i, x in enumerate(jax.tree.leaves(tree), start=1))
+    sums = (jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(tree))
+    return sum(i * x for i, x in enumerate(sums, start=1))
 
 
 def expected_gradient(pull=lambda name, w, mask: 0.0):
@@ -139,7 +140,11 @@ def test_sparsify_with_lambda_pulls_the_pruned_weights():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sparsify_rounds_behind_the_mask(dtype, given):
     # Some of what is kept rounds to zero in float16, and is not pulled for that.
-    params = jax.tree.map(lambda w: w * jnp.where(jnp.arange(w.shape[-1]) % 2, 1, 1e-8), PARAMS)
+    def with_small(w):
+        columns = np.arange(w.shape[-1]) % 2 == 0
+        return jnp.asarray(np.where(columns, np.float32(1e-8), np.float32(1)) * np.asarray(w))
+
+    params = jax.tree.map(with_small, PARAMS)
     masks = nmjax.compute_masks(params, PLAN)
 
     def loss(p):
