@@ -53,8 +53,8 @@ def output_shift(
     ICCV 2019, section 4.2, with measured means.
 
     >>> import nmjax
-    >>> params = {"kernel": jnp.array([[4.0], [3.0], [2.0], [1.0]]), "bias": jnp.zeros(1)}
-    >>> forward = lambda params, x: x @ params["kernel"] + params["bias"]
+    >>> params = {"kernel": jnp.array([[4.0], [3.0], [2.0], [1.0]])}
+    >>> forward = lambda params, x: x @ params["kernel"]
     >>> x = jnp.array([[0.0, 0.0, 1.0, 3.0], [0.0, 0.0, 3.0, 1.0]])
     >>> plan = nmjax.make_plan(params, "2:4", forward=forward, inputs=(x,))
     >>> shift = output_shift(forward, params, nmjax.prune(params, plan), [x], plan)
