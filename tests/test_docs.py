@@ -172,4 +172,4 @@ def test_guides_are_stored_with_their_outputs(guide):
 def test_guides_run(guide, tmp_path):
     notebook = nbformat.read(guide, as_version=4)
     resources = {"metadata": {"path": tmp_path}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=resources).execute()

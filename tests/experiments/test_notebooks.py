@@ -15,7 +15,7 @@ def run(path, folder):
     """Executes a notebook, which may write files to the folder."""
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": folder}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=1200, resources=resources).execute()
     return notebook
 
 
@@ -26,6 +26,7 @@ def outputs(notebook, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized  # It trains for thousands of steps.
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_shows_pictures(path, tmp_path):
     notebook = run(path, tmp_path)
